@@ -1,0 +1,375 @@
+"""Attention over a flat batch and a paged latent cache.
+
+The path of a token follows its role alone: prompt and scored tokens go `expanded` (keys and values are rebuilt
+from the latents once and meet ordinary attention), generated tokens take the `decode` path, which reads the pool
+where it lies and, where positions allow it, never rebuilds a key or a value (LPA.md section 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lpa_model.cache import LatentCache
+from lpa_model.config import LPAConfig, Projection
+from lpa_model.layers import LowRankLinear, RotaryEmbedding, projection
+
+
+class Span(NamedTuple):
+    """Tokens of one request in a step: `length` new ones after `context` tokens that are in the cache."""
+
+    context: int
+    length: int
+    block_table: Sequence[int]  # covers context + length tokens
+    decode: bool  # generated token (length 1) or prompt
+
+
+@dataclass(frozen=True)
+class DecodePairs:
+    """Decode queries spread over (request, block) pairs; pair i belongs to query row `row[i]`.
+
+    The cache is read as `pool[blocks]`: a view of the pool's low end where most of it is in use, else a copy of
+    the blocks named. Each of those n blocks meets `multiplicity` query slots; pair i is at `slot[i]` of n·m.
+    """
+
+    row: Tensor  # [pairs] int64
+    slot: Tensor  # [pairs] int64
+    blocks: slice | Tensor
+    multiplicity: int
+    beyond: Tensor  # [n·m, 1, block_size] bool: keys of the block that the query must not see
+    positions: Tensor  # [n, block_size] int64: absolute positions of the keys in each block
+
+
+@dataclass(frozen=True)
+class PrefillGroup:
+    """Consecutive prompt spans of equal shape, attended together: rows start..start + batch·length."""
+
+    start: int
+    batch: int
+    length: int
+    context: int
+    blocks: Tensor  # [batch, blocks of the context] int64
+    mask: Tensor | None  # [length, context + length] bool, True where visible; None without context (causal)
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.start + self.batch * self.length)
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """Where each token of a flat batch stands: decode rows first, then prompt rows, then padding rows."""
+
+    positions: Tensor  # [rows, padding included] int64
+    slots: tuple[Tensor, Tensor]  # (blocks, offsets) of the real rows, int64
+    num_decode: int
+    pairs: DecodePairs | None
+    groups: tuple[PrefillGroup, ...]
+
+    @classmethod
+    def build(
+        cls, spans: Sequence[Span], block_size: int, device: torch.device, padding: int = 0
+    ) -> AttentionMetadata:
+        """Lay out `spans` (decode spans first) as a flat batch followed by `padding` rows that nobody reads."""
+        num_decode = sum(span.decode for span in spans)
+        decodes, prompts = spans[:num_decode], spans[num_decode:]
+        assert all(span.decode and span.length == 1 for span in decodes), "decode spans come first, one token each"
+        positions = np.concatenate([np.arange(s.context, s.context + s.length) for s in spans])
+        tables = [np.asarray(s.block_table, dtype=np.int64) for s in spans]
+        blocks = np.concatenate(
+            [
+                table[np.arange(s.context, s.context + s.length) // block_size]
+                for s, table in zip(spans, tables, strict=True)
+            ]
+        )
+
+        def tensor(array: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+        return cls(
+            positions=tensor(np.pad(positions, (0, padding))),
+            slots=(tensor(blocks), tensor(positions % block_size)),
+            num_decode=num_decode,
+            pairs=_decode_pairs(decodes, tables[:num_decode], block_size, tensor) if num_decode else None,
+            groups=tuple(_prefill_groups(prompts, tables[num_decode:], num_decode, block_size, tensor)),
+        )
+
+
+ToTensor = Callable[[NDArray[Any]], Tensor]
+
+
+def _decode_pairs(
+    spans: Sequence[Span], tables: Sequence[NDArray[np.int64]], block_size: int, tensor: ToTensor
+) -> DecodePairs:
+    tokens = np.array([span.context + 1 for span in spans])
+    per_row = -(-tokens // block_size)  # blocks of each request
+    row = np.repeat(np.arange(len(spans)), per_row)
+    block = np.concatenate([table[:n] for table, n in zip(tables, per_row, strict=True)])
+    start = (np.arange(len(row)) - np.repeat(np.cumsum(per_row) - per_row, per_row)) * block_size
+    valid = np.minimum(block_size, tokens[row] - start)
+
+    width, multiplicity = int(block.max()) + 1, int(np.bincount(block).max())
+    where: slice | Tensor
+    if width * multiplicity <= 2 * len(row):  # passing over unused blocks is cheaper than copying the used ones
+        order = np.argsort(block, kind="stable")
+        by_block = block[order]
+        rank = np.empty_like(order)  # how many earlier pairs share the block
+        rank[order] = np.arange(len(order)) - np.searchsorted(by_block, by_block)
+        slot, where = block * multiplicity + rank, slice(0, width)
+        count = np.full(width * multiplicity, block_size)
+        count[slot] = valid
+        starts = np.zeros(width, dtype=np.int64)
+        starts[block] = start
+    else:
+        multiplicity, slot, where = 1, np.arange(len(row)), tensor(block)
+        count, starts = valid, start
+    offsets = np.arange(block_size)
+    return DecodePairs(
+        row=tensor(row),
+        slot=tensor(slot),
+        blocks=where,
+        multiplicity=multiplicity,
+        beyond=tensor(offsets >= count[:, None])[:, None],
+        positions=tensor(starts[:, None] + offsets),
+    )
+
+
+def _prefill_groups(
+    spans: Sequence[Span],
+    tables: Sequence[NDArray[np.int64]],
+    start: int,
+    block_size: int,
+    tensor: ToTensor,
+) -> Iterator[PrefillGroup]:
+    at = 0
+    while at < len(spans):
+        context, length = spans[at].context, spans[at].length
+        end = at + 1
+        while end < len(spans) and (spans[end].context, spans[end].length) == (context, length):
+            end += 1
+        mask = None
+        if context:
+            mask = tensor(np.arange(context + length) <= context + np.arange(length)[:, None])
+        blocks = np.stack([table[: -(-context // block_size)] for table in tables[at:end]])
+        yield PrefillGroup(start, end - at, length, context, tensor(blocks), mask)
+        start += (end - at) * length
+        at = end
+
+
+def decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, pairs: DecodePairs, scale: float
+) -> Tensor:
+    """Attention of single queries over paged keys and values, without a copy of either.
+
+    The queries are gathered to (request, block) pairs, one product over the blocks gives every pair its own
+    softmax, and the pairs of a request are merged by their maxima and sums in the order of the blocks.
+
+    Args:
+        q: [requests, H, key width], in the cache's dtype.
+        keys: [n, key heads, block_size, key width], `pool[pairs.blocks]`; query heads are consecutive per key head.
+        values: [n, value heads, block_size, value width].
+        pairs: where each query meets which block.
+        scale: factor on the scores, 1/sqrt(dh).
+
+    Returns:
+        [requests, H, value width] in q's dtype; softmax and merge are float32.
+    """
+    requests, heads, _ = q.shape
+    n, m = keys.shape[0], pairs.multiplicity
+    queries = q.new_zeros(n * m, heads, q.shape[2])
+    queries[pairs.slot] = q[pairs.row]
+    scores = _slots(_heads(queries, n, keys.shape[1]) @ keys.transpose(2, 3), m)  # [n·m, H, block_size]
+    scores = (scores.float() * scale).masked_fill(pairs.beyond, -torch.inf)
+    peak = scores.amax(-1)  # [n·m, H]
+    weights = (scores - peak[..., None]).exp()
+    partial = _slots(_heads(weights.to(values.dtype), n, values.shape[1]) @ values, m)  # [n·m, H, value width]
+
+    peak, total = peak[pairs.slot], weights.sum(-1)[pairs.slot]  # [pairs, H]
+    top = peak.new_full((requests, heads), -torch.inf)
+    top = top.scatter_reduce(0, pairs.row[:, None].expand_as(peak), peak, "amax")
+    share = (peak - top[pairs.row]).exp()
+    denominator = torch.zeros_like(top).index_add(0, pairs.row, total * share)
+    output = q.new_zeros(requests, heads, values.shape[3], dtype=torch.float32)
+    output.index_add_(0, pairs.row, partial[pairs.slot].float() * share[..., None])
+    return (output / denominator[..., None]).to(q.dtype)
+
+
+def _heads(x: Tensor, n: int, heads: int) -> Tensor:
+    """[n·m, H, width] -> [n, heads, m·H/heads, width]: the rows that meet each of the pool's heads."""
+    m, group = x.shape[0] // n, x.shape[1] // heads
+    return x.view(n, m, heads, group, -1).transpose(1, 2).reshape(n, heads, m * group, -1)
+
+
+def _slots(x: Tensor, m: int) -> Tensor:
+    """The inverse of `_heads`: [n, heads, m·group, width] -> [n·m, H, width]."""
+    n, heads, rows, width = x.shape
+    return x.view(n, heads, m, rows // m, width).transpose(1, 2).reshape(n * m, -1, width)
+
+
+def decode_attention_reference(
+    q: Tensor, keys: Tensor, values: Tensor, pairs: DecodePairs, scale: float
+) -> Tensor:
+    """`decode_attention` one query at a time, for the tests: gather its keys, one softmax, float32 throughout."""
+    outputs = []
+    for request in range(q.shape[0]):
+        mine = pairs.slot[pairs.row == request]
+        seen = ~pairs.beyond[mine, 0].flatten()  # [tokens of this request's blocks]
+        k, v = (
+            pool[mine // pairs.multiplicity].transpose(0, 1).flatten(1, 2)[:, seen].float() for pool in (keys, values)
+        )
+        rows = q[request].float().unflatten(0, (keys.shape[1], -1))  # [key heads, group, width]
+        weights = (rows @ k.transpose(1, 2) * scale).softmax(-1).flatten(0, 1)  # [H, tokens]
+        outputs.append((weights.unflatten(0, (values.shape[1], -1)) @ v).flatten(0, 1))
+    return torch.stack(outputs).to(q.dtype)
+
+
+class Attention(nn.Module):
+    """Low-dimensional projected attention: q, k, v and o are each low-rank or dense (LPA paper, section 3)."""
+
+    def __init__(self, config: LPAConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.kv_heads, config.head_size
+        self.scale = self.head_dim**-0.5
+        one = config.architecture == "setting1"
+
+        def project(name: Projection) -> nn.Linear | LowRankLinear:
+            width_in, width_out = config.projection_sizes(name)
+            output = name == "o"
+            return projection(
+                width_in,
+                width_out,
+                config.rank(name, layer),
+                bias_down=one and not output,
+                bias_up=output and one or config.attention_bias and not output,
+                bias_dense=one or config.attention_bias and not output,
+            )
+
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = map(project, ("q", "k", "v", "o"))
+
+    def forward(
+        self, x: Tensor, rotary: RotaryEmbedding | None, meta: AttentionMetadata | None, cache: LatentCache | None
+    ) -> Tensor:
+        """x [rows, d] with `meta` and `cache`, or [batch, T, d] without either (causal, no cache) -> same shape."""
+        if meta is None or cache is None:
+            return self._plain(x, rotary)
+        real = len(meta.slots[0])
+        q = self._split(self.q_proj(x))
+        if rotary is not None:
+            q = rotary(q, meta.positions)
+        keys_latent, values_latent = cache.forms[self.layer]
+        k = self._latent(self.k_proj, x) if keys_latent else self._keys(self.k_proj(x), rotary, meta.positions)
+        v = self._latent(self.v_proj, x) if values_latent else self._split(self.v_proj(x))
+        cache.write(self.layer, meta.slots, k[:real], v[:real])
+
+        out = torch.zeros_like(q)
+        if meta.pairs is not None:
+            out[: meta.num_decode] = self._decode(q[: meta.num_decode], rotary, meta.pairs, cache)
+        for group in meta.groups:
+            out[group.rows] = self._expanded(q[group.rows], k[group.rows], v[group.rows], rotary, group, cache)
+        y: Tensor = self.o_proj(out.flatten(1))
+        return y
+
+    def _plain(self, x: Tensor, rotary: RotaryEmbedding | None) -> Tensor:
+        q, v = self._split(self.q_proj(x)), self._split(self.v_proj(x))
+        positions = torch.arange(x.shape[1], device=x.device)
+        if rotary is not None:
+            q = rotary(q, positions)
+        k = self._keys(self.k_proj(x), rotary, positions)
+        y: Tensor = self.o_proj(self._attend(q, k, v, None).flatten(2))
+        return y
+
+    def _decode(self, q: Tensor, rotary: RotaryEmbedding | None, pairs: DecodePairs, cache: LatentCache) -> Tensor:
+        """q [requests, H, dh] -> [requests, H, dh]; absorbs B_k into the queries and B_v into the outputs."""
+        keys_latent, values_latent = cache.forms[self.layer]
+        keys, values = cache.keys[self.layer][pairs.blocks], cache.values[self.layer][pairs.blocks]
+        if keys_latent and rotary is None:
+            q = _per_kv_head(q, _up(self.k_proj).unflatten(0, (self.kv_heads, self.head_dim)))
+        elif keys_latent:  # rotary keys are rebuilt block by block: rotation stands between the query and B_k
+            rebuilt = self._split(self._expand(self.k_proj, keys[:, 0]))  # [n, block_size, H_kv, dh]
+            assert rotary is not None
+            keys = torch.stack([rotary(k, p) for k, p in zip(rebuilt, pairs.positions, strict=True)]).transpose(1, 2)
+        out = decode_attention(q, keys, values, pairs, self.scale)
+        if values_latent:
+            up = self.v_proj
+            assert isinstance(up, LowRankLinear)
+            out = _per_kv_head(out, _up(up).unflatten(0, (self.kv_heads, self.head_dim)).transpose(1, 2))
+            if up.up.bias is not None:
+                bias = up.up.bias.unflatten(0, (self.kv_heads, 1, self.head_dim))
+                out = (out.unflatten(1, (self.kv_heads, -1)) + bias).flatten(1, 2)
+        return out
+
+    def _expanded(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: RotaryEmbedding | None,
+        group: PrefillGroup,
+        cache: LatentCache,
+    ) -> Tensor:
+        """Prompt rows [batch·length, ...] against their cached context and themselves -> [batch·length, H, dh]."""
+        q, k, v = (x.unflatten(0, (group.batch, group.length)) for x in (q, k, v))
+        if group.context:
+            k = torch.cat((cache.gather(cache.keys[self.layer], group.blocks, group.context), k), dim=1)
+            v = torch.cat((cache.gather(cache.values[self.layer], group.blocks, group.context), v), dim=1)
+        keys_latent, values_latent = cache.forms[self.layer]
+        if keys_latent:
+            positions = torch.arange(k.shape[1], device=k.device)
+            k = self._keys(self._expand(self.k_proj, k.squeeze(2)), rotary, positions)
+        if values_latent:
+            v = self._split(self._expand(self.v_proj, v.squeeze(2)))
+        return self._attend(q, k, v, group.mask).flatten(0, 1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """q [batch, Tq, H, dh], k and v [batch, Tk, H_kv, dh] -> [batch, Tq, H, dh]; causal without a mask."""
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=self.heads != self.kv_heads,
+        )
+        return out.transpose(1, 2)
+
+    def _keys(self, k: Tensor, rotary: RotaryEmbedding | None, positions: Tensor) -> Tensor:
+        k = self._split(k)
+        return k if rotary is None else rotary(k, positions)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    @staticmethod
+    def _latent(layer: nn.Linear | LowRankLinear, x: Tensor) -> Tensor:
+        """What the cache keeps of x [rows, d]: [rows, 1, r]."""
+        assert isinstance(layer, LowRankLinear)
+        y: Tensor = layer.down(x).unsqueeze(1)
+        return y
+
+    @staticmethod
+    def _expand(layer: nn.Linear | LowRankLinear, latent: Tensor) -> Tensor:
+        assert isinstance(layer, LowRankLinear)
+        y: Tensor = layer.up(latent)
+        return y
+
+
+def _up(layer: nn.Linear | LowRankLinear) -> Tensor:
+    assert isinstance(layer, LowRankLinear)
+    return layer.up.weight  # [H_kv·dh, r]
+
+
+def _per_kv_head(x: Tensor, weight: Tensor) -> Tensor:
+    """x [rows, H, a], weight [H_kv, a, b] -> [rows, H, b]; consecutive query heads share a key-value head."""
+    rows, heads, _ = x.shape
+    kv_heads = weight.shape[0]
+    by_head = x.unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)  # [H_kv, rows·group, a]
+    return (by_head @ weight).unflatten(1, (rows, heads // kv_heads)).transpose(0, 1).flatten(1, 2)

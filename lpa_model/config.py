@@ -1,0 +1,284 @@
+"""What an LPA model is: sizes, ranks, architecture; and what follows from them by arithmetic alone.
+
+Nothing here touches torch, so the counts can be checked against the module that is built from them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+Architecture = Literal["setting1", "setting2"]
+Projection = Literal["q", "k", "v", "o"]
+CacheLayout = Literal["latent", "mixed", "full"]
+Rank = int | None
+"""Rank of one projection; None is a dense matrix."""
+RankSpec = Rank | Mapping[str, "Rank | list[Rank]"]
+"""One rank for all projections, or {"q": ..., "k": ..., "v": ..., "o": ...} with a rank or one rank per layer."""
+
+PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
+ROPE_SCALING_TYPES = ("linear", "llama3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LPAConfig:
+    """Sizes and architecture of an LPA model (LPA paper, arXiv 2411.02063; keys named as in Hugging Face's configs).
+
+    `setting1`: learned positions, LayerNorm on the branch output, ReLU FFN, biases.
+    `setting2`: rotary positions, RMSNorm before the branch and at the end, SwiGLU, no biases.
+
+    Raises:
+        ValueError: a size is out of range or a combination is not supported; the message names the key.
+    """
+
+    architecture: Architecture
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int
+    num_key_value_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    attention_rank: RankSpec = None
+    ffn_rank: Rank = None
+    attention_bias: bool = False  # a bias after B on q, k and v (setting 2 only; setting 1 fixes its own)
+    lm_head_bias: bool = False
+    tie_word_embeddings: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Any] | None = None
+    norm_eps: float | None = None  # None: 1e-5 for setting 1, 1e-6 for setting 2
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.architecture not in get_args(Architecture):
+            raise ValueError(f"architecture: {self.architecture!r} is neither 'setting1' nor 'setting2'")
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+        ):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not a positive integer")
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"head_dim: hidden_size {self.hidden_size} does not divide into "
+                    f"num_attention_heads {self.num_attention_heads} heads"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.norm_eps is None:
+            object.__setattr__(self, "norm_eps", 1e-5 if self.architecture == "setting1" else 1e-6)
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(
+                f"num_key_value_heads: {self.kv_heads} does not divide num_attention_heads {self.num_attention_heads}"
+            )
+        if self.architecture == "setting2" and self.head_size % 2:
+            raise ValueError(f"head_dim: {self.head_size} is odd, and rotary positions turn pairs of dimensions")
+        if self.architecture == "setting1":
+            if self.attention_bias:
+                raise ValueError("attention_bias: setting 1 has its own fixed attention biases; leave it false")
+            if self.rope_scaling is not None:
+                raise ValueError("rope_scaling: setting 1 has learned positions, not rotary ones")
+        if self.rope_scaling is not None:
+            kind = self.rope_scaling.get("rope_type", self.rope_scaling.get("type"))
+            if kind not in ROPE_SCALING_TYPES:
+                raise ValueError(f"rope_scaling: type {kind!r} is not supported ({', '.join(ROPE_SCALING_TYPES)} are)")
+        if isinstance(self.attention_rank, Mapping) and set(self.attention_rank) != set(PROJECTIONS):
+            raise ValueError(f"attention_rank: keys {sorted(self.attention_rank)} are not exactly q, k, v, o")
+        for layer in range(self.num_hidden_layers):
+            for projection in PROJECTIONS:
+                _check_rank(f"attention_rank ({projection}, layer {layer})", self.rank(projection, layer))
+        _check_rank("ffn_rank", self.ffn_rank)
+
+    @property
+    def head_size(self) -> int:
+        """`head_dim` with its default filled in."""
+        assert self.head_dim is not None
+        return self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        """`num_key_value_heads` with its default filled in."""
+        assert self.num_key_value_heads is not None
+        return self.num_key_value_heads
+
+    @property
+    def eps(self) -> float:
+        """`norm_eps` with its default filled in."""
+        assert self.norm_eps is not None
+        return self.norm_eps
+
+    @property
+    def rotary(self) -> bool:
+        """Whether positions are rotary, so that key latents cannot be absorbed into the queries."""
+        return self.architecture == "setting2"
+
+    def rank(self, projection: Projection, layer: int) -> Rank:
+        """The rank of one projection of one layer; None is a dense matrix."""
+        ranks = self.attention_rank
+        if not isinstance(ranks, Mapping):
+            return ranks
+        of_projection = ranks[projection]
+        if not isinstance(of_projection, list):
+            return of_projection
+        if len(of_projection) != self.num_hidden_layers:
+            raise ValueError(
+                f"attention_rank: {projection} lists {len(of_projection)} ranks for {self.num_hidden_layers} layers"
+            )
+        return of_projection[layer]
+
+    def projection_sizes(self, projection: Projection) -> tuple[int, int]:
+        """(input width, output width) of an attention projection."""
+        queries, keys = self.num_attention_heads * self.head_size, self.kv_heads * self.head_size
+        d = self.hidden_size
+        return {"q": (d, queries), "k": (d, keys), "v": (d, keys), "o": (queries, d)}[projection]
+
+    def parameter_count(self) -> int:
+        """Number of trained parameters, tied ones counted once."""
+        d, f = self.hidden_size, self.intermediate_size
+        one = self.architecture == "setting1"
+        total = self.vocab_size * d + (self.max_position_embeddings * d if one else 0)
+        for layer in range(self.num_hidden_layers):
+            for projection in PROJECTIONS:
+                width_in, width_out = self.projection_sizes(projection)
+                rank = self.rank(projection, layer)
+                total += _matrix_count(width_in, width_out, rank)
+                if one:
+                    total += width_out if rank is None or projection == "o" else rank
+                elif self.attention_bias and projection != "o":
+                    total += width_out
+            if one:
+                total += 2 * _matrix_count(d, f, self.ffn_rank) + 4 * d  # two LayerNorms
+                total += f + d if self.ffn_rank is None else self.ffn_rank + d
+            else:
+                total += 3 * _matrix_count(d, f, self.ffn_rank) + 2 * d  # two RMSNorms
+        total += 0 if one else d
+        total += 0 if self.tie_word_embeddings else self.vocab_size * d
+        return total + (self.vocab_size if self.lm_head_bias else 0)
+
+    def cache_forms(self, layout: CacheLayout, layer: int) -> tuple[bool, bool]:
+        """Whether (keys, values) of a layer are cached as latents; a dense projection has no latent to cache."""
+        keys = layout == "latent" and self.rank("k", layer) is not None
+        values = layout in ("latent", "mixed") and self.rank("v", layer) is not None
+        return keys, values
+
+    def cache_elements_per_token(self, layout: CacheLayout) -> int:
+        """Cached numbers per token over all layers (LPA.md section 4: 2r, H·dh + r, or 2·H·dh per layer)."""
+        full, total = self.kv_heads * self.head_size, 0
+        for layer in range(self.num_hidden_layers):
+            for latent, projection in zip(self.cache_forms(layout, layer), ("k", "v"), strict=True):
+                total += (self.rank(projection, layer) or 0) if latent else full
+        return total
+
+    def default_cache_layout(self) -> CacheLayout:
+        """The layout that `auto` means on a CPU: the smallest one that decodes without rebuilding keys."""
+        layers = range(self.num_hidden_layers)
+        if all(self.rank("v", i) is None for i in layers):
+            return "full"
+        return "mixed" if self.rotary or all(self.rank("k", i) is None for i in layers) else "latent"
+
+    def vanilla(self) -> LPAConfig:
+        """The twin of the same shape with dense attention."""
+        return dataclasses.replace(self, attention_rank=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form: every key, defaults filled in."""
+        return {"model_type": "lpa", **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LPAConfig:
+        """Read the JSON form; an unknown or missing key is a ValueError that names it."""
+        values = {name: value for name, value in values.items() if name != "model_type"}
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - set(fields)):
+            raise ValueError(f"config.json: unknown keys {', '.join(unknown)}")
+        required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
+        if missing := sorted(required - set(values)):
+            raise ValueError(f"config.json: missing keys {', '.join(missing)}")
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: Path) -> LPAConfig:
+        """Read `config.json`; ValueError when it is not a JSON object or not an LPA config."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: not a JSON object")
+        return cls.from_dict(values)
+
+
+def _check_rank(name: str, rank: object) -> None:
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise ValueError(f"{name}: {rank!r} is neither a positive integer nor null")
+
+
+def _matrix_count(width_in: int, width_out: int, rank: Rank) -> int:
+    return width_in * width_out if rank is None else rank * (width_in + width_out)
+
+
+_LPA_PRESETS = {
+    "lpa-tiny": LPAConfig(
+        architecture="setting2",
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        attention_rank=64,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    ),
+    "lpa-130m": LPAConfig(
+        architecture="setting2",
+        vocab_size=32000,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        attention_rank=128,
+        max_position_embeddings=2048,
+    ),
+    "lpa-370m": LPAConfig(
+        architecture="setting1",
+        vocab_size=32000,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=8,
+        attention_rank=320,
+        max_position_embeddings=2048,
+    ),
+    "lpa-3b": LPAConfig(
+        architecture="setting2",
+        vocab_size=32000,
+        hidden_size=2560,
+        intermediate_size=6912,
+        num_hidden_layers=44,
+        num_attention_heads=20,
+        attention_rank=512,
+        max_position_embeddings=2048,
+    ),
+}
+
+PRESETS: dict[str, LPAConfig] = {
+    **_LPA_PRESETS,
+    **{name.replace("lpa-", "vanilla-"): config.vanilla() for name, config in _LPA_PRESETS.items()},
+}
+
+
+def presets() -> Iterator[str]:
+    """Names that `lpa init` and `lpa train` accept."""
+    return iter(PRESETS)

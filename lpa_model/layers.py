@@ -1,0 +1,140 @@
+"""The parts a block is made of: low-rank and dense linear layers, norms, rotary positions, feed-forward layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lpa_model.config import Rank
+
+
+class LowRankLinear(nn.Module):
+    """y = up(down(x)): a [out, in] matrix as the product of two thin ones (LPA paper, section 3).
+
+    `down` is A of the paper, weight [rank, in]; `up` is B, weight [out, rank].
+    """
+
+    def __init__(self, width_in: int, width_out: int, rank: int, bias_down: bool, bias_up: bool) -> None:
+        super().__init__()
+        self.down = nn.Linear(width_in, rank, bias=bias_down)
+        self.up = nn.Linear(rank, width_out, bias=bias_up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], in the weights' dtype."""
+        y: Tensor = self.up(self.down(x))
+        return y
+
+
+def projection(
+    width_in: int, width_out: int, rank: Rank, *, bias_down: bool, bias_up: bool, bias_dense: bool
+) -> nn.Linear | LowRankLinear:
+    """A dense layer where `rank` is None, else a low-rank one; the biases differ between the two in setting 1."""
+    if rank is None:
+        return nn.Linear(width_in, width_out, bias=bias_dense)
+    return LowRankLinear(width_in, width_out, rank, bias_down, bias_up)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis; computed in float32, returned in the weight's dtype."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., size] float32 -> [..., size]."""
+        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(self.weight.dtype) * self.weight
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with weight and bias over the last axis; computed and returned in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., size] -> float32 [..., size]."""
+        return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps)
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary positions in the rotate-half convention of LLaMA: dimension i turns with dimension i + dh/2.
+
+    `scaling`: None, {"rope_type": "linear", "factor"} or {"rope_type": "llama3", "factor", "low_freq_factor",
+    "high_freq_factor", "original_max_position_embeddings"}, as in Hugging Face's configs.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, head_dim: int, max_positions: int, theta: float, scaling: Mapping[str, Any] | None) -> None:
+        super().__init__()
+        frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)  # [dh/2]
+        angles = torch.outer(torch.arange(max_positions, dtype=torch.float64), _scaled(frequencies, scaling))
+        self.register_buffer("cos", angles.cos().float(), persistent=False)  # [max_positions, dh/2]
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x [..., T, heads, dh] turned by positions [T] (int64); computed in float32, returned in x's dtype."""
+        cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)  # [T, 1, dh/2]
+        first, second = x.float().chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def _scaled(frequencies: Tensor, scaling: Mapping[str, Any] | None) -> Tensor:
+    if scaling is None:
+        return frequencies
+    if scaling.get("rope_type", scaling.get("type")) == "linear":
+        return frequencies / scaling["factor"]
+    # llama3: long wavelengths are stretched, short ones kept, those between blended
+    wavelengths = 2 * math.pi / frequencies
+    ratio = scaling["original_max_position_embeddings"] / wavelengths
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    keep = ((ratio - low) / (high - low)).clamp(0, 1)
+    return frequencies * (keep + (1 - keep) / scaling["factor"])
+
+
+class ReluFFN(nn.Module):
+    """Setting 1: down(relu(up(x))), with the biases of the published code in both forms."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, rank: Rank) -> None:
+        super().__init__()
+        self.up_proj = projection(
+            hidden_size, intermediate_size, rank, bias_down=True, bias_up=False, bias_dense=True
+        )
+        self.down_proj = projection(
+            intermediate_size, hidden_size, rank, bias_down=False, bias_up=True, bias_dense=True
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d] -> [..., d]."""
+        y: Tensor = self.down_proj(F.relu(self.up_proj(x)))
+        return y
+
+
+class SwiGLU(nn.Module):
+    """Setting 2: down(silu(gate(x)) * up(x)), no biases."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, rank: Rank) -> None:
+        super().__init__()
+
+        def linear(width_in: int, width_out: int) -> nn.Linear | LowRankLinear:
+            return projection(width_in, width_out, rank, bias_down=False, bias_up=False, bias_dense=False)
+
+        self.gate_proj = linear(hidden_size, intermediate_size)
+        self.up_proj = linear(hidden_size, intermediate_size)
+        self.down_proj = linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d] -> [..., d]."""
+        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
