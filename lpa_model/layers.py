@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpa_model.config import Rank
+from lpa_model.config import LPAConfig, Rank
 
 
 class LowRankLinear(nn.Module):
@@ -76,11 +76,17 @@ class RotaryEmbedding(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, head_dim: int, max_positions: int, theta: float, scaling: Mapping[str, Any] | None) -> None:
+    def __init__(self, config: LPAConfig) -> None:
         super().__init__()
-        frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)  # [dh/2]
-        angles = torch.outer(torch.arange(max_positions, dtype=torch.float64), _scaled(frequencies, scaling))
-        self.register_buffer("cos", angles.cos().float(), persistent=False)  # [max_positions, dh/2]
+        self.build(config, None)
+
+    def build(self, config: LPAConfig, device: torch.device | None) -> None:
+        """(Re)compute the tables [max_position_embeddings, dh/2], which are not part of a checkpoint."""
+        exponents = torch.arange(0, config.head_size, 2, dtype=torch.float64, device=device) / config.head_size
+        frequencies = _scaled(config.rope_theta**-exponents, config.rope_scaling)  # [dh/2]
+        positions = torch.arange(config.max_position_embeddings, dtype=torch.float64, device=device)
+        angles = torch.outer(positions, frequencies)
+        self.register_buffer("cos", angles.cos().float(), persistent=False)
         self.register_buffer("sin", angles.sin().float(), persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:

@@ -67,9 +67,7 @@ class LPAForCausalLM(nn.Module):
             self.rotary = None
             self.norm = None
         else:
-            self.rotary = RotaryEmbedding(
-                config.head_size, config.max_position_embeddings, config.rope_theta, config.rope_scaling
-            )
+            self.rotary = RotaryEmbedding(config)
             self.norm = RMSNorm(config.hidden_size, config.eps)
         block = Setting1Block if config.architecture == "setting1" else Setting2Block
         self.layers = nn.ModuleList(block(config, layer) for layer in range(config.num_hidden_layers))

@@ -1,0 +1,138 @@
+"""The native checkpoint folder: config.json, model.safetensors (or shards with an index), tokenizer.json.
+
+Reading is strict: a missing, extra or wrongly shaped tensor is an error that names it. No pickle is ever opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+
+from lpa_model.config import LPAConfig
+from lpa_model.model import LPAForCausalLM
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder that cannot be used; the message names the file or the tensor."""
+
+
+def save_checkpoint(folder: Path, model: LPAForCausalLM, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+    """Write a model folder with weights in `dtype`; every file is replaced whole, so a reader never sees a half."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: p.detach().to(dtype).contiguous() for name, p in model.named_parameters()}
+    weights = folder / "model.safetensors.new"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    _replace(folder / "config.json", json.dumps(model.config.to_dict(), indent=2) + "\n")
+    _replace(folder / "tokenizer.json", tokenizer.to_str())
+    weights.replace(folder / "model.safetensors")
+
+
+def _replace(path: Path, text: str) -> None:
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+
+
+def load_config(folder: Path) -> LPAConfig:
+    """The folder's config.json.
+
+    Raises:
+        CheckpointError: there is no such folder or file, or it does not describe a supported model.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such model folder")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no config.json; `lpa convert official` imports the authors' checkpoints")
+    try:
+        return LPAConfig.load(folder / "config.json")
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The folder's tokenizer.json; CheckpointError when it is missing or broken."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards that model.safetensors.index.json names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise CheckpointError(f"{folder}: neither model.safetensors nor model.safetensors.index.json")
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index}: not a shard index: {error!r}") from error
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise CheckpointError(f"{index}: names a shard {name!r} that is not in the folder")
+    return [folder / name for name in names]
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LPAForCausalLM:
+    """The folder's model in `dtype`, ready for inference; tensors already in `dtype` stay memory-mapped on a CPU.
+
+    Raises:
+        CheckpointError: a file is missing or truncated, a tensor is missing, extra or of the wrong shape.
+    """
+    config = load_config(folder)
+    with torch.device("meta"):
+        model = LPAForCausalLM(config)
+    expected = dict(model.named_parameters())  # a tied head is listed once, as the embedding
+    found: dict[str, torch.Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    if name not in expected:
+                        raise CheckpointError(f"{path}: unexpected tensor {name}")
+                    tensor = file.get_tensor(name)
+                    if tensor.shape != expected[name].shape:
+                        raise CheckpointError(
+                            f"{path}: {name} has shape {list(tensor.shape)}, the config asks for "
+                            f"{list(expected[name].shape)}"
+                        )
+                    found[name] = tensor.to(dtype)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: truncated or not a safetensors file: {error}") from error
+    if missing := [name for name in expected if name not in found]:
+        raise CheckpointError(f"{folder}: missing tensor {missing[0]}" + f" and {len(missing) - 1} more" * (len(missing) > 1))
+    model.load_state_dict(found, strict=False, assign=True)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    if model.rotary is not None:  # its tables are computed, not stored
+        model.rotary.build(config, device)
+    return model.eval().requires_grad_(False)
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 in hardware (AVX512-BF16, AMX, or ARM's bf16 extension)."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return platform.system() == "Darwin" and platform.machine() == "arm64"
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """`auto` (bfloat16 where the processor has it in hardware, else float32), `float32` or `bfloat16`."""
+    if name == "auto":
+        return torch.bfloat16 if has_bfloat16() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

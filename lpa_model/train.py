@@ -1,0 +1,251 @@
+"""Training an LPA model from text: the plain loop behind `lpa train`.
+
+AdamW (Muon for the matrices of the blocks, if asked), linear warm-up and cosine decay, clipping, checkpoints and
+exact resume: the batch of a step follows from (seed, step) alone, so a run that was interrupted and resumed ends
+with the same weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+
+from lpa_model.checkpoint import has_bfloat16, save_checkpoint
+from lpa_model.config import LPAConfig
+from lpa_model.model import LPAForCausalLM
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides the weights, besides the model's config and the data.
+
+    A step sees `batch_tokens` tokens in sequences of `sequence_length`; the first `short_steps` steps use
+    `short_sequence_length` instead, which is cheaper while the model has little use for a long context.
+    """
+
+    steps: int
+    batch_tokens: int = 8192
+    sequence_length: int = 1024
+    short_sequence_length: int = 256
+    short_steps: int = 0
+    learning_rate: float = 2e-3
+    muon_learning_rate: float | None = None
+    final_fraction: float = 0.05
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """The factor on the learning rates at a step: up in a line, down along a cosine to `final_fraction`."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.final_fraction + (1 - self.final_fraction) * (1 + math.cos(math.pi * progress)) / 2
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a step reports: `loss` in nats per token; `validation` in bits per byte where it was measured."""
+
+    step: int
+    loss: float
+    tokens_per_second: float
+    validation: float | None
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file, gzipped if its name ends in .gz."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        return str(file.read())
+
+
+def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer whose entry 0 is the end-of-text token between documents."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, text: str) -> NDArray[np.uint16]:
+    """Token ids of a text as uint16, encoded paragraph by paragraph to bound the memory."""
+    chunks = text.split("\n\n")
+    pieces = [chunk + "\n\n" for chunk in chunks[:-1]] + [chunks[-1]]
+    ids: list[NDArray[np.uint16]] = []
+    for start in range(0, len(pieces), 4096):
+        for encoding in tokenizer.encode_batch(pieces[start : start + 4096], add_special_tokens=False):
+            ids.append(np.array(encoding.ids, dtype=np.uint16))
+    return np.concatenate(ids)
+
+
+def prepare(data: Path, valid: Path, out: Path, vocab_size: int) -> tuple[Tokenizer, NDArray[np.uint16], str]:
+    """The tokenizer, training tokens and validation text; the first two are kept in `out` for the next start."""
+    if not (out / "tokens.npy").exists():
+        text = read_text(data)
+        tokenizer = train_tokenizer(text, vocab_size)
+        tokenizer.save(str(out / "tokenizer.json"))
+        np.save(out / "tokens.npy", encode(tokenizer, text))
+    tokens: NDArray[np.uint16] = np.load(out / "tokens.npy", mmap_mode="r")
+    return Tokenizer.from_file(str(out / "tokenizer.json")), tokens, read_text(valid)
+
+
+def initialize(model: LPAForCausalLM, seed: int) -> None:
+    """Normal weights: 0.02 for embeddings, 1/sqrt(fan in) for matrices, smaller where a branch joins the stream."""
+    generator = torch.Generator().manual_seed(seed)
+    depth = (2 * model.config.num_hidden_layers) ** -0.5
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim == 2:
+                std = 0.02 if "embed" in name else parameter.shape[1] ** -0.5
+                if ".o_proj." in name or ".down_proj." in name:
+                    std *= depth if name.endswith((".up.weight", "_proj.weight")) else 1.0
+                parameter.normal_(std=std, generator=generator)
+
+
+def batch(tokens: NDArray[np.uint16], step: int, config: TrainConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets of a step, int64 [sequences, T]: windows at random places that depend on (seed, step)."""
+    length = config.short_sequence_length if step < config.short_steps else config.sequence_length
+    starts = np.random.default_rng((config.seed, step)).integers(0, len(tokens) - length, config.batch_tokens // length)
+    windows = torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64))
+    return windows[:, :-1], windows[:, 1:]
+
+
+def optimizers(model: LPAForCausalLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for all, or Muon for the blocks' matrices and AdamW for the rest; no decay on vectors and embeddings."""
+    blocks = [p for p in model.layers.parameters() if p.ndim == 2]
+    inside = set(blocks)
+    rest = [p for p in model.parameters() if p not in inside]
+    groups = [{"params": rest, "weight_decay": 0.0}]
+    if config.muon_learning_rate is None:
+        groups.append({"params": blocks, "weight_decay": config.weight_decay})
+    found: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+    ]
+    if config.muon_learning_rate is not None:
+        found.append(torch.optim.Muon(blocks, lr=config.muon_learning_rate, weight_decay=config.weight_decay))
+    for optimizer in found:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return found
+
+
+def bits_per_byte(model: LPAForCausalLM, tokens: NDArray[np.uint16], num_bytes: int, length: int) -> float:
+    """-log2 p per UTF-8 byte over disjoint windows; the first token of a window has no context and is not scored."""
+    total, scored = 0.0, 0
+    with torch.inference_mode():
+        for start in range(0, len(tokens) - 1, length):
+            ids = torch.from_numpy(tokens[start : start + length].astype(np.int64))
+            if len(ids) < 2:
+                continue
+            logits = model.logits(model(ids[None, :-1])[0])
+            total += F.cross_entropy(logits, ids[1:], reduction="sum").item()
+            scored += len(ids) - 1
+    return total / scored * len(tokens) / num_bytes / math.log(2)
+
+
+def make_loss(model: LPAForCausalLM, dtype: torch.dtype) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Mean cross-entropy of a batch in the arithmetic that serves: weights in `dtype`, residual stream float32."""
+    parameters = dict(model.named_parameters())
+
+    def loss(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if dtype == torch.float32:
+            hidden, head = model(ids), model.lm_head.weight
+        else:  # the embedding table keeps float32: its gradient is a sum over thousands of tokens
+            cast = {name: p if "embed" in name else p.to(dtype) for name, p in parameters.items()}
+            hidden, head = torch.func.functional_call(model, cast, (ids,)), model.lm_head.weight.to(dtype)
+        logits = F.linear(hidden.flatten(0, 1).to(head.dtype), head, model.lm_head.bias).float()
+        return F.cross_entropy(logits, targets.flatten())
+
+    return loss
+
+
+def train(
+    model_config: LPAConfig,
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    tokens: NDArray[np.uint16],
+    valid_text: str,
+    out: Path,
+    *,
+    validate_every: int = 200,
+    checkpoint_every: int = 100,
+    compile_loss: bool = False,
+) -> Iterator[Progress]:
+    """Train until `config.steps`, resuming from `out/state.pt` if it is there; yields a Progress per step.
+
+    The float32 weights, optimizer state and step are in `out/state.pt`; at the end (and at every validation) the
+    bfloat16 model folder is written to `out/model`.
+    """
+    torch.manual_seed(config.seed)
+    model = LPAForCausalLM(model_config)
+    initialize(model, config.seed)
+    opts = optimizers(model, config)
+    state, step = out / "state.pt", 0
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        model.load_state_dict(saved["model"])
+        for optimizer, values in zip(opts, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
+        step = saved["step"]
+    loss_of = make_loss(model, torch.bfloat16 if has_bfloat16() else torch.float32)
+    if compile_loss:
+        loss_of = torch.compile(loss_of, dynamic=False)
+    valid_ids = encode(tokenizer, valid_text)
+    num_bytes = len(valid_text.encode())
+    (out / "train.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+
+    while step < config.steps:
+        started = time.perf_counter()
+        for optimizer in opts:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * config.rate(step)
+        loss = loss_of(*batch(tokens, step, config))
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        for optimizer in opts:
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        speed = config.batch_tokens / (time.perf_counter() - started)
+        validation = None
+        last = step == config.steps
+        if step % validate_every == 0 or last:
+            limit = None if last else 65536
+            part = valid_ids[:limit]
+            measured = num_bytes * len(part) / len(valid_ids)
+            validation = bits_per_byte(model, part, round(measured), config.sequence_length)
+            save_checkpoint(out / "model", model, tokenizer, torch.bfloat16)
+        if step % checkpoint_every == 0 or last:
+            written = {
+                "model": model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in opts],
+                "step": step,
+            }
+            torch.save(written, state.with_suffix(".new"))
+            state.with_suffix(".new").replace(state)
+        yield Progress(step, loss.item(), speed, validation)

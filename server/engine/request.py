@@ -1,0 +1,168 @@
+"""The values that travel through the engine: what is asked, its state, and what comes back. No torch."""
+
+from __future__ import annotations
+
+import enum
+import secrets
+import time
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one sequence is generated or scored. Ranges are checked by the protocol before they come here."""
+
+    max_tokens: int = 16  # 0: score the prompt only
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    seed: int | None = None  # None: a fresh one per request
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None  # alternatives per generated token; None: no log-probabilities
+    prompt_logprobs: int | None = None  # alternatives per prompt token; None: no log-probabilities
+    first_logit_position: int = 0  # prompt tokens after this position are scored; earlier ones may come from the cache
+
+
+class RequestStatus(enum.Enum):
+    """WAITING in the queue (preempted requests go back there), RUNNING with blocks, FINISHED."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+class FinishReason(enum.StrEnum):
+    """Why a request ended; the first two are OpenAI's."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass
+class Logprobs:
+    """Log-probabilities of a run of tokens, in columns: entry i belongs to token i of the run.
+
+    Natural logarithms of the model's own distribution (before temperature and filters), from float32 logits.
+    `top_ids` and `top_logprobs` list the most probable tokens, best first; `rank` counts from 1.
+    """
+
+    logprobs: list[float] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
+    top_ids: list[list[int]] = field(default_factory=list)
+    top_logprobs: list[list[float]] = field(default_factory=list)
+
+    def extend(self, other: Logprobs) -> None:
+        """Append the columns of a later run."""
+        self.logprobs += other.logprobs
+        self.ranks += other.ranks
+        self.top_ids += other.top_ids
+        self.top_logprobs += other.top_logprobs
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOutput:
+    """What one step (or several, merged by a slow reader) adds to a request."""
+
+    request_id: str
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: Logprobs | None = None  # of token_ids
+    prompt_logprobs: Logprobs | None = None  # of prompt tokens first_logit_position + 1 ..., with the last output
+    num_cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the stop token id or stop string
+    error: str | None = None  # with FinishReason.ERROR
+
+
+class Request:
+    """One sequence on its way through the scheduler.
+
+    There is no prefill or decode phase: `num_computed_tokens` catches up with `num_tokens`, and a token is sampled
+    each time it has.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        choice: int = 0,
+        arrival: float | None = None,
+    ) -> None:
+        self.id = request_id
+        self.params = params
+        self.choice = choice
+        self.seed = secrets.randbits(64) if params.seed is None else params.seed
+        self.num_prompt_tokens = len(prompt_ids)
+        self.token_ids = list(prompt_ids)  # prompt and generated
+        self.status = RequestStatus.WAITING
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0  # of the prompt, at first admission
+        self.block_table: list[int] = []
+        self.block_hashes: list[bytes] = []  # of the full blocks, in order
+        self.prompt_logprobs = Logprobs()
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self.arrival = time.monotonic() if arrival is None else arrival
+        self.first_token_time: float | None = None
+        self.last_token_time: float | None = None
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_tokens_to_compute(self) -> int:
+        """Tokens the model must see; the last token of a scored prompt predicts nothing that is asked."""
+        return len(self.token_ids) - (self.params.max_tokens == 0)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether the next token to compute is the newest generated one."""
+        return self.num_output_tokens > 0 and self.num_computed_tokens == len(self.token_ids) - 1
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """Prefix hits end here: the position whose logits are needed first must be computed."""
+        last = len(self.token_ids) - 1
+        if self.params.prompt_logprobs is None or self.num_output_tokens:
+            return last
+        return min(last, self.params.first_logit_position)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedRequest:
+    """What the metrics want to know of a request that has ended; times in seconds."""
+
+    reason: FinishReason
+    num_prompt_tokens: int
+    num_generation_tokens: int
+    e2e: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """State after a step, and what happened in it."""
+
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float  # 0 to 1
+    prefix_cache_queries: int = 0  # tokens
+    prefix_cache_hits: int = 0  # tokens
+    prompt_tokens: int = 0  # computed or taken from the cache
+    generation_tokens: int = 0
+    scored_tokens: int = 0
+    preemptions: int = 0
+    time_to_first_token: list[float] = field(default_factory=list)
+    inter_token_latency: list[float] = field(default_factory=list)
+    finished: list[FinishedRequest] = field(default_factory=list)
