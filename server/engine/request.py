@@ -110,7 +110,6 @@ class Request:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.arrival = time.monotonic() if arrival is None else arrival
-        self.first_token_time: float | None = None
         self.last_token_time: float | None = None
 
     @property
@@ -124,7 +123,7 @@ class Request:
     @property
     def num_tokens_to_compute(self) -> int:
         """Tokens the model must see; the last token of a scored prompt predicts nothing that is asked."""
-        return len(self.token_ids) - (self.params.max_tokens == 0)
+        return max(1, len(self.token_ids) - (self.params.max_tokens == 0))
 
     @property
     def is_decode(self) -> bool:
@@ -150,13 +149,13 @@ class FinishedRequest:
     e2e: float
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class EngineStats:
-    """State after a step, and what happened in it."""
+    """State now, and what happened since the last report; times in seconds."""
 
-    num_running: int
-    num_waiting: int
-    kv_cache_usage: float  # 0 to 1
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0  # 0 to 1
     prefix_cache_queries: int = 0  # tokens
     prefix_cache_hits: int = 0  # tokens
     prompt_tokens: int = 0  # computed or taken from the cache

@@ -1,0 +1,58 @@
+"""Incremental text of one sequence: whole characters only, and never a part of a stop string."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+from server.engine.tokenizer import Tokenizer
+
+
+class Detokenizer:
+    """Feed it token ids, take the text that is certain.
+
+    Bytes of an unfinished character are held back, and so is the longest end of the text that could begin a stop
+    string. When a stop string is complete, `stopped` names it and the text ends before it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], min_tokens: int = 0) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._unstoppable = min_tokens  # tokens during which stop strings do not count
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+        self.stopped: str | None = None
+
+    def append(self, token_id: int) -> str:
+        """The text that this token makes certain. Special tokens are silent."""
+        raw = b"" if token_id in self._tokenizer.special_ids else self._tokenizer.token_bytes(token_id)
+        self._unstoppable -= 1
+        return self._release(self._decoder.decode(raw))
+
+    def finish(self) -> str:
+        """The text that was held back; an unfinished character becomes U+FFFD. Nothing after a stop string."""
+        if self.stopped is not None:
+            return ""
+        text = self._release(self._decoder.decode(b"", True)) + self._held
+        self._held = ""
+        return text
+
+    def _release(self, new: str) -> str:
+        stops = self._stop if self._unstoppable < 0 else ()
+        self._held += new
+        found = [(at, stop) for stop in stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            at, self.stopped = min(found)
+            text, self._held = self._held[:at], ""
+            return text
+        cut = len(self._held) - max((_overlap(self._held, stop) for stop in stops), default=0)
+        text, self._held = self._held[:cut], self._held[cut:]
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[-length:]):
+            return length
+    return 0

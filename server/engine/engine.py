@@ -1,0 +1,294 @@
+"""The engine: requests in, one step at a time, outputs out. Synchronous; it knows nothing of HTTP or asyncio."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from lpa_model.cache import LatentCache, bytes_per_token
+from lpa_model.checkpoint import load_model, load_tokenizer, resolve_dtype
+from lpa_model.config import CacheLayout, LPAConfig
+from server.engine.block_manager import BlockManager
+from server.engine.detokenizer import Detokenizer
+from server.engine.model_runner import ModelRunner, StepResult
+from server.engine.request import EngineStats, FinishedRequest, FinishReason, Logprobs, Request, RequestOutput, RequestStatus
+from server.engine.scheduler import ScheduledBatch, Scheduler
+from server.engine.tokenizer import Tokenizer
+from server.errors import ContextLength, InvalidRequest
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CACHE_SHARE = 0.1  # of the memory that is free at start-up
+DEFAULT_CACHE_LIMIT = 2 << 30  # bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What `lpa serve`'s flags say about the engine; None means the default described there."""
+
+    dtype: str = "auto"
+    device: str = "cpu"
+    threads: int | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    step_budget_ms: float = 50.0
+    block_size: int = 64
+    kv_cache_layout: str = "auto"
+    kv_cache_memory: int | None = None
+    enable_prefix_caching: bool = True
+    max_queue: int = 1024
+
+
+
+class StepFailed(Exception):
+    """A step raised; `outputs` end the requests that were in it, and their blocks are free."""
+
+    def __init__(self, outputs: list[RequestOutput]) -> None:
+        super().__init__(f"a step with {len(outputs)} requests failed")
+        self.outputs = outputs
+
+
+class Engine:
+    """Continuous batching over one model: `add_request`, `abort`, `step` while `has_work`."""
+
+    def __init__(self, runner: ModelRunner, scheduler: Scheduler, tokenizer: Tokenizer) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.tokenizer = tokenizer
+        self._requests: dict[str, tuple[Request, Detokenizer]] = {}
+        self._report = EngineStats()
+
+    @property
+    def model_config(self) -> LPAConfig:
+        return self.runner.model.config
+
+    @property
+    def max_model_len(self) -> int:
+        return self.scheduler.max_model_len
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is running or waiting."""
+        return bool(self._requests)
+
+    def validate(self, request: Request) -> None:
+        """Refuse at the door what cannot be honoured.
+
+        Raises:
+            InvalidRequest: empty prompt or a token id outside the vocabulary.
+            ContextLength: prompt and max_tokens are longer than the context.
+        """
+        if not request.token_ids:
+            raise InvalidRequest("prompt: is empty; it must have at least one token", param="prompt")
+        vocab = self.model_config.vocab_size
+        if wrong := [t for t in request.token_ids if not 0 <= t < vocab]:
+            raise InvalidRequest(f"prompt: token id {wrong[0]} is outside the vocabulary of {vocab}", param="prompt")
+        total = request.num_prompt_tokens + request.params.max_tokens
+        if total > self.max_model_len:
+            raise ContextLength(
+                f"prompt: {request.num_prompt_tokens} tokens and max_tokens {request.params.max_tokens} are {total} "
+                f"together; the context is {self.max_model_len} tokens",
+                param="prompt" if request.num_prompt_tokens > self.max_model_len else "max_tokens",
+            )
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request that `validate` has accepted."""
+        detokenizer = Detokenizer(self.tokenizer, request.params.stop, request.params.min_tokens)
+        self._requests[request.id] = (request, detokenizer)
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """End a request now and free its blocks; an unknown or finished id is ignored."""
+        if entry := self._requests.get(request_id):
+            self.scheduler.finish(entry[0], FinishReason.ABORT)
+            self._close(entry[0])
+
+    def abort_all(self) -> list[RequestOutput]:
+        """End every request; the outputs say so."""
+        ids = list(self._requests)
+        for request_id in ids:
+            self.abort(request_id)
+        return [RequestOutput(request_id=i, finish_reason=FinishReason.ABORT) for i in ids]
+
+    def step(self) -> list[RequestOutput]:
+        """Schedule, run, advance.
+
+        Raises:
+            StepFailed: the forward pass raised; requests outside this step are as they were.
+        """
+        started = time.monotonic()
+        batch = self.scheduler.schedule()
+        try:
+            result = self.runner.run(batch)
+        except Exception as error:
+            logger.exception("a step failed")
+            raise StepFailed([self._fail(item.request, error) for item in batch.items]) from error
+        self.scheduler.observe_step(batch, (time.monotonic() - started) * 1e3)
+        self._count(batch, result)
+        advanced = [self._advance(request, token, result) for request, token in self.scheduler.update(batch, result.tokens)]
+        return [output for output in advanced if output is not None]
+
+    def _advance(self, request: Request, token: int | None, result: StepResult) -> RequestOutput | None:
+        """What a step that ran means for one of its requests; None if its prompt is not through yet."""
+        request.prompt_logprobs.extend(result.prompt_logprobs.get(request.id, Logprobs()))
+        _, detokenizer = self._requests[request.id]
+        text = ""
+        if token is not None:
+            self._observe_token(request)
+            silent = request.finish_reason is FinishReason.STOP  # end of text or a stop token
+            text = "" if silent else detokenizer.append(token)
+            if detokenizer.stopped is not None:
+                self.scheduler.finish(request, FinishReason.STOP)
+                request.finish_reason, request.stop_reason = FinishReason.STOP, detokenizer.stopped
+        finished = request.status is RequestStatus.FINISHED
+        if finished:
+            text += detokenizer.finish()
+            self._close(request)
+        elif token is None:
+            return None
+        scored = finished and request.params.prompt_logprobs is not None
+        return RequestOutput(
+            request_id=request.id,
+            text=text,
+            token_ids=[] if token is None else [token],
+            logprobs=result.logprobs.get(request.id),
+            prompt_logprobs=request.prompt_logprobs if scored else None,
+            num_cached_tokens=request.num_cached_tokens,
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+        )
+
+    def _fail(self, request: Request, error: Exception) -> RequestOutput:
+        self.scheduler.finish(request, FinishReason.ERROR)
+        self._close(request)
+        message = f"{type(error).__name__}: {error}"
+        return RequestOutput(request_id=request.id, finish_reason=FinishReason.ERROR, error=message)
+
+    def _close(self, request: Request) -> None:
+        del self._requests[request.id]
+        assert request.finish_reason is not None
+        self._report.finished.append(
+            FinishedRequest(
+                reason=request.finish_reason,
+                num_prompt_tokens=request.num_prompt_tokens,
+                num_generation_tokens=request.num_output_tokens,
+                e2e=time.monotonic() - request.arrival,
+            )
+        )
+
+    def _observe_token(self, request: Request) -> None:
+        now = time.monotonic()
+        if request.last_token_time is None:
+            self._report.time_to_first_token.append(now - request.arrival)
+        else:
+            self._report.inter_token_latency.append(now - request.last_token_time)
+        request.last_token_time = now
+
+    def _count(self, batch: ScheduledBatch, result: StepResult) -> None:
+        report = self._report
+        report.prefix_cache_queries += batch.prefix_queries
+        report.prefix_cache_hits += batch.prefix_hits
+        report.prompt_tokens += batch.num_prompt_tokens + batch.prefix_hits
+        report.generation_tokens += len(result.tokens)
+        report.scored_tokens += sum(len(scored.logprobs) for scored in result.prompt_logprobs.values())
+        report.preemptions += batch.preempted
+
+    def take_stats(self) -> EngineStats:
+        """The state now, and what happened since this was last called."""
+        report, self._report = self._report, EngineStats()
+        report.num_running = len(self.scheduler.running)
+        report.num_waiting = len(self.scheduler.waiting)
+        report.kv_cache_usage = self.scheduler.blocks.usage
+        return report
+
+
+def build_engine(model_dir: Path, options: EngineOptions) -> Engine:
+    """Load a model folder and give it a cache.
+
+    Raises:
+        CheckpointError: the folder cannot be used; the message names the file or tensor.
+        ValueError: an option does not fit the model or the machine; the message names it.
+    """
+    device, dtype = torch.device(options.device), resolve_dtype(options.dtype)
+    torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+    model = load_model(model_dir, dtype, device)
+    config = model.config
+    tokenizer = Tokenizer(load_tokenizer(model_dir), config)
+    layout = _cache_layout(config, options.kv_cache_layout)
+    block_bytes = bytes_per_token(config, layout, dtype) * options.block_size
+    memory = options.kv_cache_memory or min(DEFAULT_CACHE_LIMIT, int(_free_memory(device) * DEFAULT_CACHE_SHARE))
+    num_blocks = memory // block_bytes
+    if num_blocks < 1:
+        raise ValueError(f"kv_cache_memory: {memory} bytes do not hold one block of {block_bytes} bytes")
+    max_model_len = _max_model_len(config, options.max_model_len, num_blocks * options.block_size)
+    # more blocks than every running sequence can fill would only ever hold old prefixes
+    cache = LatentCache(config, layout, num_blocks, options.block_size, dtype, device)
+    logger.info(
+        "kv cache: layout %s, %d bytes per token, %d blocks of %d tokens = %d tokens (%.0f MiB); weights %s on %s",
+        layout,
+        bytes_per_token(config, layout, dtype),
+        num_blocks,
+        options.block_size,
+        num_blocks * options.block_size,
+        num_blocks * block_bytes / 2**20,
+        str(dtype).removeprefix("torch."),
+        device,
+    )
+    scheduler = Scheduler(
+        BlockManager(num_blocks, options.block_size, options.enable_prefix_caching),
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        step_budget_ms=options.step_budget_ms,
+        eos_token_id=config.eos_token_id,
+        max_model_len=max_model_len,
+    )
+    return Engine(ModelRunner(model, cache, device, config.eos_token_id), scheduler, tokenizer)
+
+
+def _cache_layout(config: LPAConfig, name: str) -> CacheLayout:
+    if name == "auto":
+        return config.default_cache_layout()
+    for layout in get_args(CacheLayout):
+        if layout == name:
+            if layout != "full" and config.default_cache_layout() == "full":
+                raise ValueError(f"kv_cache_layout: {name} needs low-rank values, and this model's are dense")
+            return layout  # type: ignore[no-any-return]
+    raise ValueError(f"kv_cache_layout: {name!r} is none of auto, {', '.join(get_args(CacheLayout))}")
+
+
+def _max_model_len(config: LPAConfig, asked: int | None, cache_tokens: int) -> int:
+    limit = config.max_position_embeddings
+    if asked is None:
+        if cache_tokens < limit:
+            logger.warning("the cache holds %d tokens: the context is cut from %d to that", cache_tokens, limit)
+        return min(limit, cache_tokens)
+    if asked > limit:
+        raise ValueError(f"max_model_len: {asked} is more than the model's {limit} positions")
+    if asked > cache_tokens:
+        raise ValueError(f"max_model_len: {asked} is more than the {cache_tokens} tokens that the cache holds")
+    return asked
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated now, within the container's limit where there is one."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    except OSError:
+        free = 4 << 30
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        limit = Path("/sys/fs/cgroup") / name
+        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+            free = min(free, int(text))
+    return free
