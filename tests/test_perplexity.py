@@ -7,7 +7,6 @@ import random
 
 import pytest
 import torch
-from conftest import VOCAB_SIZE, random_model, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from lpa_model import perplexity as module
 from lpa_model.config import Architecture
 from lpa_model.model import LPAForCausalLM
 from lpa_model.perplexity import Window, bits_per_byte, perplexity, score, windows
+from tests.conftest import VOCAB_SIZE, random_model, tiny_config
 
 
 @st.composite

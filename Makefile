@@ -1,0 +1,40 @@
+# make serve     virtual environment, install, start the server on the embedded model
+# make test      the same environment plus test tools; lint, types, tests
+#
+# Settings of the server are LPA_* variables here as anywhere: `LPA_PORT=9000 make serve`.
+#
+# On Linux x86-64 PyPI's torch brings CUDA along (gigabytes). Where there is no GPU to use, take the CPU build:
+#     TORCH_INDEX=https://download.pytorch.org/whl/cpu make serve
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH_INDEX ?=
+PIP = .venv/bin/python -m pip --disable-pip-version-check
+
+.PHONY: install serve test clean
+
+install: .venv/installed
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# torch by itself first: from the extra index if there is one, where a version like 2.13.0+cpu outranks PyPI's 2.13.0.
+.venv/installed: .venv/bin/python pyproject.toml
+	$(PIP) install "torch==2.13.0" $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	$(PIP) install -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(PIP) install -e ".[dev]"
+	touch $@
+
+serve: install
+	.venv/bin/lpa serve
+
+test: .venv/installed-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/pytest
+
+clean:
+	rm -rf .venv build dist *.egg-info
