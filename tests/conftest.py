@@ -75,6 +75,12 @@ def write_checkpoint(folder: Path, config: LPAConfig, seed: int = 0, dtype: torc
 
 
 @pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """Asynchronous tests run on asyncio."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return byte_tokenizer()
 

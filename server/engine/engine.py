@@ -216,7 +216,8 @@ def build_engine(model_dir: Path, options: EngineOptions) -> Engine:
         CheckpointError: the folder cannot be used; the message names the file or tensor.
         ValueError: an option does not fit the model or the machine; the message names it.
     """
-    device, dtype = torch.device(options.device), resolve_dtype(options.dtype)
+    device = torch.device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     model = load_model(model_dir, dtype, device)
     config = model.config

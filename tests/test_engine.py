@@ -1,0 +1,291 @@
+"""The engine against the model's plain forward: whatever the batching, chunking, layout, prefix hits or preemption."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lpa_model.config import Architecture
+from lpa_model.model import LPAForCausalLM
+from server.engine.engine import Engine, EngineOptions, StepFailed, build_engine
+from server.engine.request import FinishReason, Request, RequestOutput, SamplingParams
+from server.errors import ContextLength, InvalidRequest
+from tests.conftest import END_OF_TEXT_ID, random_model, tiny_config, write_checkpoint
+
+
+def make_engine(folder: Path, **options: Any) -> Engine:
+    defaults: dict[str, Any] = {"dtype": "float32", "threads": 1, "block_size": 8, "kv_cache_memory": 1 << 20}
+    return build_engine(folder, EngineOptions(**{**defaults, **options}))
+
+
+def run(engine: Engine, requests: list[Request], max_steps: int = 2000) -> dict[str, list[RequestOutput]]:
+    """Add all requests and step until none is left."""
+    for request in requests:
+        engine.add_request(request)
+    return drain(engine, max_steps)
+
+
+def drain(engine: Engine, max_steps: int = 2000) -> dict[str, list[RequestOutput]]:
+    outputs: dict[str, list[RequestOutput]] = defaultdict(list)
+    for _ in range(max_steps):
+        if not engine.has_work:
+            break
+        for output in engine.step():
+            outputs[output.request_id].append(output)
+    assert not engine.has_work
+    blocks = engine.scheduler.blocks
+    assert blocks.num_held == 0
+    assert blocks.num_free + blocks.num_cached == blocks.num_blocks
+    return outputs
+
+
+def ids_of(outputs: list[RequestOutput]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    return [random.Random(seed).randrange(1, 300) for _ in range(length)]
+
+
+def greedy(max_tokens: int, **keys: Any) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **keys)
+
+
+def naive_greedy(model: LPAForCausalLM, ids: list[int], count: int) -> list[int]:
+    """The oracle: one plain forward over everything for each token."""
+    ids = list(ids)
+    start = len(ids)
+    for _ in range(count):
+        ids.append(int(model.logits(model(torch.tensor([ids]))[0, -1:]).argmax()))
+    return ids[start:]
+
+
+def naive_logprobs(model: LPAForCausalLM, ids: list[int]) -> list[float]:
+    """log p(token i | tokens before it) for i = 1 ..."""
+    logits = model.logits(model(torch.tensor([ids]))[0])
+    return [float(logits[i].double().log_softmax(-1)[ids[i + 1]]) for i in range(len(ids) - 1)]
+
+
+@pytest.mark.parametrize("layout", ["latent", "mixed", "full"])
+def test_greedy_equals_naive_under_chunked_mixed_batches(
+    tiny_checkpoint: Path, architecture: Architecture, layout: str
+) -> None:
+    engine = make_engine(tiny_checkpoint, kv_cache_layout=layout, max_num_batched_tokens=11)
+    lengths = [(1, 20), (7, 5), (8, 9), (30, 12), (61, 3), (17, 1)]
+    requests = [Request(f"r{i}", prompt(i, n), greedy(m)) for i, (n, m) in enumerate(lengths)]
+    outputs = run(engine, requests)
+    model = random_model(tiny_config(architecture))
+    for i, (n, m) in enumerate(lengths):
+        assert ids_of(outputs[f"r{i}"]) == naive_greedy(model, prompt(i, n), m)
+        assert outputs[f"r{i}"][-1].finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("layout", ["latent", "mixed", "full"])
+def test_prompt_and_output_logprobs_equal_naive(tiny_checkpoint: Path, architecture: Architecture, layout: str) -> None:
+    engine = make_engine(tiny_checkpoint, kv_cache_layout=layout, max_num_batched_tokens=13)
+    requests = [
+        Request("score", prompt(1, 50), greedy(0, prompt_logprobs=0)),
+        Request("both", prompt(2, 20), greedy(6, prompt_logprobs=3, logprobs=3)),
+        Request("late", prompt(1, 50), greedy(0, prompt_logprobs=0, first_logit_position=30)),
+    ]
+    outputs = run(engine, requests)
+    model = random_model(tiny_config(architecture))
+    whole = naive_logprobs(model, prompt(1, 50))
+    assert outputs["score"][-1].prompt_logprobs.logprobs == pytest.approx(whole, abs=1e-4)
+    assert outputs["late"][-1].prompt_logprobs.logprobs == pytest.approx(whole[30:], abs=1e-4)
+    both = prompt(2, 20) + ids_of(outputs["both"])
+    expected = naive_logprobs(model, both)
+    assert outputs["both"][-1].prompt_logprobs.logprobs == pytest.approx(expected[:19], abs=1e-4)
+    generated = [output.logprobs for output in outputs["both"]]
+    assert [lp.logprobs[0] for lp in generated] == pytest.approx(expected[19:], abs=1e-4)
+    for columns in generated:
+        assert columns.ranks == [1]
+        assert columns.top_logprobs[0][0] == columns.logprobs[0]
+        assert len(columns.top_ids[0]) == 3
+
+
+def test_prefix_hits_change_nothing(tiny_checkpoint: Path, architecture: Architecture) -> None:
+    engine = make_engine(tiny_checkpoint)
+    shared = prompt(5, 40)
+    first = run(engine, [Request("cold", shared + prompt(6, 5), greedy(8))])["cold"]
+    again = run(
+        engine,
+        [Request("same", shared + prompt(6, 5), greedy(8)), Request("other", shared + prompt(7, 9), greedy(8))],
+    )
+    assert first[-1].num_cached_tokens == 0
+    assert again["same"][-1].num_cached_tokens == 40
+    assert ids_of(again["same"]) == ids_of(first)
+    model = random_model(tiny_config(architecture))
+    assert ids_of(again["other"]) == naive_greedy(model, shared + prompt(7, 9), 8)
+    scored = run(engine, [Request("score", shared, greedy(0, prompt_logprobs=0, first_logit_position=30))])["score"]
+    assert scored[-1].num_cached_tokens == 24  # whole blocks of 8 before position 30
+    assert scored[-1].prompt_logprobs.logprobs == pytest.approx(naive_logprobs(model, shared)[30:], abs=1e-4)
+    stats = engine.take_stats()
+    assert stats.prefix_cache_hits == 40 + 40 + 24
+
+
+def test_requests_with_a_shared_prefix_decode_together(tiny_checkpoint: Path, architecture: Architecture) -> None:
+    engine = make_engine(tiny_checkpoint)
+    shared = prompt(5, 40)
+    run(engine, [Request("warm", shared, greedy(1))])
+    outputs = run(engine, [Request(f"r{i}", shared + prompt(i, 3 + i), greedy(12)) for i in range(6)])
+    model = random_model(tiny_config(architecture))
+    for i in range(6):
+        assert ids_of(outputs[f"r{i}"]) == naive_greedy(model, shared + prompt(i, 3 + i), 12)
+
+
+def test_preemption_recomputes_to_the_same_tokens(tiny_checkpoint: Path, architecture: Architecture) -> None:
+    bytes_per_token = 2 * 2 * 32 * 4  # full keys and values of two layers in float32
+    engine = make_engine(tiny_checkpoint, kv_cache_layout="full", kv_cache_memory=16 * 8 * bytes_per_token)
+    assert engine.scheduler.blocks.num_blocks == 16  # six requests of 44 tokens want 36
+    requests = [Request(f"r{i}", prompt(i, 14), greedy(30, prompt_logprobs=0)) for i in range(6)]
+    outputs = run(engine, requests)
+    assert engine.take_stats().preemptions > 0
+    model = random_model(tiny_config(architecture))
+    for i in range(6):
+        assert ids_of(outputs[f"r{i}"]) == naive_greedy(model, prompt(i, 14), 30)
+        assert len(outputs[f"r{i}"][-1].prompt_logprobs.logprobs) == 13
+
+
+def test_poisoned_free_blocks_reach_no_result(tiny_checkpoint: Path, architecture: Architecture) -> None:
+    engine = make_engine(tiny_checkpoint, enable_prefix_caching=False)
+    for pool in (*engine.runner.cache.keys, *engine.runner.cache.values):
+        pool.fill_(math.nan)
+    outputs = run(engine, [Request(f"r{i}", prompt(i, 9 + i), greedy(10)) for i in range(3)])
+    model = random_model(tiny_config(architecture))
+    for i in range(3):
+        assert ids_of(outputs[f"r{i}"]) == naive_greedy(model, prompt(i, 9 + i), 10)
+
+
+def test_seeded_sampling_does_not_depend_on_company(tiny_checkpoint: Path) -> None:
+    def sampled(name: str) -> Request:
+        params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, seed=7, max_tokens=20, ignore_eos=True)
+        return Request(name, prompt(3, 10), params, choice=1)
+
+    alone = run(make_engine(tiny_checkpoint), [sampled("x")])["x"]
+    engine = make_engine(tiny_checkpoint, max_num_batched_tokens=9)
+    company = [Request(f"r{i}", prompt(i, 20), SamplingParams(max_tokens=15, ignore_eos=True)) for i in range(5)]
+    together = run(engine, [*company, sampled("x")])["x"]
+    assert ids_of(together) == ids_of(alone)
+
+
+def test_abort_frees_blocks_at_once(tiny_checkpoint: Path) -> None:
+    engine = make_engine(tiny_checkpoint, enable_prefix_caching=False)
+    for i in range(3):
+        engine.add_request(Request(f"r{i}", prompt(i, 20), greedy(50)))
+    for _ in range(4):
+        engine.step()
+    held = engine.scheduler.blocks.num_held
+    engine.abort("r1")
+    assert engine.scheduler.blocks.num_held < held
+    outputs = drain(engine)
+    assert set(outputs) == {"r0", "r2"}
+    engine.abort("r1")  # again: nothing happens
+    reasons = [finished.reason for finished in engine.take_stats().finished]
+    assert sorted(reasons) == [FinishReason.ABORT, FinishReason.LENGTH, FinishReason.LENGTH]
+
+
+def test_abort_of_a_waiting_request(tiny_checkpoint: Path) -> None:
+    engine = make_engine(tiny_checkpoint, max_num_seqs=1)
+    engine.add_request(Request("a", prompt(1, 5), greedy(5)))
+    engine.add_request(Request("b", prompt(2, 5), greedy(5)))
+    engine.step()
+    engine.abort("b")
+    assert set(drain(engine)) == {"a"}
+
+
+def test_a_failing_step_fails_its_own_requests_only(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(tiny_checkpoint, max_num_seqs=1)
+    engine.add_request(Request("a", prompt(1, 5), greedy(5)))
+    engine.add_request(Request("b", prompt(2, 5), greedy(5)))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "run", lambda batch: torch.zeros(2) @ torch.zeros(3))
+        with pytest.raises(StepFailed) as failed:
+            engine.step()
+    (output,) = failed.value.outputs
+    assert (output.request_id, output.finish_reason) == ("a", FinishReason.ERROR)
+    assert "size" in output.error
+    assert len(ids_of(drain(engine)["b"])) == 5
+
+
+def test_end_of_text_stop_tokens_and_min_tokens(tmp_path: Path) -> None:
+    """A model whose head strongly prefers the end of the text."""
+    folder = write_checkpoint(tmp_path / "m", tiny_config("setting2", lm_head_bias=True))
+    engine = make_engine(folder)
+    engine.runner.model.lm_head.bias[END_OF_TEXT_ID] += 1000.0
+    engine.runner.model.lm_head.bias[65] += 500.0
+
+    def ask(**keys: Any) -> tuple[list[int], RequestOutput]:
+        outputs = run(engine, [Request("x", prompt(1, 4), SamplingParams(temperature=0, max_tokens=6, **keys))])["x"]
+        return ids_of(outputs), outputs[-1]
+
+    ids, last = ask()
+    assert (ids, last.finish_reason, last.stop_reason, last.text) == ([END_OF_TEXT_ID], FinishReason.STOP, None, "")
+    ids, last = ask(min_tokens=3)
+    assert (ids, last.finish_reason) == ([65, 65, 65, END_OF_TEXT_ID], FinishReason.STOP)
+    ids, last = ask(ignore_eos=True)
+    assert (ids, last.finish_reason) == ([END_OF_TEXT_ID] * 6, FinishReason.LENGTH)
+    ids, last = ask(ignore_eos=True, min_tokens=2, stop_token_ids=(65,))
+    assert ids[2:] == [END_OF_TEXT_ID] * 4
+    engine.runner.model.lm_head.bias[END_OF_TEXT_ID] -= 1000.0
+    ids, last = ask(stop_token_ids=(65,))
+    assert (ids, last.finish_reason, last.stop_reason) == ([65], FinishReason.STOP, 65)
+
+
+def test_stop_string_ends_the_request(tiny_checkpoint: Path) -> None:
+    engine = make_engine(tiny_checkpoint)
+    free = run(engine, [Request("free", prompt(3, 6), greedy(30))])["free"]
+    text = "".join(output.text for output in free)
+    stop = text[10:14]
+    stopped = run(engine, [Request("x", prompt(3, 6), greedy(30, stop=(stop, "never seen")))])["x"]
+    assert "".join(output.text for output in stopped) == text[: text.index(stop)]
+    assert (stopped[-1].finish_reason, stopped[-1].stop_reason) == (FinishReason.STOP, stop)
+
+
+def test_one_token_prompt_can_be_scored(tiny_checkpoint: Path) -> None:
+    output = run(make_engine(tiny_checkpoint), [Request("x", [5], greedy(0, prompt_logprobs=0))])["x"][-1]
+    assert output.prompt_logprobs.logprobs == []
+    assert output.finish_reason is FinishReason.LENGTH
+
+
+def test_what_cannot_be_served_is_refused(tiny_checkpoint: Path) -> None:
+    engine = make_engine(tiny_checkpoint)
+    with pytest.raises(InvalidRequest, match="empty"):
+        engine.validate(Request("x", [], greedy(1)))
+    with pytest.raises(InvalidRequest, match="300 is outside the vocabulary of 300"):
+        engine.validate(Request("x", [1, 300], greedy(1)))
+    with pytest.raises(ContextLength, match="128") as caught:
+        engine.validate(Request("x", prompt(1, 100), greedy(29)))
+    assert caught.value.param == "max_tokens"
+    engine.validate(Request("x", prompt(1, 100), greedy(28)))
+
+
+def test_the_whole_context_can_be_used(tiny_checkpoint: Path, architecture: Architecture) -> None:
+    outputs = run(make_engine(tiny_checkpoint), [Request("x", prompt(1, 100), greedy(28))])["x"]
+    assert ids_of(outputs) == naive_greedy(random_model(tiny_config(architecture)), prompt(1, 100), 28)
+
+
+def test_options_that_do_not_fit_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_model_len: 129 is more than the model's 128"):
+        make_engine(tiny_checkpoint, max_model_len=129)
+    with pytest.raises(ValueError, match="kv_cache_memory: 10 bytes"):
+        make_engine(tiny_checkpoint, kv_cache_memory=10)
+    dense = write_checkpoint(tmp_path / "dense", tiny_config(attention_rank=None))
+    with pytest.raises(ValueError, match="kv_cache_layout: latent needs low-rank"):
+        make_engine(dense, kv_cache_layout="latent")
+    assert make_engine(dense).runner.cache.layout == "full"
+    small = make_engine(tiny_checkpoint, kv_cache_memory=20000, kv_cache_layout="full")
+    assert small.max_model_len == small.scheduler.blocks.num_blocks * 8 < 128
+
+
+def test_auto_layout_is_latent_for_learned_and_mixed_for_rotary_positions(
+    tiny_checkpoint: Path, architecture: Architecture
+) -> None:
+    layout = make_engine(tiny_checkpoint).runner.cache.layout
+    assert layout == ("latent" if architecture == "setting1" else "mixed")
