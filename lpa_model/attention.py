@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lpa_model.cache import LatentCache
-from lpa_model.config import LPAConfig, Projection
+from lpa_model.config import PROJECTIONS, LPAConfig, Projection
 from lpa_model.layers import LowRankLinear, RotaryEmbedding, projection
 
 
@@ -44,7 +44,7 @@ class DecodePairs:
     blocks: slice | Tensor
     multiplicity: int
     beyond: Tensor  # [n·m, 1, block_size] bool: keys of the block that the query must not see
-    positions: Tensor  # [n, block_size] int64: absolute positions of the keys in each block
+    positions: Tensor  # [n, block_size] int64: absolute positions of the keys in each block that queries see
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,7 @@ class AttentionMetadata:
     groups: tuple[PrefillGroup, ...]
 
     @classmethod
-    def build(
-        cls, spans: Sequence[Span], block_size: int, device: torch.device, padding: int = 0
-    ) -> AttentionMetadata:
+    def build(cls, spans: Sequence[Span], block_size: int, device: torch.device, padding: int = 0) -> AttentionMetadata:
         """Lay out `spans` (decode spans first) as a flat batch followed by `padding` rows that nobody reads."""
         num_decode = sum(span.decode for span in spans)
         decodes, prompts = spans[:num_decode], spans[num_decode:]
@@ -137,7 +135,8 @@ def _decode_pairs(
         blocks=where,
         multiplicity=multiplicity,
         beyond=tensor(offsets >= count[:, None])[:, None],
-        positions=tensor(starts[:, None] + offsets),
+        # no query sees a key past the longest one; its position may lie beyond the model's last
+        positions=tensor(np.minimum(starts[:, None] + offsets, tokens.max() - 1)),
     )
 
 
@@ -163,9 +162,7 @@ def _prefill_groups(
         at = end
 
 
-def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, pairs: DecodePairs, scale: float
-) -> Tensor:
+def decode_attention(q: Tensor, keys: Tensor, values: Tensor, pairs: DecodePairs, scale: float) -> Tensor:
     """Attention of single queries over paged keys and values, without a copy of either.
 
     The queries are gathered to (request, block) pairs, one product over the blocks gives every pair its own
@@ -213,9 +210,7 @@ def _slots(x: Tensor, m: int) -> Tensor:
     return x.view(n, heads, m, rows // m, width).transpose(1, 2).reshape(n * m, -1, width)
 
 
-def decode_attention_reference(
-    q: Tensor, keys: Tensor, values: Tensor, pairs: DecodePairs, scale: float
-) -> Tensor:
+def decode_attention_reference(q: Tensor, keys: Tensor, values: Tensor, pairs: DecodePairs, scale: float) -> Tensor:
     """`decode_attention` one query at a time, for the tests: gather its keys, one softmax, float32 throughout."""
     outputs = []
     for request in range(q.shape[0]):
@@ -224,9 +219,9 @@ def decode_attention_reference(
         k, v = (
             pool[mine // pairs.multiplicity].transpose(0, 1).flatten(1, 2)[:, seen].float() for pool in (keys, values)
         )
-        rows = q[request].float().unflatten(0, (keys.shape[1], -1))  # [key heads, group, width]
+        rows = q[request].float().view(keys.shape[1], -1, q.shape[2])  # [key heads, group, width]
         weights = (rows @ k.transpose(1, 2) * scale).softmax(-1).flatten(0, 1)  # [H, tokens]
-        outputs.append((weights.unflatten(0, (values.shape[1], -1)) @ v).flatten(0, 1))
+        outputs.append((weights.view(values.shape[1], -1, weights.shape[1]) @ v).flatten(0, 1))
     return torch.stack(outputs).to(q.dtype)
 
 
@@ -241,18 +236,17 @@ class Attention(nn.Module):
         one = config.architecture == "setting1"
 
         def project(name: Projection) -> nn.Linear | LowRankLinear:
-            width_in, width_out = config.projection_sizes(name)
             output = name == "o"
+            bias = config.attention_bias and not output
             return projection(
-                width_in,
-                width_out,
+                *config.projection_sizes(name),
                 config.rank(name, layer),
                 bias_down=one and not output,
-                bias_up=output and one or config.attention_bias and not output,
-                bias_dense=one or config.attention_bias and not output,
+                bias_up=(one and output) or bias,
+                bias_dense=one or bias,
             )
 
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = map(project, ("q", "k", "v", "o"))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (project(name) for name in PROJECTIONS)
 
     def forward(
         self, x: Tensor, rotary: RotaryEmbedding | None, meta: AttentionMetadata | None, cache: LatentCache | None
@@ -291,19 +285,16 @@ class Attention(nn.Module):
         keys_latent, values_latent = cache.forms[self.layer]
         keys, values = cache.keys[self.layer][pairs.blocks], cache.values[self.layer][pairs.blocks]
         if keys_latent and rotary is None:
-            q = _per_kv_head(q, _up(self.k_proj).unflatten(0, (self.kv_heads, self.head_dim)))
+            q = _per_kv_head(q, self._by_head(self._up(self.k_proj).weight))
         elif keys_latent:  # rotary keys are rebuilt block by block: rotation stands between the query and B_k
-            rebuilt = self._split(self._expand(self.k_proj, keys[:, 0]))  # [n, block_size, H_kv, dh]
-            assert rotary is not None
-            keys = torch.stack([rotary(k, p) for k, p in zip(rebuilt, pairs.positions, strict=True)]).transpose(1, 2)
+            rebuilt = self._expand(self.k_proj, keys[:, 0])  # [n, block_size, H_kv·dh]
+            keys = self._keys(rebuilt, rotary, pairs.positions).transpose(1, 2)
         out = decode_attention(q, keys, values, pairs, self.scale)
         if values_latent:
-            up = self.v_proj
-            assert isinstance(up, LowRankLinear)
-            out = _per_kv_head(out, _up(up).unflatten(0, (self.kv_heads, self.head_dim)).transpose(1, 2))
-            if up.up.bias is not None:
-                bias = up.up.bias.unflatten(0, (self.kv_heads, 1, self.head_dim))
-                out = (out.unflatten(1, (self.kv_heads, -1)) + bias).flatten(1, 2)
+            up = self._up(self.v_proj)
+            out = _per_kv_head(out, self._by_head(up.weight).transpose(1, 2))
+            if up.bias is not None:  # attention weights sum to 1, so the values' bias comes through whole
+                out = out + self._split(up.bias).repeat_interleave(self.heads // self.kv_heads, 0)
         return out
 
     def _expanded(
@@ -316,7 +307,7 @@ class Attention(nn.Module):
         cache: LatentCache,
     ) -> Tensor:
         """Prompt rows [batch·length, ...] against their cached context and themselves -> [batch·length, H, dh]."""
-        q, k, v = (x.unflatten(0, (group.batch, group.length)) for x in (q, k, v))
+        q, k, v = (x.view(group.batch, group.length, *x.shape[1:]) for x in (q, k, v))
         if group.context:
             k = torch.cat((cache.gather(cache.keys[self.layer], group.blocks, group.context), k), dim=1)
             v = torch.cat((cache.gather(cache.values[self.layer], group.blocks, group.context), v), dim=1)
@@ -346,7 +337,21 @@ class Attention(nn.Module):
         return k if rotary is None else rotary(k, positions)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))
+        """[..., heads·dh] -> [..., heads, dh]."""
+        return x.reshape(*x.shape[:-1], -1, self.head_dim)
+
+    def _by_head(self, weight: Tensor) -> Tensor:
+        """B [H_kv·dh, r] -> [H_kv, dh, r]."""
+        return weight.view(self.kv_heads, self.head_dim, -1)
+
+    @staticmethod
+    def _up(layer: nn.Linear | LowRankLinear) -> nn.Linear:
+        assert isinstance(layer, LowRankLinear), "only a low-rank projection is cached as a latent"
+        return layer.up
+
+    def _expand(self, layer: nn.Linear | LowRankLinear, latent: Tensor) -> Tensor:
+        y: Tensor = self._up(layer)(latent)
+        return y
 
     @staticmethod
     def _latent(layer: nn.Linear | LowRankLinear, x: Tensor) -> Tensor:
@@ -355,21 +360,10 @@ class Attention(nn.Module):
         y: Tensor = layer.down(x).unsqueeze(1)
         return y
 
-    @staticmethod
-    def _expand(layer: nn.Linear | LowRankLinear, latent: Tensor) -> Tensor:
-        assert isinstance(layer, LowRankLinear)
-        y: Tensor = layer.up(latent)
-        return y
-
-
-def _up(layer: nn.Linear | LowRankLinear) -> Tensor:
-    assert isinstance(layer, LowRankLinear)
-    return layer.up.weight  # [H_kv·dh, r]
-
 
 def _per_kv_head(x: Tensor, weight: Tensor) -> Tensor:
     """x [rows, H, a], weight [H_kv, a, b] -> [rows, H, b]; consecutive query heads share a key-value head."""
-    rows, heads, _ = x.shape
+    rows, heads, width = x.shape
     kv_heads = weight.shape[0]
-    by_head = x.unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)  # [H_kv, rows·group, a]
-    return (by_head @ weight).unflatten(1, (rows, heads // kv_heads)).transpose(0, 1).flatten(1, 2)
+    by_head = x.reshape(rows, kv_heads, -1, width).transpose(0, 1).flatten(1, 2)  # [H_kv, rows·group, a]
+    return (by_head @ weight).view(kv_heads, rows, heads // kv_heads, -1).transpose(0, 1).flatten(1, 2)

@@ -53,7 +53,7 @@ def load_config(folder: Path) -> LPAConfig:
     try:
         return LPAConfig.load(folder / "config.json")
     except ValueError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -102,6 +102,8 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LPAFor
                     if name not in expected:
                         raise CheckpointError(f"{path}: unexpected tensor {name}")
                     tensor = file.get_tensor(name)
+                    if not tensor.is_floating_point():
+                        raise CheckpointError(f"{path}: {name} holds {tensor.dtype}, not floating-point numbers")
                     if tensor.shape != expected[name].shape:
                         raise CheckpointError(
                             f"{path}: {name} has shape {list(tensor.shape)}, the config asks for "
@@ -111,7 +113,9 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LPAFor
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: truncated or not a safetensors file: {error}") from error
     if missing := [name for name in expected if name not in found]:
-        raise CheckpointError(f"{folder}: missing tensor {missing[0]}" + f" and {len(missing) - 1} more" * (len(missing) > 1))
+        raise CheckpointError(
+            f"{folder}: missing tensor {missing[0]}" + f" and {len(missing) - 1} more" * (len(missing) > 1)
+        )
     model.load_state_dict(found, strict=False, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
@@ -120,10 +124,10 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LPAFor
     return model.eval().requires_grad_(False)
 
 
-def has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware (AVX512-BF16, AMX, or ARM's bf16 extension)."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 in hardware (on a CPU: AVX512-BF16, AMX, or ARM's bf16 extension)."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     try:
         words = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
@@ -131,8 +135,8 @@ def has_bfloat16() -> bool:
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
-def resolve_dtype(name: str) -> torch.dtype:
-    """`auto` (bfloat16 where the processor has it in hardware, else float32), `float32` or `bfloat16`."""
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` (bfloat16 where the device has it in hardware, else float32), `float32` or `bfloat16`."""
     if name == "auto":
-        return torch.bfloat16 if has_bfloat16() else torch.float32
+        return torch.bfloat16 if has_bfloat16(device) else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,7 +22,11 @@ RankSpec = Rank | Mapping[str, "Rank | list[Rank]"]
 """One rank for all projections, or {"q": ..., "k": ..., "v": ..., "o": ...} with a rank or one rank per layer."""
 
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
-ROPE_SCALING_TYPES = ("linear", "llama3")
+ROPE_SCALING = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""Kinds of `rope_scaling` with the numbers that each needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +71,7 @@ class LPAConfig:
             "num_attention_heads",
             "max_position_embeddings",
         ):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is not a positive integer")
+            _check_positive(name, getattr(self, name))
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
@@ -79,6 +83,19 @@ class LPAConfig:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.norm_eps is None:
             object.__setattr__(self, "norm_eps", 1e-5 if self.architecture == "setting1" else 1e-6)
+        _check_positive("head_dim", self.head_dim)
+        _check_positive("num_key_value_heads", self.num_key_value_heads)
+        for name in ("rope_theta", "norm_eps"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+                raise ValueError(f"{name}: {value!r} is not a positive number")
+        for name in ("attention_bias", "lm_head_bias", "tie_word_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: {getattr(self, name)!r} is neither true nor false")
+        for name in ("bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or not 0 <= value < self.vocab_size):
+                raise ValueError(f"{name}: {value!r} is neither null nor a token id below {self.vocab_size}")
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"num_key_value_heads: {self.kv_heads} does not divide num_attention_heads {self.num_attention_heads}"
@@ -91,15 +108,15 @@ class LPAConfig:
             if self.rope_scaling is not None:
                 raise ValueError("rope_scaling: setting 1 has learned positions, not rotary ones")
         if self.rope_scaling is not None:
-            kind = self.rope_scaling.get("rope_type", self.rope_scaling.get("type"))
-            if kind not in ROPE_SCALING_TYPES:
-                raise ValueError(f"rope_scaling: type {kind!r} is not supported ({', '.join(ROPE_SCALING_TYPES)} are)")
+            _check_rope_scaling(self.rope_scaling)
         if isinstance(self.attention_rank, Mapping) and set(self.attention_rank) != set(PROJECTIONS):
             raise ValueError(f"attention_rank: keys {sorted(self.attention_rank)} are not exactly q, k, v, o")
         for layer in range(self.num_hidden_layers):
             for projection in PROJECTIONS:
-                _check_rank(f"attention_rank ({projection}, layer {layer})", self.rank(projection, layer))
-        _check_rank("ffn_rank", self.ffn_rank)
+                if (rank := self.rank(projection, layer)) is not None:
+                    _check_positive(f"attention_rank ({projection}, layer {layer})", rank)
+        if self.ffn_rank is not None:
+            _check_positive("ffn_rank", self.ffn_rank)
 
     @property
     def head_size(self) -> int:
@@ -177,16 +194,15 @@ class LPAConfig:
         """Cached numbers per token over all layers (LPA.md section 4: 2r, H·dh + r, or 2·H·dh per layer)."""
         full, total = self.kv_heads * self.head_size, 0
         for layer in range(self.num_hidden_layers):
-            for latent, projection in zip(self.cache_forms(layout, layer), ("k", "v"), strict=True):
-                total += (self.rank(projection, layer) or 0) if latent else full
+            keys_latent, values_latent = self.cache_forms(layout, layer)
+            total += (self.rank("k", layer) or 0) if keys_latent else full
+            total += (self.rank("v", layer) or 0) if values_latent else full
         return total
 
     def default_cache_layout(self) -> CacheLayout:
         """The layout that `auto` means on a CPU: the smallest one that decodes without rebuilding keys."""
-        layers = range(self.num_hidden_layers)
-        if all(self.rank("v", i) is None for i in layers):
-            return "full"
-        return "mixed" if self.rotary or all(self.rank("k", i) is None for i in layers) else "latent"
+        candidates: tuple[CacheLayout, ...] = ("full", "mixed") if self.rotary else ("full", "mixed", "latent")
+        return min(candidates, key=self.cache_elements_per_token)
 
     def vanilla(self) -> LPAConfig:
         """The twin of the same shape with dense attention."""
@@ -202,27 +218,41 @@ class LPAConfig:
         values = {name: value for name, value in values.items() if name != "model_type"}
         fields = {field.name: field for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - set(fields)):
-            raise ValueError(f"config.json: unknown keys {', '.join(unknown)}")
+            raise ValueError(f"unknown keys {', '.join(unknown)}")
         required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
         if missing := sorted(required - set(values)):
-            raise ValueError(f"config.json: missing keys {', '.join(missing)}")
+            raise ValueError(f"missing keys {', '.join(missing)}")
         return cls(**values)
 
     @classmethod
     def load(cls, path: Path) -> LPAConfig:
-        """Read `config.json`; ValueError when it is not a JSON object or not an LPA config."""
+        """Read a `config.json`; ValueError when it is not a JSON object or not an LPA config."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path}: not JSON: {error}") from error
+            raise ValueError(f"not JSON: {error}") from error
         if not isinstance(values, dict):
-            raise ValueError(f"{path}: not a JSON object")
+            raise ValueError("not a JSON object")
         return cls.from_dict(values)
 
 
-def _check_rank(name: str, rank: object) -> None:
-    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-        raise ValueError(f"{name}: {rank!r} is neither a positive integer nor null")
+def _check_positive(name: str, value: object) -> None:
+    if type(value) is not int or value < 1:  # isinstance would let true pass
+        raise ValueError(f"{name}: {value!r} is not a positive integer")
+
+
+def _check_rope_scaling(scaling: object) -> None:
+    if not isinstance(scaling, Mapping):
+        raise ValueError(f"rope_scaling: {scaling!r} is neither null nor an object")
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind not in ROPE_SCALING:
+        raise ValueError(f"rope_scaling: type {kind!r} is not supported ({', '.join(ROPE_SCALING)} are)")
+    for key in ROPE_SCALING[kind]:
+        value = scaling.get(key)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise ValueError(f"rope_scaling: {key} {value!r} is not a positive number, which type {kind!r} needs")
+    if kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
+        raise ValueError("rope_scaling: low_freq_factor is not below high_freq_factor")
 
 
 def _matrix_count(width_in: int, width_out: int, rank: Rank) -> int:
@@ -277,8 +307,4 @@ PRESETS: dict[str, LPAConfig] = {
     **_LPA_PRESETS,
     **{name.replace("lpa-", "vanilla-"): config.vanilla() for name, config in _LPA_PRESETS.items()},
 }
-
-
-def presets() -> Iterator[str]:
-    """Names that `lpa init` and `lpa train` accept."""
-    return iter(PRESETS)
+"""What `lpa init` and `lpa train` accept; the vanilla twins have the same shape with dense attention."""

@@ -49,7 +49,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., size] float32 -> [..., size]."""
-        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(self.weight.dtype) * self.weight
+        normed: Tensor = F.rms_norm(x.float(), self.weight.shape, eps=self.eps)
+        return normed.to(self.weight.dtype) * self.weight
 
 
 class LayerNorm(nn.Module):
@@ -63,7 +64,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., size] -> float32 [..., size]."""
-        return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps)
+        y: Tensor = F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps)
+        return y
 
 
 class RotaryEmbedding(nn.Module):
@@ -90,8 +92,8 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("sin", angles.sin().float(), persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x [..., T, heads, dh] turned by positions [T] (int64); computed in float32, returned in x's dtype."""
-        cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)  # [T, 1, dh/2]
+        """x [..., T, heads, dh] turned by positions [..., T] (int64); computed in float32, returned in x's dtype."""
+        cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)  # [..., T, 1, dh/2]
         first, second = x.float().chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
@@ -100,13 +102,13 @@ def _scaled(frequencies: Tensor, scaling: Mapping[str, Any] | None) -> Tensor:
     if scaling is None:
         return frequencies
     if scaling.get("rope_type", scaling.get("type")) == "linear":
-        return frequencies / scaling["factor"]
+        return frequencies / float(scaling["factor"])
     # llama3: long wavelengths are stretched, short ones kept, those between blended
     wavelengths = 2 * math.pi / frequencies
-    ratio = scaling["original_max_position_embeddings"] / wavelengths
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    ratio = float(scaling["original_max_position_embeddings"]) / wavelengths
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
     keep = ((ratio - low) / (high - low)).clamp(0, 1)
-    return frequencies * (keep + (1 - keep) / scaling["factor"])
+    return frequencies * (keep + (1 - keep) / float(scaling["factor"]))
 
 
 class ReluFFN(nn.Module):
@@ -114,9 +116,7 @@ class ReluFFN(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, rank: Rank) -> None:
         super().__init__()
-        self.up_proj = projection(
-            hidden_size, intermediate_size, rank, bias_down=True, bias_up=False, bias_dense=True
-        )
+        self.up_proj = projection(hidden_size, intermediate_size, rank, bias_down=True, bias_up=False, bias_dense=True)
         self.down_proj = projection(
             intermediate_size, hidden_size, rank, bias_down=False, bias_up=True, bias_dense=True
         )

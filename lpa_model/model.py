@@ -75,9 +75,7 @@ class LPAForCausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(
-        self, ids: Tensor, meta: AttentionMetadata | None = None, cache: LatentCache | None = None
-    ) -> Tensor:
+    def forward(self, ids: Tensor, meta: AttentionMetadata | None = None, cache: LatentCache | None = None) -> Tensor:
         """Hidden states before the output head.
 
         Args:
@@ -89,7 +87,7 @@ class LPAForCausalLM(nn.Module):
         Returns:
             [..., d]; in the weights' dtype in setting 2 (the final norm's output), float32 in setting 1.
         """
-        x = self.embed_tokens(ids).float()
+        x: Tensor = self.embed_tokens(ids).float()
         if self.rotary is None:
             positions = torch.arange(ids.shape[-1], device=ids.device) if meta is None else meta.positions
             x = x + self.embed_positions(positions).float()

@@ -25,6 +25,7 @@ from torch import nn
 from lpa_model.checkpoint import has_bfloat16, save_checkpoint
 from lpa_model.config import LPAConfig
 from lpa_model.model import LPAForCausalLM
+from lpa_model.muon import Muon
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -147,7 +148,7 @@ def optimizers(model: LPAForCausalLM, config: TrainConfig) -> list[torch.optim.O
         torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
     ]
     if config.muon_learning_rate is not None:
-        found.append(torch.optim.Muon(blocks, lr=config.muon_learning_rate, weight_decay=config.weight_decay))
+        found.append(Muon(blocks, lr=config.muon_learning_rate, weight_decay=config.weight_decay))
     for optimizer in found:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
@@ -212,7 +213,7 @@ def train(
         for optimizer, values in zip(opts, saved["optimizers"], strict=True):
             optimizer.load_state_dict(values)
         step = saved["step"]
-    loss_of = make_loss(model, torch.bfloat16 if has_bfloat16() else torch.float32)
+    loss_of = make_loss(model, torch.bfloat16 if has_bfloat16(torch.device("cpu")) else torch.float32)
     if compile_loss:
         loss_of = torch.compile(loss_of, dynamic=False)
     valid_ids = encode(tokenizer, valid_text)
@@ -225,7 +226,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * config.rate(step)
         loss = loss_of(*batch(tokens, step, config))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         for optimizer in opts:
             optimizer.step()
