@@ -58,9 +58,13 @@ def load_config(folder: Path) -> LPAConfig:
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The folder's tokenizer.json; CheckpointError when it is missing or broken."""
-    path = folder / "tokenizer.json"
+    return read_tokenizer(folder / "tokenizer.json")
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.json under any name; CheckpointError when it is missing or broken."""
     if not path.is_file():
-        raise CheckpointError(f"{folder}: no tokenizer.json")
+        raise CheckpointError(f"{path}: no such file")
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
