@@ -53,7 +53,7 @@ def load_config(folder: Path) -> LPAConfig:
     try:
         return LPAConfig.load(folder / "config.json")
     except ValueError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+        raise CheckpointError(str(error)) from error
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

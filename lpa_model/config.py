@@ -226,14 +226,17 @@ class LPAConfig:
 
     @classmethod
     def load(cls, path: Path) -> LPAConfig:
-        """Read a `config.json`; ValueError when it is not a JSON object or not an LPA config."""
+        """Read a `config.json`; ValueError that names the file when it is not a JSON object or not an LPA config."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"not JSON: {error}") from error
+            raise ValueError(f"{path}: not JSON: {error}") from error
         if not isinstance(values, dict):
-            raise ValueError("not a JSON object")
-        return cls.from_dict(values)
+            raise ValueError(f"{path}: not a JSON object")
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def _check_positive(name: str, value: object) -> None:

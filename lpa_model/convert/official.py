@@ -175,14 +175,14 @@ def _setting1(
     positions, _ = _matrix(tensors, POSITIONS)
     if max_positions not in (None, positions):
         raise CheckpointError(f"--max-position-embeddings: the checkpoint has {positions} positions")
-    rank, width = _sizes(tensors, "attention.query_proj", "attention.query_proj.0", "attention.query_proj.1")
-    ffn_rank, ffn_width = _sizes(tensors, "fc.0", "fc.0", "fc.1")
+    rank, width = _projection(tensors, "attention.query_proj")
+    low_rank_ffn = any(f"{BLOCK}.0.fc.{i}.weight" in tensors for i in (1, 3, 4))
     return {
         "architecture": "setting1",
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
-        "intermediate_size": ffn_width,
-        "ffn_rank": ffn_rank,
+        "intermediate_size": _matrix(tensors, f"{BLOCK}.0.fc.{1 if low_rank_ffn else 0}.weight")[0],
+        "ffn_rank": _matrix(tensors, f"{BLOCK}.0.fc.0.weight")[0] if low_rank_ffn else None,
         "num_hidden_layers": _num_layers(tensors),
         "attention_rank": rank,
         "max_position_embeddings": positions,
@@ -200,8 +200,8 @@ def _setting2(
         )
     vocab_size, hidden_size = _matrix(tensors, EMBEDDING)
     layers = _num_layers(tensors)
-    rank, width = _sizes(tensors, "attention.q_proj", "attention.q_proj.0", "attention.q_proj.1")
-    ffn_rank, ffn_width = _sizes(tensors, "ffn.gate_proj", "ffn.gate_proj.0", "ffn.gate_proj.1")
+    rank, width = _projection(tensors, "attention.q_proj")
+    ffn_rank, ffn_width = _projection(tensors, "ffn.gate_proj")
     if _buffer_name(0) in tensors:
         num_heads, rope_theta = _rotary(tensors, layers, width, num_heads, rope_theta)
     for flag, value in (("--num-heads", num_heads), ("--rope-theta", rope_theta)):
@@ -231,10 +231,10 @@ def _matrix(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
     return rows, columns
 
 
-def _sizes(tensors: Mapping[str, Tensor], dense: str, down: str, up: str) -> tuple[int | None, int]:
-    """(rank or None, output width) of a projection in the first block, by its modules' names; the rest must agree."""
-    dense, down, up = (f"{BLOCK}.0.{module}.weight" for module in (dense, down, up))
-    if up in tensors or dense not in tensors:
+def _projection(tensors: Mapping[str, Tensor], module: str) -> tuple[int | None, int]:
+    """(rank or None, output width) of a projection of the first block; the others must agree with it."""
+    dense, down, up = (f"{BLOCK}.0.{module}{part}.weight" for part in ("", ".0", ".1"))
+    if down in tensors or up in tensors:
         return _matrix(tensors, down)[0], _matrix(tensors, up)[0]
     return None, _matrix(tensors, dense)[0]
 
