@@ -224,12 +224,16 @@ def build_engine(model_dir: Path, options: EngineOptions) -> Engine:
     tokenizer = Tokenizer(load_tokenizer(model_dir), config)
     layout = _cache_layout(config, options.kv_cache_layout)
     block_bytes = bytes_per_token(config, layout, dtype) * options.block_size
-    memory = options.kv_cache_memory or min(DEFAULT_CACHE_LIMIT, int(_free_memory(device) * DEFAULT_CACHE_SHARE))
+    if options.kv_cache_memory is None:
+        affordable = min(DEFAULT_CACHE_LIMIT, int(_free_memory(device) * DEFAULT_CACHE_SHARE))
+        longest = -(-(options.max_model_len or config.max_position_embeddings) // options.block_size)
+        memory = min(affordable, options.max_num_seqs * longest * block_bytes)  # no more than sequences can fill
+    else:
+        memory = options.kv_cache_memory
     num_blocks = memory // block_bytes
     if num_blocks < 1:
         raise ValueError(f"kv_cache_memory: {memory} bytes do not hold one block of {block_bytes} bytes")
     max_model_len = _max_model_len(config, options.max_model_len, num_blocks * options.block_size)
-    # more blocks than every running sequence can fill would only ever hold old prefixes
     cache = LatentCache(config, layout, num_blocks, options.block_size, dtype, device)
     logger.info(
         "kv cache: layout %s, %d bytes per token, %d blocks of %d tokens = %d tokens (%.0f MiB); weights %s on %s",
