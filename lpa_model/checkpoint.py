@@ -83,7 +83,7 @@ def weight_files(folder: Path) -> list[Path]:
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index}: not a shard index: {error!r}") from error
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
             raise CheckpointError(f"{index}: names a shard {name!r} that is not in the folder")
     return [folder / name for name in names]
 

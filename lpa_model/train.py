@@ -51,6 +51,13 @@ class TrainConfig:
     clip: float = 1.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("sequence_length", "short_sequence_length")[: 2 if self.short_steps else 1]:
+            if not 1 <= getattr(self, name) <= self.batch_tokens:
+                raise ValueError(
+                    f"{name}: {getattr(self, name)} is not between 1 and batch_tokens, {self.batch_tokens}"
+                )
+
     def rate(self, step: int) -> float:
         """The factor on the learning rates at a step: up in a line, down along a cosine to `final_fraction`."""
         if step < self.warmup_steps:
@@ -108,7 +115,8 @@ def prepare(data: Path, valid: Path, out: Path, vocab_size: int) -> tuple[Tokeni
         text = read_text(data)
         tokenizer = train_tokenizer(text, vocab_size)
         tokenizer.save(str(out / "tokenizer.json"))
-        np.save(out / "tokens.npy", encode(tokenizer, text))
+        np.save(out / "new.npy", encode(tokenizer, text))
+        (out / "new.npy").replace(out / "tokens.npy")
     tokens: NDArray[np.uint16] = np.load(out / "tokens.npy", mmap_mode="r")
     return Tokenizer.from_file(str(out / "tokenizer.json")), tokens, read_text(valid)
 
@@ -202,7 +210,9 @@ def train(
     The float32 weights, optimizer state and step are in `out/state.pt`; at the end (and at every validation) the
     bfloat16 model folder is written to `out/model`.
     """
-    torch.manual_seed(config.seed)
+    longest = max(config.sequence_length, config.short_sequence_length if config.short_steps else 0)
+    if len(tokens) <= longest:
+        raise ValueError(f"sequence_length: {longest} is too long for training data of {len(tokens)} tokens")
     model = LPAForCausalLM(model_config)
     initialize(model, config.seed)
     opts = optimizers(model, config)

@@ -107,9 +107,16 @@ def test_plain_forward_equals_the_formulas(architecture: Architecture, changes: 
         torch.testing.assert_close(found[row].double(), expected, rtol=0, atol=1e-4)
 
 
+def bfloat16_model(config: LPAConfig) -> LPAForCausalLM:
+    model = random_model(config).to(torch.bfloat16)
+    if model.rotary is not None:  # the tables stay float32, as after loading
+        model.rotary.build(config, None)
+    return model
+
+
 def bfloat16_run(config: LPAConfig) -> tuple[list[torch.dtype], Tensor, LPAForCausalLM]:
     """(dtype of the stream after every block, logits of a cached prefill and a decode step, the model)."""
-    model = random_model(config).to(torch.bfloat16)
+    model = bfloat16_model(config)
     streams: list[torch.dtype] = []
     for layer in model.layers:
         layer.register_forward_hook(lambda _module, _inputs, output: streams.append(output.dtype))
@@ -132,7 +139,7 @@ def test_stream_and_logits_are_float32_with_bfloat16_weights(architecture: Archi
 def test_a_small_branch_is_not_lost_in_a_large_stream() -> None:
     """In bfloat16, 256 + 0.5 is 256; the float32 stream keeps it."""
     config = tiny_config(hidden_size=16, num_attention_heads=2, attention_rank=4, intermediate_size=8)
-    model = random_model(config).to(torch.bfloat16)
+    model = bfloat16_model(config)
     model.embed_tokens.weight.fill_(256.0)
     for layer in model.layers:  # every branch adds little
         layer.attention.o_proj.up.weight.mul_(1e-3)

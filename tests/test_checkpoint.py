@@ -1,0 +1,205 @@
+"""The native folder: what is written comes back, and what is wrong is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lpa_model.checkpoint import (
+    CheckpointError,
+    has_bfloat16,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_dtype,
+    save_checkpoint,
+)
+from lpa_model.config import Architecture
+from tests.conftest import byte_tokenizer, random_model, tiny_config, write_checkpoint
+
+CPU = torch.device("cpu")
+IDS = torch.arange(5, 45)[None]
+
+
+def rewrite(folder: Path, **changes: Tensor | None) -> None:
+    """Replace tensors of the folder by name ('.' written as '__'); None removes one."""
+    tensors: dict[str, Any] = load_file(folder / "model.safetensors")
+    tensors |= {name.replace("__", "."): tensor for name, tensor in changes.items()}
+    save_file({n: t for n, t in tensors.items() if t is not None}, folder / "model.safetensors")
+
+
+def load(folder: Path) -> Tensor:
+    """Logits of the folder's model in float32."""
+    model = load_model(folder, torch.float32, CPU)
+    return model.logits(model(IDS))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention_rank": None, "ffn_rank": 5, "lm_head_bias": True},
+        {"tie_word_embeddings": True, "num_key_value_heads": 2},
+    ],
+)
+def test_round_trip(tmp_path: Path, architecture: Architecture, changes: dict[str, Any]) -> None:
+    """The loaded model is the one that was built directly, rotary tables included, which no file holds."""
+    config = tiny_config(architecture, **changes)
+    folder = write_checkpoint(tmp_path / "model", config, seed=3)
+    model, built = load_model(folder, torch.float32, CPU), random_model(config, seed=3)
+    assert model.config == config
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert dict(model.named_buffers()).keys() == dict(built.named_buffers()).keys()
+    pairs = [(model.named_parameters(), built.named_parameters()), (model.named_buffers(), built.named_buffers())]
+    for found, expected in pairs:
+        for (name, tensor), (expected_name, expected_tensor) in zip(found, expected, strict=True):
+            assert name == expected_name
+            assert torch.equal(tensor, expected_tensor), name
+    assert torch.equal(model.logits(model(IDS)), built.logits(built(IDS)))
+    assert load_tokenizer(folder).get_vocab() == byte_tokenizer().get_vocab()
+
+
+def test_rotary_tables_are_scaled_as_the_config_says(tmp_path: Path) -> None:
+    config = tiny_config(rope_theta=500.0, rope_scaling={"rope_type": "linear", "factor": 4.0})
+    folder = write_checkpoint(tmp_path / "model", config)
+    built = random_model(config)
+    assert torch.equal(load(folder), built.logits(built(IDS)))
+    assert not torch.equal(load(folder), load(write_checkpoint(tmp_path / "plain", tiny_config())))
+
+
+def test_a_tied_head_is_stored_once_and_shared(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", tiny_config(tie_word_embeddings=True))
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    model = load_model(folder, torch.float32, CPU)
+    assert model.lm_head.weight is model.embed_tokens.weight
+
+
+def test_shards_with_an_index(tmp_path: Path, architecture: Architecture) -> None:
+    folder = write_checkpoint(tmp_path / "model", tiny_config(architecture))
+    whole = load(folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, folder / file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: file for file, part in shards.items() for name in part}}))
+    assert torch.equal(load(folder), whole)
+
+    (folder / "two.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"two\.safetensors"):
+        load(folder)
+    for text in ("{", "[]", '{"weight_map": 3}', "{}"):
+        index.write_text(text)
+        with pytest.raises(CheckpointError, match=r"index\.json: not a shard index"):
+            load(folder)
+    for shard in ("../one.safetensors", 1):
+        index.write_text(json.dumps({"weight_map": {"a": shard}}))
+        with pytest.raises(CheckpointError) as caught:
+            load(folder)
+        assert f"names a shard {shard!r}" in str(caught.value)
+
+
+def test_bfloat16_storage_loads_as_either_type(tmp_path: Path) -> None:
+    config = tiny_config()
+    folder = write_checkpoint(tmp_path / "model", config, dtype=torch.bfloat16)
+    rounded = random_model(config).to(torch.bfloat16)
+    wide, narrow = (load_model(folder, dtype, CPU) for dtype in (torch.float32, torch.bfloat16))
+    for name, parameter in rounded.named_parameters():
+        assert torch.equal(narrow.get_parameter(name), parameter)
+        assert torch.equal(wide.get_parameter(name), parameter.float())
+    assert wide.rotary is not None and narrow.rotary is not None
+    assert wide.rotary.cos.dtype == narrow.rotary.cos.dtype == torch.float32
+    expected = rounded.float()
+    expected.rotary.build(config, CPU)  # a module's .to() rounds its tables too
+    assert torch.equal(wide.logits(wide(IDS)), expected.logits(expected(IDS)))
+
+
+def test_missing_extra_and_wrongly_shaped_tensors_are_named(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    tensors = load_file(tiny_checkpoint / "model.safetensors")
+    for name, tensor in tensors.items():
+        for wrong in (None, torch.zeros(*tensor.shape, 1), torch.zeros(tensor.shape, dtype=torch.int32)):
+            folder = tmp_path / "model"
+            shutil.copytree(tiny_checkpoint, folder, dirs_exist_ok=True)
+            rewrite(folder, **{name.replace(".", "__"): wrong})
+            with pytest.raises(CheckpointError) as caught:
+                load(folder)
+            assert name in str(caught.value)
+    shutil.copytree(tiny_checkpoint, folder, dirs_exist_ok=True)
+    rewrite(folder, layers__2__norm__weight=torch.zeros(1))
+    with pytest.raises(CheckpointError, match=r"unexpected tensor layers\.2\.norm\.weight"):
+        load(folder)
+
+
+def test_wrong_shapes_say_both_shapes(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    rewrite(folder, embed_tokens__weight=torch.zeros(7, 32))
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight has shape \[7, 32\].*\[300, 32\]"):
+        load(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_a_truncated_file_is_named(tmp_path: Path, tiny_checkpoint: Path, kept: int) -> None:
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:kept])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: truncated"):
+        load(folder)
+
+
+def test_missing_files_are_named(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere: no such model folder"):
+        load_config(tmp_path / "nowhere")
+    for file in ("config.json", "model.safetensors", "tokenizer.json"):
+        folder = shutil.copytree(tiny_checkpoint, tmp_path / file)
+        (folder / file).unlink()
+        with pytest.raises(CheckpointError, match=file.replace(".", r"\.")):
+            load(folder)
+            load_tokenizer(folder)
+
+
+def test_broken_json_is_named(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    for text in ('{"architecture": "setting2"', "[]", "{}", "\x00"):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"config\.json: "):
+            load(folder)
+    (folder / "config.json").write_bytes(b"\xff\xfe\xfd")
+    with pytest.raises(CheckpointError, match=r"config\.json: not JSON"):
+        load(folder)
+    (folder / "tokenizer.json").write_text('{"model": 3}')
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        load_tokenizer(folder)
+
+
+def test_the_config_decides_what_is_needed(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    """Weights of another rank do not slip in."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "attention_rank": 9}))
+    with pytest.raises(CheckpointError, match=r"layers\.\d\.attention\.._proj\."):
+        load(folder)
+
+
+def test_saving_again_replaces_every_file(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", tiny_config("setting1"), seed=1)
+    names = sorted(path.name for path in folder.iterdir())
+    model = random_model(tiny_config("setting2"), seed=2)
+    save_checkpoint(folder, model, byte_tokenizer(), torch.float32)
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert torch.equal(load(folder), model.logits(model(IDS)))
+
+
+def test_dtype_names() -> None:
+    assert resolve_dtype("float32", CPU) == torch.float32
+    assert resolve_dtype("bfloat16", CPU) == torch.bfloat16
+    assert resolve_dtype("auto", CPU) == (torch.bfloat16 if has_bfloat16(CPU) else torch.float32)

@@ -1,0 +1,79 @@
+"""The direction of the arrows between the packages, read from the source without importing it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+WEB = ("fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings")
+OUTER = tuple(f"server.{name}" for name in ("app", "cli", "settings", "metrics", "protocol", "routes", "ray_serve"))
+
+# a file or folder, and what nothing in it may import (modules and all below them)
+RULES: list[tuple[str, tuple[str, ...]]] = [
+    ("lpa_model", ("server", *WEB)),
+    ("server/engine", (*WEB, *OUTER)),
+    ("server/errors.py", ("torch", "lpa_model", "server", *WEB)),
+    ("server/engine/request.py", ("torch", "lpa_model", "server")),
+    (
+        "server/engine/block_manager.py",
+        ("torch", "lpa_model", *(f"server.engine.{m}" for m in ("scheduler", "engine"))),
+    ),
+    ("server/engine/scheduler.py", ("torch", "lpa_model", *(f"server.engine.{m}" for m in ("engine", "model_runner")))),
+    ("server/engine/scheduler.py", ("server.engine.async_engine",)),
+    ("server/protocol", ("torch", "server.app", "server.cli", "server.routes")),
+    ("server/routes", ("torch", "server.app", "server.cli")),
+]
+
+
+def files(where: str) -> list[Path]:
+    path = ROOT / where
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Absolute names of everything a file imports, wherever in it; `from a import b` gives a and a.b."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *(node.module or "").split("."))).strip(".")
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize(("where", "forbidden"), RULES, ids=[where for where, _ in RULES])
+def test_imports_point_inwards(where: str, forbidden: tuple[str, ...]) -> None:
+    found = files(where)
+    assert found, f"{where} is gone: the rule holds nothing"
+    for path in found:
+        for name in imported(path):
+            for module in forbidden:
+                assert name != module and not name.startswith(module + "."), f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_the_reader_sees_every_form_of_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
+    path = tmp_path / "server/engine/x.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        "import torch.nn as n, json\nfrom server import app\nfrom . import request\nfrom ..routes.sse import y\n"
+        "def f():\n    from fastapi.responses import Response\n"
+    )
+    assert set(imported(path)) == {
+        "torch.nn",
+        "json",
+        "server",
+        "server.app",
+        "server.engine",
+        "server.engine.request",
+        "server.routes.sse",
+        "server.routes.sse.y",
+        "fastapi.responses",
+        "fastapi.responses.Response",
+    }

@@ -1,0 +1,170 @@
+"""The training loop on a tiny model: it learns, it resumes exactly, and what it writes loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lpa_model.checkpoint import load_model, load_tokenizer
+from lpa_model.config import LPAConfig
+from lpa_model.model import LPAForCausalLM
+from lpa_model.train import (
+    END_OF_TEXT,
+    Progress,
+    TrainConfig,
+    batch,
+    bits_per_byte,
+    encode,
+    initialize,
+    prepare,
+    read_text,
+    train,
+)
+from tests.conftest import CORPUS, byte_tokenizer, random_model, tiny_config
+
+STEPS = 12
+CONFIG = TrainConfig(
+    steps=STEPS,
+    batch_tokens=64,
+    sequence_length=32,
+    short_sequence_length=16,
+    short_steps=4,
+    learning_rate=1e-2,
+    warmup_steps=2,
+)
+MUON = dataclasses.replace(CONFIG, muon_learning_rate=1e-2)
+
+
+def run(out: Path, config: TrainConfig, *, stop: int | None = None, model: LPAConfig | None = None) -> list[Progress]:
+    """Train on the few sentences of conftest; `stop` leaves the loop after so many steps, as an interruption does."""
+    out.mkdir(exist_ok=True)
+    tokenizer = byte_tokenizer()
+    tokens = encode(tokenizer, CORPUS)
+    model = model or tiny_config()
+    steps = train(model, config, tokenizer, tokens, CORPUS, out, validate_every=5, checkpoint_every=4)
+    return list(itertools.islice(steps, stop))
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    saved: dict[str, torch.Tensor] = torch.load(out / "state.pt", weights_only=True)["model"]
+    return saved
+
+
+@pytest.mark.parametrize("config", [CONFIG, MUON], ids=["adamw", "muon"])
+def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path, config: TrainConfig) -> None:
+    whole = run(tmp_path / "whole", config)
+    assert [progress.step for progress in whole] == list(range(1, STEPS + 1))
+    assert whole[-1].loss < 0.8 * whole[0].loss
+    assert whole[0].loss == pytest.approx(math.log(300), rel=0.2)
+
+    first = run(tmp_path / "cut", config, stop=7)  # the state is that of step 4
+    second = run(tmp_path / "cut", config)
+    assert [progress.step for progress in second] == list(range(5, STEPS + 1))
+    losses = [progress.loss for progress in whole]
+    assert [progress.loss for progress in first] == losses[:7]
+    assert [progress.loss for progress in second] == losses[4:]
+    ours, expected = weights(tmp_path / "cut"), weights(tmp_path / "whole")
+    assert ours.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(ours[name], tensor), name
+    assert run(tmp_path / "cut", config) == []  # nothing is left to do
+
+
+def test_setting_1_trains_too(tmp_path: Path) -> None:
+    progress = run(tmp_path, CONFIG, model=tiny_config("setting1"))
+    assert progress[-1].loss < 0.9 * progress[0].loss
+
+
+def test_the_written_folder_loads_and_scores_as_reported(tmp_path: Path) -> None:
+    progress = run(tmp_path, CONFIG)
+    assert [p.step for p in progress if p.validation is not None] == [5, 10, STEPS]
+    model = load_model(tmp_path / "model", torch.float32, torch.device("cpu"))
+    assert load_tokenizer(tmp_path / "model").get_vocab() == byte_tokenizer().get_vocab()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, weights(tmp_path)[name].to(torch.bfloat16).float()), name
+    tokens = encode(byte_tokenizer(), CORPUS)
+    measured = bits_per_byte(model, tokens, len(CORPUS.encode()), 32)
+    assert measured == pytest.approx(progress[-1].validation, rel=0.01)  # bfloat16 against float32 weights
+    assert json.loads((tmp_path / "train.json").read_text())["steps"] == STEPS
+
+
+def test_bits_per_byte_is_the_sum_over_windows() -> None:
+    model = random_model(tiny_config())
+    ids = list(range(10, 33))  # windows of 8, 8 and 7
+    total, scored = 0.0, 0
+    for start in (0, 8, 16):
+        window = ids[start : start + 8]
+        for t in range(1, len(window)):
+            probabilities = model.logits(model(torch.tensor([window[:t]]))[0, -1]).double().softmax(0)
+            total -= math.log2(probabilities[window[t]])
+            scored += 1
+    expected = total / scored * len(ids) / 50
+    assert bits_per_byte(model, np.array(ids, dtype=np.uint16), 50, 8) == pytest.approx(expected, rel=1e-5)
+
+
+def test_batches_depend_on_seed_and_step_alone() -> None:
+    tokens = np.arange(500, dtype=np.uint16)
+    inputs, targets = batch(tokens, 7, CONFIG)
+    assert inputs.shape == targets.shape == (2, 32)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    assert torch.equal(targets - inputs, torch.ones_like(inputs))
+    assert torch.equal(batch(tokens, 7, CONFIG)[0], inputs)
+    assert not torch.equal(batch(tokens, 8, CONFIG)[0], inputs)
+    assert not torch.equal(batch(tokens, 7, dataclasses.replace(CONFIG, seed=1))[0], inputs)
+    assert batch(tokens, 3, CONFIG)[0].shape == (4, 16)  # the first steps are short
+
+
+def test_learning_rate_rises_in_a_line_and_falls_along_a_cosine() -> None:
+    config = TrainConfig(steps=110, warmup_steps=10, final_fraction=0.1)
+    assert [config.rate(step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert [config.rate(step) for step in (10, 60, 110)] == pytest.approx([1.0, 0.55, 0.1])
+
+
+def test_data_too_short_for_a_sequence_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="sequence_length"):
+        run(tmp_path, dataclasses.replace(CONFIG, sequence_length=4096, batch_tokens=4096))
+    with pytest.raises(ValueError, match="batch_tokens"):
+        dataclasses.replace(CONFIG, batch_tokens=31)
+
+
+def test_initial_weights_follow_from_the_seed() -> None:
+    model = LPAForCausalLM(tiny_config())
+    initialize(model, 0)
+    again = LPAForCausalLM(tiny_config())
+    initialize(again, 0)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+
+
+def test_encoding_in_pieces_equals_encoding_at_once() -> None:
+    tokenizer = byte_tokenizer()
+    text = f"{CORPUS}\n\n{CORPUS}\n{END_OF_TEXT}\nNaïve 猫\n\n\n\n  the end\n\n"
+    assert encode(tokenizer, text).tolist() == tokenizer.encode(text).ids
+    assert tokenizer.decode(encode(tokenizer, text).tolist(), skip_special_tokens=False) == text
+
+
+def test_prepare_reads_gzip_and_keeps_its_work(tmp_path: Path) -> None:
+    text = f"{CORPUS}\n{END_OF_TEXT}\n" * 3
+    data, valid, out = tmp_path / "train.txt.gz", tmp_path / "valid.txt", tmp_path / "run"
+    data.write_bytes(gzip.compress(text.encode()))
+    valid.write_text(CORPUS)
+    out.mkdir()
+    tokenizer, tokens, valid_text = prepare(data, valid, out, 280)
+    assert read_text(data) == text
+    assert valid_text == CORPUS
+    assert tokenizer.get_vocab_size() == 280
+    assert tokenizer.token_to_id(END_OF_TEXT) == 0
+    assert tokenizer.decode(tokens.tolist(), skip_special_tokens=False) == text
+    assert tokens.tolist().count(0) == 3
+    data.unlink()  # the second start needs it no more
+    again = prepare(data, valid, out, 280)
+    assert again[0].get_vocab() == tokenizer.get_vocab()
+    assert np.array_equal(again[1], tokens)
