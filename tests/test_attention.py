@@ -33,7 +33,7 @@ CASES: dict[str, tuple[Architecture, dict[str, Any]]] = {
     "setting1-dense": ("setting1", {"attention_rank": None}),
     "setting2": ("setting2", {}),
     "setting2-gqa": ("setting2", {"num_key_value_heads": 2, "head_dim": 6}),
-    "setting2-bias": ("setting2", {"attention_bias": True, "num_key_value_heads": 1}),
+    "setting2-bias": ("setting2", {"attention_bias": True, "num_key_value_heads": 2}),
     "setting2-dense-k": ("setting2", {"attention_rank": {"q": 8, "k": None, "v": 8, "o": 8}, "attention_bias": True}),
     "setting2-dense-v": ("setting2", {"attention_rank": {"q": 8, "k": 8, "v": None, "o": 8}, "attention_bias": True}),
     "setting2-per-layer": ("setting2", {"attention_rank": {"q": [8, None], "k": [None, 6], "v": [5, None], "o": 8}}),
