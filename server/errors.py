@@ -5,9 +5,12 @@ UserError
 │   └── ContextLength   400  prompt and completion do not fit the context
 ├── Unauthorized        401
 ├── NotFound            404  unknown model or route
+├── MethodNotAllowed    405
+├── BodyTooLarge        413
 ├── QueueFull           429  with Retry-After
 ├── EngineError         500  the step that held the request failed
-└── Unavailable         503  draining, or the engine has died
+├── Unavailable         503  draining, or the engine has died
+└── TimedOut            504  request_timeout has passed
 """
 
 from __future__ import annotations
@@ -62,6 +65,28 @@ class NotFound(UserError):
         self.code = code
 
 
+class MethodNotAllowed(UserError):
+    """The route takes other methods."""
+
+    status = 405
+
+    def __init__(self, message: str, *, allowed: str) -> None:
+        super().__init__(message)
+        self.allowed = allowed
+
+    def headers(self) -> dict[str, str]:
+        return {"Allow": self.allowed}
+
+
+class BodyTooLarge(UserError):
+    """The request's body has more bytes than the server takes."""
+
+    status = 413
+
+    def headers(self) -> dict[str, str]:
+        return {"Connection": "close"}  # the rest of the body is not read
+
+
 class QueueFull(UserError):
     """The waiting queue is full; the client should come back."""
 
@@ -87,3 +112,14 @@ class Unavailable(UserError):
     status = 503
     type = "server_error"
     code = "unavailable"
+
+
+class TimedOut(UserError):
+    """The request took longer than the server allows."""
+
+    status = 504
+    type = "server_error"
+    code = "request_timeout"
+
+    def headers(self) -> dict[str, str]:
+        return {"x-should-retry": "false"}  # OpenAI's clients would ask for the same work again

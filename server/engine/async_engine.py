@@ -10,7 +10,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from lpa_model.config import LPAConfig
 from server.engine.engine import Engine, StepFailed
@@ -83,7 +83,7 @@ class AsyncEngine:
 
     async def generate(
         self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, choice: int = 0
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput]:
         """Run one sequence; the last output has a finish_reason. Closing the generator aborts the request.
 
         Raises:

@@ -1,0 +1,91 @@
+"""Log-probabilities as OpenAI's completions show them: columns over a run of tokens."""
+
+from __future__ import annotations
+
+import codecs
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from server.engine.request import Logprobs
+from server.engine.tokenizer import Tokenizer
+
+LOWEST_LOGPROB = -9999.0  # JSON has neither -inf nor NaN; OpenAI's number for "very unlikely"
+
+Columns = dict[str, list[Any]]
+"""{"tokens", "token_logprobs", "top_logprobs", "text_offset"}, each with one entry per token."""
+
+
+class TextOffsets:
+    """Where tokens begin in the text, in code points; feed it the tokens in order.
+
+    A token that begins inside a character has that character's offset. Special tokens have no text, except those
+    that are written out in `text`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, start: int = 0, text: str = "") -> None:
+        self._tokenizer = tokenizer
+        self._position = start
+        self._text = text
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def take(self, token_ids: Sequence[int]) -> list[int]:
+        """The offsets of the next tokens."""
+        offsets = []
+        for token_id in token_ids:
+            offsets.append(self._position)
+            raw = self._tokenizer.token_bytes(token_id)
+            if token_id in self._tokenizer.special_ids and not self._text.startswith(raw.decode(), self._position):
+                continue
+            self._position += len(self._decoder.decode(raw))
+        return offsets
+
+
+def prompt_columns(tokenizer: Tokenizer, token_ids: Sequence[int], text: str, scores: Logprobs) -> Columns:
+    """The columns of a prompt; `scores` has an entry for each token but the first, which nothing predicts: null."""
+    first: Columns = {
+        "tokens": [tokenizer.token_text(token_ids[0])],
+        "token_logprobs": [None],
+        "top_logprobs": [None],
+        "text_offset": [0],
+    }
+    offsets = TextOffsets(tokenizer, text=text).take(token_ids)
+    return join([first, columns(tokenizer, token_ids[1:], scores, offsets[1:])])
+
+
+def columns(tokenizer: Tokenizer, token_ids: Sequence[int], scores: Logprobs, offsets: list[int]) -> Columns:
+    """The columns of tokens that were scored; an entry of top_logprobs always holds the token itself."""
+    logprobs = [_clamp(value) for value in scores.logprobs]
+    return {
+        "tokens": [tokenizer.token_text(token_id) for token_id in token_ids],
+        "token_logprobs": logprobs,
+        "top_logprobs": [
+            _top(tokenizer, *entry)
+            for entry in zip(token_ids, logprobs, scores.top_ids, scores.top_logprobs, strict=True)
+        ],
+        "text_offset": offsets,
+    }
+
+
+def join(parts: Sequence[Columns]) -> Columns:
+    """The columns of runs that follow one another."""
+    return {name: [entry for part in parts for entry in part[name]] for name in parts[0]}
+
+
+def _top(
+    tokenizer: Tokenizer, token_id: int, logprob: float, ids: Sequence[int], values: Sequence[float]
+) -> dict[str, float]:
+    """Best first; of two tokens with one text the better keeps it, and the other is called token_id:N."""
+    entries = list(zip(ids, values, strict=True))
+    if token_id not in ids:
+        entries.append((token_id, logprob))
+    found: dict[str, float] = {}
+    for i, value in entries:
+        text = tokenizer.token_text(i)
+        # the token's own number is the same float in both places: clients compare them to see if it was the best
+        found[f"token_id:{i}" if text in found else text] = logprob if i == token_id else _clamp(value)
+    return found
+
+
+def _clamp(logprob: float) -> float:
+    return logprob if LOWEST_LOGPROB <= logprob < math.inf else LOWEST_LOGPROB

@@ -1,0 +1,54 @@
+"""Answers: JSON, OpenAI's error object, and a handler's work that ends when its client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive
+
+from server.errors import UserError
+
+T = TypeVar("T")
+
+
+def to_json(value: Any) -> str:
+    """Compact JSON; never NaN or infinity."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def json_response(value: Any) -> Response:
+    """200 with a JSON body."""
+    return Response(to_json(value), media_type="application/json")
+
+
+def error_response(error: UserError) -> Response:
+    """The error's status, headers and object. ASCII, since a message may quote half a surrogate pair."""
+    return Response(json.dumps(error.body()), error.status, error.headers(), "application/json")
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client leaves; the request's body must have been read.
+
+    Raises:
+        ClientDisconnect: the client has left.
+    """
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

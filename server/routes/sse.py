@@ -1,0 +1,60 @@
+"""Server-sent events."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server.errors import EngineError, UserError
+from server.routes.respond import while_connected
+
+logger = logging.getLogger(__name__)
+
+DONE = "[DONE]"
+
+
+class EventStream(Response):
+    """Sends each string of `events` as one event and closes the generator however the stream ends.
+
+    An error in the middle becomes an event with OpenAI's error object, and the stream ends without [DONE]. A reader
+    that does not keep up holds the generator back; one that leaves ends it.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[str]) -> None:
+        self.status_code = 200
+        self.background = None
+        # proxies that buffer would turn a stream into one late answer
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await while_connected(receive, self._send_all(send))
+        except ClientDisconnect:
+            scope.setdefault("state", {})["client_left"] = True
+
+    async def _send_all(self, send: Send) -> None:
+        async with aclosing(self._events) as events:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            try:
+                async for event in events:
+                    await send({"type": "http.response.body", "body": _frame(event), "more_body": True})
+            except UserError as error:
+                await send({"type": "http.response.body", "body": _frame(json.dumps(error.body())), "more_body": True})
+            except Exception:
+                logger.exception("a stream failed")
+                body = EngineError("the server failed in the middle of the stream").body()
+                await send({"type": "http.response.body", "body": _frame(json.dumps(body)), "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _frame(data: str) -> bytes:
+    return f"data: {data}\n\n".encode()

@@ -1,0 +1,127 @@
+"""The serving process: logging, signals, the line to try, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import sys
+import time
+from types import FrameType
+
+import uvicorn
+
+from server.app import create_app
+from server.engine.async_engine import AsyncEngine
+from server.engine.engine import build_engine
+from server.metrics import Metrics
+from server.settings import Settings
+
+FLUSH_TIMEOUT = 5  # seconds that the last answers get to reach slow readers
+
+
+def serve(settings: Settings) -> int:
+    """Serve until a signal comes, or the engine dies; returns the process's exit status.
+
+    Raises:
+        CheckpointError, ValueError: the model or a setting cannot be used; the message names it.
+    """
+    configure_logging(settings)
+    metrics = Metrics(settings.model_name)
+    engine = AsyncEngine(
+        build_engine(settings.model, settings.engine_options()),
+        metrics.observe,
+        max_queue=settings.max_queue,
+        on_death=lambda: server.end(),
+    )
+    server = Server(engine, settings, metrics)
+    server.run()
+    return 0 if server.started and engine.alive else 1
+
+
+class Server(uvicorn.Server):
+    """uvicorn that drains first: after the first signal /ready is 503, new requests are refused and the running ones
+    get `drain_timeout` seconds, all while the port is open. A second signal ends the process at once."""
+
+    def __init__(self, engine: AsyncEngine, settings: Settings, metrics: Metrics) -> None:
+        config = uvicorn.Config(
+            create_app(engine, settings, metrics),
+            host=settings.host,
+            port=settings.port,
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=FLUSH_TIMEOUT,
+        )
+        super().__init__(config)
+        self._engine = engine
+        self._settings = settings
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        if self.started:
+            print(greeting(self._settings, self.servers[0].sockets[0].getsockname()[1]), flush=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by the interpreter in the main thread, between any two instructions."""
+        if self._loop is None or self.should_exit:
+            super().handle_exit(sig, frame)
+        elif self._draining is not None:
+            self.should_exit = self.force_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        self._draining = asyncio.create_task(self._stop_engine())
+
+    async def _stop_engine(self) -> None:
+        await self._engine.stop(self._settings.drain_timeout)
+        self.end()
+
+    def end(self) -> None:
+        """Leave the main loop."""
+        self.should_exit = True
+
+
+def greeting(settings: Settings, port: int) -> str:
+    """What a person who has just started the server wants to know."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
+    url = f"http://{host}:{port}"
+    key = ' -H "Authorization: Bearer $LPA_API_KEY"' if settings.api_key is not None else ""
+    body = json.dumps({"model": settings.model_name, "prompt": "Once upon a time", "max_tokens": 64})
+    return (
+        f"{settings.model_name} is served at {url}; its documentation is at {url}/docs. Try:\n\n"
+        f"  curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'\n"
+    )
+
+
+class JsonFormatter(logging.Formatter):
+    """A JSON object per line; `extra={"fields": {...}}` become its keys."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def configure_logging(settings: Settings) -> None:
+    """Everything to stderr, in one format."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        JsonFormatter()
+        if settings.log_format == "json"
+        else logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    )
+    logging.basicConfig(handlers=[handler], level=settings.log_level.upper(), force=True)

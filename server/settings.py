@@ -1,0 +1,112 @@
+"""Every setting of the server: flag, environment variable and default have their one home here."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+if TYPE_CHECKING:  # the engine imports torch, which the command line must not wait for
+    from server.engine.engine import EngineOptions
+
+ENV_PREFIX = "LPA_"
+
+
+class SettingsError(ValueError):
+    """A setting is invalid; the message names its flag and variable."""
+
+
+def embedded_checkpoint() -> Path:
+    """Folder of the model that comes with the package."""
+    spec = importlib.util.find_spec("lpa_model")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent / "checkpoints" / "lpa-tiny"
+
+
+class Settings(BaseSettings):
+    """Field `max_num_seqs` is the flag --max-num-seqs and the variable LPA_MAX_NUM_SEQS; an empty variable is none."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, validate_default=False, extra="forbid"
+    )
+
+    model: Path = Field(
+        default_factory=embedded_checkpoint, description="Model folder (default: the embedded lpa-tiny)."
+    )
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 is every interface.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    served_model_name: str | None = Field(
+        None, min_length=1, description="Name of the model in the API (default: the folder's name)."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Type of weights and cache; auto is bfloat16 where the processor has it in hardware."
+    )
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N.")
+    threads: int | None = Field(None, ge=1, description="Threads of the CPU products (default: one per processor).")
+    max_model_len: int | None = Field(
+        None, ge=1, description="Longest prompt and completion together, in tokens (default: the model's context)."
+    )
+    max_num_seqs: int = Field(64, ge=1, description="Sequences that run at once; more of them wait.")
+    max_num_batched_tokens: int = Field(2048, ge=1, description="Most tokens in one step.")
+    step_budget_ms: float = Field(
+        50.0, gt=0, allow_inf_nan=False, description="Milliseconds of prompt work in a step while completions stream."
+    )
+    block_size: int = Field(64, ge=1, description="Tokens in a block of the cache.")
+    kv_cache_layout: Literal["auto", "latent", "mixed", "full"] = Field(
+        "auto", description="What the cache stores: latents, latents of values only, or full keys and values."
+    )
+    kv_cache_memory: int | None = Field(
+        None, ge=1, description="Bytes of the cache (default: a modest share of the free memory)."
+    )
+    enable_prefix_caching: bool = Field(True, description="Reuse the cache of a prompt's beginning between requests.")
+    max_queue: int = Field(1024, ge=0, description="Sequences that may wait; one more is answered with 429.")
+    request_timeout: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Seconds after which a request is cut off (default: never)."
+    )
+    drain_timeout: float = Field(
+        30.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds that running requests get to finish when the server stops.",
+    )
+    max_body_bytes: int = Field(64 << 20, ge=1, description="Largest request body in bytes; a larger one gets a 413.")
+    api_key: SecretStr | None = Field(
+        None, min_length=1, description="Key that clients must send as 'Authorization: Bearer KEY' (default: none)."
+    )
+    log_format: Literal["text", "json"] = Field("text", description="Log lines as text or as JSON objects.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+    log_requests: bool = Field(True, description="Log a line for every request.")
+
+    @property
+    def model_name(self) -> str:
+        """The model's name in the API."""
+        return self.served_model_name or self.model.resolve().name
+
+    def engine_options(self) -> EngineOptions:
+        """The settings that the engine is built from."""
+        from server.engine.engine import EngineOptions
+
+        return EngineOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(EngineOptions)})
+
+
+def load_settings(**flags: Any) -> Settings:
+    """Settings from flags, then LPA_ variables, then defaults; a flag that is None was not given.
+
+    Raises:
+        SettingsError: values are invalid; a line for each names the flag, the variable and the limit.
+    """
+    try:
+        return Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as invalid:
+        raise SettingsError("\n".join(_explain(error) for error in invalid.errors())) from None
+
+
+def _explain(error: Any) -> str:
+    name = str(error["loc"][0])
+    value = "" if name == "api_key" else f", not {error['input']!r}"
+    reason = error["msg"][:1].lower() + error["msg"][1:]
+    return f"--{name.replace('_', '-')} ({ENV_PREFIX}{name.upper()}): {reason}{value}"
