@@ -30,7 +30,9 @@ def allowed(logits: list[float], temperature: float, top_p: float, top_k: int) -
     return {i: w / mass for i, w in kept.items()}
 
 
-@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(1, 1, 0), (0.5, 1, 0), (1, 0.7, 0), (2, 0.8, 5), (1, 1, 2)])
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(1, 1, 0), (0.5, 1, 0), (1, 0.7, 0), (2, 0.8, 5), (1, 1, 2)]
+)
 def test_frequencies_follow_the_distribution(temperature: float, top_p: float, top_k: int) -> None:
     logits = torch.randn(40, generator=torch.Generator().manual_seed(1)) * 2
     draws = 4000

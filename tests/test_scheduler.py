@@ -122,9 +122,7 @@ def test_generated_blocks_are_private() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    requests=st.lists(
-        st.tuples(st.integers(1, 30), st.integers(0, 12), st.integers(0, 3)), min_size=1, max_size=12
-    ),
+    requests=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 12), st.integers(0, 3)), min_size=1, max_size=12),
     num_blocks=st.integers(11, 24),
     budget=st.integers(1, 40),
     aborts=st.sets(st.integers(0, 40)),

@@ -17,7 +17,15 @@ from lpa_model.config import CacheLayout, LPAConfig
 from server.engine.block_manager import BlockManager
 from server.engine.detokenizer import Detokenizer
 from server.engine.model_runner import ModelRunner, StepResult
-from server.engine.request import EngineStats, FinishedRequest, FinishReason, Logprobs, Request, RequestOutput, RequestStatus
+from server.engine.request import (
+    EngineStats,
+    FinishedRequest,
+    FinishReason,
+    Logprobs,
+    Request,
+    RequestOutput,
+    RequestStatus,
+)
 from server.engine.scheduler import ScheduledBatch, Scheduler
 from server.engine.tokenizer import Tokenizer
 from server.errors import ContextLength, InvalidRequest
@@ -44,7 +52,6 @@ class EngineOptions:
     kv_cache_memory: int | None = None
     enable_prefix_caching: bool = True
     max_queue: int = 1024
-
 
 
 class StepFailed(Exception):
@@ -132,7 +139,8 @@ class Engine:
             raise StepFailed([self._fail(item.request, error) for item in batch.items]) from error
         self.scheduler.observe_step(batch, (time.monotonic() - started) * 1e3)
         self._count(batch, result)
-        advanced = [self._advance(request, token, result) for request, token in self.scheduler.update(batch, result.tokens)]
+        updated = self.scheduler.update(batch, result.tokens)
+        advanced = [self._advance(request, token, result) for request, token in updated]
         return [output for output in advanced if output is not None]
 
     def _advance(self, request: Request, token: int | None, result: StepResult) -> RequestOutput | None:
