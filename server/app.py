@@ -27,7 +27,7 @@ from server.routes.health import health_router, package_version
 from server.routes.metrics import metrics_router
 from server.routes.models import models_router
 from server.routes.perplexity import perplexity_router
-from server.routes.respond import error_response
+from server.routes.respond import ERROR_RESPONSES, error_response
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,13 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
         finally:
             await engine.stop(settings.drain_timeout)
 
-    app = FastAPI(title="LPA inference server", version=package_version(), lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(
+        title="LPA inference server",
+        version=package_version(),
+        lifespan=lifespan,
+        redirect_slashes=False,
+        responses=ERROR_RESPONSES,
+    )
     app.include_router(completions_router(engine, settings))
     app.include_router(perplexity_router(engine, settings))
     app.include_router(models_router(settings, engine.max_model_len))

@@ -10,10 +10,13 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
+    disable_created_metrics,
     generate_latest,
 )
 
 from server.engine.request import EngineStats, FinishReason
+
+disable_created_metrics()  # a line for each counter and bucket family that nobody plots
 
 # seconds; a small model on a CPU answers in fractions of a millisecond, a long corpus takes minutes
 LATENCY_BUCKETS = (

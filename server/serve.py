@@ -28,25 +28,29 @@ def serve(settings: Settings) -> int:
         CheckpointError, ValueError: the model or a setting cannot be used; the message names it.
     """
     configure_logging(settings)
-    metrics = Metrics(settings.model_name)
-    engine = AsyncEngine(
-        build_engine(settings.model, settings.engine_options()),
-        metrics.observe,
-        max_queue=settings.max_queue,
-        on_death=lambda: server.end(),
-    )
-    server = Server(engine, settings, metrics)
+    server = Server(settings)
     server.run()
-    return 0 if server.started and engine.alive else 1
+    return 0 if server.started and server.engine.alive else 1
 
 
 class Server(uvicorn.Server):
     """uvicorn that drains first: after the first signal /ready is 503, new requests are refused and the running ones
-    get `drain_timeout` seconds, all while the port is open. A second signal ends the process at once."""
+    get `drain_timeout` seconds, all while the port is open. A second signal ends the process at once.
 
-    def __init__(self, engine: AsyncEngine, settings: Settings, metrics: Metrics) -> None:
+    Raises:
+        CheckpointError, ValueError: the model or a setting cannot be used; the message names it.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.metrics = Metrics(settings.model_name)
+        self.engine = AsyncEngine(
+            build_engine(settings.model, settings.engine_options()),
+            self.metrics.observe,
+            max_queue=settings.max_queue,
+            on_death=self._end,
+        )
         config = uvicorn.Config(
-            create_app(engine, settings, metrics),
+            create_app(self.engine, settings, self.metrics),
             host=settings.host,
             port=settings.port,
             lifespan="on",
@@ -56,7 +60,6 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=FLUSH_TIMEOUT,
         )
         super().__init__(config)
-        self._engine = engine
         self._settings = settings
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
@@ -65,7 +68,13 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
-            print(greeting(self._settings, self.servers[0].sockets[0].getsockname()[1]), flush=True)
+            print(greeting(self._settings, self.port), flush=True)
+
+    @property
+    def port(self) -> int:
+        """The port that is open; settings may have asked for a free one."""
+        port: int = self.servers[0].sockets[0].getsockname()[1]
+        return port
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by the interpreter in the main thread, between any two instructions."""
@@ -80,10 +89,10 @@ class Server(uvicorn.Server):
         self._draining = asyncio.create_task(self._stop_engine())
 
     async def _stop_engine(self) -> None:
-        await self._engine.stop(self._settings.drain_timeout)
-        self.end()
+        await self.engine.stop(self._settings.drain_timeout)
+        self._end()
 
-    def end(self) -> None:
+    def _end(self) -> None:
         """Leave the main loop."""
         self.should_exit = True
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -17,7 +16,7 @@ from server.engine.request import Logprobs, RequestOutput, SamplingParams
 from server.errors import ContextLength, InvalidRequest
 from server.protocol.completions import CompletionRequest, choice, completion_head, usage
 from server.protocol.logprobs import Columns, TextOffsets, columns, join, prompt_columns
-from server.routes.fan_out import Job, run_jobs
+from server.routes.fan_out import Job, deadline_of, run_jobs
 from server.routes.prompts import Prompt, check_model, tokenize
 from server.routes.respond import json_response, to_json, while_connected
 from server.routes.sse import DONE, EventStream
@@ -105,9 +104,7 @@ async def _accept(engine: AsyncEngine, settings: Settings, body: CompletionReque
         body=body,
         prompts=prompts,
         request_id=request_id,
-        deadline=None
-        if settings.request_timeout is None
-        else asyncio.get_running_loop().time() + settings.request_timeout,
+        deadline=deadline_of(settings),
         head=completion_head(request_id, int(time.time()), settings.model_name),
         prompt_texts=[_text(engine, prompt) if _needs_text(body) else "" for prompt in prompts],
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from server.engine.async_engine import AsyncEngine
 from server.engine.request import RequestOutput, SamplingParams
 from server.errors import TimedOut
+from server.settings import Settings
 
 BUFFER = 64  # outputs that may wait for a slow reader; beyond them the sequences' own queues hold the rest
 
@@ -22,6 +23,12 @@ class Job:
     prompt_ids: list[int]
     params: SamplingParams
     choice: int = 0
+
+
+def deadline_of(settings: Settings) -> float | None:
+    """When a request that comes now is to be given up, on the event loop's clock; None: never."""
+    timeout = settings.request_timeout
+    return None if timeout is None else asyncio.get_running_loop().time() + timeout
 
 
 async def run_jobs(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -15,7 +14,7 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.request import SamplingParams
 from server.errors import ContextLength, EngineError, InvalidRequest
 from server.protocol.perplexity import PerplexityRequest, TextScore, perplexity_response
-from server.routes.fan_out import Job, run_jobs
+from server.routes.fan_out import Job, deadline_of, run_jobs
 from server.routes.prompts import Prompt, check_model, tokenize
 from server.routes.respond import json_response, while_connected
 from server.settings import Settings
@@ -30,9 +29,7 @@ def perplexity_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         check_model(body.model, settings)
         prompts = await tokenize(engine, "input", body.input)
         cut = [_windows(body, prompt, engine.max_model_len) for prompt in prompts]
-        loop, timeout = asyncio.get_running_loop(), settings.request_timeout
-        deadline = None if timeout is None else loop.time() + timeout
-        work = _score(engine, request.state.request_id, prompts, cut, deadline)
+        work = _score(engine, request.state.request_id, prompts, cut, deadline_of(settings))
         scores = await while_connected(request.receive, work)
         prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         return json_response(perplexity_response(settings.model_name, scores, prompt_tokens))
