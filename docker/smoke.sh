@@ -13,7 +13,8 @@ docker=${DOCKER:-docker}
 port=${PORT:-8123}
 image=lpa-smoke
 container=lpa-smoke-$$
-stop_timeout=45
+drain_timeout=90 # seconds; a slow machine may need them for the stream
+stop_timeout=105
 read -ra build_args <<<"${DOCKER_BUILD_ARGS:-}"
 read -ra run_args <<<"${DOCKER_RUN_ARGS:-}"
 export DOCKER_BUILDKIT=1 # the default of newer engines; the Dockerfile uses cache mounts
@@ -40,7 +41,8 @@ fail() {
 "$docker" build ${build_args[@]+"${build_args[@]}"} -f docker/Dockerfile -t "$image" .
 
 "$docker" run --detach --name "$container" --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \
-    --env LPA_PORT="$port" --publish "127.0.0.1:$port:$port" ${run_args[@]+"${run_args[@]}"} "$image" >/dev/null
+    --env LPA_PORT="$port" --env LPA_DRAIN_TIMEOUT="$drain_timeout" --publish "127.0.0.1:$port:$port" \
+    ${run_args[@]+"${run_args[@]}"} "$image" >/dev/null
 
 [[ $("$docker" exec "$container" id -u) != 0 ]] || fail "the container runs as root"
 ! "$docker" exec "$container" touch /opt/lpa/x 2>/dev/null || fail "the root is not read-only"
@@ -105,7 +107,9 @@ import time
 import urllib.request
 
 url, docker, container, stop_timeout = sys.argv[1:]
-body = {"prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True, "stream": True}
+with urllib.request.urlopen(url + "/v1/models", timeout=60) as response:
+    model = json.load(response)["data"][0]["id"]
+body = {"model": model, "prompt": "Once upon a time", "max_tokens": 500, "ignore_eos": True, "stream": True}
 request = urllib.request.Request(
     url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
 )
