@@ -343,29 +343,22 @@ def _train(given: dict[str, Any]) -> None:
     with user_errors():
         model_config = _config_of(given["preset"])
         config = TrainConfig(**{name: value for name, value in given.items() if name in names})
-        for limit, what in (
-            (model_config.max_position_embeddings, "the model's context"),
-            (config.batch_tokens, "--batch-tokens"),
-        ):
-            if config.sequence_length > limit:
-                raise ValueError(f"--sequence-length: {config.sequence_length} is more than {what}, {limit}")
+        context = model_config.max_position_embeddings
+        if config.sequence_length > context:
+            raise ValueError(f"sequence_length: {config.sequence_length} is more than the model's context of {context}")
         out.mkdir(parents=True, exist_ok=True)
         tokenizer, tokens, valid_text = prepare(given["data"], given["valid"], out, model_config.vocab_size)
         if tokenizer.get_vocab_size() != model_config.vocab_size:
             raise ValueError(
-                f"--data: the text yields a tokenizer of {tokenizer.get_vocab_size()} entries only, the model's "
+                f"data: the text yields a tokenizer of {tokenizer.get_vocab_size()} entries only, the model's "
                 f"vocab_size is {model_config.vocab_size}"
-            )
-        if len(tokens) <= config.sequence_length:
-            raise ValueError(
-                f"--data: {len(tokens)} tokens do not fill a sequence of {config.sequence_length} and one more"
             )
     model_config = dataclasses.replace(model_config, eos_token_id=tokenizer.token_to_id(END_OF_TEXT))
     loop = {name: given[name] for name in ("validate_every", "checkpoint_every", "compile_loss") if name in given}
     steps = run(model_config, config, tokenizer, tokens, valid_text, out, **loop)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     step, validation = None, None
-    with Progress(*columns) as progress:
+    with user_errors(), Progress(*columns) as progress:
         task = progress.add_task(f"{len(tokens):,} tokens of text", total=config.steps)
         try:
             for step in steps:

@@ -1,0 +1,341 @@
+"""The `lpa` command: what each sub-command prints and writes, and one clear line for each mistake."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+from lpa_model.checkpoint import load_config, load_model
+from lpa_model.config import Architecture
+from server.cli import app
+from server.settings import Settings
+from tests.conftest import CORPUS, byte_tokenizer, random_model, tiny_config, write_checkpoint
+from tests.test_convert_official import POSITIONS, tensors_of, write
+
+ROOT = Path(__file__).parent.parent
+
+
+def lpa(*arguments: object, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], input=stdin, env={"COLUMNS": "200", "LPA_THREADS": "1"})
+
+
+def succeed(*arguments: object, stdin: str | None = None) -> str:
+    result = lpa(*arguments, stdin=stdin)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def assert_one_line(result: Result, pattern: str) -> None:
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert re.fullmatch(rf"lpa: [^\n]*{pattern}[^\n]*\n", result.stderr), result.stderr
+
+
+def process(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-u", "-m", "server.cli", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "LPA_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_help_is_there_for_every_command_and_loads_nothing_heavy() -> None:
+    check = (
+        "import sys; from typer.testing import CliRunner; from server.cli import app;"
+        "print(CliRunner().invoke(app, ['--help']).stdout);"
+        "assert not {'torch', 'fastapi', 'pydantic_settings', 'tokenizers', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    commands = re.findall(r"^  (\w+)  ", done.stdout, re.MULTILINE)
+    assert set(commands) == {"serve", "generate", "score", "train", "init", "convert", "info"}
+    for command in commands:
+        assert "Usage: " in succeed(command, "--help")
+
+
+def test_serve_has_a_flag_for_every_setting_and_shows_its_default() -> None:
+    text = " ".join(succeed("serve", "--help").split())
+    for name, field in Settings.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in text
+        assert field.description is not None
+        assert field.description in text
+    assert "--port INTEGER Port to listen on; 0 takes a free one. [default: 8000]" in text
+    assert "--enable-prefix-caching / --no-enable-prefix-caching" in text
+    assert "--dtype auto|float32|bfloat16" in text
+
+
+def test_serve_takes_flags_before_variables_and_ends_with_status_0(tiny_checkpoints: dict[Architecture, Path]) -> None:
+    folder = tiny_checkpoints["setting1"]
+    environment = {"LPA_PORT": "1", "LPA_SERVED_MODEL_NAME": "named-by-variable", "LPA_DTYPE": "float32"}
+    server = process("serve", folder, "--port", "0", "--kv-cache-memory", str(1 << 20), **environment)
+    try:
+        assert server.stdout is not None
+        found = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())
+        assert found
+        with urllib.request.urlopen(f"{found[0]}/v1/models") as answer:
+            assert json.load(answer)["data"][0]["id"] == "named-by-variable"
+        server.send_signal(signal.SIGTERM)
+        _, log = server.communicate(timeout=30)
+        assert server.returncode == 0, log
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def test_mistakes_with_serve_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_one_line(lpa("serve", "--port", "65536"), r"--port \(LPA_PORT\): .*65535, not '65536'")
+    assert_one_line(lpa("serve", tmp_path, "--model", tmp_path), "--model: the model folder is given twice")
+    monkeypatch.setenv("LPA_MAX_QUEUE", "many")
+    assert_one_line(lpa("serve"), r"--max-queue \(LPA_MAX_QUEUE\): .*'many'")
+    monkeypatch.delenv("LPA_MAX_QUEUE")
+    assert lpa("serve", "--no-such-flag").exit_code == 2
+
+    truncated = write_checkpoint(tmp_path / "model", tiny_config())
+    weights = truncated / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    server = process("serve", truncated, "--port", "0")  # a process of its own: it configures logging
+    output, log = server.communicate(timeout=60)
+    assert (server.returncode, output) == (2, "")
+    assert re.fullmatch(r"lpa: .*model\.safetensors: truncated.*\n", log)
+
+
+def test_generate_streams_the_most_probable_text(tiny_checkpoint: Path, architecture: Architecture) -> None:
+    model, tokenizer = random_model(tiny_config(architecture)), byte_tokenizer()
+    ids = tokenizer.encode("The robot").ids
+    prompt = len(ids)
+    for _ in range(20):
+        ids.append(int(model.logits(model(torch.tensor([ids])))[0, -1].argmax()))
+    expected = tokenizer.decode(ids[prompt:])
+    asked = ("--model", tiny_checkpoint, "--max-tokens", 20, "--temperature", 0, "--dtype", "float32")
+    assert succeed("generate", "The robot", *asked) == expected + "\n"
+    assert succeed("generate", "-", *asked, stdin="The robot") == expected + "\n"
+    assert succeed("generate", "The robot", *asked, "--stop", expected[3:6]) == expected.split(expected[3:6])[0] + "\n"
+
+
+def test_generate_follows_its_seed(tiny_checkpoints: dict[Architecture, Path]) -> None:
+    asked = ("generate", "The sea", "--model", tiny_checkpoints["setting2"], "--max-tokens", 30, "--temperature", 1)
+    first = succeed(*asked, "--seed", 5)
+    assert first == succeed(*asked, "--seed", 5)
+    assert first != succeed(*asked, "--seed", 6)
+
+
+def test_mistakes_with_generate_are_one_line(tiny_checkpoints: dict[Architecture, Path], tmp_path: Path) -> None:
+    model = ("--model", tiny_checkpoints["setting2"])
+    assert_one_line(lpa("generate", "a", "--model", tmp_path / "none"), "none: no such model folder")
+    assert_one_line(lpa("generate", "", *model), "prompt: is empty")
+    assert_one_line(lpa("generate", "a", *model, "--max-tokens", 128), "context is 128 tokens")
+
+
+def independent_nll(architecture: Architecture, text: str) -> tuple[float, int]:
+    """Float64 sum over one forward of the same weights."""
+    model = random_model(tiny_config(architecture))
+    ids = torch.tensor(byte_tokenizer().encode(text).ids)
+    logits = model.logits(model(ids[None]))[0, :-1].double()
+    return -logits.log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]].sum().item(), len(ids) - 1
+
+
+def test_score_gives_the_sums_of_each_file_and_of_all(
+    tiny_checkpoint: Path, architecture: Architecture, tmp_path: Path
+) -> None:
+    plain, packed = tmp_path / "plain.txt", tmp_path / "packed.txt.gz"
+    texts = [CORPUS[:120], "Vögel, and the sea.\r\nThe end", "the waves"]
+    plain.write_bytes(texts[0].encode())
+    packed.write_bytes(gzip.compress(texts[1].replace("\r\n", "\n").encode()))
+    texts[1] = texts[1].replace("\r\n", "\n")
+    asked = ("score", plain, packed, "-", "--model", tiny_checkpoint, "--method", "full", "--dtype", "float32")
+    answer = json.loads(succeed(*asked, "--json", stdin=texts[2]))
+    assert [entry["file"] for entry in answer["data"]] == [str(plain), str(packed), "-"]
+    assert (answer["method"], answer["max_length"], answer["dtype"]) == ("full", 128, "float32")
+    expected = [(*independent_nll(architecture, text), len(text.encode())) for text in texts]
+    total = [sum(column) for column in zip(*expected, strict=True)]
+    for entry, (nll, tokens, size) in zip([*answer["data"], answer["aggregate"]], [*expected, total], strict=True):
+        assert entry["nll_sum"] == pytest.approx(nll, rel=1e-5)
+        assert (entry["num_tokens"], entry["num_bytes"]) == (tokens, size)
+        assert entry["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-5)
+        assert entry["bits_per_byte"] == pytest.approx(nll / math.log(2) / size, rel=1e-5)
+    table = succeed(*asked, stdin=texts[2])
+    assert re.search(
+        rf"total .*{answer['aggregate']['perplexity']:.4f} .*{answer['aggregate']['bits_per_byte']:.4f}", table
+    )
+
+
+def test_score_slides_over_a_long_text_by_default(tiny_checkpoints: dict[Architecture, Path], tmp_path: Path) -> None:
+    text = tmp_path / "long.txt"
+    text.write_text(CORPUS * 2)
+    answer = json.loads(succeed("score", text, "--model", tiny_checkpoints["setting2"], "--json"))
+    assert (answer["method"], answer["max_length"], answer["stride"]) == ("sliding", 128, 64)
+    assert answer["aggregate"]["num_tokens"] == len(byte_tokenizer().encode(CORPUS * 2).ids) - 1
+    shorter = json.loads(succeed("score", text, "--model", tiny_checkpoints["setting2"], "--json", "--max-length", 20))
+    assert (shorter["max_length"], shorter["stride"]) == (20, 10)
+    assert shorter["aggregate"]["num_tokens"] == answer["aggregate"]["num_tokens"]
+    assert shorter["aggregate"]["nll_sum"] != answer["aggregate"]["nll_sum"]
+
+
+def test_a_text_without_scored_tokens_has_no_perplexity(
+    tiny_checkpoints: dict[Architecture, Path], tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    answer = json.loads(succeed("score", empty, "--model", tiny_checkpoints["setting2"], "--json"))
+    assert answer["data"][0] == {
+        "file": str(empty),
+        "num_tokens": 0,
+        "num_bytes": 0,
+        "nll_sum": 0.0,
+        "perplexity": None,
+        "bits_per_byte": None,
+    }
+
+
+def test_mistakes_with_score_are_one_line(tiny_checkpoints: dict[Architecture, Path], tmp_path: Path) -> None:
+    def score(name: str, content: bytes, *more: object) -> Result:
+        (tmp_path / name).write_bytes(content)
+        return lpa("score", tmp_path / name, "--model", tiny_checkpoints["setting2"], *more)
+
+    assert_one_line(score("latin.txt", b"caf\xe9"), "latin.txt: not UTF-8 at byte 3")
+    assert_one_line(score("cut.gz", gzip.compress(b"text" * 999)[:-12]), "cut.gz: .*end-of-stream")
+    assert_one_line(score("not.gz", b"plain text"), "not.gz: Not a gzipped file")
+    long = CORPUS.encode()
+    assert_one_line(score("long.txt", long, "--method", "full"), r"long.txt: max_length: .* at most 128;")
+    assert_one_line(score("a.txt", b"abc", "--max-length", 129), "a.txt: max_length: 129 .* context of 128")
+    assert_one_line(score("a.txt", b"abc", "--stride", 128), "a.txt: stride: 128 .* 127")
+    assert_one_line(score("a.txt", b"abc", "--stride", 0), "a.txt: stride: 0 ")
+    assert_one_line(lpa("score", tmp_path / "none.txt"), "none.txt: No such file or directory")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> list[object]:
+    """Arguments of a training run of a tiny model, all but --steps."""
+    config, data, valid = (tmp_path / name for name in ("shape.json", "data.txt", "valid.txt"))
+    config.write_text(json.dumps(tiny_config(eos_token_id=None).to_dict()))
+    data.write_text(CORPUS * 3)
+    valid.write_text(CORPUS[:200])
+    files = ["--data", data, "--valid", valid, "--out", tmp_path / "run"]
+    return ["train", config, *files, "--batch-tokens", 64, "--sequence-length", 16, "--checkpoint-every", 2]
+
+
+def test_train_writes_a_model_that_can_be_scored_and_knows_when_it_is_done(run: list[object], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    printed = succeed(*run, "--steps", 4, "--learning-rate", 0.01, "--validate-every", 2)
+    found = re.search(r"validation: ([\d.]+) bits per byte, perplexity ([\d.]+); .*/run/model", printed)
+    assert found
+    assert re.search(r"step 2: loss [\d.]+ .* tokens/s  validation [\d.]+ bits/byte", printed)
+    config = load_config(out / "model")
+    assert config.eos_token_id == 0
+    load_model(out / "model", torch.bfloat16, torch.device("cpu"))
+    asked = ("score", tmp_path / "valid.txt", "--model", out / "model", "--dtype", "float32", "--json")
+    scored = json.loads(succeed(*asked, "--max-length", 16, "--stride", 15))["aggregate"]
+    assert scored["perplexity"] == pytest.approx(float(found[2]), rel=0.05)  # weights were rounded to bfloat16
+    assert json.loads((out / "train.json").read_text())["learning_rate"] == 0.01
+    assert "has all of its 4 steps already" in succeed(*run, "--steps", 4, "--learning-rate", 0.01)
+
+
+def test_a_training_run_that_is_interrupted_goes_on(run: list[object], tmp_path: Path) -> None:
+    training = process(*run, "--steps", 1_000_000, "--validate-every", 1_000_000)
+    try:
+        state = tmp_path / "run" / "state.pt"
+        for _ in range(600):
+            if state.exists():
+                break
+            assert training.poll() is None
+            time.sleep(0.1)
+        training.send_signal(signal.SIGINT)
+        _, errors = training.communicate(timeout=60)
+    finally:
+        training.kill()
+        training.wait()
+    assert training.returncode == 130
+    assert re.fullmatch(r"stopped; the same command goes on from the last state of .*/run\n", errors)
+    step = torch.load(state, weights_only=True)["step"]
+    printed = succeed(*run, "--steps", step + 2, "--validate-every", 1)
+    assert re.findall(r"^step (\d+):", printed, re.MULTILINE) == [str(step + 1), str(step + 2)]
+
+
+def test_mistakes_with_train_are_one_line(run: list[object], tmp_path: Path) -> None:
+    assert_one_line(lpa(*run, "--steps", 1, "--sequence-length", 65), "sequence_length: 65 .* batch_tokens, 64")
+    assert_one_line(lpa("train", "lpa-huge", *run[2:], "--steps", 1), r"lpa-huge: neither .* preset \(lpa-tiny, ")
+    assert_one_line(lpa("train", "lpa-130m", *run[2:], "--steps", 1), "data: .* vocab_size is 32000")
+    more = ("--steps", 1, "--batch-tokens", 256, "--sequence-length", 129)
+    assert_one_line(lpa(*run, *more), "sequence_length: 129 is more than the model's context of 128")
+    (tmp_path / "data.txt").unlink()
+    fresh = [*run, "--steps", 1, "--out", tmp_path / "other"]
+    assert_one_line(lpa(*fresh), "data.txt: No such file or directory")
+    missing = lpa("train", "lpa-tiny", "--data", "a", "--valid", "b", "--out", "c")
+    assert missing.exit_code == 2
+    assert "--steps" in missing.stderr
+
+
+def test_init_takes_presets_and_configs(tmp_path: Path) -> None:
+    config = tmp_path / "shape.json"
+    config.write_text(json.dumps(tiny_config("setting1").to_dict()))
+    count = tiny_config("setting1").parameter_count()
+    printed = succeed("init", config, tmp_path / "model", "--seed", 3, "--dtype", "bfloat16")
+    assert f"{count:,} random parameters in bfloat16" in printed
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert sum(tensor.numel() for tensor in tensors.values()) == count
+    succeed("generate", "Hello", "--model", tmp_path / "model", "--max-tokens", 4, "--dtype", "float32")
+    succeed("init", "lpa-tiny", tmp_path / "tiny")
+    assert load_config(tmp_path / "tiny").num_hidden_layers == 6
+
+
+def test_mistakes_with_init_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").touch()
+    assert_one_line(lpa("init", "lpa-tiny", tmp_path / "full"), "full: exists and is not an empty folder")
+    assert_one_line(lpa("init", "lpa-9b", tmp_path / "m"), "lpa-9b: neither")
+    (tmp_path / "small.json").write_text(json.dumps(tiny_config(vocab_size=200).to_dict()))
+    assert_one_line(lpa("init", tmp_path / "small.json", tmp_path / "m"), "vocab_size: 200 is less than 257")
+    (tmp_path / "broken.json").write_text("{")
+    assert_one_line(lpa("init", tmp_path / "broken.json", tmp_path / "m"), "broken.json: not JSON")
+    assert not (tmp_path / "m").exists()
+
+
+def test_convert_official_passes_its_options_on(tmp_path: Path) -> None:
+    source = write(tmp_path / "official", tensors_of("setting2"))
+    asked = ("convert", "official", source, tmp_path / "model")
+    assert_one_line(lpa(*asked), "--max-position-embeddings")
+    printed = succeed(*asked, "--max-position-embeddings", POSITIONS, "--dtype", "bfloat16")
+    config = load_config(tmp_path / "model")
+    assert config.max_position_embeddings == POSITIONS
+    assert f"model: setting2, {config.parameter_count():,} parameters in bfloat16" in printed
+    assert {t.dtype for t in load_file(tmp_path / "model" / "model.safetensors").values()} == {torch.bfloat16}
+    one = write(tmp_path / "one", tensors_of("setting1"))
+    assert_one_line(lpa("convert", "official", one, tmp_path / "other"), "--num-heads")
+
+
+def test_info_shows_a_preset_beside_its_dense_twin() -> None:
+    text = succeed("info", "lpa-370m")
+    rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in text.splitlines()]
+    # 24 layers of 2r = 640, d + r = 1344 and 2d = 2048 numbers
+    assert ["latent (default)", "15,360", "30,720", "61,440", "3.20x"] in rows
+    assert ["mixed", "32,256", "64,512", "129,024", "1.52x"] in rows
+    assert ["full", "49,152", "98,304", "196,608", "1.00x"] in rows
+    assert ["dense twin", "49,152", "98,304", "196,608", "1.00x"] in rows
+    assert ["attention_rank", "320"] in rows
+
+
+def test_info_reads_folders_and_says_how_they_are_stored(tiny_checkpoint: Path, architecture: Architecture) -> None:
+    text = succeed("info", tiny_checkpoint)
+    assert re.search(r"stored as +│ float32", text)
+    assert f"{tiny_config(architecture).parameter_count():,}" in text
+    assert f"{tiny_config(architecture, attention_rank=None).parameter_count():,} (" in text
+    assert re.search(r"architecture +│ lpa-tiny|hidden_size +│ 256", succeed("info"))  # the embedded model
+    assert_one_line(lpa("info", tiny_checkpoint / "config"), "config: neither a model folder")
