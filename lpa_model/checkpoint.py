@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ def save_checkpoint(folder: Path, model: LPAForCausalLM, tokenizer: Tokenizer, d
     save_file(tensors, weights, metadata={"format": "pt"})
     _replace(folder / "config.json", json.dumps(model.config.to_dict(), indent=2) + "\n")
     _replace(folder / "tokenizer.json", tokenizer.to_str())
+    shutil.copymode(folder / "config.json", weights)  # safetensors shuts everybody else out, a container's user too
     weights.replace(folder / "model.safetensors")
 
 

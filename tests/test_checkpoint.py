@@ -67,6 +67,11 @@ def test_round_trip(tmp_path: Path, architecture: Architecture, changes: dict[st
     assert load_tokenizer(folder).get_vocab() == byte_tokenizer().get_vocab()
 
 
+def test_who_may_read_the_other_files_may_read_the_weights(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "m", random_model(tiny_config()), byte_tokenizer(), torch.float32)
+    assert len({file.stat().st_mode for file in (tmp_path / "m").iterdir()}) == 1
+
+
 def test_rotary_tables_are_scaled_as_the_config_says(tmp_path: Path) -> None:
     config = tiny_config(rope_theta=500.0, rope_scaling={"rope_type": "linear", "factor": 4.0})
     folder = write_checkpoint(tmp_path / "model", config)
