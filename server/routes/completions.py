@@ -53,6 +53,7 @@ class _Call:
     head: dict[str, Any]
     prompt_texts: list[str]  # as echo shows them
     prompt_scores: dict[int, Logprobs] = field(default_factory=dict)  # by prompt
+    columns_of_prompts: dict[int, Columns] = field(default_factory=dict)  # n choices share them
     cached_tokens: dict[int, int] = field(default_factory=dict)  # by prompt
     completion_tokens: int = 0
 
@@ -74,8 +75,11 @@ class _Call:
             self.prompt_scores[prompt] = output.prompt_logprobs
 
     def prompt_columns(self, prompt: int) -> Columns:
-        scores = self.prompt_scores.get(prompt, Logprobs())
-        return prompt_columns(self.engine.tokenizer, self.prompts[prompt].token_ids, self.prompt_texts[prompt], scores)
+        if prompt not in self.columns_of_prompts:
+            scores = self.prompt_scores.get(prompt, Logprobs())
+            ids, text = self.prompts[prompt].token_ids, self.prompt_texts[prompt]
+            self.columns_of_prompts[prompt] = prompt_columns(self.engine.tokenizer, ids, text, scores)
+        return self.columns_of_prompts[prompt]
 
     def offsets(self, prompt: int) -> TextOffsets:
         return TextOffsets(self.engine.tokenizer, start=len(self.prompt_texts[prompt]))

@@ -1,0 +1,905 @@
+"""The server over HTTP: a real engine with a tiny random model, a real uvicorn, real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import random
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from lpa_model.config import Architecture
+from lpa_model.model import LPAForCausalLM
+from server.engine.request import Logprobs
+from server.engine.tokenizer import Tokenizer as EngineTokenizer
+from server.protocol.logprobs import columns, prompt_columns
+from server.serve import Server
+from server.settings import load_settings
+from tests.conftest import CORPUS, END_OF_TEXT_ID, VOCAB_SIZE, byte_tokenizer, random_model, tiny_config
+
+CONTEXT = 128
+TEXT = 'The robot said: "çava, 你好 🙂" and the waves'
+
+
+class Served:
+    """A server in a thread of its own, and a client for it."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.engine = server.engine._engine
+        self.url = f"http://127.0.0.1:{server.port}"
+        self.client = httpx.Client(base_url=self.url, timeout=20)
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return self.client.post(path, json={"model": "tiny", **body})
+
+    def complete(self, **body: Any) -> dict[str, Any]:
+        response = self.post("/v1/completions", **body)
+        assert response.status_code == 200, response.text
+        found: dict[str, Any] = response.json()
+        return found
+
+    def stream(self, **body: Any) -> list[dict[str, Any]]:
+        """The chunks of a stream that ended as it should."""
+        response = self.post("/v1/completions", stream=True, **body)
+        assert response.status_code == 200, response.text
+        assert response.headers["content-type"].startswith("text/event-stream")
+        events = response.text.split("\n\n")
+        assert events[-2:] == ["data: [DONE]", ""]
+        return [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+
+    def idle(self) -> bool:
+        blocks = self.engine.scheduler.blocks
+        return not self.engine.has_work and blocks.num_free + blocks.num_cached == blocks.num_blocks
+
+    def metric(self, sample: str) -> float:
+        found = re.search(rf"^{re.escape(sample)} (\S+)$", self.client.get("/metrics").text, re.MULTILINE)
+        assert found is not None, sample
+        return float(found[1])
+
+
+@contextmanager
+def serving(folder: Path, **flags: Any) -> Iterator[Served]:
+    defaults = {"dtype": "float32", "threads": 1, "block_size": 16, "kv_cache_memory": 1 << 20, "port": 0}
+    server = Server(load_settings(**{**defaults, "model": folder, "served_model_name": "tiny", **flags}))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        until(lambda: server.started)
+        served = Served(server)
+        with served.client:
+            yield served
+    finally:
+        server.should_exit = True
+        thread.join(20)
+    assert not thread.is_alive()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come true in ten seconds")
+
+
+def slow_steps(served: Served, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    run = served.engine.runner.run
+
+    def slowly(batch: Any) -> Any:
+        time.sleep(seconds)
+        return run(batch)
+
+    monkeypatch.setattr(served.engine.runner, "run", slowly)
+
+
+@pytest.fixture(scope="module")
+def served(tiny_checkpoints: dict[Architecture, Path]) -> Iterator[Served]:
+    with serving(tiny_checkpoints["setting2"]) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def model() -> LPAForCausalLM:
+    return random_model(tiny_config("setting2"))
+
+
+def logprob_rows(model: LPAForCausalLM, ids: list[int]) -> torch.Tensor:
+    """[len(ids), vocab]: row i is the distribution of the token after ids[i]; no cache, one sequence."""
+    with torch.inference_mode():
+        return torch.log_softmax(model.logits(model(torch.tensor([ids]))[0]), -1)
+
+
+def greedy(model: LPAForCausalLM, ids: list[int], count: int) -> list[int]:
+    ids = list(ids)
+    for _ in range(count):
+        ids.append(int(logprob_rows(model, ids)[-1].argmax()))
+    return ids[-count:]
+
+
+# --- completions -----------------------------------------------------------------------------------------------------
+
+
+def test_a_greedy_completion_is_the_plain_forwards(served: Served, model: LPAForCausalLM, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("The robot liked").ids
+    expected = greedy(model, ids, 12)
+    answer = served.complete(prompt="The robot liked", temperature=0, max_tokens=12, ignore_eos=True)
+    assert answer["object"] == "text_completion"
+    assert answer["model"] == "tiny"
+    assert abs(answer["created"] - time.time()) < 60
+    assert answer["choices"] == [
+        {
+            "index": 0,
+            "text": tokenizer.decode(expected),
+            "logprobs": None,
+            "finish_reason": "length",
+            "stop_reason": None,
+        }
+    ]
+    assert answer["usage"] == {
+        "prompt_tokens": len(ids),
+        "completion_tokens": 12,
+        "total_tokens": len(ids) + 12,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+
+
+def test_the_four_forms_of_a_prompt_are_the_same(served: Served, tokenizer: Tokenizer) -> None:
+    texts = ["a gull", "The robot liked the sound"]
+    ids = [tokenizer.encode(text).ids for text in texts]
+    settings = {"temperature": 0, "max_tokens": 6}
+    alone = [served.complete(prompt=text, **settings)["choices"][0]["text"] for text in texts]
+    assert [served.complete(prompt=i, **settings)["choices"][0]["text"] for i in ids] == alone
+    for prompt in (texts, ids):
+        choices = served.complete(prompt=prompt, **settings)["choices"]
+        assert [choice["index"] for choice in choices] == [0, 1]
+        assert [choice["text"] for choice in choices] == alone
+
+
+def test_n_and_several_prompts_are_numbered_and_counted(served: Served, tokenizer: Tokenizer) -> None:
+    prompts = ["the sea", "every day it went"]
+    answer = served.complete(prompt=prompts, n=3, seed=7, max_tokens=5, ignore_eos=True)
+    choices = answer["choices"]
+    assert [choice["index"] for choice in choices] == list(range(6))
+    assert len({choice["text"] for choice in choices}) > 3  # choices of one seed differ
+    for p, prompt in enumerate(prompts):
+        single = served.complete(prompt=prompt, n=3, seed=7, max_tokens=5, ignore_eos=True)
+        assert [c["text"] for c in single["choices"]] == [c["text"] for c in choices[3 * p : 3 * p + 3]]
+    assert answer["usage"]["prompt_tokens"] == sum(len(tokenizer.encode(prompt).ids) for prompt in prompts)
+    assert answer["usage"]["completion_tokens"] == 6 * 5
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 4])
+@pytest.mark.parametrize("n", [1, 2])
+def test_echo_with_logprobs_scores_prompt_and_completion(
+    served: Served, model: LPAForCausalLM, tokenizer: Tokenizer, max_tokens: int, n: int
+) -> None:
+    prompts = [TEXT, "waves"]
+    answer = served.complete(
+        prompt=prompts, echo=True, logprobs=3, max_tokens=max_tokens, temperature=0, n=n, ignore_eos=True
+    )
+    for index, choice in enumerate(answer["choices"]):
+        ids = tokenizer.encode(prompts[index // n]).ids
+        ids += greedy(model, ids, max_tokens) if max_tokens else []
+        rows = logprob_rows(model, ids)
+        logprobs = choice["logprobs"]
+        assert choice["text"].startswith(prompts[index // n])
+        assert choice["finish_reason"] == "length"
+        assert {len(logprobs[name]) for name in logprobs} == {len(ids)}
+        assert logprobs["token_logprobs"][0] is None
+        assert logprobs["top_logprobs"][0] is None
+        for i in range(1, len(ids)):
+            assert logprobs["token_logprobs"][i] == pytest.approx(float(rows[i - 1, ids[i]]), abs=1e-4)
+            top = logprobs["top_logprobs"][i]
+            best = rows[i - 1].topk(3)
+            assert list(top.values())[:3] == pytest.approx(best.values.tolist(), abs=1e-4)
+            assert top[logprobs["tokens"][i]] == logprobs["token_logprobs"][i]  # the very same float
+            assert len(top) == 3 + (ids[i] not in best.indices.tolist())
+    assert answer["usage"]["completion_tokens"] == max_tokens * len(answer["choices"])
+
+
+@pytest.mark.parametrize("echo", [True, False])
+def test_offsets_count_characters_from_the_beginning_of_the_prompt(served: Served, echo: bool) -> None:
+    answer = served.complete(prompt=TEXT, echo=echo, logprobs=0, max_tokens=20, seed=3, ignore_eos=True)
+    (choice,) = answer["choices"]
+    text = choice["text"] if echo else TEXT + choice["text"]
+    logprobs = choice["logprobs"]
+    assert logprobs["text_offset"][0] == (0 if echo else len(TEXT))
+    assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
+    readable = 0
+    for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+        if not token.startswith("bytes:") and token != "<|endoftext|>" and offset < len(TEXT):
+            assert text.startswith(token, offset)
+            readable += 1
+    assert readable > 10 or not echo
+
+
+def test_special_tokens_in_a_prompt_are_parsed_and_echoed(served: Served) -> None:
+    logprobs = served.complete(prompt="a<|endoftext|>b", echo=True, logprobs=0, max_tokens=0)["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["a", "<|endoftext|>", "b"]
+    assert logprobs["text_offset"] == [0, 1, 14]
+    ids = served.complete(prompt=[65, END_OF_TEXT_ID, 66], echo=True, max_tokens=0)["choices"][0]["text"]
+    assert "<|endoftext|>" in ids
+
+
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("logprobs", [None, 2])
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("prompt", ["the shore", ["the shore", "a long, long time"], [[70, 71], [72]]])
+def test_a_stream_carries_what_the_whole_answer_does(
+    served: Served, echo: bool, logprobs: int | None, n: int, prompt: Any
+) -> None:
+    body = {"prompt": prompt, "echo": echo, "logprobs": logprobs, "n": n, "seed": 5, "max_tokens": 8}
+    whole = served.complete(**body)
+    *chunks, last = served.stream(**body, stream_options={"include_usage": True})
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
+    assert last["usage"]["prompt_tokens"] == whole["usage"]["prompt_tokens"]
+    assert len({(c["id"], c["created"], c["object"], c["model"]) for c in [*chunks, last]}) == 1
+    assert all(chunk["usage"] is None for chunk in chunks)
+    for expected in whole["choices"]:
+        parts = [c for chunk in chunks for c in chunk["choices"] if c["index"] == expected["index"]]
+        assert "".join(part["text"] for part in parts) == expected["text"]
+        assert [p["finish_reason"] for p in parts if p["finish_reason"]] == [expected["finish_reason"]]
+        assert parts[-1]["finish_reason"]
+        if echo:
+            assert expected["text"].startswith(parts[0]["text"])
+        if logprobs is None:
+            assert {part["logprobs"] is None for part in parts} == {True}
+        else:
+            for name in ("tokens", "text_offset"):
+                joined = [entry for part in parts for entry in part["logprobs"][name]]
+                assert joined == expected["logprobs"][name]
+            joined = [entry for part in parts for entry in part["logprobs"]["token_logprobs"]]
+            assert [x for x in joined if x is not None] == pytest.approx(
+                [x for x in expected["logprobs"]["token_logprobs"] if x is not None], abs=1e-4
+            )
+
+
+def test_a_stream_without_usage_has_none(served: Served) -> None:
+    assert all("usage" not in chunk for chunk in served.stream(prompt="x", max_tokens=3))
+
+
+def test_max_tokens_zero_streams_the_prompt(served: Served) -> None:
+    (chunk,) = served.stream(prompt="the sea", echo=True, max_tokens=0)
+    assert chunk["choices"][0]["text"] == "the sea"
+    assert chunk["choices"][0]["finish_reason"] == "length"
+
+
+def test_stop_strings_and_stop_tokens_end_a_completion(
+    served: Served, model: LPAForCausalLM, tokenizer: Tokenizer
+) -> None:
+    ids = tokenizer.encode("The robot liked").ids
+    expected = greedy(model, ids, 12)
+    whole = tokenizer.decode(expected)
+    stop = next(whole[i] for i in range(4, len(whole)) if whole[i] != "\ufffd" and whole[i] not in whole[:i])
+    body: dict[str, Any] = {"prompt": "The robot liked", "temperature": 0, "max_tokens": 12, "ignore_eos": True}
+    for form in (stop, [stop, "never"]):
+        (choice,) = served.complete(**body, stop=form)["choices"]
+        assert choice["text"] == whole[: whole.index(stop)]
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop)
+    last = next(token for i, token in enumerate(expected) if i > 3 and token not in expected[:i])
+    (choice,) = served.complete(**body, stop_token_ids=[last])["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", last)
+    assert whole.startswith(choice["text"].rstrip("\ufffd"))
+
+
+def test_a_prompt_seen_before_is_counted_as_cached(served: Served) -> None:
+    prompt = [random.Random(11).randrange(1, VOCAB_SIZE) for _ in range(40)]
+    assert served.complete(prompt=prompt, max_tokens=1)["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert served.complete(prompt=prompt, max_tokens=1)["usage"]["prompt_tokens_details"]["cached_tokens"] == 32
+
+
+def test_the_openai_client_gets_whole_and_streamed_completions(served: Served) -> None:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        asked: dict[str, Any] = {"model": "tiny", "prompt": ["the sea", "a gull"], "max_tokens": 6, "seed": 1, "n": 2}
+        whole = client.completions.create(**asked, logprobs=1)
+        assert len(whole.choices) == 4
+        assert whole.usage is not None
+        assert whole.usage.prompt_tokens_details is not None
+        assert whole.id == f"cmpl-{whole._request_id}"
+        texts = {choice.index: "" for choice in whole.choices}
+        usage = None
+        for chunk in client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+            usage = chunk.usage or usage
+            for choice in chunk.choices:
+                texts[choice.index] += choice.text
+        assert texts == {choice.index: choice.text for choice in whole.choices}
+        assert usage is not None
+        assert usage.total_tokens == whole.usage.total_tokens
+        assert [m.id for m in client.models.list()] == ["tiny"]
+        assert client.models.retrieve("tiny").object == "model"
+        with pytest.raises(openai.NotFoundError) as unknown:
+            client.completions.create(model="other", prompt="x")
+        assert unknown.value.code == "model_not_found"
+        assert "tiny" in unknown.value.message
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.completions.create(model="tiny", prompt="x", max_tokens=CONTEXT)
+        assert refused.value.code == "context_length_exceeded"
+
+
+async def test_the_asynchronous_openai_client_and_many_streams(served: Served) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+
+        async def one(i: int) -> tuple[int, str]:
+            stream = await client.completions.create(
+                model="tiny",
+                prompt=CORPUS[i : i + 10 + i],
+                max_tokens=4 + i,
+                stream=True,
+                extra_body={"ignore_eos": True},
+            )
+            chunks = [chunk async for chunk in stream]
+            return sum(len(chunk.choices) for chunk in chunks), str(chunks[-1].choices[0].finish_reason)
+
+        results = await asyncio.gather(*(one(i) for i in range(32)))
+    assert {reason for _, reason in results} == {"length"}
+    until(served.idle)
+
+
+# --- perplexity ------------------------------------------------------------------------------------------------------
+
+
+def nll_of_last(model: LPAForCausalLM, context: list[int], token: int) -> float:
+    return -float(logprob_rows(model, context)[-1, token])
+
+
+def test_full_perplexity_is_the_plain_forwards(served: Served, model: LPAForCausalLM, tokenizer: Tokenizer) -> None:
+    texts = [CORPUS[:100], TEXT, "ab"]
+    answer = served.post("/v1/perplexity", input=texts).json()
+    sums, counts = [], []
+    for text in texts:
+        ids = tokenizer.encode(text).ids
+        sums.append(sum(nll_of_last(model, ids[:i], ids[i]) for i in range(1, len(ids))))
+        counts.append(len(ids) - 1)
+    assert answer["object"] == "perplexity"
+    assert answer["model"] == "tiny"
+    for i, entry in enumerate(answer["data"]):
+        assert (entry["index"], entry["num_tokens"]) == (i, counts[i])
+        assert entry["nll_sum"] == pytest.approx(sums[i], rel=1e-5)
+        assert entry["perplexity"] == pytest.approx(math.exp(sums[i] / counts[i]), rel=1e-4)
+    aggregate = answer["aggregate"]
+    assert aggregate["num_tokens"] == sum(counts)
+    assert aggregate["perplexity"] == pytest.approx(math.exp(sum(sums) / sum(counts)), rel=1e-4)
+    assert answer["usage"] == {"prompt_tokens": sum(counts) + 3, "total_tokens": sum(counts) + 3}
+
+
+def test_sliding_perplexity_sees_the_context_that_was_asked_for(
+    served: Served, model: LPAForCausalLM, tokenizer: Tokenizer
+) -> None:
+    ids = tokenizer.encode(CORPUS).ids
+    assert len(ids) > CONTEXT
+    max_length, stride = 24, 10
+    expected = 0.0
+    for i in range(1, len(ids)):
+        window = 0 if i < max_length else math.ceil((i - max_length + 1) / stride)  # the first whose end is past i
+        expected += nll_of_last(model, ids[window * stride : i], ids[i])
+    for text in (CORPUS, ids):
+        answer = served.post("/v1/perplexity", input=text, method="sliding", max_length=max_length, stride=stride)
+        (entry,) = answer.json()["data"]
+        assert entry["num_tokens"] == len(ids) - 1
+        assert entry["nll_sum"] == pytest.approx(expected, rel=1e-5)
+    longest = served.post("/v1/perplexity", input=CORPUS, method="sliding").json()["aggregate"]
+    assert longest["num_tokens"] == len(ids) - 1
+
+
+def test_more_windows_than_the_queue_holds(tiny_checkpoints: dict[Architecture, Path]) -> None:
+    with serving(tiny_checkpoints["setting2"], max_num_seqs=2, max_queue=0) as server:
+        answer = server.post("/v1/perplexity", input=CORPUS, method="sliding", max_length=8, stride=4)
+        assert answer.status_code == 200
+        prompts = ["the sea"] * 12
+        assert len(server.complete(prompt=prompts, max_tokens=2)["choices"]) == 12
+        until(server.idle)
+
+
+def test_a_model_that_gives_no_numbers_is_an_error_not_an_answer(
+    tiny_checkpoints: dict[Architecture, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(tiny_checkpoints["setting2"]) as server:
+        runner = server.engine.runner
+        logits = runner.model.logits
+        monkeypatch.setattr(runner.model, "logits", lambda hidden: logits(hidden) * torch.nan)
+        answer = server.post("/v1/perplexity", input="the sea")
+        assert answer.status_code == 500
+        assert "input" in answer.json()["error"]["message"]
+        entries = server.complete(prompt="the sea", echo=True, logprobs=1, max_tokens=0)["choices"][0]["logprobs"]
+        assert set(entries["token_logprobs"][1:]) == {-9999.0}
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+COMPLETIONS, PERPLEXITY = "/v1/completions", "/v1/perplexity"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (COMPLETIONS, {"model": None, "prompt": "x"}, "model"),
+        (COMPLETIONS, {}, "prompt"),
+        (COMPLETIONS, {"prompt": None}, "prompt"),
+        (COMPLETIONS, {"prompt": ""}, "prompt"),
+        (COMPLETIONS, {"prompt": []}, "prompt"),
+        (COMPLETIONS, {"prompt": [[]]}, "prompt"),
+        (COMPLETIONS, {"prompt": 5}, "prompt"),
+        (COMPLETIONS, {"prompt": {"text": "x"}}, "prompt"),
+        (COMPLETIONS, {"prompt": ["x", ""]}, "prompt[1]"),
+        (COMPLETIONS, {"prompt": ["x", [5]]}, "prompt[1]"),
+        (COMPLETIONS, {"prompt": [5, "x"]}, "prompt"),
+        (COMPLETIONS, {"prompt": [5, True]}, "prompt"),
+        (COMPLETIONS, {"prompt": [[5], [-1]]}, "prompt[1]"),
+        (COMPLETIONS, {"prompt": [VOCAB_SIZE]}, "prompt"),
+        (COMPLETIONS, {"prompt": "\ud800"}, "prompt"),
+        (COMPLETIONS, {"prompt": [5] * CONTEXT}, "max_tokens"),
+        (COMPLETIONS, {"prompt": [[5], [5] * (CONTEXT + 1)], "max_tokens": 1}, "prompt[1]"),
+        (COMPLETIONS, {"prompt": "x", "max_tokens": -1}, "max_tokens"),
+        (COMPLETIONS, {"prompt": "x", "max_tokens": "16"}, "max_tokens"),
+        (COMPLETIONS, {"prompt": "x", "max_tokens": 0}, "max_tokens"),
+        (COMPLETIONS, {"prompt": "x", "temperature": 2.1}, "temperature"),
+        (COMPLETIONS, {"prompt": "x", "temperature": True}, "temperature"),
+        (COMPLETIONS, {"prompt": "x", "top_p": 0}, "top_p"),
+        (COMPLETIONS, {"prompt": "x", "top_k": -2}, "top_k"),
+        (COMPLETIONS, {"prompt": "x", "n": 0}, "n"),
+        (COMPLETIONS, {"prompt": "x", "n": 129}, "n"),
+        (COMPLETIONS, {"prompt": "x", "logprobs": 21}, "logprobs"),
+        (COMPLETIONS, {"prompt": "x", "logprobs": True}, "logprobs"),
+        (COMPLETIONS, {"prompt": "x", "stop": ["a", "b", "c", "d", "e"]}, "stop"),
+        (COMPLETIONS, {"prompt": "x", "stop": ["a", 1]}, "stop[1]"),
+        (COMPLETIONS, {"prompt": "x", "stop": ""}, "stop[0]"),
+        (COMPLETIONS, {"prompt": "x", "stop": "\udfff"}, "stop[0]"),
+        (COMPLETIONS, {"prompt": "x", "stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids"),
+        (COMPLETIONS, {"prompt": "x", "min_tokens": 17}, "min_tokens"),
+        (COMPLETIONS, {"prompt": "x", "seed": 2**63}, "seed"),
+        (COMPLETIONS, {"prompt": "x", "stream": "yes"}, "stream"),
+        (COMPLETIONS, {"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options"),
+        (COMPLETIONS, {"prompt": "x", "stream": True, "stream_options": 1}, "stream_options"),
+        (COMPLETIONS, {"prompt": "x", "suffix": "y"}, "suffix"),
+        (COMPLETIONS, {"prompt": "x", "best_of": 3}, "best_of"),
+        (COMPLETIONS, {"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias"),
+        (COMPLETIONS, {"prompt": "x", "presence_penalty": 0.5}, "presence_penalty"),
+        (COMPLETIONS, {"prompt": "x", "frequency_penalty": 0.5}, "frequency_penalty"),
+        (COMPLETIONS, {"prompt": "x", "min_p": 0.1}, "min_p"),
+        (PERPLEXITY, {}, "input"),
+        (PERPLEXITY, {"input": ""}, "input"),
+        (PERPLEXITY, {"input": [5]}, "input"),
+        (PERPLEXITY, {"input": ["two tokens", "x"]}, "input[1]"),
+        (PERPLEXITY, {"input": [5] * (CONTEXT + 1)}, "input"),
+        (PERPLEXITY, {"input": [5] * 20, "max_length": 10}, "input"),
+        (PERPLEXITY, {"input": [[5, 5], [5, VOCAB_SIZE]]}, "input[1]"),
+        (PERPLEXITY, {"input": "two", "method": "other"}, "method"),
+        (PERPLEXITY, {"input": "two", "stride": 3}, "stride"),
+        (PERPLEXITY, {"input": "two", "method": "sliding", "max_length": 8, "stride": 8}, "stride"),
+        (PERPLEXITY, {"input": "two", "method": "sliding", "stride": 0}, "stride"),
+        (PERPLEXITY, {"input": "two", "max_length": CONTEXT + 1}, "max_length"),
+        (PERPLEXITY, {"input": "two", "max_length": 1}, "max_length"),
+    ],
+)
+def test_a_wrong_field_is_a_400_that_names_it(served: Served, path: str, body: dict[str, Any], param: str) -> None:
+    response = served.client.post(path, content=json.dumps({"model": "tiny", **body}), headers=JSON)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert param in error["message"]
+    assert_error_object(response)
+
+
+JSON = {"content-type": "application/json"}
+
+
+def assert_error_object(response: httpx.Response) -> None:
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert isinstance(body["error"]["message"], str)
+    assert isinstance(body["error"]["type"], str)
+    assert isinstance(body["error"]["code"], str | None)
+    assert response.headers["x-request-id"]
+
+
+def test_fields_at_their_default_ask_for_nothing(served: Served) -> None:
+    plain = served.complete(prompt="the sea", temperature=0)
+    nulls = ["max_tokens", "n", "stop", "seed", "suffix", "logit_bias", "best_of", "stream", "stream_options", "user"]
+    same = served.complete(
+        prompt="the sea",
+        temperature=0,
+        presence_penalty=0,
+        frequency_penalty=0.0,
+        unheard_of=1,
+        **dict.fromkeys(nulls, None),
+    )
+    assert same["choices"] == plain["choices"]
+    assert served.complete(prompt="the sea", temperature=0, best_of=1, logit_bias={})["choices"] == plain["choices"]
+    assert len(served.complete(prompt="the sea", n=2, best_of=2)["choices"]) == 2
+
+
+def test_an_unknown_field_is_logged_once(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(3):
+        served.complete(prompt="x", max_tokens=1, a_field_of_the_future=1)
+    assert sum("a_field_of_the_future" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "headers"),
+    [
+        (b'{"model": "tiny", "prompt": "x', JSON),
+        (b'{"model": "tiny", "prompt": "\xff"}', JSON),
+        (b"[" * 100_000, JSON),
+        (b"[1]", JSON),
+        (b"", JSON),
+        (b'{"model": "tiny", "prompt": "x"}', {"content-type": "text/plain"}),
+    ],
+)
+def test_a_body_that_is_no_json_object_is_a_400(served: Served, content: bytes, headers: dict[str, str]) -> None:
+    for path in (COMPLETIONS, PERPLEXITY):
+        response = served.client.post(path, content=content, headers=headers)
+        assert response.status_code == 400
+        assert_error_object(response)
+
+
+def test_unknown_routes_models_and_methods(served: Served) -> None:
+    for method, path, status in (
+        ("GET", "/v1/nothing", 404),
+        ("GET", COMPLETIONS, 405),
+        ("DELETE", "/v1/models", 405),
+        ("GET", "/v1/models/other/one", 404),
+        ("POST", "/v1/completions/", 404),
+    ):
+        response = served.client.request(method, path)
+        assert response.status_code == status
+        assert_error_object(response)
+    assert served.client.get(COMPLETIONS).headers["allow"] == "POST"
+    for path, body in ((COMPLETIONS, {"prompt": "x"}), (PERPLEXITY, {"input": "xy"})):
+        for name in ("other", "\ud800"):
+            content = json.dumps({"model": name, **body})
+            response = served.client.post(path, content=content, headers=JSON)
+            assert response.status_code in (400, 404)
+            assert response.json()["error"]["param"] == "model"
+            assert_error_object(response)
+
+
+def test_the_server_lives_on_after_every_refusal(served: Served) -> None:
+    assert served.client.get("/health").json() == {"status": "ok"}
+    assert served.client.get("/ready").status_code == 200
+    assert served.client.get("/version").json()["version"]
+    until(served.idle)
+
+
+# --- around a request ------------------------------------------------------------------------------------------------
+
+
+def test_the_request_id_is_taken_made_and_echoed(served: Served) -> None:
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
+    given = served.client.post(COMPLETIONS, json=body, headers={"x-request-id": "mine-1"})
+    assert given.headers["x-request-id"] == "mine-1"
+    assert given.json()["id"] == "cmpl-mine-1"
+    first, second = served.post(COMPLETIONS, prompt="x"), served.post(COMPLETIONS, prompt="x")
+    assert first.headers["x-request-id"] != second.headers["x-request-id"]
+    strange = served.client.get("/health", headers={"x-request-id": "<a b>"})
+    assert strange.headers["x-request-id"] not in ("", "<a b>")
+
+
+def test_one_request_id_may_be_used_twice_at_once(served: Served) -> None:
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 30, "ignore_eos": True}
+        answers.append(httpx.post(served.url + COMPLETIONS, json=body, headers={"x-request-id": "twice"}))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [answer.status_code for answer in answers] == [200] * 4
+
+
+def test_the_access_log_names_request_and_status(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "server.app")
+    served.client.get("/v1/nothing", headers={"x-request-id": "logged-1"})
+    served.client.get("/health", headers={"x-request-id": "a-probe"})
+    lines = [record.getMessage() for record in caplog.records if record.name == "server.app"]
+    assert len(lines) == 1
+    assert "GET" in lines[0]
+    assert "/v1/nothing" in lines[0]
+    assert "404" in lines[0]
+    assert "logged-1" in lines[0]
+
+
+def test_a_key_is_needed_everywhere_but_for_probes_and_metrics(tiny_checkpoints: dict[Architecture, Path]) -> None:
+    with serving(tiny_checkpoints["setting2"], api_key="secret") as server:
+        for path in ("/health", "/ready", "/metrics"):
+            assert server.client.get(path).status_code == 200
+        closed = ["/v1/models", "/version", "/docs", "/openapi.json", "/nothing", "/v1/models/tiny"]
+        for wrong in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}, {"authorization": "Bearer"}):
+            for path in closed:
+                response = server.client.get(path, headers=wrong)
+                assert response.status_code == 401, path
+                assert response.json()["error"]["code"] == "invalid_api_key"
+                assert_error_object(response)
+            assert server.client.post(COMPLETIONS, json={}, headers=wrong).status_code == 401
+        right = {"authorization": "Bearer secret"}
+        assert server.client.get("/v1/models", headers=right).status_code == 200
+
+
+def test_a_body_over_the_limit_is_a_413(tiny_checkpoints: dict[Architecture, Path]) -> None:
+    with serving(tiny_checkpoints["setting2"], max_body_bytes=2000) as server:
+        body = json.dumps({"model": "tiny", "prompt": "x", "user": "y" * 3000}).encode()
+        pieces = (body[i : i + 100] for i in range(0, len(body), 100))
+        for content in (body, pieces):  # with a content-length, and in chunks without one
+            response = server.client.post(COMPLETIONS, content=content, headers=JSON)
+            assert response.status_code == 413
+            assert "2000" in response.json()["error"]["message"]
+            assert_error_object(response)
+        assert server.complete(prompt="x", user="y" * 1000)["choices"]
+
+
+def test_a_fault_of_the_server_is_a_500(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> list[int]:
+        raise RuntimeError("a secret of the inside")
+
+    monkeypatch.setattr(served.engine.tokenizer, "encode", broken)
+    response = served.post(COMPLETIONS, prompt="x")
+    assert response.status_code == 500
+    assert "secret" not in response.text
+    assert_error_object(response)
+
+
+# --- the life of a request -------------------------------------------------------------------------------------------
+
+
+def leave_early(served: Served, *, stream: bool, body: dict[str, Any]) -> None:
+    """Send a request on a socket of its own and close it once the engine works on it."""
+    content = json.dumps({"model": "tiny", "stream": stream, **body}).encode()
+    head = f"POST /v1/{'completions' if 'prompt' in body else 'perplexity'} HTTP/1.1\r\nhost: x\r\n"
+    head += f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", served.server.port), timeout=10) as connection:
+        connection.sendall(head.encode() + content)
+        until(lambda: served.engine.has_work)
+        if stream:
+            assert b"200" in connection.recv(4096)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("body", [{"prompt": ["x", "y"], "n": 2, "max_tokens": 120, "ignore_eos": True}])
+def test_a_client_that_leaves_stops_costing(
+    tiny_checkpoints: dict[Architecture, Path], monkeypatch: pytest.MonkeyPatch, stream: bool, body: dict[str, Any]
+) -> None:
+    with serving(tiny_checkpoints["setting2"]) as server:
+        slow_steps(server, monkeypatch, 0.05)  # all tokens would take six seconds
+        began = time.monotonic()
+        leave_early(server, stream=stream, body=body)
+        until(server.idle)
+        assert time.monotonic() - began < 3
+        until(lambda: server.metric('lpa:request_success_total{finished_reason="abort",model_name="tiny"}') == 4)
+        assert server.metric('lpa:request_success_total{finished_reason="length",model_name="tiny"}') == 0
+
+
+def test_a_client_that_leaves_a_perplexity_stops_costing(
+    tiny_checkpoints: dict[Architecture, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(tiny_checkpoints["setting2"], max_num_seqs=1) as server:
+        slow_steps(server, monkeypatch, 0.05)
+        leave_early(server, stream=False, body={"input": CORPUS, "method": "sliding", "max_length": 4, "stride": 2})
+        until(server.idle)
+        assert server.metric('lpa:request_success_total{finished_reason="length",model_name="tiny"}') < 40
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_step_that_fails_fails_its_requests_and_the_server_lives_on(
+    tiny_checkpoints: dict[Architecture, Path], monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    with serving(tiny_checkpoints["setting2"]) as server:
+        run, steps = server.engine.runner.run, 0
+
+        def fails_once(batch: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps == 4:
+                raise RuntimeError("out of luck")
+            return run(batch)
+
+        monkeypatch.setattr(server.engine.runner, "run", fails_once)
+        response = server.post(COMPLETIONS, prompt="x", max_tokens=20, logprobs=0, ignore_eos=True, stream=stream)
+        if stream:
+            assert response.status_code == 200
+            *chunks, error, end = response.text.split("\n\n")
+            assert len(chunks) == 3
+            assert end == ""
+            body = json.loads(error.removeprefix("data: "))
+            assert set(body["error"]) == {"message", "type", "param", "code"}
+            assert body["error"]["code"] == "engine_error"
+        else:
+            assert response.status_code == 500
+            assert_error_object(response)
+        assert server.client.get("/health").status_code == 200
+        assert server.complete(prompt="x", max_tokens=20)["choices"]
+        until(server.idle)
+
+
+def test_a_dead_engine_turns_health_to_503(
+    tiny_checkpoints: dict[Architecture, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(tiny_checkpoints["setting2"]) as server:
+
+        def broken(_: Any) -> Any:
+            raise RuntimeError("no more")
+
+        monkeypatch.setattr(server.engine.runner, "run", broken)
+        monkeypatch.setattr(server.server.engine, "_on_death", None)  # the port stays open
+        assert [server.post(COMPLETIONS, prompt="x").status_code for _ in range(3)] == [500] * 3
+        until(lambda: server.client.get("/health").status_code == 503)
+        for response in (server.client.get("/ready"), server.post(COMPLETIONS, prompt="x")):
+            assert response.status_code == 503
+            assert_error_object(response)
+
+
+PROCESS = """
+import sys
+from server.engine.model_runner import ModelRunner
+from server.serve import serve
+from server.settings import load_settings
+
+def broken(self, batch):
+    raise RuntimeError("no more")
+
+if sys.argv[2] == "broken":
+    ModelRunner.run = broken
+sys.exit(serve(load_settings(model=sys.argv[1], port=0, threads=1, log_format="json", kv_cache_memory=1 << 20)))
+"""
+
+
+def test_the_process_ends_with_0_after_a_signal_and_1_when_the_engine_died(
+    tiny_checkpoints: dict[Architecture, Path],
+) -> None:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(tiny_checkpoints["setting2"]), kind],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "LPA_DTYPE": "float32"},
+        )
+        for kind in ("sound", "broken")
+    ]
+    statuses = []
+    for process in processes:
+        assert process.stdout is not None
+        greeting = process.stdout.readline() + process.stdout.readline() + process.stdout.readline()
+        url = re.findall(r"http://127\.0\.0\.1:\d+", greeting)[0]
+        command = shlex.split(greeting.splitlines()[2])  # the curl line, as a person would paste it
+        body = json.loads(command[command.index("-d") + 1])
+        assert command[:2] == ["curl", url + COMPLETIONS]
+        for _ in range(3):
+            statuses.append(httpx.post(command[1], json=body, timeout=20).status_code)
+    assert statuses == [200] * 3 + [500] * 3
+    processes[0].send_signal(signal.SIGTERM)
+    logs = [process.communicate(timeout=60)[1].splitlines() for process in processes]
+    assert [process.returncode for process in processes] == [0, 1]
+    lines = [json.loads(line) for log in logs for line in log]
+    assert all({"time", "level", "logger", "message"} <= set(line) for line in lines)
+    assert sum(line.get("path") == COMPLETIONS and line["status"] == 200 for line in lines) == 3
+    assert any("no more" in line.get("exception", "") for line in lines)
+
+
+def test_a_full_queue_is_a_429_with_retry_after(
+    tiny_checkpoints: dict[Architecture, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(tiny_checkpoints["setting2"], max_num_seqs=1, max_queue=1) as server:
+        slow_steps(server, monkeypatch, 0.02)
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 40, "ignore_eos": True}
+        threads = [
+            threading.Thread(target=httpx.post, args=(server.url + COMPLETIONS,), kwargs={"json": body, "timeout": 20})
+            for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(server.server.engine._streams) == 2)
+        for stream in (False, True):
+            refused = server.post(COMPLETIONS, prompt="x", stream=stream)
+            assert refused.status_code == 429
+            assert refused.headers["retry-after"]
+            assert_error_object(refused)
+        for thread in threads:
+            thread.join()
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, PERPLEXITY])
+def test_a_request_that_takes_too_long_is_cut_off(
+    tiny_checkpoints: dict[Architecture, Path], monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    with serving(tiny_checkpoints["setting2"], request_timeout=0.2, max_num_seqs=1) as server:
+        slow_steps(server, monkeypatch, 0.05)
+        body: dict[str, Any] = {"prompt": "x", "max_tokens": 100, "ignore_eos": True}
+        if path == PERPLEXITY:
+            body = {"input": CORPUS, "method": "sliding", "max_length": 8}
+        response = server.post(path, **body)
+        assert response.status_code == 504
+        assert response.headers["x-should-retry"] == "false"
+        assert_error_object(response)
+        until(server.idle)
+
+
+def test_a_signal_drains_before_the_port_closes(
+    tiny_checkpoints: dict[Architecture, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(tiny_checkpoints["setting2"]) as server:
+        slow_steps(server, monkeypatch, 0.03)
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 40, "ignore_eos": True, "stream": True}
+        with server.client.stream("POST", COMPLETIONS, json=body) as running:
+            lines = running.iter_lines()
+            next(lines)
+            server.server.handle_exit(signal.SIGTERM, None)
+            until(lambda: not server.server.engine.accepting)
+            with httpx.Client(base_url=server.url) as other:
+                assert other.get("/ready").status_code == 503
+                assert other.get("/health").status_code == 200
+                assert other.post(COMPLETIONS, json=body).status_code == 503
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert len(rest) > 20
+        until(lambda: server.server.should_exit)
+
+
+def test_drain_ends_what_does_not_finish(
+    tiny_checkpoints: dict[Architecture, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(tiny_checkpoints["setting2"], drain_timeout=0.1) as server:
+        slow_steps(server, monkeypatch, 0.05)
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 100, "ignore_eos": True, "stream": True}
+        with server.client.stream("POST", COMPLETIONS, json=body) as running:
+            lines = running.iter_lines()
+            next(lines)
+            server.server.handle_exit(signal.SIGTERM, None)
+            rest = [line for line in lines if line]
+        assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "unavailable"
+        until(lambda: server.server.should_exit)
+
+
+def test_metrics_count_what_was_asked(tiny_checkpoints: dict[Architecture, Path]) -> None:
+    with serving(tiny_checkpoints["setting2"]) as server:
+        usage = server.complete(prompt=["the sea", "a gull"], max_tokens=5, ignore_eos=True)["usage"]
+        scored = server.post(PERPLEXITY, input=CORPUS[:50]).json()["aggregate"]["num_tokens"]
+        label = '{model_name="tiny"}'
+        assert server.metric(f"lpa:generation_tokens_total{label}") == usage["completion_tokens"] == 10
+        assert server.metric(f"lpa:scored_tokens_total{label}") == scored
+        assert server.metric(f"lpa:time_to_first_token_seconds_count{label}") == 2
+        assert server.metric(f"lpa:inter_token_latency_seconds_count{label}") == 8
+        assert server.metric(f"lpa:e2e_request_latency_seconds_count{label}") == 3
+        assert server.metric(f"lpa:num_requests_running{label}") == 0
+
+
+# --- log-probabilities as columns ------------------------------------------------------------------------------------
+
+
+def test_two_tokens_with_one_text_do_not_lose_the_better() -> None:
+    # the model has two more tokens than the tokenizer: both have the empty text
+    tokenizer = EngineTokenizer(byte_tokenizer(), tiny_config(vocab_size=VOCAB_SIZE + 2))
+    first, second = VOCAB_SIZE, VOCAB_SIZE + 1
+    scores = Logprobs([-2.0], [2], [[second, first]], [[-1.0, -2.0]])
+    (top,) = columns(tokenizer, [first], scores, [0])["top_logprobs"]
+    assert top == {"": -1.0, f"token_id:{first}": -2.0}
+
+
+def test_infinite_and_missing_numbers_become_openais() -> None:
+    tokenizer = EngineTokenizer(byte_tokenizer(), tiny_config())
+    scores = Logprobs([-math.inf, math.nan], [1, 1], [[5], [6]], [[-0.5], [math.nan]])
+    found = prompt_columns(tokenizer, [7, 8, 9], "", scores)
+    assert found["token_logprobs"] == [None, -9999.0, -9999.0]
+    assert set(found["top_logprobs"][2].values()) == {-9999.0}

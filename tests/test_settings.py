@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from server.engine.engine import EngineOptions
+from server.settings import Settings, SettingsError, embedded_checkpoint, load_settings
+
+
+def test_a_flag_wins_over_a_variable_and_a_variable_over_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings().port == 8000
+    monkeypatch.setenv("LPA_PORT", "9000")
+    assert load_settings().port == 9000
+    assert load_settings(port="9001").port == 9001
+    assert load_settings(port=None).port == 9000
+
+
+def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LPA_API_KEY", "")
+    monkeypatch.setenv("LPA_MODEL", "")
+    settings = load_settings()
+    assert settings.api_key is None
+    assert settings.model == embedded_checkpoint()
+    assert settings.model_name == "lpa-tiny"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("port", "70000"),
+        ("port", "http"),
+        ("dtype", "float16"),
+        ("device", "tpu"),
+        ("threads", "0"),
+        ("max_model_len", "0"),
+        ("max_num_seqs", "0"),
+        ("max_num_batched_tokens", "-1"),
+        ("step_budget_ms", "0"),
+        ("block_size", "0"),
+        ("kv_cache_layout", "dense"),
+        ("kv_cache_memory", "2GB"),
+        ("enable_prefix_caching", "perhaps"),
+        ("max_queue", "-1"),
+        ("request_timeout", "nan"),
+        ("drain_timeout", "-1"),
+        ("max_body_bytes", "0"),
+        ("log_format", "xml"),
+        ("log_level", "loud"),
+    ],
+)
+def test_an_invalid_value_is_named_with_its_flag_and_variable(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"LPA_{name.upper()}", value)
+    with pytest.raises(SettingsError) as refused:
+        load_settings()
+    message = str(refused.value)
+    assert f"--{name.replace('_', '-')}" in message
+    assert f"LPA_{name.upper()}" in message
+    assert repr(value) in message
+
+
+def test_the_key_is_never_shown() -> None:
+    settings = load_settings(api_key="secret-key")
+    assert "secret-key" not in repr(settings)
+    with pytest.raises(SettingsError) as refused:
+        load_settings(api_key=["secret-key"])
+    assert "secret-key" not in str(refused.value)
+
+
+def test_every_engine_option_is_a_setting_with_the_same_default() -> None:
+    assert load_settings().engine_options() == EngineOptions()
+    settings = load_settings(dtype="float32", max_num_seqs=3, block_size=16, enable_prefix_caching=False, max_queue=5)
+    assert settings.engine_options() == EngineOptions(
+        dtype="float32", max_num_seqs=3, block_size=16, enable_prefix_caching=False, max_queue=5
+    )
+    assert {field.name for field in dataclasses.fields(EngineOptions)} < set(Settings.model_fields)
+
+
+def test_every_setting_says_what_it_is() -> None:
+    assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_the_model_is_named_after_its_folder(tmp_path: Path) -> None:
+    assert load_settings(model=str(tmp_path / "my-model")).model_name == "my-model"
+    assert load_settings(model=str(tmp_path / "my-model"), served_model_name="other").model_name == "other"
