@@ -270,7 +270,9 @@ def _cache_layout(config: LPAConfig, name: str) -> CacheLayout:
         return config.default_cache_layout()
     for layout in get_args(CacheLayout):
         if layout == name:
-            if layout != "full" and not any(any(config.cache_forms(layout, i)) for i in range(config.num_hidden_layers)):
+            if layout != "full" and not any(
+                any(config.cache_forms(layout, i)) for i in range(config.num_hidden_layers)
+            ):
                 raise ValueError(f"kv_cache_layout: {name} needs low-rank projections, and this model's are dense")
             return layout  # type: ignore[no-any-return]
     raise ValueError(f"kv_cache_layout: {name!r} is none of auto, {', '.join(get_args(CacheLayout))}")
