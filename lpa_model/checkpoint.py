@@ -103,6 +103,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LPAFor
     found: dict[str, torch.Tensor] = {}
     for path in weight_files(folder):
         try:
+            path.open("rb").close()  # an unreadable file is told apart from a broken one
             with safe_open(path, framework="pt", device=str(device)) as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     if name not in expected:
@@ -116,7 +117,9 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LPAFor
                             f"{list(expected[name].shape)}"
                         )
                     found[name] = tensor.to(dtype)
-        except (SafetensorError, OSError) as error:
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        except SafetensorError as error:
             raise CheckpointError(f"{path}: truncated or not a safetensors file: {error}") from error
     if missing := [name for name in expected if name not in found]:
         raise CheckpointError(

@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import json
 import math
+import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -130,6 +131,8 @@ def _serve(given: dict[str, Any]) -> None:
             given["model"] = given.pop("folder")
         settings = load_settings(**given)
 
+    # a container's first process ignores a signal that it has no handler for, and loading takes seconds
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     from server.serve import serve as serve_http
 
     with user_errors():
