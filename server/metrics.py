@@ -16,7 +16,7 @@ from prometheus_client import (
 
 from server.engine.request import EngineStats, FinishReason
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # a line for each counter and bucket family that nobody plots
+disable_created_metrics()  # a line for each counter and bucket family that nobody plots
 
 # seconds; a small model on a CPU answers in fractions of a millisecond, a long corpus takes minutes
 LATENCY_BUCKETS = (

@@ -74,7 +74,7 @@ def test_every_engine_option_is_a_setting_with_the_same_default() -> None:
     assert load_settings().engine_options() == EngineOptions()
     settings = load_settings(dtype="float32", max_num_seqs=3, block_size=16, enable_prefix_caching=False, max_queue=5)
     assert settings.engine_options() == EngineOptions(
-        dtype="float32", max_num_seqs=3, block_size=16, enable_prefix_caching=False, max_queue=5
+        dtype="float32", max_num_seqs=3, block_size=16, enable_prefix_caching=False
     )
     assert {field.name for field in dataclasses.fields(EngineOptions)} < set(Settings.model_fields)
 

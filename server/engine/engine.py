@@ -51,7 +51,6 @@ class EngineOptions:
     kv_cache_layout: str = "auto"
     kv_cache_memory: int | None = None
     enable_prefix_caching: bool = True
-    max_queue: int = 1024
 
 
 class StepFailed(Exception):
@@ -268,14 +267,13 @@ def build_engine(model_dir: Path, options: EngineOptions) -> Engine:
 def _cache_layout(config: LPAConfig, name: str) -> CacheLayout:
     if name == "auto":
         return config.default_cache_layout()
-    for layout in get_args(CacheLayout):
-        if layout == name:
-            if layout != "full" and not any(
-                any(config.cache_forms(layout, i)) for i in range(config.num_hidden_layers)
-            ):
-                raise ValueError(f"kv_cache_layout: {name} needs low-rank projections, and this model's are dense")
-            return layout  # type: ignore[no-any-return]
-    raise ValueError(f"kv_cache_layout: {name!r} is none of auto, {', '.join(get_args(CacheLayout))}")
+    layouts: tuple[CacheLayout, ...] = get_args(CacheLayout)
+    if name not in layouts:
+        raise ValueError(f"kv_cache_layout: {name!r} is none of auto, {', '.join(layouts)}")
+    layout = layouts[layouts.index(name)]
+    if layout != "full" and not any(any(config.cache_forms(layout, i)) for i in range(config.num_hidden_layers)):
+        raise ValueError(f"kv_cache_layout: {name} needs low-rank projections, and this model's are dense")
+    return layout
 
 
 def _max_model_len(config: LPAConfig, asked: int | None, cache_tokens: int) -> int:

@@ -117,10 +117,6 @@ class Request:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def output_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt_tokens :]
-
-    @property
     def num_tokens_to_compute(self) -> int:
         """Tokens the model must see; the last token of a scored prompt predicts nothing that is asked."""
         return max(1, len(self.token_ids) - (self.params.max_tokens == 0))
