@@ -1,5 +1,7 @@
 # make serve     virtual environment, install, start the server on the embedded model
 # make test      the same environment plus test tools; lint, types, tests
+# make test-extra    the tests against heavy peers (lm-eval, transformers, schemathesis, LangChain, a browser), in an
+#                    environment of their own; the browser is Debian's chromium, installed with apt-get if there is none
 #
 # Settings of the server are LPA_* variables here as anywhere: `LPA_PORT=9000 make serve`.
 #
@@ -10,7 +12,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 
-.PHONY: install serve test clean
+.PHONY: install serve test test-extra clean
 
 install: .venv/installed
 
@@ -36,5 +38,15 @@ test: .venv/installed-dev
 	.venv/bin/mypy
 	.venv/bin/pytest
 
+.venv-extra/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-extra
+	.venv-extra/bin/python -m pip --disable-pip-version-check install "torch==2.13.0" $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	.venv-extra/bin/python -m pip --disable-pip-version-check install -e ".[dev,extra-tests]"
+	command -v chromium >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium fonts-dejavu-core; }
+	touch $@
+
+test-extra: .venv-extra/installed
+	.venv-extra/bin/pytest tests/extra
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-extra build dist *.egg-info

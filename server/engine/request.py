@@ -6,6 +6,19 @@ import enum
 import secrets
 import time
 from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class GrammarSpec:
+    """What generated text must match; `text` is the schema (JSON), expression, grammar or JSON list of choices.
+
+    `param` is the field of the request that asked for it, for errors.
+    """
+
+    kind: Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+    text: str
+    param: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,9 +29,19 @@ class SamplingParams:
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0
     top_k: int = 0  # 0: all
+    min_p: float = 0.0  # of the best token's probability
+    repetition_penalty: float = 1.0  # over prompt and generated tokens
+    presence_penalty: float = 0.0  # over generated tokens
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
+    allowed_token_ids: tuple[int, ...] | None = None  # None: all
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not be completed
+    grammar: GrammarSpec | None = None
     seed: int | None = None  # None: a fresh one per request
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None  # alternatives per generated token; None: no log-probabilities
@@ -93,11 +116,15 @@ class Request:
         params: SamplingParams,
         *,
         choice: int = 0,
+        priority: int = 0,
+        cache_salt: str = "",
         arrival: float | None = None,
     ) -> None:
         self.id = request_id
         self.params = params
         self.choice = choice
+        self.priority = priority  # smaller goes first, as in vLLM
+        self.cache_salt = cache_salt  # prefix blocks are shared only between equal salts
         self.seed = secrets.randbits(64) if params.seed is None else params.seed
         self.num_prompt_tokens = len(prompt_ids)
         self.token_ids = list(prompt_ids)  # prompt and generated

@@ -1,0 +1,83 @@
+"""What the commands share: errors of the user, flags made from a class's fields, arguments of one kind."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from lpa_model.config import LPAConfig
+
+# Commands whose flags are the fields of a class that is dear to import parse their own arguments.
+PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+Model = Annotated[Path | None, typer.Option(help="Model folder.", show_default="LPA_MODEL, or the embedded model")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16"] | None,
+    typer.Option(help="Type of the weights at work.", show_default="LPA_DTYPE, or auto"),
+]
+StoredDtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights written.")]
+
+
+def fail(message: object) -> NoReturn:
+    """One line on stderr, exit status 2."""
+    typer.echo(f"lpa: {' '.join(str(message).split())}", err=True)
+    raise typer.Exit(2)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn errors that a user's arguments and files cause into `fail`."""
+    from server.errors import UserError
+
+    try:
+        yield
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename else error)
+    except (UserError, ValueError) as error:
+        fail(error)
+
+
+def run_with_flags(
+    context: typer.Context, parameters: Sequence[inspect.Parameter], run: Callable[[dict[str, Any]], None], text: str
+) -> None:
+    """Parse the rest of the command line by `parameters` and call `run` with those that were given (not None)."""
+
+    def command(**values: Any) -> None:
+        run({name: value for name, value in values.items() if value is not None})
+
+    command.__signature__ = inspect.Signature(list(parameters))  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    inner.command(help=text)(command)
+    inner(args=context.args, prog_name=context.command_path)
+
+
+def flag(name: str, annotation: Any, text: str, default: object, metavar: str | None = None) -> inspect.Parameter:
+    """An option `--name` (`--name/--no-name` for a bool) that is None unless given; the help shows `default`."""
+    dashed = name.replace("_", "-")
+    names = f"--{dashed}/--no-{dashed}" if annotation is bool else f"--{dashed}"
+    if default is not None:
+        text += f" [default: {default if annotation is not bool else 'yes' if default else 'no'}]"
+    option = typer.Option(None, names, help=text, show_default=False, metavar=metavar)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation | None)
+
+
+def config_of(name: str) -> LPAConfig:
+    """A preset's config, or the one in a JSON file or a model folder."""
+    from lpa_model.checkpoint import load_config
+    from lpa_model.config import PRESETS, LPAConfig
+
+    path = Path(name)
+    if path.is_dir():
+        return load_config(path)
+    if name in PRESETS:
+        return PRESETS[name]
+    if path.suffix == ".json":
+        return LPAConfig.load(path)
+    raise ValueError(f"{name}: neither a model folder nor a .json config nor a preset ({', '.join(PRESETS)})")

@@ -1,0 +1,68 @@
+"""`lpa info`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+
+from server.cli.command import config_of, user_errors
+
+
+def info(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL|PRESET", help="Model folder, .json config or preset.", show_default="the embedded model"
+        ),
+    ] = None,
+) -> None:
+    """Sizes, ranks, parameters and cache bytes per token, beside those of the twin with dense attention."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lpa_model.config import CacheLayout
+    from server.settings import load_settings
+
+    with user_errors():
+        name = str(load_settings().model) if model is None else model
+        config = config_of(name)
+        stored = _stored_dtypes(Path(name)) if Path(name).is_dir() else None
+    dense = config.vanilla()
+    facts = Table(title=name, show_header=False)
+    for key, value in config.to_dict().items():
+        if key != "model_type" and value is not None:
+            facts.add_row(key, str(value))
+    if stored is not None:
+        facts.add_row("stored as", stored)
+    parameters, dense_parameters = config.parameter_count(), dense.parameter_count()
+    facts.add_row("parameters", f"{parameters:,}")
+    facts.add_row("dense twin", f"{dense_parameters:,} ({dense_parameters / parameters:.2f}x)")
+
+    cache = Table(title="cache per token")
+    for column in ("layout", "numbers", "bfloat16 bytes", "float32 bytes", "twin / this"):
+        cache.add_column(column, justify="left" if column == "layout" else "right")
+    dense_elements = dense.cache_elements_per_token("full")
+    for layout in get_args(CacheLayout):
+        elements = config.cache_elements_per_token(layout)
+        label = f"{layout} (default)" if layout == config.default_cache_layout() else layout
+        cells = (elements, 2 * elements, 4 * elements)
+        cache.add_row(label, *(f"{cell:,}" for cell in cells), f"{dense_elements / elements:.2f}x")
+    cells = (dense_elements, 2 * dense_elements, 4 * dense_elements)
+    cache.add_row("dense twin", *(f"{cell:,}" for cell in cells), "1.00x")
+    console = Console()
+    console.print(facts, cache, highlight=False)
+
+
+def _stored_dtypes(folder: Path) -> str:
+    """The dtypes of a folder's tensors, from the headers of its weight files."""
+    from safetensors import safe_open
+
+    from lpa_model.checkpoint import weight_files
+
+    found: set[str] = set()
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            found |= {str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    return ", ".join(sorted({"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(d, d) for d in found))

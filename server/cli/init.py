@@ -1,0 +1,29 @@
+"""`lpa init`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from server.cli.command import StoredDtype, config_of, user_errors
+
+
+def init(
+    preset: Annotated[str, typer.Argument(metavar="PRESET|CONFIG.json", help="Shape of the model.")],
+    folder: Annotated[Path, typer.Argument(help="Where to write it.")],
+    seed: Annotated[int, typer.Option(help="The weights follow from it.")] = 0,
+    dtype: StoredDtype = "float32",
+) -> None:
+    """Write a model with random weights and a synthetic tokenizer, for benchmarks; it knows nothing."""
+    import torch
+
+    from lpa_model.checkpoint import resolve_dtype
+    from lpa_model.init import init_model
+
+    with user_errors():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder}: exists and is not an empty folder")
+        config = init_model(config_of(preset), folder, seed, resolve_dtype(dtype, torch.device("cpu")))
+    typer.echo(f"{folder}: {config.parameter_count():,} random parameters in {dtype}")

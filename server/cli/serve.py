@@ -1,0 +1,56 @@
+"""`lpa serve`."""
+
+from __future__ import annotations
+
+import inspect
+import signal
+import sys
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import typer
+
+from server.cli.command import flag, run_with_flags, user_errors
+
+
+def serve(context: typer.Context) -> None:
+    """Start the HTTP server on a model folder (`lpa serve --help` lists every setting)."""
+    from server.settings import Settings
+
+    folder = typer.Argument(None, metavar="MODEL", help="The same as --model.")
+    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter("folder", positional, default=folder, annotation=str | None)]
+    for name, field in Settings.model_fields.items():
+        # pydantic reads values of every kind from text, for flags as for variables
+        kind = bool if field.annotation is bool else str
+        default = None if field.default_factory else field.default
+        metavar = None if kind is bool else _metavar(field.annotation)
+        parameters.append(flag(name, kind, field.description or "", default, metavar))
+    run_with_flags(context, parameters, _serve, "Start the HTTP server. Every flag is also a variable: LPA_PORT=9000.")
+
+
+def _metavar(annotation: Any) -> str:
+    """What a flag's help calls its value: the choices of a Literal, else the type."""
+    if get_origin(annotation) is Literal:
+        return "|".join(get_args(annotation))
+    kind = next(part for part in (*get_args(annotation), annotation) if part is not type(None))
+    return {int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(kind, "TEXT")
+
+
+def _serve(given: dict[str, Any]) -> None:
+    from server.settings import load_settings
+
+    with user_errors():
+        if "folder" in given:
+            if "model" in given:
+                raise ValueError("--model: the model folder is given twice")
+            given["model"] = given.pop("folder")
+        settings = load_settings(**given)
+
+    # a container's first process ignores a signal that it has no handler for, and loading takes seconds
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    from server.serve import serve as serve_http
+
+    with user_errors():
+        status = serve_http(settings)
+    raise typer.Exit(status)
