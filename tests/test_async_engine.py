@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import pytest
 
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine
-from server.engine.request import EngineStats, RequestOutput, SamplingParams
+from server.engine.request import EngineStats, Request, RequestOutput, SamplingParams
 from server.errors import ContextLength, EngineError, InvalidRequest, QueueFull, Unavailable
 from tests.test_engine import make_engine, prompt
 
@@ -33,7 +33,15 @@ def greedy(max_tokens: int) -> SamplingParams:
 
 
 async def collect(engine: AsyncEngine, name: str, ids: list[int], params: SamplingParams) -> list[RequestOutput]:
-    return [output async for output in engine.generate(name, ids, params)]
+    return [output async for output in one(engine, name, ids, params)]
+
+
+async def one(engine: AsyncEngine, name: str, ids: list[int], params: SamplingParams) -> AsyncGenerator[RequestOutput]:
+    """The outputs of a single sequence."""
+    async with aclosing(engine.generate([Request(name, ids, params)])) as outputs:
+        async for index, output in outputs:
+            assert index == 0
+            yield output
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -65,7 +73,7 @@ async def test_thirty_two_streams_of_different_lengths(tiny_checkpoint: Path) ->
 async def test_a_closed_stream_frees_its_blocks(tiny_checkpoint: Path) -> None:
     engine = make_engine(tiny_checkpoint)
     async with started(engine) as (async_engine, _):
-        async with aclosing(async_engine.generate("x", prompt(1, 20), greedy(100))) as stream:
+        async with aclosing(one(async_engine, "x", prompt(1, 20), greedy(100))) as stream:
             async for _ in stream:
                 break
             assert engine.scheduler.blocks.num_held > 0
@@ -90,7 +98,7 @@ async def test_refusals_come_before_the_queue(tiny_checkpoint: Path) -> None:
             await collect(async_engine, "a", [], greedy(1))
         with pytest.raises(ContextLength):
             await collect(async_engine, "a", prompt(1, 128), greedy(1))
-        streams = [async_engine.generate(f"r{i}", prompt(i, 5), greedy(100)) for i in range(2)]
+        streams = [one(async_engine, f"r{i}", prompt(i, 5), greedy(100)) for i in range(2)]
         for stream in streams[:1]:
             await anext(stream)
         second = asyncio.create_task(anext(streams[1]))
@@ -110,7 +118,7 @@ async def test_drain_lets_running_requests_finish_and_refuses_new_ones(tiny_chec
     engine = make_engine(tiny_checkpoint)
     async_engine = AsyncEngine(engine, lambda stats: None)
     await async_engine.start()
-    stream = async_engine.generate("x", prompt(1, 10), greedy(60))
+    stream = one(async_engine, "x", prompt(1, 10), greedy(60))
     await anext(stream)
     stop = asyncio.create_task(async_engine.stop(20.0))
     await asyncio.sleep(0)
@@ -124,7 +132,7 @@ async def test_drain_time_out_cuts_off_what_is_left(tiny_checkpoint: Path) -> No
     engine = make_engine(tiny_checkpoint)
     async_engine = AsyncEngine(engine, lambda stats: None)
     await async_engine.start()
-    stream = async_engine.generate("x", prompt(1, 10), greedy(110))
+    stream = one(async_engine, "x", prompt(1, 10), greedy(110))
     await anext(stream)
     await async_engine.stop(0.0)
     with pytest.raises(Unavailable):
@@ -153,7 +161,8 @@ async def test_a_failing_step_fails_its_requests_and_three_in_a_row_end_the_engi
                 with pytest.raises(EngineError, match="out of paper"):
                     await collect(async_engine, f"bad{i}", prompt(1, 5), greedy(3))
             failing = False
-            assert len(await collect(async_engine, "good", prompt(1, 5), greedy(3))) == 3
+            good = await collect(async_engine, "good", prompt(1, 5), greedy(3))
+            assert sum(len(output.token_ids) for output in good) == 3
         assert async_engine.alive
         failing = True
         for i in range(3):

@@ -279,9 +279,8 @@ def test_a_stream_without_usage_has_none(served: Served) -> None:
 
 
 def test_max_tokens_zero_streams_the_prompt(served: Served) -> None:
-    (chunk,) = served.stream(prompt="the sea", echo=True, max_tokens=0)
-    assert chunk["choices"][0]["text"] == "the sea"
-    assert chunk["choices"][0]["finish_reason"] == "length"
+    choices = [chunk["choices"][0] for chunk in served.stream(prompt="the sea", echo=True, max_tokens=0)]
+    assert [(choice["text"], choice["finish_reason"]) for choice in choices] == [("the sea", None), ("", "length")]
 
 
 def test_stop_strings_and_stop_tokens_end_a_completion(
@@ -433,8 +432,6 @@ COMPLETIONS, PERPLEXITY = "/v1/completions", "/v1/perplexity"
     ("path", "body", "param"),
     [
         (COMPLETIONS, {"model": None, "prompt": "x"}, "model"),
-        (COMPLETIONS, {}, "prompt"),
-        (COMPLETIONS, {"prompt": None}, "prompt"),
         (COMPLETIONS, {"prompt": ""}, "prompt"),
         (COMPLETIONS, {"prompt": []}, "prompt"),
         (COMPLETIONS, {"prompt": [[]]}, "prompt"),
@@ -454,7 +451,7 @@ COMPLETIONS, PERPLEXITY = "/v1/completions", "/v1/perplexity"
         (COMPLETIONS, {"prompt": "x", "max_tokens": 0}, "max_tokens"),
         (COMPLETIONS, {"prompt": "x", "temperature": 2.1}, "temperature"),
         (COMPLETIONS, {"prompt": "x", "temperature": True}, "temperature"),
-        (COMPLETIONS, {"prompt": "x", "top_p": 0}, "top_p"),
+        (COMPLETIONS, {"prompt": "x", "top_p": 1.1}, "top_p"),
         (COMPLETIONS, {"prompt": "x", "top_k": -2}, "top_k"),
         (COMPLETIONS, {"prompt": "x", "n": 0}, "n"),
         (COMPLETIONS, {"prompt": "x", "n": 129}, "n"),
@@ -471,11 +468,7 @@ COMPLETIONS, PERPLEXITY = "/v1/completions", "/v1/perplexity"
         (COMPLETIONS, {"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options"),
         (COMPLETIONS, {"prompt": "x", "stream": True, "stream_options": 1}, "stream_options"),
         (COMPLETIONS, {"prompt": "x", "suffix": "y"}, "suffix"),
-        (COMPLETIONS, {"prompt": "x", "best_of": 3}, "best_of"),
-        (COMPLETIONS, {"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias"),
-        (COMPLETIONS, {"prompt": "x", "presence_penalty": 0.5}, "presence_penalty"),
-        (COMPLETIONS, {"prompt": "x", "frequency_penalty": 0.5}, "frequency_penalty"),
-        (COMPLETIONS, {"prompt": "x", "min_p": 0.1}, "min_p"),
+        (COMPLETIONS, {"prompt": "x", "n": 3, "best_of": 2}, "best_of"),
         (PERPLEXITY, {}, "input"),
         (PERPLEXITY, {"input": ""}, "input"),
         (PERPLEXITY, {"input": [5]}, "input"),
@@ -720,7 +713,8 @@ def test_a_step_that_fails_fails_its_requests_and_the_server_lives_on(
         if stream:
             assert response.status_code == 200
             *chunks, error, end = response.text.split("\n\n")
-            assert len(chunks) == 3
+            choices = [json.loads(chunk.removeprefix("data: "))["choices"][0] for chunk in chunks]
+            assert sum(len(choice["logprobs"]["tokens"]) for choice in choices) == 3
             assert end == ""
             body = json.loads(error.removeprefix("data: "))
             assert set(body["error"]) == {"message", "type", "param", "code"}
@@ -810,7 +804,7 @@ def test_a_full_queue_is_a_429_with_retry_after(
         ]
         for thread in threads:
             thread.start()
-        until(lambda: len(server.server.engine._streams) == 2)
+        until(lambda: len(server.server.engine._mailboxes) == 2)
         for stream in (False, True):
             refused = server.post(COMPLETIONS, prompt="x", stream=stream)
             assert refused.status_code == 429
@@ -893,13 +887,13 @@ def test_two_tokens_with_one_text_do_not_lose_the_better() -> None:
     tokenizer = EngineTokenizer(byte_tokenizer(), tiny_config(vocab_size=VOCAB_SIZE + 2))
     first, second = VOCAB_SIZE, VOCAB_SIZE + 1
     scores = Logprobs([-2.0], [2], [[second, first]], [[-1.0, -2.0]])
-    (top,) = columns(tokenizer, [first], scores, [0])["top_logprobs"]
+    (top,) = columns(tokenizer, [first], scores, [0], 2)["top_logprobs"]
     assert top == {"": -1.0, f"token_id:{first}": -2.0}
 
 
 def test_infinite_and_missing_numbers_become_openais() -> None:
     tokenizer = EngineTokenizer(byte_tokenizer(), tiny_config())
     scores = Logprobs([-math.inf, math.nan], [1, 1], [[5], [6]], [[-0.5], [math.nan]])
-    found = prompt_columns(tokenizer, [7, 8, 9], "", scores)
+    found = prompt_columns(tokenizer, [7, 8, 9], "", scores, 1)
     assert found["token_logprobs"] == [None, -9999.0, -9999.0]
     assert set(found["top_logprobs"][2].values()) == {-9999.0}

@@ -10,17 +10,44 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable
+from dataclasses import replace
 
 from lpa_model.config import LPAConfig
 from server.engine.engine import Engine, StepFailed
-from server.engine.request import EngineStats, FinishReason, Request, RequestOutput, SamplingParams
+from server.engine.request import EngineStats, FinishReason, GrammarSpec, Request, RequestOutput
 from server.engine.tokenizer import Tokenizer
-from server.errors import EngineError, InvalidRequest, QueueFull, Unavailable
+from server.errors import EngineError, InvalidRequest, QueueFull, TimedOut, Unavailable
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 3  # steps in a row
+
+
+class Mailbox:
+    """Outputs on their way to one consumer, merged per sequence, in the order in which they began to wait."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, RequestOutput] = {}  # by request id
+        self._arrival = asyncio.Event()
+
+    def put(self, output: RequestOutput) -> None:
+        earlier = self._waiting.get(output.request_id)
+        self._waiting[output.request_id] = output if earlier is None else earlier.merge(output)
+        self._arrival.set()
+
+    async def take(self, deadline: float | None) -> RequestOutput:
+        """The output that waits longest; raises TimedOut at `deadline`."""
+        try:
+            if deadline is not None and asyncio.get_running_loop().time() >= deadline:
+                raise TimeoutError
+            if not self._waiting:
+                self._arrival.clear()
+                async with asyncio.timeout_at(deadline):
+                    await self._arrival.wait()
+        except TimeoutError:
+            raise TimedOut("the request took longer than this server's request_timeout") from None
+        return self._waiting.pop(next(iter(self._waiting)))
 
 
 class AsyncEngine:
@@ -40,7 +67,7 @@ class AsyncEngine:
         self._max_streams = engine.scheduler.max_num_seqs + max_queue
         self._max_queue = max_queue
         self._inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
-        self._streams: dict[str, asyncio.Queue[RequestOutput]] = {}
+        self._mailboxes: dict[str, Mailbox] = {}  # by request id
         self._idle = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -63,6 +90,10 @@ class AsyncEngine:
     def max_num_seqs(self) -> int:
         return self._engine.scheduler.max_num_seqs
 
+    def compile_grammar(self, spec: GrammarSpec) -> None:
+        """Compile it, or raise InvalidRequest that says where it is wrong. May take long; any thread may call it."""
+        self._engine.compile_grammar(spec)
+
     async def start(self) -> None:
         """Start the engine thread and accept requests."""
         self._loop = asyncio.get_running_loop()
@@ -72,53 +103,81 @@ class AsyncEngine:
     async def stop(self, drain_timeout: float) -> None:
         """Refuse new requests, give the running ones `drain_timeout` seconds, end what is left, stop the thread."""
         self.accepting = False
-        if self._streams:
+        if self._mailboxes:
             self._idle.clear()
             try:
                 await asyncio.wait_for(self._idle.wait(), drain_timeout)
             except TimeoutError:
-                logger.warning("drain time-out: %d requests are cut off", len(self._streams))
+                logger.warning("drain time-out: %d requests are cut off", len(self._mailboxes))
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
 
     async def generate(
-        self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, choice: int = 0
-    ) -> AsyncGenerator[RequestOutput]:
-        """Run one sequence; the last output has a finish_reason. Closing the generator aborts the request.
+        self, requests: Iterable[Request], deadline: float | None = None
+    ) -> AsyncGenerator[tuple[int, RequestOutput]]:
+        """Run sequences that belong together: (index of the request, output) as they come; the last output of each
+        has a finish_reason. `requests` is read as far as the engine can run them at once, so it may be of any length.
+
+        When one fails or the generator is closed, all are aborted. A consumer that does not keep up gets outputs
+        merged, at most one per sequence waiting.
+
+        Args:
+            deadline: when to give up, on the event loop's clock.
 
         Raises:
-            ContextLength, InvalidRequest: it cannot be served.
+            ContextLength, InvalidRequest: a request cannot be served.
             QueueFull: too many requests are waiting.
             Unavailable: the server is draining or its engine has died.
-            EngineError: the step that held the request failed.
+            EngineError: the step that held a request failed.
+            TimedOut: the deadline has passed.
         """
-        request = Request(request_id, prompt_ids, params, choice=choice)
+        mailbox = Mailbox()
+        remaining = enumerate(requests)
+        index_of: dict[str, int] = {}
+        upcoming = next(remaining, None)
+        try:
+            while index_of or upcoming:
+                while upcoming and self._has_place(index_of):
+                    index, request = upcoming
+                    self._submit(request, mailbox)
+                    index_of[request.id] = index
+                    upcoming = next(remaining, None)
+                output = await mailbox.take(deadline)
+                index = index_of[output.request_id]
+                if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+                    if output.token_ids:  # generated before, and merged with the end
+                        yield index, replace(output, finish_reason=None)
+                    if output.finish_reason is FinishReason.ERROR:
+                        raise EngineError(f"the engine failed on this request: {output.error}")
+                    raise Unavailable("the server is shutting down")
+                if output.finish_reason is not None:
+                    del index_of[output.request_id]
+                    self._forget(output.request_id)
+                yield index, output
+        finally:
+            for request_id in index_of:
+                self._forget(request_id)
+                self._inbox.put(request_id)
+
+    def _has_place(self, running: Collection[str]) -> bool:
+        """Whether a generator that has `running` sequences with the engine may add one, or is to wait for its own."""
+        return not running or (len(running) < self.max_num_seqs and len(self._mailboxes) < self._max_streams)
+
+    def _submit(self, request: Request, mailbox: Mailbox) -> None:
         self._engine.validate(request)
         if not (self.accepting and self.alive):
             raise Unavailable("the server is shutting down" if self.alive else "the engine has died")
-        if len(self._streams) >= self._max_streams:
+        if len(self._mailboxes) >= self._max_streams:
             raise QueueFull(f"the waiting queue is full ({self._max_queue} requests); try again later")
-        if request_id in self._streams:
-            raise InvalidRequest(f"request id {request_id!r} is already in use")
-        outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
-        self._streams[request_id] = outputs
+        if request.id in self._mailboxes:
+            raise InvalidRequest(f"request id {request.id!r} is already in use")
+        self._mailboxes[request.id] = mailbox
         self._inbox.put(request)
-        finished = False
-        try:
-            while not finished:
-                output = await outputs.get()
-                finished = output.finish_reason is not None
-                if output.finish_reason is FinishReason.ERROR:
-                    raise EngineError(f"the engine failed on this request: {output.error}")
-                if output.finish_reason is FinishReason.ABORT:
-                    raise Unavailable("the server is shutting down")
-                yield output
-        finally:
-            del self._streams[request_id]
-            if not finished:
-                self._inbox.put(request_id)
-            if not self._streams:
-                self._idle.set()
+
+    def _forget(self, request_id: str) -> None:
+        del self._mailboxes[request_id]
+        if not self._mailboxes:
+            self._idle.set()
 
     def _run(self) -> None:
         """The engine thread."""
@@ -164,8 +223,8 @@ class AsyncEngine:
     def _deliver(self, outputs: list[RequestOutput], stats: EngineStats, dead: bool) -> None:
         """In the loop's thread: a step's outputs to their streams."""
         for output in outputs:
-            if stream := self._streams.get(output.request_id):
-                stream.put_nowait(output)
+            if mailbox := self._mailboxes.get(output.request_id):
+                mailbox.put(output)
         self._on_stats(stats)
         if dead:
             self.alive = False

@@ -15,12 +15,13 @@ from lpa_model.cache import LatentCache, bytes_per_token
 from lpa_model.checkpoint import load_model, load_tokenizer, resolve_dtype
 from lpa_model.config import CacheLayout, LPAConfig
 from server.engine.block_manager import BlockManager
-from server.engine.detokenizer import Detokenizer
+from server.engine.detokenizer import Detokenizer, unfinished_bytes
 from server.engine.model_runner import ModelRunner, StepResult
 from server.engine.request import (
     EngineStats,
     FinishedRequest,
     FinishReason,
+    GrammarSpec,
     Logprobs,
     Request,
     RequestOutput,
@@ -104,9 +105,21 @@ class Engine:
                 param="prompt" if request.num_prompt_tokens > self.max_model_len else "max_tokens",
             )
 
+    def compile_grammar(self, spec: GrammarSpec) -> None:
+        """Raises InvalidRequest for a grammar that cannot be compiled."""
+        raise InvalidRequest(f"{spec.param}: is not supported by this server", param=spec.param)
+
     def add_request(self, request: Request) -> None:
         """Queue a request that `validate` has accepted."""
-        detokenizer = Detokenizer(self.tokenizer, request.params.stop, request.params.min_tokens)
+        params = request.params
+        detokenizer = Detokenizer(
+            self.tokenizer,
+            params.stop,
+            params.min_tokens,
+            include_stop=params.include_stop_str_in_output,
+            skip_special=params.skip_special_tokens,
+            prefix=unfinished_bytes(self.tokenizer, request.token_ids),
+        )
         self._requests[request.id] = (request, detokenizer)
         self.scheduler.add(request)
 
@@ -149,8 +162,8 @@ class Engine:
         text = ""
         if token is not None:
             self._observe_token(request)
-            silent = request.finish_reason is FinishReason.STOP  # end of text or a stop token
-            text = "" if silent else detokenizer.append(token)
+            stopped = request.finish_reason is FinishReason.STOP  # end of text or a stop token
+            text = detokenizer.append(token) if not stopped or request.params.include_stop_str_in_output else ""
             if detokenizer.stopped is not None:
                 self.scheduler.finish(request, FinishReason.STOP)
                 request.finish_reason, request.stop_reason = FinishReason.STOP, detokenizer.stopped
@@ -160,7 +173,8 @@ class Engine:
             self._close(request)
         elif token is None:
             return None
-        scored = finished and request.params.prompt_logprobs is not None
+        first = request.num_output_tokens == (0 if token is None else 1)
+        scored = first and request.params.prompt_logprobs is not None
         return RequestOutput(
             request_id=request.id,
             text=text,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import secrets
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
@@ -47,6 +47,10 @@ class SamplingParams:
     logprobs: int | None = None  # alternatives per generated token; None: no log-probabilities
     prompt_logprobs: int | None = None  # alternatives per prompt token; None: no log-probabilities
     first_logit_position: int = 0  # prompt tokens after this position are scored; earlier ones may come from the cache
+
+    def without_prompt_logprobs(self) -> SamplingParams:
+        """For the further choices of a prompt that the first one scores."""
+        return self if self.prompt_logprobs is None else replace(self, prompt_logprobs=None)
 
 
 class RequestStatus(enum.Enum):
@@ -95,11 +99,23 @@ class RequestOutput:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: Logprobs | None = None  # of token_ids
-    prompt_logprobs: Logprobs | None = None  # of prompt tokens first_logit_position + 1 ..., with the last output
+    prompt_logprobs: Logprobs | None = None  # of prompt tokens first_logit_position + 1 ..., with the first output
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token id or stop string
     error: str | None = None  # with FinishReason.ERROR
+
+    def merge(self, later: RequestOutput) -> RequestOutput:
+        """This output and the one that follows it as one."""
+        if self.logprobs is not None and later.logprobs is not None:
+            self.logprobs.extend(later.logprobs)
+        return replace(
+            later,
+            text=self.text + later.text,
+            token_ids=self.token_ids + later.token_ids,
+            logprobs=self.logprobs or later.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+        )
 
 
 class Request:

@@ -30,11 +30,12 @@ class RequestBody(BaseModel):
         if not isinstance(data, dict):
             return data
         given = {name: value for name, value in data.items() if value is not None}
+        known = {field.alias or name for name, field in cls.model_fields.items()}
         for name, value in given.items():
             if name in cls.unsupported:
                 if value not in cls.unsupported[name]:
                     raise InvalidRequest(f"{name}: is not supported by this server", param=name)
-            elif name not in cls.model_fields:
+            elif name not in known:
                 _log_unknown(cls.__name__, name[:64])
         return given
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from server.engine.request import Logprobs
@@ -20,14 +20,25 @@ class TextOffsets:
     """Where tokens begin in the text, in code points; feed it the tokens in order.
 
     A token that begins inside a character has that character's offset. Special tokens have no text, except those
-    that are written out in `text`.
+    that are written out in `text`, or all unless `skip_special`. `prefix` is the beginning of a character that the
+    first token goes on with.
     """
 
-    def __init__(self, tokenizer: Tokenizer, start: int = 0, text: str = "") -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        start: int = 0,
+        text: str = "",
+        *,
+        skip_special: bool = True,
+        prefix: bytes = b"",
+    ) -> None:
         self._tokenizer = tokenizer
         self._position = start
         self._text = text
+        self._silent = tokenizer.special_ids if skip_special else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._decoder.decode(prefix)
 
     def take(self, token_ids: Sequence[int]) -> list[int]:
         """The offsets of the next tokens."""
@@ -35,13 +46,16 @@ class TextOffsets:
         for token_id in token_ids:
             offsets.append(self._position)
             raw = self._tokenizer.token_bytes(token_id)
-            if token_id in self._tokenizer.special_ids and not self._text.startswith(raw.decode(), self._position):
+            if token_id in self._silent and not self._text.startswith(raw.decode(), self._position):
                 continue
-            self._position += len(self._decoder.decode(raw))
+            piece = self._decoder.decode(raw)
+            if self._position == 0 and piece.startswith(" ") and self._text and not self._text.startswith(" "):
+                piece = piece[1:]  # SentencePiece puts a space before the first word and drops it in the text
+            self._position += len(piece)
         return offsets
 
 
-def prompt_columns(tokenizer: Tokenizer, token_ids: Sequence[int], text: str, scores: Logprobs) -> Columns:
+def prompt_columns(tokenizer: Tokenizer, token_ids: Sequence[int], text: str, scores: Logprobs, top: int) -> Columns:
     """The columns of a prompt; `scores` has an entry for each token but the first, which nothing predicts: null."""
     first: Columns = {
         "tokens": [tokenizer.token_text(token_ids[0])],
@@ -50,18 +64,20 @@ def prompt_columns(tokenizer: Tokenizer, token_ids: Sequence[int], text: str, sc
         "text_offset": [0],
     }
     offsets = TextOffsets(tokenizer, text=text).take(token_ids)
-    return join([first, columns(tokenizer, token_ids[1:], scores, offsets[1:])])
+    return join([first, columns(tokenizer, token_ids[1:], scores, offsets[1:], top)])
 
 
-def columns(tokenizer: Tokenizer, token_ids: Sequence[int], scores: Logprobs, offsets: list[int]) -> Columns:
-    """The columns of tokens that were scored; an entry of top_logprobs always holds the token itself."""
+def columns(tokenizer: Tokenizer, token_ids: Sequence[int], scores: Logprobs, offsets: list[int], top: int) -> Columns:
+    """The columns of tokens that were scored; an entry of top_logprobs has the `top` best and the token itself."""
     logprobs = [_clamp(value) for value in scores.logprobs]
     return {
         "tokens": [tokenizer.token_text(token_id) for token_id in token_ids],
         "token_logprobs": logprobs,
         "top_logprobs": [
-            _top(tokenizer, *entry)
-            for entry in zip(token_ids, logprobs, scores.top_ids, scores.top_logprobs, strict=True)
+            _top(tokenizer, token_id, logprob, ids[:top], values[:top])
+            for token_id, logprob, ids, values in zip(
+                token_ids, logprobs, scores.top_ids, scores.top_logprobs, strict=True
+            )
         ],
         "text_offset": offsets,
     }
@@ -85,6 +101,45 @@ def _top(
         # the token's own number is the same float in both places: clients compare them to see if it was the best
         found[f"token_id:{i}" if text in found else text] = logprob if i == token_id else _clamp(value)
     return found
+
+
+def prompt_logprobs(
+    tokenizer: Tokenizer, token_ids: Sequence[int], scores: Logprobs, top: int
+) -> list[dict[str, Any] | None]:
+    """vLLM's form: null for the first token, then for each the token itself and the `top` best, by token id."""
+    rows = zip(token_ids[1:], scores.logprobs, scores.ranks, scores.top_ids, scores.top_logprobs, strict=True)
+    return [
+        None,
+        *(
+            {
+                str(i): {"logprob": _clamp(value), "rank": place, "decoded_token": tokenizer.token_text(i)}
+                for i, value, place in ((token, logprob, rank), *_ranked(ids[:top], values))
+            }
+            for token, logprob, rank, ids, values in rows
+        ),
+    ]
+
+
+def _ranked(ids: Sequence[int], values: Sequence[float]) -> Iterator[tuple[int, float, int]]:
+    return ((i, value, rank) for rank, (i, value) in enumerate(zip(ids, values, strict=False), 1))
+
+
+def chat_logprobs(tokenizer: Tokenizer, token_ids: Sequence[int], scores: Logprobs, top: int) -> dict[str, Any]:
+    """OpenAI's form for chats: a row for each token, with the `top` best."""
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        raw = tokenizer.token_bytes(token_id)
+        return {"token": tokenizer.token_text(token_id), "logprob": _clamp(logprob), "bytes": list(raw)}
+
+    rows = zip(token_ids, scores.logprobs, scores.top_ids, scores.top_logprobs, strict=True)
+    content = [
+        {
+            **entry(token_id, logprob),
+            "top_logprobs": [entry(i, value) for i, value in zip(ids[:top], values, strict=False)],
+        }
+        for token_id, logprob, ids, values in rows
+    ]
+    return {"content": content, "refusal": None}
 
 
 def _clamp(logprob: float) -> float:

@@ -12,12 +12,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from server.engine.async_engine import AsyncEngine
-from server.engine.request import Logprobs, RequestOutput, SamplingParams
-from server.errors import ContextLength, InvalidRequest
-from server.protocol.completions import CompletionRequest, choice, completion_head, usage
-from server.protocol.logprobs import Columns, TextOffsets, columns, join, prompt_columns
-from server.routes.fan_out import Job, deadline_of, run_jobs
-from server.routes.prompts import Prompt, check_model, tokenize
+from server.engine.detokenizer import unfinished_bytes
+from server.engine.request import Logprobs
+from server.protocol.completions import CompletionRequest, CompletionResponse, completion_choice, completion_head
+from server.protocol.logprobs import Columns, TextOffsets, columns, join, prompt_columns, prompt_logprobs
+from server.routes.generation import Completed, Generation, begin
+from server.routes.prompts import check_model, start_of_document, tokenize, truncate
 from server.routes.respond import json_response, to_json, while_connected
 from server.routes.sse import DONE, EventStream
 from server.settings import Settings
@@ -27,208 +27,155 @@ def completions_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
     """The route over one engine."""
     router = APIRouter(tags=["OpenAI"])
 
-    @router.post("/v1/completions", summary="Continue a text")
+    @router.post("/v1/completions", summary="Continue a text", responses={200: {"model": CompletionResponse}})
     async def completions(body: CompletionRequest, request: Request) -> Response:
         check_model(body.model, settings)
         call = await _accept(engine, settings, body, request.state.request_id)
         if not body.stream:
             return json_response(await while_connected(request.receive, _answer(call)))
         events = _events(call)
-        # the first event shows that the engine took the request, so that a refusal still has its status
-        first = await while_connected(request.receive, anext(events))
-        return EventStream(_chain(first, events))
+        return EventStream(await while_connected(request.receive, anext(events)), events)
 
     return router
 
 
 @dataclass
 class _Call:
-    """A checked request on its way; choice c of prompt p has index p · n + c."""
+    """A generation and how it is told; choice c of prompt p has index p · n + c."""
 
-    engine: AsyncEngine
     body: CompletionRequest
-    prompts: list[Prompt]
-    request_id: str
-    deadline: float | None  # on the event loop's clock
+    generation: Generation
     head: dict[str, Any]
-    prompt_texts: list[str]  # as echo shows them
-    prompt_scores: dict[int, Logprobs] = field(default_factory=dict)  # by prompt
     columns_of_prompts: dict[int, Columns] = field(default_factory=dict)  # n choices share them
-    cached_tokens: dict[int, int] = field(default_factory=dict)  # by prompt
-    completion_tokens: int = 0
 
-    @property
-    def scores_prompts(self) -> bool:
-        return self.body.echo and self.body.logprobs is not None
-
-    @property
-    def scores_prompts_first(self) -> bool:
-        """Whether the prompts are scored on their own before anything is generated: when nothing will be, when a
-        stream must begin with them, and when n completions would share them."""
-        return self.scores_prompts and (self.body.stream or self.body.n > 1 or self.body.max_tokens == 0)
-
-    def observe(self, prompt: int, output: RequestOutput) -> None:
-        """Count the output's tokens, and keep what it says of its prompt."""
-        self.completion_tokens += len(output.token_ids)
-        self.cached_tokens.setdefault(prompt, output.num_cached_tokens)
-        if output.prompt_logprobs is not None:
-            self.prompt_scores[prompt] = output.prompt_logprobs
-
-    def prompt_columns(self, prompt: int) -> Columns:
+    def prompt_columns(self, prompt: int) -> Columns | None:
+        """None unless the prompt is echoed with log-probabilities."""
+        top = self.body.logprobs
+        if not self.body.echo or top is None:
+            return None
         if prompt not in self.columns_of_prompts:
-            scores = self.prompt_scores.get(prompt, Logprobs())
-            ids, text = self.prompts[prompt].token_ids, self.prompt_texts[prompt]
-            self.columns_of_prompts[prompt] = prompt_columns(self.engine.tokenizer, ids, text, scores)
+            generation = self.generation
+            ids, scores = generation.prompts[prompt].token_ids, generation.prompt_scores.get(prompt, Logprobs())
+            found = prompt_columns(generation.engine.tokenizer, ids, generation.prompt_text(prompt), scores, top)
+            self.columns_of_prompts[prompt] = found
         return self.columns_of_prompts[prompt]
 
     def offsets(self, prompt: int) -> TextOffsets:
-        return TextOffsets(self.engine.tokenizer, start=len(self.prompt_texts[prompt]))
+        """Of the tokens generated behind a prompt; they count from its beginning, echoed or not."""
+        tokenizer, ids = self.generation.engine.tokenizer, self.generation.prompts[prompt].token_ids
+        return TextOffsets(
+            tokenizer,
+            start=len(self.generation.prompt_text(prompt)),
+            skip_special=self.body.skip_special_tokens,
+            prefix=unfinished_bytes(tokenizer, ids),
+        )
 
-    def usage(self) -> dict[str, Any]:
-        prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
-        return usage(prompt_tokens, self.completion_tokens, sum(self.cached_tokens.values()))
+    def columns(self, token_ids: list[int], scores: Logprobs, offsets: TextOffsets) -> Columns:
+        assert self.body.logprobs is not None
+        taken = offsets.take(token_ids)
+        return columns(self.generation.engine.tokenizer, token_ids, scores, taken, self.body.logprobs)
 
 
 async def _accept(engine: AsyncEngine, settings: Settings, body: CompletionRequest, request_id: str) -> _Call:
     """Tokenize the prompts and refuse what the model cannot do."""
-    prompts = await tokenize(engine, "prompt", body.prompt)
-    for prompt in prompts:
-        total = len(prompt.token_ids) + body.max_tokens
-        if total > engine.max_model_len:
-            raise ContextLength(
-                f"{prompt.where}: {len(prompt.token_ids)} tokens and max_tokens {body.max_tokens} make {total}; "
-                f"the maximum context length is {engine.max_model_len} tokens",
-                param=prompt.where if len(prompt.token_ids) > engine.max_model_len else "max_tokens",
-            )
-    vocab = engine.tokenizer.vocab_size
-    if wrong := [token for token in body.stop_token_ids if not 0 <= token < vocab]:
-        raise InvalidRequest(f"stop_token_ids: {wrong[0]} is outside the vocabulary of {vocab}", param="stop_token_ids")
-    return _Call(
-        engine=engine,
-        body=body,
-        prompts=prompts,
-        request_id=request_id,
-        deadline=deadline_of(settings),
-        head=completion_head(request_id, int(time.time()), settings.model_name),
-        prompt_texts=[_text(engine, prompt) if _needs_text(body) else "" for prompt in prompts],
+    if body.prompt is None:
+        prompts = [start_of_document(engine)]
+    else:
+        prompts = await tokenize(engine, "prompt", body.prompt, add_special_tokens=body.add_special_tokens)
+    room = engine.max_model_len - body.max_tokens
+    width = body.width if body.max_tokens else 1  # nothing differs between choices that generate nothing
+    ranked = 0 if width > body.n else None
+    logprobs = body.logprobs if body.logprobs is not None else ranked
+    generation = await begin(
+        engine,
+        settings,
+        body,
+        [truncate(prompt, body.truncate_prompt_tokens, room) for prompt in prompts],
+        request_id,
+        width=width,
+        params=body.sampling_params(engine.tokenizer, body.max_tokens, logprobs, body.scores_prompts),
     )
-
-
-def _needs_text(body: CompletionRequest) -> bool:
-    return body.echo or body.logprobs is not None  # offsets count from the beginning of the prompt
-
-
-def _text(engine: AsyncEngine, prompt: Prompt) -> str:
-    return engine.tokenizer.decode(prompt.token_ids, skip_special_tokens=False) if prompt.text is None else prompt.text
-
-
-async def _score_prompts(call: _Call) -> None:
-    """Fill `prompt_scores`; a single token has nothing that predicts it."""
-    params = SamplingParams(max_tokens=0, prompt_logprobs=call.body.logprobs)
-    scored = [i for i, prompt in enumerate(call.prompts) if len(prompt.token_ids) > 1]
-    jobs = [Job(call.prompts[i].token_ids, params) for i in scored]
-    async with aclosing(run_jobs(call.engine, f"{call.request_id}-prompt", jobs, call.deadline)) as outputs:
-        async for job, output in outputs:
-            call.observe(scored[job], output)
-
-
-def _generate(call: _Call) -> AsyncGenerator[tuple[int, RequestOutput]]:
-    """(index, output) of every completion."""
-    plain = call.body.to_sampling_params()
-    with_prompt = plain
-    if call.scores_prompts and not call.scores_prompts_first:
-        with_prompt = call.body.to_sampling_params(prompt_logprobs=call.body.logprobs)
-    jobs = [
-        Job(prompt.token_ids, plain if c else with_prompt, choice=c)
-        for prompt in call.prompts
-        for c in range(call.body.n)
-    ]
-    return run_jobs(call.engine, call.request_id, jobs, call.deadline)
-
-
-@dataclass
-class _Completion:
-    """What has been generated for one index."""
-
-    offsets: TextOffsets
-    text: list[str] = field(default_factory=list)
-    parts: list[Columns] = field(default_factory=list)
-    finish_reason: str = "length"
-    stop_reason: int | str | None = None
+    return _Call(body, generation, completion_head(request_id, int(time.time()), settings.model_name))
 
 
 async def _answer(call: _Call) -> dict[str, Any]:
     """The whole answer."""
-    body = call.body
-    if call.scores_prompts_first:
-        await _score_prompts(call)
-    indices = range(len(call.prompts) * body.n)
-    done = [_Completion(call.offsets(index // body.n)) for index in indices]
-    if body.max_tokens:
-        async with aclosing(_generate(call)) as outputs:
-            async for index, output in outputs:
-                call.observe(index // body.n, output)
-                completion = done[index]
-                completion.text.append(output.text)
-                if output.logprobs is not None:
-                    completion.parts.append(_columns(call, output, completion.offsets))
-                if output.finish_reason is not None:
-                    completion.finish_reason = output.finish_reason.value
-                    completion.stop_reason = output.stop_reason
+    generation, n = call.generation, call.body.n
+    done = await generation.collect()
     choices = []
-    for index, completion in enumerate(done):
-        prompt = index // body.n
-        text = (call.prompt_texts[prompt] if body.echo else "") + "".join(completion.text)
-        parts = ([call.prompt_columns(prompt)] if call.scores_prompts else []) + completion.parts
-        logprobs = join(parts) if body.logprobs is not None else None
-        choices.append(choice(index, text, logprobs, completion.finish_reason, completion.stop_reason))
-    return {**call.head, "choices": choices, "usage": call.usage()}
+    for prompt in range(len(generation.prompts)):
+        of_prompt = done[prompt * generation.width : (prompt + 1) * generation.width]
+        if generation.width > n:
+            of_prompt = sorted(of_prompt, key=lambda completed: -completed.mean_logprob)[:n]
+        chosen = of_prompt if generation.width >= n else of_prompt * n
+        choices += [_choice(call, prompt, prompt * n + c, completed) for c, completed in enumerate(chosen)]
+    return {**call.head, "choices": choices, "usage": generation.usage()}
 
 
-def _columns(call: _Call, output: RequestOutput, offsets: TextOffsets) -> Columns:
-    assert output.logprobs is not None
-    return columns(call.engine.tokenizer, output.token_ids, output.logprobs, offsets.take(output.token_ids))
+def _choice(call: _Call, prompt: int, index: int, completed: Completed) -> dict[str, Any]:
+    body, generation = call.body, call.generation
+    text = (generation.prompt_text(prompt) if body.echo else "") + "".join(completed.text)
+    logprobs = None
+    if body.logprobs is not None:
+        echoed = call.prompt_columns(prompt)
+        own = call.columns(completed.token_ids, completed.logprobs, call.offsets(prompt))
+        logprobs = own if echoed is None else join([echoed, own])
+    found = completion_choice(index, text, logprobs, completed.finish_reason, completed.stop_reason)
+    prompt_ids = generation.prompts[prompt].token_ids
+    if body.prompt_logprobs is not None:
+        scores = generation.prompt_scores.get(prompt, Logprobs())
+        tokenizer = generation.engine.tokenizer
+        found["prompt_logprobs"] = prompt_logprobs(tokenizer, prompt_ids, scores, body.prompt_logprobs)
+    if body.return_token_ids:
+        found |= {"prompt_token_ids": prompt_ids, "token_ids": completed.token_ids}
+    return found
 
 
 async def _events(call: _Call) -> AsyncGenerator[str]:
     """The answer as events: the prompt first if it is echoed, a chunk per output, the usage if asked for, [DONE]."""
-    body = call.body
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-    tail: dict[str, Any] = {"usage": None} if with_usage else {}
+    body, generation = call.body, call.generation
+    options = body.stream_options
+    with_usage = options is not None and options.include_usage
+    running_usage = with_usage and options is not None and options.continuous_usage_stats
 
     def chunk(entry: dict[str, Any]) -> str:
-        return to_json({**call.head, "choices": [entry], **tail})
+        value = {**call.head, "choices": [entry]}
+        if with_usage:
+            value["usage"] = generation.usage() if running_usage else None
+        return to_json(value)
 
-    def echo(index: int, finish_reason: str | None) -> str:
-        prompt = index // body.n
-        logprobs = call.prompt_columns(prompt) if call.scores_prompts else None
-        return chunk(choice(index, call.prompt_texts[prompt], logprobs, finish_reason, None))
+    def opening(index: int, prompt: int) -> dict[str, Any] | None:
+        """What comes before the first token of a choice: the echo, the ids of the prompt."""
+        if not body.echo and not body.return_token_ids:
+            return None
+        text = generation.prompt_text(prompt) if body.echo else ""
+        first = completion_choice(index, text, call.prompt_columns(prompt), None, None)
+        if body.return_token_ids:
+            first |= {"prompt_token_ids": generation.prompts[prompt].token_ids, "token_ids": []}
+        return first
 
-    if call.scores_prompts_first:
-        await _score_prompts(call)
-    indices = range(len(call.prompts) * body.n)
-    if body.max_tokens == 0:
-        for index in indices:
-            yield echo(index, "length")
-    else:
-        offsets = [call.offsets(index // body.n) for index in indices]
-        to_echo = set(indices) if body.echo else set()
-        async with aclosing(_generate(call)) as outputs:
-            async for index, output in outputs:
-                call.observe(index // body.n, output)
-                if index in to_echo:
-                    to_echo.remove(index)
-                    yield echo(index, None)
-                logprobs = None if output.logprobs is None else _columns(call, output, offsets[index])
-                if output.text or logprobs or output.finish_reason:
-                    yield chunk(choice(index, output.text, logprobs, output.finish_reason, output.stop_reason))
+    copies = 1 if generation.width == body.n else body.n  # of what max_tokens 0 says once
+    offsets: dict[int, TextOffsets] = {}
+    begun: set[int] = set()
+    async with aclosing(generation.run()) as outputs:
+        async for sequence, output in outputs:
+            prompt = sequence // generation.width
+            for index in range(sequence * copies, (sequence + 1) * copies):
+                if index not in begun:
+                    begun.add(index)
+                    if first := opening(index, prompt):
+                        yield chunk(first)
+                logprobs = None
+                if output.logprobs is not None:
+                    if index not in offsets:
+                        offsets[index] = call.offsets(prompt)
+                    logprobs = call.columns(output.token_ids, output.logprobs, offsets[index])
+                finish_reason = None if output.finish_reason is None else output.finish_reason.value
+                if output.text or logprobs or finish_reason or (body.return_token_ids and output.token_ids):
+                    entry = completion_choice(index, output.text, logprobs, finish_reason, output.stop_reason)
+                    if body.return_token_ids:
+                        entry["token_ids"] = output.token_ids
+                    yield chunk(entry)
     if with_usage:
-        yield to_json({**call.head, "choices": [], "usage": call.usage()})
+        yield to_json({**call.head, "choices": [], "usage": generation.usage()})
     yield DONE
-
-
-async def _chain(first: str, rest: AsyncGenerator[str]) -> AsyncGenerator[str]:
-    async with aclosing(rest):
-        yield first
-        async for event in rest:
-            yield event

@@ -32,23 +32,26 @@ def check_model(name: str, settings: Settings) -> None:
         )
 
 
-async def tokenize(engine: AsyncEngine, field: str, inputs: Sequence[str | list[int]]) -> list[Prompt]:
+async def tokenize(
+    engine: AsyncEngine, field: str, inputs: Sequence[str | list[int]], *, add_special_tokens: bool = True
+) -> list[Prompt]:
     """Token ids of every input; long texts are tokenized beside the event loop.
 
     Raises:
         InvalidRequest: an input is empty or has a token id outside the vocabulary.
     """
     texts = [text for text in inputs if isinstance(text, str)]
-    if sum(map(len, texts)) > LONG_TEXT:
-        encoded = await asyncio.to_thread(lambda: [engine.tokenizer.encode(text) for text in texts])
-    else:
-        encoded = [engine.tokenizer.encode(text) for text in texts]
+
+    def encode() -> list[list[int]]:
+        return [engine.tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+
+    encoded = iter(await asyncio.to_thread(encode) if sum(map(len, texts)) > LONG_TEXT else encode())
     vocab = engine.tokenizer.vocab_size
     prompts: list[Prompt] = []
     for i, item in enumerate(inputs):
         where = field if len(inputs) == 1 else f"{field}[{i}]"
         if isinstance(item, str):
-            prompts.append(Prompt(where, item, encoded[i]))
+            prompts.append(Prompt(where, item, next(encoded)))
         else:
             if wrong := [token for token in item if not 0 <= token < vocab]:
                 raise InvalidRequest(f"{where}: token id {wrong[0]} is outside the vocabulary of {vocab}", param=where)
@@ -56,3 +59,22 @@ async def tokenize(engine: AsyncEngine, field: str, inputs: Sequence[str | list[
         if not prompts[-1].token_ids:
             raise InvalidRequest(f"{where}: is empty; it must have at least one token", param=where)
     return prompts
+
+
+def start_of_document(engine: AsyncEngine) -> Prompt:
+    """What stands for a prompt that is not given: the token that begins a text, or else the one that ends it.
+
+    Raises:
+        InvalidRequest: the model has neither.
+    """
+    tokenizer = engine.tokenizer
+    token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if token is None:
+        raise InvalidRequest("prompt: is required, since this model has no token that begins a text", param="prompt")
+    return Prompt("prompt", None, [token])
+
+
+def truncate(prompt: Prompt, keep: int | None, room: int) -> Prompt:
+    """The prompt's last `keep` tokens (-1: its last `room`; None: all), as vLLM's truncate_prompt_tokens."""
+    limit = len(prompt.token_ids) if keep is None else max(room, 1) if keep == -1 else keep
+    return prompt if len(prompt.token_ids) <= limit else Prompt(prompt.where, None, prompt.token_ids[-limit:])

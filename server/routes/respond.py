@@ -41,9 +41,8 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 """How the OpenAPI document describes every route's errors."""
 
 
-def to_json(value: Any) -> str:
-    """Compact JSON; never NaN or infinity."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+"""Compact JSON of a value; never NaN or infinity."""
 
 
 def json_response(value: Any) -> Response:

@@ -20,7 +20,8 @@ DONE = "[DONE]"
 
 
 class EventStream(Response):
-    """Sends each string of `events` as one event and closes the generator however the stream ends.
+    """Sends `first` and each string of `events` as one event, and closes the generator however the stream ends. That
+    the first has come shows that the engine took the request, so that a refusal has its status.
 
     An error in the middle becomes an event with OpenAI's error object, and the stream ends without [DONE]. A reader
     that does not keep up holds the generator back; one that leaves ends it.
@@ -28,11 +29,12 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str]) -> None:
+    def __init__(self, first: str, events: AsyncGenerator[str]) -> None:
         self.status_code = 200
         self.background = None
         # proxies that buffer would turn a stream into one late answer
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self._first = first
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -45,6 +47,7 @@ class EventStream(Response):
         async with aclosing(self._events) as events:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             try:
+                await send({"type": "http.response.body", "body": _frame(self._first), "more_body": True})
                 async for event in events:
                     await send({"type": "http.response.body", "body": _frame(event), "more_body": True})
             except UserError as error:

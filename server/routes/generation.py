@@ -1,0 +1,137 @@
+"""What completions and chats do alike: their sequences on the engine, what came of them, and the tokens they used."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from server.engine.async_engine import AsyncEngine
+from server.engine.detokenizer import unfinished_bytes
+from server.engine.request import Logprobs, RequestOutput, SamplingParams
+from server.errors import ContextLength
+from server.protocol.sampling import SamplingBody, usage
+from server.routes.fan_out import Job, deadline_of, run_jobs
+from server.routes.prompts import Prompt
+from server.settings import Settings
+
+
+@dataclass
+class Completed:
+    """What one sequence has generated so far."""
+
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: Logprobs = field(default_factory=Logprobs)
+    finish_reason: str = "length"
+    stop_reason: int | str | None = None
+
+    def add(self, output: RequestOutput) -> None:
+        self.text.append(output.text)
+        self.token_ids += output.token_ids
+        if output.logprobs is not None:
+            self.logprobs.extend(output.logprobs)
+        if output.finish_reason is not None:
+            self.finish_reason, self.stop_reason = output.finish_reason.value, output.stop_reason
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of its tokens, in nats."""
+        values = self.logprobs.logprobs
+        return sum(values) / len(values) if values else float("-inf")
+
+
+@dataclass
+class Generation:
+    """A checked request on its way; sequence c of prompt p has index p · width + c."""
+
+    engine: AsyncEngine
+    body: SamplingBody
+    prompts: list[Prompt]
+    width: int  # sequences of a prompt
+    params: SamplingParams
+    request_id: str
+    deadline: float | None  # on the event loop's clock
+    prompt_scores: dict[int, Logprobs] = field(default_factory=dict)  # by prompt, once its first output has come
+    cached_tokens: dict[int, int] = field(default_factory=dict)  # by prompt
+    completion_tokens: int = 0
+
+    async def run(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
+        """(index, output) of every sequence as they come. A prompt's first sequence is the first to say anything, so
+        that `prompt_scores` is there when it does."""
+        async with aclosing(run_jobs(self.engine, self.request_id, self._jobs(), self.deadline)) as outputs:
+            async for index, output in outputs:
+                prompt = index // self.width
+                self.completion_tokens += len(output.token_ids)
+                self.cached_tokens.setdefault(prompt, output.num_cached_tokens)
+                if output.prompt_logprobs is not None:
+                    self.prompt_scores[prompt] = output.prompt_logprobs
+                yield index, output
+
+    def _jobs(self) -> list[Job]:
+        plain = self.params.without_prompt_logprobs()
+        return [
+            Job(
+                prompt.token_ids,
+                plain if choice else self.params,
+                choice,
+                self.body.priority,
+                self.body.cache_salt or "",
+            )
+            for prompt in self.prompts
+            for choice in range(self.width)
+        ]
+
+    async def collect(self) -> list[Completed]:
+        """Every sequence to its end, by index."""
+        done = [Completed() for _ in range(len(self.prompts) * self.width)]
+        async with aclosing(self.run()) as outputs:
+            async for index, output in outputs:
+                done[index].add(output)
+        return done
+
+    def prompt_text(self, prompt: int) -> str:
+        """A prompt as echo shows it: what its completion goes on with. A character that its last tokens begin belongs
+        to the completion."""
+        text, ids = self.prompts[prompt].text, self.prompts[prompt].token_ids
+        if text is None:
+            text = self.engine.tokenizer.decode(ids, skip_special_tokens=False)
+            if unfinished_bytes(self.engine.tokenizer, ids):
+                text = text.removesuffix("\ufffd")
+        return text
+
+    def usage(self) -> dict[str, Any]:
+        prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
+        return usage(prompt_tokens, self.completion_tokens, sum(self.cached_tokens.values()))
+
+
+async def begin(
+    engine: AsyncEngine,
+    settings: Settings,
+    body: SamplingBody,
+    prompts: list[Prompt],
+    request_id: str,
+    *,
+    width: int,
+    params: SamplingParams,
+    limit_field: str = "max_tokens",
+) -> Generation:
+    """Refuse what does not fit the context or is no grammar.
+
+    Raises:
+        ContextLength: `limit_field` says how many tokens may be generated, and they do not fit behind a prompt.
+        InvalidRequest: the grammar cannot be compiled.
+    """
+    for prompt in prompts:
+        total = len(prompt.token_ids) + params.max_tokens
+        if total > engine.max_model_len:
+            raise ContextLength(
+                f"{prompt.where}: {len(prompt.token_ids)} tokens and {limit_field} {params.max_tokens} make {total}; "
+                f"the maximum context length is {engine.max_model_len} tokens",
+                param=prompt.where if len(prompt.token_ids) > engine.max_model_len else limit_field,
+            )
+    if params.grammar is not None:
+        await asyncio.to_thread(engine.compile_grammar, params.grammar)
+    return Generation(engine, body, prompts, width, params, request_id, deadline_of(settings))
