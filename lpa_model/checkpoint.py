@@ -1,4 +1,5 @@
-"""The native checkpoint folder: config.json, model.safetensors (or shards with an index), tokenizer.json.
+"""The native checkpoint folder: config.json, model.safetensors (or shards with an index), tokenizer.json; beside
+them, where a model has them, tokenizer_config.json and chat_template.jinja as Hugging Face writes them.
 
 Reading is strict: a missing, extra or wrongly shaped tensor is an error that names it. No pickle is ever opened.
 """
@@ -10,6 +11,7 @@ import os
 import platform
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,19 +21,34 @@ from tokenizers import Tokenizer
 from lpa_model.config import LPAConfig
 from lpa_model.model import LPAForCausalLM
 
+TOKENIZER_FILES = ("tokenizer_config.json", "chat_template.jinja")  # optional ones, kept as they are
+
 
 class CheckpointError(ValueError):
     """A checkpoint folder that cannot be used; the message names the file or the tensor."""
 
 
-def save_checkpoint(folder: Path, model: LPAForCausalLM, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
-    """Write a model folder with weights in `dtype`; every file is replaced whole, so a reader never sees a half."""
+def save_checkpoint(
+    folder: Path,
+    model: LPAForCausalLM,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype,
+    *,
+    tokenizer_files: Path | None = None,
+) -> None:
+    """Write a model folder with weights in `dtype`; every file is replaced whole, so a reader never sees a half.
+
+    What the folder `tokenizer_files` has of TOKENIZER_FILES comes along.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().to(dtype).contiguous() for name, p in model.named_parameters()}
     weights = folder / "model.safetensors.new"
     save_file(tensors, weights, metadata={"format": "pt"})
     _replace(folder / "config.json", json.dumps(model.config.to_dict(), indent=2) + "\n")
     _replace(folder / "tokenizer.json", tokenizer.to_str())
+    for source in [tokenizer_files / name for name in TOKENIZER_FILES] if tokenizer_files is not None else []:
+        if source.is_file():
+            _replace(folder / source.name, source.read_text(encoding="utf-8"))
     shutil.copymode(folder / "config.json", weights)  # safetensors shuts everybody else out, a container's user too
     weights.replace(folder / "model.safetensors")
 
@@ -61,6 +78,20 @@ def load_config(folder: Path) -> LPAConfig:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The folder's tokenizer.json; CheckpointError when it is missing or broken."""
     return read_tokenizer(folder / "tokenizer.json")
+
+
+def load_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """The folder's tokenizer_config.json, {} without one; CheckpointError when it is broken."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return found
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

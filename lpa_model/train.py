@@ -250,7 +250,7 @@ def train(
             part = valid_ids[:limit]
             measured = num_bytes * len(part) / len(valid_ids)
             validation = bits_per_byte(model, part, round(measured), config.sequence_length)
-            save_checkpoint(out / "model", model, tokenizer, torch.bfloat16)
+            save_checkpoint(out / "model", model, tokenizer, torch.bfloat16, tokenizer_files=out)
         if step % checkpoint_every == 0 or last:
             written = {
                 "model": model.state_dict(),

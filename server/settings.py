@@ -42,6 +42,12 @@ class Settings(BaseSettings):
     served_model_name: str | None = Field(
         None, min_length=1, description="Name of the model in the API (default: the folder's name)."
     )
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        description="Jinja file, or the template itself, instead of the model folder's (default of a model without "
+        "one: turns of User: and Assistant:).",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Type of weights and cache; auto is bfloat16 where the processor has it in hardware."
     )

@@ -18,6 +18,7 @@ from lpa_model.checkpoint import (
     load_config,
     load_model,
     load_tokenizer,
+    load_tokenizer_config,
     resolve_dtype,
     save_checkpoint,
 )
@@ -208,3 +209,18 @@ def test_dtype_names() -> None:
     assert resolve_dtype("float32", CPU) == torch.float32
     assert resolve_dtype("bfloat16", CPU) == torch.bfloat16
     assert resolve_dtype("auto", CPU) == (torch.bfloat16 if has_bfloat16(CPU) else torch.float32)
+
+
+def test_tokenizer_files_come_along(tmp_path: Path) -> None:
+    source, folder = tmp_path / "source", tmp_path / "model"
+    source.mkdir()
+    model, tokenizer = random_model(tiny_config()), byte_tokenizer()
+    save_checkpoint(folder, model, tokenizer, torch.float32, tokenizer_files=source)
+    assert load_tokenizer_config(folder) == {}
+    (source / "tokenizer_config.json").write_text('{"eos_token": "é"}', encoding="utf-8")
+    (source / "chat_template.jinja").write_text("{{ 'é' }}\n", encoding="utf-8")
+    (source / "other.json").write_text("{}")
+    save_checkpoint(folder, model, tokenizer, torch.float32, tokenizer_files=source)
+    assert load_tokenizer_config(folder) == {"eos_token": "é"}
+    assert (folder / "chat_template.jinja").read_bytes() == (source / "chat_template.jinja").read_bytes()
+    assert not (folder / "other.json").exists()

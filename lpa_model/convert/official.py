@@ -109,9 +109,7 @@ def convert_official(
 
     new = dst.with_name(f".{dst.name}.{os.getpid()}.new")
     try:
-        save_checkpoint(new, model, words, dtype)
-        if (src / "tokenizer_config.json").is_file():
-            shutil.copyfile(src / "tokenizer_config.json", new / "tokenizer_config.json")
+        save_checkpoint(new, model, words, dtype, tokenizer_files=src)
         new.replace(dst)
     finally:
         shutil.rmtree(new, ignore_errors=True)

@@ -12,7 +12,7 @@ from typing import get_args
 import torch
 
 from lpa_model.cache import LatentCache, bytes_per_token
-from lpa_model.checkpoint import load_model, load_tokenizer, resolve_dtype
+from lpa_model.checkpoint import load_model, resolve_dtype
 from lpa_model.config import CacheLayout, LPAConfig
 from server.engine.block_manager import BlockManager
 from server.engine.detokenizer import Detokenizer, unfinished_bytes
@@ -28,7 +28,7 @@ from server.engine.request import (
     RequestStatus,
 )
 from server.engine.scheduler import ScheduledBatch, Scheduler
-from server.engine.tokenizer import Tokenizer
+from server.engine.tokenizer import Tokenizer, load_tokenizer
 from server.errors import ContextLength, InvalidRequest
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class EngineOptions:
     kv_cache_layout: str = "auto"
     kv_cache_memory: int | None = None
     enable_prefix_caching: bool = True
+    chat_template: str | None = None
 
 
 class StepFailed(Exception):
@@ -242,7 +243,7 @@ def build_engine(model_dir: Path, options: EngineOptions) -> Engine:
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     model = load_model(model_dir, dtype, device)
     config = model.config
-    tokenizer = Tokenizer(load_tokenizer(model_dir), config)
+    tokenizer = load_tokenizer(model_dir, config, options.chat_template)
     layout = _cache_layout(config, options.kv_cache_layout)
     block_bytes = bytes_per_token(config, layout, dtype) * options.block_size
     if options.kv_cache_memory is None:

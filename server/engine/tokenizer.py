@@ -1,30 +1,53 @@
-"""Text to token ids and back, and the bytes behind every token."""
+"""Text to token ids and back, the bytes behind every token, and conversations to text."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from lpa_model import checkpoint
 from lpa_model.config import LPAConfig
+from server.engine.chat_template import (
+    DEFAULT_STOP,
+    DEFAULT_TEMPLATE,
+    compile_template,
+    read_template,
+    render_chat,
+    template_of,
+)
 
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` with the model's special tokens and a table of every token's bytes.
+    """A `tokenizers.Tokenizer` with the model's special tokens, chat template and a table of every token's bytes.
 
     Byte-level BPE (GPT-2's alphabet) and SentencePiece-style BPE with byte fallback (LLaMA) are supported: for
     these a token's bytes do not depend on its neighbours, so that text can be streamed byte by byte.
 
+    `tokenizer_config` is the contents of tokenizer_config.json; `special_tokens` are the texts of its bos_token,
+    eos_token and so on. Without a `chat_template` (Jinja source) there is the default for base models, under which
+    an answer is to end before `chat_stop`.
+
     Raises:
-        ValueError: the tokenizer is of another kind, or knows more tokens than the model has logits.
+        ValueError: the tokenizer is of another kind, knows more tokens than the model has logits, or the template is
+            no Jinja.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, config: LPAConfig) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        config: LPAConfig,
+        *,
+        tokenizer_config: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+    ) -> None:
         self.backend = backend
         self.vocab_size = config.vocab_size
         self.bos_token_id = config.bos_token_id
@@ -33,6 +56,11 @@ class Tokenizer:
             raise ValueError(
                 f"tokenizer.json has {backend.get_vocab_size()} tokens, the model's vocab_size is {config.vocab_size}"
             )
+        self.tokenizer_config = dict(tokenizer_config or {})
+        self.special_tokens = _special_tokens(self.tokenizer_config, backend, config)
+        self.chat_template = DEFAULT_TEMPLATE if chat_template is None else chat_template
+        self.chat_stop = DEFAULT_STOP if chat_template is None else ()
+        compile_template(self.chat_template)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         to_bytes = _token_to_bytes(json.loads(backend.to_str())["decoder"])
@@ -50,6 +78,27 @@ class Tokenizer:
         text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """A conversation as `chat_template.render_chat` writes it, with this model's template and special tokens.
+
+        Encode it with add_special_tokens=False: a template that wants a BOS writes one.
+        """
+        return render_chat(
+            self.chat_template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            special_tokens=self.special_tokens,
+            kwargs=kwargs,
+        )
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for."""
         return self._bytes[token_id]
@@ -61,6 +110,37 @@ class Tokenizer:
             return raw.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def load_tokenizer(folder: Path, config: LPAConfig, chat_template: str | None = None) -> Tokenizer:
+    """The tokenizer of a model folder; `chat_template`, a file's path or a template, replaces the folder's.
+
+    Raises:
+        CheckpointError, ValueError: a file is broken, or not of a supported kind; the message names it.
+    """
+    tokenizer_config = checkpoint.load_tokenizer_config(folder)
+    if chat_template is not None:
+        template: str | None = read_template(chat_template)
+    else:
+        file = folder / "chat_template.jinja"
+        template = template_of(tokenizer_config, read_template(str(file)) if file.is_file() else None)
+    backend = checkpoint.load_tokenizer(folder)
+    return Tokenizer(backend, config, tokenizer_config=tokenizer_config, chat_template=template)
+
+
+def _special_tokens(
+    tokenizer_config: Mapping[str, Any], backend: tokenizers.Tokenizer, config: LPAConfig
+) -> dict[str, str]:
+    """Texts by name; the ids of config.json tell BOS and EOS where tokenizer_config.json does not."""
+    found: dict[str, str] = {}
+    for name in SPECIAL_TOKENS:
+        value = tokenizer_config.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if text is None and (token_id := getattr(config, f"{name}_id", None)) is not None:
+            text = backend.id_to_token(token_id)
+        if isinstance(text, str):
+            found[name] = text
+    return found
 
 
 def _token_to_bytes(decoder: dict[str, Any] | None) -> Any:

@@ -1,0 +1,93 @@
+"""A real server for tests: an engine over a model folder, uvicorn in a thread, a client on a socket."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.serve import Server
+from server.settings import load_settings
+
+
+class Served:
+    """A server in a thread of its own, and a client for it."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.engine = server.engine._engine
+        self.url = f"http://127.0.0.1:{server.port}"
+        self.client = httpx.Client(base_url=self.url, timeout=20)
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return self.client.post(path, json={"model": "tiny", **body})
+
+    def complete(self, **body: Any) -> dict[str, Any]:
+        response = self.post("/v1/completions", **body)
+        assert response.status_code == 200, response.text
+        found: dict[str, Any] = response.json()
+        return found
+
+    def stream(self, **body: Any) -> list[dict[str, Any]]:
+        """The chunks of a stream that ended as it should."""
+        response = self.post("/v1/completions", stream=True, **body)
+        assert response.status_code == 200, response.text
+        assert response.headers["content-type"].startswith("text/event-stream")
+        events = response.text.split("\n\n")
+        assert events[-2:] == ["data: [DONE]", ""]
+        return [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+
+    def idle(self) -> bool:
+        blocks = self.engine.scheduler.blocks
+        return not self.engine.has_work and blocks.num_free + blocks.num_cached == blocks.num_blocks
+
+    def metric(self, sample: str) -> float:
+        found = re.search(rf"^{re.escape(sample)} (\S+)$", self.client.get("/metrics").text, re.MULTILINE)
+        assert found is not None, sample
+        return float(found[1])
+
+
+@contextmanager
+def serving(folder: Path, **flags: Any) -> Iterator[Served]:
+    """A server of the name "tiny" on a free port; `flags` are settings."""
+    defaults = {"dtype": "float32", "threads": 1, "block_size": 16, "kv_cache_memory": 1 << 20, "port": 0}
+    server = Server(load_settings(**{**defaults, "model": folder, "served_model_name": "tiny", **flags}))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        until(lambda: server.started)
+        served = Served(server)
+        with served.client:
+            yield served
+    finally:
+        server.should_exit = True
+        thread.join(20)
+    assert not thread.is_alive()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for it, ten seconds at most."""
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come true in ten seconds")
+
+
+def slow_steps(served: Served, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Make every step take `seconds` longer."""
+    run = served.engine.runner.run
+
+    def slowly(batch: Any) -> Any:
+        time.sleep(seconds)
+        return run(batch)
+
+    monkeypatch.setattr(served.engine.runner, "run", slowly)
