@@ -65,7 +65,7 @@ def test_help_is_there_for_every_command_and_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     commands = re.findall(r"^  (\w+)  ", done.stdout, re.MULTILINE)
-    assert set(commands) == {"serve", "generate", "score", "train", "init", "convert", "info"}
+    assert set(commands) == {"serve", "generate", "score", "train", "init", "convert", "export", "bench", "info"}
     for command in commands:
         assert "Usage: " in succeed(command, "--help")
 

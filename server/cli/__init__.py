@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import typer
 
+from server.cli.bench import bench
 from server.cli.command import PASS_THROUGH
 from server.cli.convert import convert
+from server.cli.export import export
 from server.cli.generate import generate
 from server.cli.info import info
 from server.cli.init import init
@@ -31,6 +33,8 @@ app.command()(score)
 app.command(context_settings=PASS_THROUGH)(train)
 app.command()(init)
 app.add_typer(convert, name="convert")
+app.add_typer(export, name="export")
+app.add_typer(bench, name="bench")
 app.command()(info)
 
 

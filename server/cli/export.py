@@ -1,0 +1,38 @@
+"""`lpa export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from server.cli.command import StoredDtype, user_errors
+
+export = typer.Typer(
+    help="Write models in the formats of other servers.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+
+@export.callback()
+def _export() -> None:
+    """Keeps `hf-llama` a sub-command while it is the only one."""
+
+
+@export.command("hf-llama")
+def hf_llama(
+    source: Annotated[Path, typer.Argument(help="Model folder.")],
+    folder: Annotated[Path, typer.Argument(help="Where to write it.")],
+    dtype: StoredDtype = "float32",
+) -> None:
+    """Merge every low-rank pair into a dense matrix: a LLaMA that transformers, vLLM and llama.cpp's converter read."""
+    import torch
+
+    from lpa_model.checkpoint import resolve_dtype
+    from lpa_model.convert.export import export_llama
+
+    with user_errors():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder}: exists and is not an empty folder")
+        parameters = export_llama(source, folder, resolve_dtype(dtype, torch.device("cpu")))
+    typer.echo(f"{folder}: LLaMA, {parameters:,} parameters in {dtype}")
