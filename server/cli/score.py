@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import zlib
 from pathlib import Path
@@ -14,7 +13,7 @@ import typer
 from server.cli.command import Dtype, Model, user_errors
 
 if TYPE_CHECKING:
-    from lpa_model.perplexity import Window
+    from lpa_model.perplexity import Tally, Window
 
 
 def score(
@@ -53,34 +52,42 @@ def score(
         tokenizer = load_tokenizer(settings.model)
         texts = [(name, _read(name)) for name in files]
     length = max_length or lpa.config.max_position_embeddings
-    step = max(1, length // 2) if stride is None else stride
     results: list[dict[str, Any]] = []
+    corpus = perplexity.Tally()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} tokens"))
     console = Console(stderr=True)
     silent = not console.is_terminal
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=silent) as progress:
         for name, text in texts:
             task = progress.add_task(name, total=None)
-            ids = tokenizer.encode(text).ids
-            progress.update(task, total=max(0, len(ids) - 1))
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
+            progress.update(task, total=len(ids))
 
             def advance(window: Window, task: Any = task) -> None:
                 progress.advance(task, window.num_scored)
 
             with user_errors():
                 try:
-                    nll_sum, num_tokens = perplexity.score(lpa, ids, method, length, step, advance)
+                    convention = perplexity.resolve_convention(
+                        method,
+                        length,
+                        stride,
+                        context=lpa.config.max_position_embeddings,
+                        bos_token_id=lpa.config.bos_token_id,
+                        eos_token_id=lpa.config.eos_token_id,
+                        adds_bos=perplexity.adds_bos(tokenizer, lpa.config.bos_token_id),
+                    )
+                    tally = perplexity.score(lpa, ids, convention, advance)
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
-                if not math.isfinite(nll_sum):
-                    raise ValueError(f"{name}: the model gives log-probabilities that are not finite")
-            results.append(_score_result(name, nll_sum, num_tokens, len(text.encode())))
-    nll_sum, num_tokens, num_bytes = (sum(r[key] for r in results) for key in ("nll_sum", "num_tokens", "num_bytes"))
-    total = _score_result("total", nll_sum, num_tokens, num_bytes)
+            tally.count_text(text)
+            corpus.add_text(tally)
+            results.append(_score_result(name, tally))
+    total = _score_result("total", corpus)
     if as_json:
         del total["file"]
         how = {"model": str(settings.model), "dtype": str(weights).removeprefix("torch."), "method": method}
-        sizes = {"max_length": length} | ({"stride": step} if method == "sliding" else {})
+        sizes = {"max_length": length} | ({"stride": convention.stride} if method == "sliding" else {})
         typer.echo(json.dumps({**how, **sizes, "data": results, "aggregate": total}, indent=2))
     else:
         _print_scores([*results, total] if len(results) > 1 else results)
@@ -98,18 +105,10 @@ def _read(name: str) -> str:
         raise ValueError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _score_result(file: str, nll_sum: float, num_tokens: int, num_bytes: int) -> dict[str, Any]:
-    from lpa_model.perplexity import bits_per_byte, perplexity
-
-    value = perplexity(nll_sum, num_tokens) if num_tokens else math.nan
-    return {
-        "file": file,
-        "num_tokens": num_tokens,
-        "num_bytes": num_bytes,
-        "nll_sum": nll_sum,
-        "perplexity": value if math.isfinite(value) else None,
-        "bits_per_byte": bits_per_byte(nll_sum, num_bytes) if num_tokens else None,
-    }
+def _score_result(file: str, tally: Tally) -> dict[str, Any]:
+    fields = tally.metrics("full")
+    keys = ("num_tokens", "num_bytes", "nll_sum", "perplexity", "bits_per_byte")
+    return {"file": file} | {key: fields[key] for key in keys}
 
 
 def _print_scores(results: list[dict[str, Any]]) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any
 
 from pydantic import Field
 
-from lpa_model.perplexity import Method, perplexity
+from lpa_model.perplexity import Convention, Method, Tally
 from server.protocol.body import RequestBody
 from server.protocol.inputs import Inputs
 
@@ -34,32 +33,19 @@ class PerplexityRequest(RequestBody):
         ge=1,
         description="Tokens between the beginnings of sliding windows, below max_length (default: half of it).",
     )
+    add_bos: bool | None = Field(None, description="(default: the tokenizer's own setting).")
 
 
-@dataclass(frozen=True)
-class TextScore:
-    """The sum of the negative log-likelihoods of `num_tokens` scored tokens, in nats."""
-
-    nll_sum: float
-    num_tokens: int
-
-
-def perplexity_response(model: str, scores: list[TextScore], prompt_tokens: int) -> dict[str, Any]:
-    """The answer; `aggregate` is weighted by tokens."""
-    total = TextScore(math.fsum(score.nll_sum for score in scores), sum(score.num_tokens for score in scores))
+def perplexity_response(model: str, tallies: list[Tally], convention: Convention, prompt_tokens: int) -> dict[str, Any]:
+    """The answer, which says which perplexity it is."""
+    total = Tally()
+    for tally in tallies:
+        total.add_text(tally)
     return {
         "object": "perplexity",
         "model": model,
-        "data": [{"index": i, **_fields(score)} for i, score in enumerate(scores)],
-        "aggregate": _fields(total),
+        **asdict(convention),
+        "data": [{"index": i, **tally.metrics(convention.method)} for i, tally in enumerate(tallies)],
+        "aggregate": total.metrics(convention.method),
         "usage": {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens},
-    }
-
-
-def _fields(score: TextScore) -> dict[str, Any]:
-    value = perplexity(score.nll_sum, score.num_tokens)
-    return {
-        "nll_sum": score.nll_sum,
-        "num_tokens": score.num_tokens,
-        "perplexity": value if math.isfinite(value) else None,  # JSON has no infinity
     }
