@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.engine.async_engine import AsyncEngine
 from server.errors import BodyTooLarge, EngineError, InvalidRequest, MethodNotAllowed, NotFound, Unauthorized, UserError
 from server.metrics import Metrics
+from server.routes.chat import chat_router
 from server.routes.completions import completions_router
 from server.routes.health import health_router, package_version
 from server.routes.metrics import metrics_router
@@ -55,6 +56,7 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
         responses=ERROR_RESPONSES,
     )
     app.include_router(completions_router(engine, settings))
+    app.include_router(chat_router(engine, settings))
     app.include_router(perplexity_router(engine, settings))
     app.include_router(models_router(settings, engine.max_model_len))
     app.include_router(health_router(engine))

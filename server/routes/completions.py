@@ -55,7 +55,7 @@ class _Call:
             return None
         if prompt not in self.columns_of_prompts:
             generation = self.generation
-            ids, scores = generation.prompts[prompt].token_ids, generation.prompt_scores.get(prompt, Logprobs())
+            ids, scores = generation.prompts[prompt].token_ids, generation.prompt_scores[prompt]
             found = prompt_columns(generation.engine.tokenizer, ids, generation.prompt_text(prompt), scores, top)
             self.columns_of_prompts[prompt] = found
         return self.columns_of_prompts[prompt]
@@ -123,7 +123,7 @@ def _choice(call: _Call, prompt: int, index: int, completed: Completed) -> dict[
     found = completion_choice(index, text, logprobs, completed.finish_reason, completed.stop_reason)
     prompt_ids = generation.prompts[prompt].token_ids
     if body.prompt_logprobs is not None:
-        scores = generation.prompt_scores.get(prompt, Logprobs())
+        scores = generation.prompt_scores[prompt]
         tokenizer = generation.engine.tokenizer
         found["prompt_logprobs"] = prompt_logprobs(tokenizer, prompt_ids, scores, body.prompt_logprobs)
     if body.return_token_ids:
@@ -134,15 +134,9 @@ def _choice(call: _Call, prompt: int, index: int, completed: Completed) -> dict[
 async def _events(call: _Call) -> AsyncGenerator[str]:
     """The answer as events: the prompt first if it is echoed, a chunk per output, the usage if asked for, [DONE]."""
     body, generation = call.body, call.generation
-    options = body.stream_options
-    with_usage = options is not None and options.include_usage
-    running_usage = with_usage and options is not None and options.continuous_usage_stats
 
     def chunk(entry: dict[str, Any]) -> str:
-        value = {**call.head, "choices": [entry]}
-        if with_usage:
-            value["usage"] = generation.usage() if running_usage else None
-        return to_json(value)
+        return to_json({**call.head, "choices": [entry], **generation.chunk_usage()})
 
     def opening(index: int, prompt: int) -> dict[str, Any] | None:
         """What comes before the first token of a choice: the echo, the ids of the prompt."""
@@ -176,6 +170,6 @@ async def _events(call: _Call) -> AsyncGenerator[str]:
                     if body.return_token_ids:
                         entry["token_ids"] = output.token_ids
                     yield chunk(entry)
-    if with_usage:
+    if generation.sends_usage:
         yield to_json({**call.head, "choices": [], "usage": generation.usage()})
     yield DONE

@@ -102,6 +102,19 @@ class Generation:
                 text = text.removesuffix("\ufffd")
         return text
 
+    @property
+    def sends_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        options = self.body.stream_options
+        return options is not None and options.include_usage
+
+    def chunk_usage(self) -> dict[str, Any]:
+        """The field `usage` of a chunk, if chunks have one: null, or what has been used so far."""
+        options = self.body.stream_options
+        if options is None or not options.include_usage:
+            return {}
+        return {"usage": self.usage() if options.continuous_usage_stats else None}
+
     def usage(self) -> dict[str, Any]:
         prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
         return usage(prompt_tokens, self.completion_tokens, sum(self.cached_tokens.values()))

@@ -1,0 +1,135 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from server.engine.async_engine import AsyncEngine
+from server.engine.request import Logprobs
+from server.errors import ContextLength
+from server.protocol.chat import ChatCompletionRequest, ChatCompletionResponse, chat_choice, chat_chunk, chat_head
+from server.protocol.logprobs import chat_logprobs, prompt_logprobs
+from server.routes.generation import Generation, begin
+from server.routes.prompts import check_model, tokenize, truncate
+from server.routes.respond import json_response, to_json, while_connected
+from server.routes.sse import DONE, EventStream
+from server.settings import Settings
+
+
+def chat_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
+    """The route over one engine."""
+    router = APIRouter(tags=["OpenAI"])
+
+    @router.post(
+        "/v1/chat/completions", summary="Answer a conversation", responses={200: {"model": ChatCompletionResponse}}
+    )
+    async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
+        check_model(body.model, settings)
+        call = await _accept(engine, settings, body, request.state.request_id)
+        if not body.stream:
+            return json_response(await while_connected(request.receive, _answer(call)))
+        events = _events(call)
+        return EventStream(await while_connected(request.receive, anext(events)), events)
+
+    return router
+
+
+@dataclass
+class _Call:
+    """A generation and how it is told; sequence c is choice c."""
+
+    body: ChatCompletionRequest
+    generation: Generation
+    head: dict[str, Any]
+
+    def logprobs(self, token_ids: list[int], scores: Logprobs) -> dict[str, Any] | None:
+        top = self.body.alternatives
+        return None if top is None else chat_logprobs(self.generation.engine.tokenizer, token_ids, scores, top)
+
+
+async def _accept(engine: AsyncEngine, settings: Settings, body: ChatCompletionRequest, request_id: str) -> _Call:
+    """The conversation as a prompt, and what the model cannot do refused."""
+    tokenizer = engine.tokenizer
+    text = tokenizer.render_chat(
+        [message.to_template() for message in body.messages],
+        add_generation_prompt=(
+            not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
+        ),
+        continue_final_message=body.continue_final_message,
+        kwargs=body.chat_template_kwargs,
+    )
+    (prompt,) = await tokenize(engine, "messages", [text], add_special_tokens=body.add_special_tokens)
+    limit_field, limit = body.limit
+    prompt = truncate(prompt, body.truncate_prompt_tokens, engine.max_model_len - (limit or 1))
+    room = engine.max_model_len - len(prompt.token_ids)
+    if room < 1:
+        raise ContextLength(
+            f"messages: {len(prompt.token_ids)} tokens leave no room for an answer; the maximum context length is "
+            f"{engine.max_model_len} tokens",
+            param="messages",
+        )
+    params = body.sampling_params(tokenizer, room if limit is None else limit, body.alternatives, body.prompt_logprobs)
+    generation = await begin(
+        engine,
+        settings,
+        body,
+        [prompt],
+        request_id,
+        width=body.n,
+        params=replace(params, stop=(*params.stop, *tokenizer.chat_stop)),
+        limit_field=limit_field,
+    )
+    return _Call(body, generation, chat_head(request_id, int(time.time()), settings.model_name, stream=body.stream))
+
+
+async def _answer(call: _Call) -> dict[str, Any]:
+    """The whole answer."""
+    body, generation = call.body, call.generation
+    choices = []
+    for index, done in enumerate(await generation.collect()):
+        logprobs = call.logprobs(done.token_ids, done.logprobs)
+        choice = chat_choice(index, "".join(done.text), logprobs, done.finish_reason, done.stop_reason)
+        choices.append({**choice, "token_ids": done.token_ids} if body.return_token_ids else choice)
+    found = {**call.head, "choices": choices, "usage": generation.usage()}
+    prompt_ids = generation.prompts[0].token_ids
+    if body.prompt_logprobs is not None:
+        scores = generation.prompt_scores[0]
+        found["prompt_logprobs"] = prompt_logprobs(
+            generation.engine.tokenizer, prompt_ids, scores, body.prompt_logprobs
+        )
+    if body.return_token_ids:
+        found["prompt_token_ids"] = prompt_ids
+    return found
+
+
+async def _events(call: _Call) -> AsyncGenerator[str]:
+    """The answer as events: of each choice its role, a chunk per output and its end; the usage if asked for, [DONE]."""
+    body, generation = call.body, call.generation
+
+    def chunk(entry: dict[str, Any], **more: Any) -> str:
+        return to_json({**call.head, "choices": [entry], **more, **generation.chunk_usage()})
+
+    begun: set[int] = set()
+    async with aclosing(generation.run()) as outputs:
+        async for index, output in outputs:
+            if index not in begun:
+                begun.add(index)
+                ids = {"prompt_token_ids": generation.prompts[0].token_ids} if body.return_token_ids else {}
+                yield chunk(chat_chunk(index, {"role": "assistant", "content": ""}), **ids)
+            logprobs = None if output.logprobs is None else call.logprobs(output.token_ids, output.logprobs)
+            if output.text or logprobs or (body.return_token_ids and output.token_ids):
+                entry = chat_chunk(index, {"content": output.text}, logprobs)
+                yield chunk({**entry, "token_ids": output.token_ids} if body.return_token_ids else entry)
+            if output.finish_reason is not None:
+                end = chat_chunk(index, {}, None, output.finish_reason.value)
+                yield chunk({**end, "stop_reason": output.stop_reason})
+    if generation.sends_usage:
+        yield to_json({**call.head, "choices": [], "usage": generation.usage()})
+    yield DONE
