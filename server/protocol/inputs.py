@@ -28,13 +28,14 @@ def _parse(value: Any, info: ValidationInfo) -> list[str | list[int]]:
         if type(item) is not kind:
             raise InvalidRequest(f"{where}: a list must hold either only texts or only lists of token ids", param=where)
         if isinstance(item, str):
-            _check_text(item, where)
+            check_text(item, where)
         elif wrong := [token for token in item if type(token) is not int]:
             raise InvalidRequest(f"{where}: {str(wrong[0])[:40]!r} is not a token id", param=where)
     return items
 
 
-def _check_text(text: str, where: str) -> None:
+def check_text(text: str, where: str) -> None:
+    """Raises InvalidRequest for what JSON can say and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

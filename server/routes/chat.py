@@ -15,6 +15,7 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.request import Logprobs
 from server.errors import ContextLength
 from server.protocol.chat import ChatCompletionRequest, ChatCompletionResponse, chat_choice, chat_chunk, chat_head
+from server.protocol.inputs import check_text
 from server.protocol.logprobs import chat_logprobs, prompt_logprobs
 from server.routes.generation import Generation, begin
 from server.routes.prompts import check_model, tokenize, truncate
@@ -65,6 +66,7 @@ async def _accept(engine: AsyncEngine, settings: Settings, body: ChatCompletionR
         continue_final_message=body.continue_final_message,
         kwargs=body.chat_template_kwargs,
     )
+    check_text(text, "messages")
     (prompt,) = await tokenize(engine, "messages", [text], add_special_tokens=body.add_special_tokens)
     limit_field, limit = body.limit
     prompt = truncate(prompt, body.truncate_prompt_tokens, engine.max_model_len - (limit or 1))
