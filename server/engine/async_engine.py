@@ -31,6 +31,9 @@ class Mailbox:
         self._waiting: dict[str, RequestOutput] = {}  # by request id
         self._arrival = asyncio.Event()
 
+    def __len__(self) -> int:
+        return len(self._waiting)
+
     def put(self, output: RequestOutput) -> None:
         earlier = self._waiting.get(output.request_id)
         self._waiting[output.request_id] = output if earlier is None else earlier.merge(output)
@@ -223,7 +226,8 @@ class AsyncEngine:
     def _deliver(self, outputs: list[RequestOutput], stats: EngineStats, dead: bool) -> None:
         """In the loop's thread: a step's outputs to their streams."""
         for output in outputs:
-            if mailbox := self._mailboxes.get(output.request_id):
+            mailbox = self._mailboxes.get(output.request_id)
+            if mailbox is not None:
                 mailbox.put(output)
         self._on_stats(stats)
         if dead:
