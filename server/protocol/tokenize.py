@@ -80,5 +80,5 @@ class TokenizerInfo(BaseModel):
     eos_token: str | None = Field(description="Ends a text.", examples=["<|endoftext|>"])
     pad_token: str | None
     chat_template: str = Field(description="The Jinja template in use.")
-    model_max_length: int = Field(description="Longest prompt and completion together, in tokens.")
+    model_max_length: int = Field(description="Tokens of the context, unless tokenizer_config.json says otherwise.")
     vocab_size: int = Field(description="Token ids are below it.")
