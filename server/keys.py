@@ -14,7 +14,7 @@ from server.errors import Forbidden, Unauthorized
 from server.settings import Settings
 
 Role = Literal["nobody", "client", "admin"]
-"""Who sent a request. Without client keys everybody is a client; an admin is a client too."""
+"""Who sent a request, by the key that came with it."""
 
 PROBES = frozenset({"/health", "/ready"})
 METRICS = "/metrics"
@@ -33,21 +33,21 @@ class Keys:
         scheme, _, key = authorization.partition(" ")
         given = _digest(key.strip().encode("latin-1")) if scheme.lower() == "bearer" else b""
         client, admin = _is_among(given, self.client), _is_among(given, self.admin)
-        if admin:
-            return "admin"
-        return "client" if client or not self.client else "nobody"
+        return "admin" if admin else "client" if client else "nobody"
 
     def check(self, path: str, role: Role) -> None:
         """Raises Unauthorized unless `role` may ask for `path`."""
-        if role == "nobody" and path not in self.open_paths:
+        if role == "nobody" and self.client and path not in self.open_paths:
             raise Unauthorized("send an API key of this server as 'Authorization: Bearer KEY'")
 
     def check_admin(self, role: Role) -> None:
-        """Raises Forbidden unless `role` may use the control routes."""
+        """Raises Unauthorized or Forbidden unless `role` may use the control routes."""
         if not self.admin:
             raise Forbidden("control routes are shut: the server was started without --admin-api-key")
+        if role == "nobody":
+            raise Unauthorized("send an admin key of this server as 'Authorization: Bearer KEY'")
         if role != "admin":
-            raise Forbidden("send an admin key of this server as 'Authorization: Bearer KEY'")
+            raise Forbidden("this key is no admin key")
 
 
 def keys_of(settings: Settings) -> Keys:

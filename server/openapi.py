@@ -49,7 +49,7 @@ def openapi_document(app: FastAPI, settings: Settings, keys: Keys) -> dict[str, 
     document["components"]["securitySchemes"] = SCHEMES
     for path, operation in _operations(document):
         operation["responses"].pop("422", None)  # FastAPI's own form of a refusal, which this server has as 400
-        if CONTROL in operation["tags"]:
+        if CONTROL in operation["tags"] and keys.admin:
             operation["security"] = [{"AdminKey": []}]
         elif keys.client and path not in keys.open_paths:
             operation["security"] = [{"ApiKey": []}]

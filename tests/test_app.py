@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from lpa_model.config import Architecture
+from server.errors import Unauthorized
 from server.keys import Keys, keys_of
 from server.routes.body import MAX_DEPTH, parse_json
 from server.settings import load_settings
@@ -93,9 +94,10 @@ def test_control_routes_need_an_admins_key(locked: Served, served: Served) -> No
 
 def test_admins_without_clients_keys_leave_the_server_open() -> None:
     keys = keys_of(load_settings(admin_api_key="boss"))
-    assert keys.role("") == "client"
-    assert keys.role("Bearer boss") == "admin"
-    assert keys.open_paths == {"/health", "/ready", "/metrics"}
+    keys.check("/v1/models", keys.role(""))
+    with pytest.raises(Unauthorized):
+        keys.check_admin(keys.role("Bearer other"))
+    keys.check_admin(keys.role("Bearer boss"))
 
 
 def test_every_key_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,8 +360,8 @@ def test_the_document_describes_every_field_and_status(served: Served) -> None:
 def test_the_document_asks_for_keys_where_the_server_does(served: Served, locked: Served) -> None:
     opened = served.client.get("/openapi.json").json()
     assert "security" not in opened["paths"]["/v1/models"]["get"]
-    assert opened["paths"]["/v1/requests/{request_id}/cancel"]["post"]["security"] == [{"AdminKey": []}]
     shut = locked.client.get("/openapi.json", headers=bearer("first")).json()
+    assert shut["paths"]["/v1/requests/{request_id}/cancel"]["post"]["security"] == [{"AdminKey": []}]
     assert shut["paths"]["/v1/models"]["get"]["security"] == [{"ApiKey": []}]
     assert shut["paths"]["/metrics"]["get"]["security"] == [{"ApiKey": []}]
     assert "security" not in shut["paths"]["/health"]["get"]

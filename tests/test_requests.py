@@ -42,6 +42,11 @@ class Asked(threading.Thread):
         return self.answer
 
 
+def running(served: Served, request_id: str) -> int:
+    """Sequences of a request that are being computed."""
+    return sum(request.id.startswith(f"{request_id}-") for request in list(served.engine.scheduler.running))
+
+
 def cancel(served: Served, request_id: str) -> httpx.Response:
     return served.client.post(f"/v1/requests/{request_id}/cancel", headers=BOSS)
 
@@ -52,7 +57,7 @@ def test_a_cancelled_request_gets_a_499_and_its_sequences_end(
 ) -> None:
     slow_steps(served, monkeypatch, 0.05)
     asked = Asked(served, "/v1/completions", "whole", LONG)
-    until(lambda: len(served.engine.scheduler.running) == 4)
+    until(lambda: running(served, "whole") == 4)
     answer = cancel(served, f"{prefix}whole")
     assert answer.json() == {"id": f"{prefix}whole", "object": "request.cancelled", "cancelled": 1}
     refused = asked.result()
@@ -78,11 +83,11 @@ def test_a_cancelled_stream_ends_with_an_error_event(served: Served, monkeypatch
 
 
 def test_every_request_of_an_id_is_cancelled_but_no_other(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow_steps(served, monkeypatch, 0.02)
+    slow_steps(served, monkeypatch, 0.05)
     twice = [Asked(served, "/v1/completions", "twice", LONG) for _ in range(2)]
     scoring = Asked(served, "/v1/perplexity", "scoring", {"model": "tiny", "input": [[5] * 100] * 200})
-    other = Asked(served, "/v1/completions", "other", {**LONG, "max_tokens": 20})
-    until(lambda: len(served.engine.scheduler.running) >= 14)
+    other = Asked(served, "/v1/completions", "other", {**LONG, "max_tokens": 30})
+    until(lambda: running(served, "twice") == 8 and all(running(served, name) for name in ("scoring", "other")))
     assert cancel(served, "twice").json()["cancelled"] == 2
     assert cancel(served, "scoring").json()["cancelled"] == 1
     assert [asked.result().status_code for asked in (*twice, scoring, other)] == [499, 499, 499, 200]
@@ -99,7 +104,7 @@ def test_a_request_does_not_cancel_itself(served: Served) -> None:
 def test_an_id_may_look_like_an_answers(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     slow_steps(served, monkeypatch, 0.05)
     asked = Asked(served, "/v1/completions", "cmpl-mine", LONG)
-    until(lambda: len(served.engine.scheduler.running) == 4)
+    until(lambda: running(served, "cmpl-mine") == 4)
     assert cancel(served, "cmpl-cmpl-mine").status_code == 200
     assert asked.result().status_code == 499
     until(served.idle)

@@ -153,7 +153,7 @@ def test_the_tokenizers_settings(served: Served, with_bos: Served) -> None:
         ("/detokenize", {"tokens": [1.5]}, "tokens[0]"),
         ("/detokenize", {"tokens": [True]}, "tokens[0]"),
         ("/detokenize", {"tokens": [VOCAB_SIZE]}, "tokens"),
-        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
     ],
 )
 def test_a_wrong_field_is_named(served: Served, path: str, body: dict[str, Any], param: str) -> None:

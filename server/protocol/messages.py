@@ -54,5 +54,8 @@ def _part(part: Any, where: str) -> str:
     return text
 
 
-Messages = Annotated[list[dict[str, Any]], PlainValidator(_parse, json_schema_input_type=list[ChatMessage])]
+Messages = Annotated[
+    list[dict[str, Any]],
+    PlainValidator(_parse, json_schema_input_type=Annotated[list[ChatMessage], Field(min_length=1)]),
+]
 """Parsed: dictionaries for a chat template, whose `content` is a string or None."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -11,6 +11,7 @@ from server.protocol.body import RequestBody
 from server.protocol.inputs import check_text
 from server.protocol.messages import Messages
 
+TokenId = Annotated[int, Field(ge=0)]
 MODEL = Field(None, description="Name of the model; there is only one.", examples=["lpa-tiny"])
 
 
@@ -51,7 +52,7 @@ class TokenizeResponse(BaseModel):
 
     count: int = Field(ge=0, description="Number of tokens.")
     max_model_len: int = Field(description="Longest prompt and completion together, in tokens.")
-    tokens: list[int] = Field(description="Token ids.", examples=[[334, 261, 79]])
+    tokens: list[int] = Field(description="Token ids.", examples=[[51, 40, 37]])
     token_strs: list[str] | None = Field(
         description="As the vocabulary writes them, where `return_token_strs` asks for it; else null."
     )
@@ -61,7 +62,7 @@ class DetokenizeRequest(RequestBody):
     """Tokens to be turned into text."""
 
     model: str | None = MODEL
-    tokens: list[int] = Field(description="Token ids.", examples=[[334, 261, 79]])
+    tokens: list[TokenId] = Field(description="Token ids, below the vocabulary's size.", examples=[[51, 40, 37]])
 
 
 class DetokenizeResponse(BaseModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Path
 
 from server.protocol.answers import ModelCard, ModelList
 from server.routes.prompts import check_model
@@ -27,7 +27,9 @@ def models_router(settings: Settings, max_model_len: int) -> APIRouter:
         return ModelList(data=list(cards.values()))
 
     @router.get("/v1/models/{name:path}", summary="One model", responses=responses(ModelCard, 404))
-    async def model(name: str) -> ModelCard:
+    async def model(
+        name: str = Path(description="One of its names.", examples=[settings.model_name]),
+    ) -> ModelCard:
         """The model by one of its names."""
         check_model(name, settings)
         return cards[name]

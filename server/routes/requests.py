@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Path, Request
 
 from server.errors import NotFound
 from server.keys import Keys
@@ -55,7 +55,9 @@ def requests_router(running: Running, keys: Keys) -> APIRouter:
         summary="Cancel a request",
         responses=responses(CancelResponse, 403, 404),
     )
-    async def cancel(request_id: str, request: Request) -> CancelResponse:
+    async def cancel(
+        request: Request, request_id: str = Path(description="The x-request-id, or an answer's `id`.")
+    ) -> CancelResponse:
         """End the running requests of this x-request-id (or `id` of an answer), with all of their sequences.
 
         Their clients get an error with status 499 and the code request_cancelled; in a stream it is the last event.
