@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from server.errors import InvalidRequest
 from server.protocol.body import RequestBody
+from server.protocol.chat import Message
 from server.protocol.inputs import check_text
-from server.protocol.messages import Messages
 
 TokenId = Annotated[int, Field(ge=0)]
 MODEL = Field(None, description="Name of the model; there is only one.", examples=["lpa-tiny"])
@@ -26,7 +26,7 @@ class TokenizeRequest(RequestBody):
 
     model: str | None = MODEL
     prompt: str | None = Field(None, description="The text; this or `messages`.", examples=["Once upon a time"])
-    messages: Messages | None = Field(None, description="The conversation; this or `prompt`.")
+    messages: list[Message] | None = Field(None, min_length=1, description="The conversation; this or `prompt`.")
     add_special_tokens: bool | None = Field(
         None,
         description="Let the tokenizer add its special tokens, such as BOS (default: with `prompt`; a chat template "

@@ -10,6 +10,7 @@ from fastapi.responses import Response
 
 from server.engine.async_engine import AsyncEngine
 from server.errors import InvalidRequest
+from server.protocol.inputs import check_text
 from server.protocol.tokenize import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -44,13 +45,14 @@ def tokenize_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         if body.messages is None:
             return tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
         text = tokenizer.render_chat(
-            body.messages,
+            [message.to_template() for message in body.messages],
             add_generation_prompt=(
                 not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
             ),
             continue_final_message=body.continue_final_message,
             kwargs=body.chat_template_kwargs,
         )
+        check_text(text, "messages")
         return tokenizer.encode(text, add_special_tokens=body.add_special_tokens is True)
 
     @router.post("/detokenize", summary="Text of tokens", responses=responses(DetokenizeResponse, *WITH_BODY))
@@ -72,8 +74,7 @@ def tokenize_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
 
 
 def _is_long(body: TokenizeRequest) -> bool:
-    texts = [body.prompt or "", *(message["content"] or "" for message in body.messages or ())]
-    return sum(map(len, texts)) > LONG_TEXT
+    return len(body.prompt or "") > LONG_TEXT or body.messages is not None
 
 
 def _info(engine: AsyncEngine) -> dict[str, Any]:
