@@ -96,7 +96,7 @@ def _kind(schema: dict[str, Any]) -> Markup:
 
 def _limits(schema: dict[str, Any]) -> str:
     """Its limits in words, those of its alternatives and entries too."""
-    own = [form.format(schema[key]) for key, form in LIMITS.items() if key in schema]
+    own = [form.format(f"{schema[key]:.15g}") for key, form in LIMITS.items() if key in schema]
     inner = [*schema.get("anyOf", ()), *(schema[key] for key in ("items",) if key in schema)]
     return ", ".join(dict.fromkeys([*own, *filter(None, map(_limits, inner))]))
 
