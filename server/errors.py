@@ -3,11 +3,13 @@
 UserError
 ├── InvalidRequest      400  a field is missing, of the wrong type, out of range or not supported
 │   └── ContextLength   400  prompt and completion do not fit the context
-├── Unauthorized        401
+├── Unauthorized        401  no or a wrong key
+├── Forbidden           403  a key that may not do this
 ├── NotFound            404  unknown model or route
 ├── MethodNotAllowed    405
 ├── BodyTooLarge        413
 ├── QueueFull           429  with Retry-After
+├── Cancelled           499  an operator has cancelled the request
 ├── EngineError         500  the step that held the request failed
 ├── Unavailable         503  draining, or the engine has died
 └── TimedOut            504  request_timeout has passed
@@ -54,6 +56,17 @@ class Unauthorized(UserError):
     type = "authentication_error"
     code = "invalid_api_key"
 
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class Forbidden(UserError):
+    """The key that was sent may not do this."""
+
+    status = 403
+    type = "permission_error"
+    code = "admin_key_required"
+
 
 class NotFound(UserError):
     """There is no such model or route."""
@@ -96,6 +109,17 @@ class QueueFull(UserError):
 
     def headers(self) -> dict[str, str]:
         return {"Retry-After": "1"}
+
+
+class Cancelled(UserError):
+    """The request was cancelled by its id."""
+
+    status = 499  # nginx' number for requests that ended before their answer
+    type = "request_cancelled"
+    code = "request_cancelled"
+
+    def __init__(self) -> None:
+        super().__init__("the request was cancelled")
 
 
 class EngineError(UserError):

@@ -101,7 +101,7 @@ def greeting(settings: Settings, port: int) -> str:
     """What a person who has just started the server wants to know."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
     url = f"http://{host}:{port}"
-    key = ' -H "Authorization: Bearer $LPA_API_KEY"' if settings.api_key is not None else ""
+    key = ' -H "Authorization: Bearer $LPA_API_KEY"' if settings.api_keys else ""
     body = json.dumps({"model": settings.model_name, "prompt": "Once upon a time", "max_tokens": 64})
     return (
         f"{settings.model_name} is served at {url}; its documentation is at {url}/docs. Try:\n\n"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 if TYPE_CHECKING:  # the engine imports torch, which the command line must not wait for
     from server.engine.engine import EngineOptions
@@ -20,6 +20,36 @@ class SettingsError(ValueError):
     """A setting is invalid; the message names its flag and variable."""
 
 
+def _split(value: Any) -> list[str]:
+    """The entries of a list that was given as flags, as text with commas, or both."""
+    parts = [value] if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        raise ValueError("must be text, or a list of texts")
+    found = [entry.strip() for part in parts for entry in part.split(",") if entry.strip()]
+    if not found:
+        raise ValueError("has no entry")
+    return found
+
+
+def _read_keys(path: Path) -> list[SecretStr]:
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return [SecretStr(line) for line in lines if line and not line.startswith("#")]
+
+
+def _check_keys(path: Path | None) -> Path | None:
+    try:
+        found = path is None or _read_keys(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+    if not found:  # it would leave the server open
+        raise ValueError("has no key in it")
+    return path
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
+
+
 def embedded_checkpoint() -> Path:
     """Folder of the model that comes with the package."""
     spec = importlib.util.find_spec("lpa_model")
@@ -28,7 +58,10 @@ def embedded_checkpoint() -> Path:
 
 
 class Settings(BaseSettings):
-    """Field `max_num_seqs` is the flag --max-num-seqs and the variable LPA_MAX_NUM_SEQS; an empty variable is none."""
+    """Field `max_num_seqs` is the flag --max-num-seqs and the variable LPA_MAX_NUM_SEQS; an empty variable is none.
+
+    A setting with several entries takes them with commas between them, as a flag several times too.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, validate_default=False, extra="forbid"
@@ -39,8 +72,10 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 is every interface.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    served_model_name: str | None = Field(
-        None, min_length=1, description="Name of the model in the API (default: the folder's name)."
+    served_model_name: Names = Field(
+        (),
+        description="Names of the model in the API, with commas between them or the flag repeated; answers carry the "
+        "first (default: the folder's name).",
     )
     chat_template: str | None = Field(
         None,
@@ -80,17 +115,43 @@ class Settings(BaseSettings):
         description="Seconds that running requests get to finish when the server stops.",
     )
     max_body_bytes: int = Field(64 << 20, ge=1, description="Largest request body in bytes; a larger one gets a 413.")
-    api_key: SecretStr | None = Field(
-        None, min_length=1, description="Key that clients must send as 'Authorization: Bearer KEY' (default: none)."
+    api_key: Keys = Field(
+        (),
+        description="Keys of which clients must send one as 'Authorization: Bearer KEY', with commas between them or "
+        "the flag repeated (default: none is needed).",
+    )
+    api_key_file: Annotated[Path | None, AfterValidator(_check_keys)] = Field(
+        None, description="File with more such keys, one a line; lines that begin with # are comments."
+    )
+    admin_api_key: Keys = Field(
+        (),
+        description="Keys that may do everything, and alone may use the control routes, such as cancelling other "
+        "requests (default: those routes are shut).",
+    )
+    metrics_key: bool = Field(False, description="Ask for a key at /metrics too.")
+    cors_origins: Names = Field(
+        (),
+        description="Origins whose web pages may call the server, as https://example.org, with commas between them or "
+        "the flag repeated; * is every origin (default: none).",
     )
     log_format: Literal["text", "json"] = Field("text", description="Log lines as text or as JSON objects.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
     log_requests: bool = Field(True, description="Log a line for every request.")
 
     @property
+    def model_names(self) -> tuple[str, ...]:
+        """All of the model's names in the API, at least one."""
+        return self.served_model_name or (self.model.resolve().name,)
+
+    @property
     def model_name(self) -> str:
-        """The model's name in the API."""
-        return self.served_model_name or self.model.resolve().name
+        """The model's name in answers."""
+        return self.model_names[0]
+
+    @property
+    def api_keys(self) -> tuple[SecretStr, ...]:
+        """The keys that clients may send, beside the admin's; without any, none is needed."""
+        return (*self.api_key, *(() if self.api_key_file is None else _read_keys(self.api_key_file)))
 
     def engine_options(self) -> EngineOptions:
         """The settings that the engine is built from."""
@@ -113,6 +174,9 @@ def load_settings(**flags: Any) -> Settings:
 
 def _explain(error: Any) -> str:
     name = str(error["loc"][0])
-    value = "" if name == "api_key" else f", not {error['input']!r}"
-    reason = error["msg"][:1].lower() + error["msg"][1:]
+    field = Settings.model_fields.get(name)
+    secret = field is not None and field.annotation == tuple[SecretStr, ...]
+    value = "" if secret else f", not {error['input']!r}"
+    message = error["msg"].removeprefix("Value error, ")
+    reason = message[:1].lower() + message[1:]
     return f"--{name.replace('_', '-')} ({ENV_PREFIX}{name.upper()}): {reason}{value}"

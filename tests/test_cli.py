@@ -99,11 +99,23 @@ def test_serve_takes_flags_before_variables_and_ends_with_status_0(tiny_checkpoi
         server.communicate()
 
 
+def test_serve_takes_a_flag_of_a_list_several_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Settings] = []
+    monkeypatch.setattr("server.serve.serve", lambda settings: taken.append(settings) or 0)
+    succeed("serve", "--served-model-name", "a", "--served-model-name", "b,c", "--api-key", "k")
+    succeed("serve")
+    assert [settings.model_names for settings in taken] == [("a", "b", "c"), ("lpa-tiny",)]
+    assert [len(settings.api_keys) for settings in taken] == [1, 0]
+
+
 def test_mistakes_with_serve_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_one_line(lpa("serve", "--port", "65536"), r"--port \(LPA_PORT\): .*65535, not '65536'")
     assert_one_line(lpa("serve", tmp_path, "--model", tmp_path), "--model: the model folder is given twice")
     monkeypatch.setenv("LPA_MAX_QUEUE", "many")
     assert_one_line(lpa("serve"), r"--max-queue \(LPA_MAX_QUEUE\): .*'many'")
+    refused = lpa("serve", "--api-key", "secret", "--api-key", "", "--api-key-file", tmp_path / "nowhere")
+    assert_one_line(refused, r"--api-key-file \(LPA_API_KEY_FILE\): cannot be read")
+    assert "secret" not in refused.stderr
     monkeypatch.delenv("LPA_MAX_QUEUE")
     assert lpa("serve", "--no-such-flag").exit_code == 2
 

@@ -530,10 +530,10 @@ def test_one_request_id_may_be_used_twice_at_once(served: Served) -> None:
 
 
 def test_the_access_log_names_request_and_status(served: Served, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "server.app")
+    caplog.set_level("INFO", "server.middleware")
     served.client.get("/v1/nothing", headers={"x-request-id": "logged-1"})
     served.client.get("/health", headers={"x-request-id": "a-probe"})
-    lines = [record.getMessage() for record in caplog.records if record.name == "server.app"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "server.middleware"]
     assert len(lines) == 1
     assert "GET" in lines[0]
     assert "/v1/nothing" in lines[0]

@@ -21,7 +21,7 @@ def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LPA_API_KEY", "")
     monkeypatch.setenv("LPA_MODEL", "")
     settings = load_settings()
-    assert settings.api_key is None
+    assert settings.api_keys == ()
     assert settings.model == embedded_checkpoint()
     assert settings.model_name == "lpa-tiny"
 
@@ -63,11 +63,43 @@ def test_an_invalid_value_is_named_with_its_flag_and_variable(
 
 
 def test_the_key_is_never_shown() -> None:
-    settings = load_settings(api_key="secret-key")
+    settings = load_settings(api_key="secret-key,other", admin_api_key="secret-key")
     assert "secret-key" not in repr(settings)
-    with pytest.raises(SettingsError) as refused:
-        load_settings(api_key=["secret-key"])
-    assert "secret-key" not in str(refused.value)
+    for name in ("api_key", "admin_api_key"):
+        with pytest.raises(SettingsError, match=name.upper()) as refused:
+            load_settings(**{name: {"secret-key": 1}})
+        assert "secret-key" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["served_model_name", "api_key", "admin_api_key", "cors_origins"])
+def test_lists_come_as_repeated_flags_or_with_commas(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown(settings: Settings) -> list[str]:
+        return [getattr(v, "get_secret_value", lambda v=v: v)() for v in getattr(settings, name)]
+
+    assert shown(load_settings()) == []
+    assert shown(load_settings(**{name: ["a", "b, c"]})) == ["a", "b", "c"]
+    monkeypatch.setenv(f"LPA_{name.upper()}", "x,y,")
+    assert shown(load_settings()) == ["x", "y"]
+    with pytest.raises(SettingsError, match="has no entry"):  # a key that is empty by mistake must not open the server
+        load_settings(**{name: " , "})
+
+
+def test_keys_come_from_a_file_too(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# ours\none\n\n  two \n")
+    settings = load_settings(api_key="zero", api_key_file=str(path))
+    assert [key.get_secret_value() for key in settings.api_keys] == ["zero", "one", "two"]
+    path.write_text("# nobody yet\n")
+    for wrong in (path, tmp_path / "nowhere", tmp_path):
+        with pytest.raises(SettingsError, match="--api-key-file"):
+            load_settings(api_key_file=str(wrong))
+
+
+def test_the_first_of_several_names_is_the_models() -> None:
+    settings = load_settings(served_model_name="first,second")
+    assert settings.model_name == "first"
+    assert settings.model_names == ("first", "second")
+    assert load_settings().model_names == ("lpa-tiny",)
 
 
 def test_every_engine_option_is_a_setting_with_the_same_default() -> None:

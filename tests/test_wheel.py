@@ -34,7 +34,7 @@ def test_wheel_holds_both_packages_and_the_embedded_model(wheel: Path) -> None:
         str(path.relative_to(ROOT))
         for package, patterns in {
             "lpa_model": ("*.py", "checkpoints/**/*"),
-            "server": ("*.py", "playground/**/*"),
+            "server": ("*.py", "playground/**/*", "routes/*.html"),
         }.items()
         for pattern in patterns
         for path in (ROOT / package).rglob(pattern)

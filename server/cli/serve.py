@@ -22,8 +22,9 @@ def serve(context: typer.Context) -> None:
     parameters = [inspect.Parameter("folder", positional, default=folder, annotation=str | None)]
     for name, field in Settings.model_fields.items():
         # pydantic reads values of every kind from text, for flags as for variables
-        kind = bool if field.annotation is bool else str
-        default = None if field.default_factory else field.default
+        several = get_origin(field.annotation) is tuple
+        kind = bool if field.annotation is bool else list[str] if several else str
+        default = None if field.default_factory or several else field.default
         metavar = None if kind is bool else _metavar(field.annotation)
         parameters.append(flag(name, kind, field.description or "", default, metavar))
     run_with_flags(context, parameters, _serve, "Start the HTTP server. Every flag is also a variable: LPA_PORT=9000.")

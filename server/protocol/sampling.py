@@ -124,7 +124,10 @@ class SamplingBody(RequestBody):
         description="Log-probabilities of the prompt's tokens, with so many alternatives for each; not with `stream`.",
     )
     truncate_prompt_tokens: int | None = Field(
-        None, ge=-1, description="Keep only the prompt's last tokens, so many; -1: as many as fit the context."
+        None,
+        ge=-1,
+        description="Keep only the prompt's last tokens, so many, at least 1; -1: as many as fit the context.",
+        json_schema_extra={"not": {"const": 0}},
     )
     return_token_ids: bool = Field(False, description="Add `prompt_token_ids` and `token_ids` to the answer.")
     priority: int = Field(0, ge=-INT64, lt=INT64, description="Requests with a smaller number go first.")

@@ -17,19 +17,23 @@ from server.errors import ContextLength
 from server.protocol.chat import ChatCompletionRequest, ChatCompletionResponse, chat_choice, chat_chunk, chat_head
 from server.protocol.inputs import check_text
 from server.protocol.logprobs import chat_logprobs, prompt_logprobs
+from server.routes.body import JsonRoute
 from server.routes.generation import Generation, begin
 from server.routes.prompts import check_model, tokenize, truncate
 from server.routes.respond import json_response, to_json, while_connected
+from server.routes.responses import WITH_ENGINE, responses
 from server.routes.sse import DONE, EventStream
 from server.settings import Settings
 
 
 def chat_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
     """The route over one engine."""
-    router = APIRouter(tags=["OpenAI"])
+    router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 
     @router.post(
-        "/v1/chat/completions", summary="Answer a conversation", responses={200: {"model": ChatCompletionResponse}}
+        "/v1/chat/completions",
+        summary="Answer a conversation",
+        responses=responses(ChatCompletionResponse, *WITH_ENGINE, streams=True),
     )
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         check_model(body.model, settings)

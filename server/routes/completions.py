@@ -16,18 +16,24 @@ from server.engine.detokenizer import unfinished_bytes
 from server.engine.request import Logprobs
 from server.protocol.completions import CompletionRequest, CompletionResponse, completion_choice, completion_head
 from server.protocol.logprobs import Columns, TextOffsets, columns, join, prompt_columns, prompt_logprobs
+from server.routes.body import JsonRoute
 from server.routes.generation import Completed, Generation, begin
 from server.routes.prompts import check_model, start_of_document, tokenize, truncate
 from server.routes.respond import json_response, to_json, while_connected
+from server.routes.responses import WITH_ENGINE, responses
 from server.routes.sse import DONE, EventStream
 from server.settings import Settings
 
 
 def completions_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
     """The route over one engine."""
-    router = APIRouter(tags=["OpenAI"])
+    router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 
-    @router.post("/v1/completions", summary="Continue a text", responses={200: {"model": CompletionResponse}})
+    @router.post(
+        "/v1/completions",
+        summary="Continue a text",
+        responses=responses(CompletionResponse, *WITH_ENGINE, streams=True),
+    )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         check_model(body.model, settings)
         call = await _accept(engine, settings, body, request.state.request_id)

@@ -8,27 +8,32 @@ from fastapi import APIRouter
 
 from server.engine.async_engine import AsyncEngine
 from server.errors import Unavailable
+from server.protocol.answers import HealthResponse, ReadyResponse, VersionResponse
+from server.routes.responses import responses
 
 
 def health_router(engine: AsyncEngine) -> APIRouter:
     """The routes over one engine."""
     router = APIRouter(tags=["Operations"])
 
-    @router.get("/health", summary="200 while the engine lives, else 503")
-    async def health() -> dict[str, str]:
+    @router.get("/health", summary="Whether the engine lives", responses=responses(HealthResponse, 503))
+    async def health() -> HealthResponse:
+        """200 while the engine lives, else 503. Needs no key."""
         if not engine.alive:
             raise Unavailable("the engine has died")
-        return {"status": "ok"}
+        return HealthResponse()
 
-    @router.get("/ready", summary="200 while requests are taken, 503 while the server starts or drains")
-    async def ready() -> dict[str, str]:
+    @router.get("/ready", summary="Whether requests are taken", responses=responses(ReadyResponse, 503))
+    async def ready() -> ReadyResponse:
+        """200 while requests are taken, 503 while the server starts or drains. Needs no key."""
         if not (engine.alive and engine.accepting):
             raise Unavailable("the server takes no requests")
-        return {"status": "ready"}
+        return ReadyResponse()
 
-    @router.get("/version", summary="Version of the server")
-    async def server_version() -> dict[str, str]:
-        return {"version": package_version()}
+    @router.get("/version", summary="Version of the server", responses=responses(VersionResponse))
+    async def server_version() -> VersionResponse:
+        """The version of the installed package."""
+        return VersionResponse(version=package_version())
 
     return router
 

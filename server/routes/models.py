@@ -1,34 +1,37 @@
-"""GET /v1/models."""
+"""GET /v1/models and GET /v1/models/{name}."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Path
 
+from server.protocol.answers import ModelCard, ModelList
 from server.routes.prompts import check_model
+from server.routes.responses import responses
 from server.settings import Settings
 
 
 def models_router(settings: Settings, max_model_len: int) -> APIRouter:
-    """The routes; the server has one model."""
+    """The routes; the server has one model, under one name or several."""
     router = APIRouter(tags=["OpenAI"])
-    card = {
-        "id": settings.model_name,
-        "object": "model",
-        "created": int(time.time()),
-        "owned_by": "lpa",
-        "max_model_len": max_model_len,
+    created = int(time.time())
+    cards = {
+        name: ModelCard(id=name, created=created, root=settings.model_name, max_model_len=max_model_len)
+        for name in settings.model_names
     }
 
-    @router.get("/v1/models", summary="The models served")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card]}
+    @router.get("/v1/models", summary="The models served", responses=responses(ModelList))
+    async def models() -> ModelList:
+        """The model, by each of its names."""
+        return ModelList(data=list(cards.values()))
 
-    @router.get("/v1/models/{name:path}", summary="One model")
-    async def model(name: str) -> dict[str, Any]:
+    @router.get("/v1/models/{name:path}", summary="One model", responses=responses(ModelCard, 404))
+    async def model(
+        name: str = Path(description="One of its names.", examples=[settings.model_name]),
+    ) -> ModelCard:
+        """The model by one of its names."""
         check_model(name, settings)
-        return card
+        return cards[name]
 
     return router

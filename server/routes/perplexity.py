@@ -14,17 +14,19 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.request import SamplingParams
 from server.errors import ContextLength, EngineError, InvalidRequest
 from server.protocol.perplexity import PerplexityRequest, perplexity_response
+from server.routes.body import JsonRoute
 from server.routes.fan_out import Job, deadline_of, run_jobs
 from server.routes.prompts import Prompt, check_model, tokenize
 from server.routes.respond import json_response, while_connected
+from server.routes.responses import WITH_ENGINE, responses
 from server.settings import Settings
 
 
 def perplexity_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
     """The route over one engine."""
-    router = APIRouter(tags=["Scoring"])
+    router = APIRouter(tags=["Scoring"], route_class=JsonRoute)
 
-    @router.post("/v1/perplexity", summary="Perplexity of texts")
+    @router.post("/v1/perplexity", summary="Perplexity of texts", responses=responses(None, *WITH_ENGINE))
     async def perplexity(body: PerplexityRequest, request: Request) -> Response:
         check_model(body.model, settings)
         convention = _convention(body, engine)

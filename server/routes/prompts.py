@@ -24,9 +24,10 @@ class Prompt:
 
 def check_model(name: str, settings: Settings) -> None:
     """Raises NotFound unless the server serves `name`."""
-    if name != settings.model_name:
+    if name not in settings.model_names:
+        names = ", ".join(map(repr, settings.model_names))
         raise NotFound(
-            f"model: {name!r} does not exist; this server has {settings.model_name!r}",
+            f"model: {name!r} does not exist; this server has {names}",
             param="model",
             code="model_not_found",
         )

@@ -15,32 +15,6 @@ from server.errors import UserError
 
 T = TypeVar("T")
 
-_ERROR_SCHEMA = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"], "description": "The field at fault."},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
-ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"description": text, "content": {"application/json": {"schema": _ERROR_SCHEMA}}}
-    for status, text in (
-        ("4XX", "The request cannot be served as it is."),
-        ("5XX", "The server failed or is stopping."),
-    )
-}
-"""How the OpenAPI document describes every route's errors."""
-
-
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 """Compact JSON of a value; never NaN or infinity."""
 

@@ -1,0 +1,74 @@
+"""API keys: who may call what."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import SecretStr
+
+from server.errors import Forbidden, Unauthorized
+from server.settings import Settings
+
+Role = Literal["nobody", "client", "admin"]
+"""Who sent a request, by the key that came with it."""
+
+PROBES = frozenset({"/health", "/ready"})
+METRICS = "/metrics"
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of a server, as digests: equally long, so that comparing them does not tell a key's length."""
+
+    client: tuple[bytes, ...]
+    admin: tuple[bytes, ...]
+    open_paths: frozenset[str]
+
+    def role(self, authorization: str) -> Role:
+        """Whose key an Authorization header carries. All keys are compared, in a time that does not tell which fits."""
+        scheme, _, key = authorization.partition(" ")
+        given = _digest(key.strip().encode("latin-1")) if scheme.lower() == "bearer" else b""
+        client, admin = _is_among(given, self.client), _is_among(given, self.admin)
+        return "admin" if admin else "client" if client else "nobody"
+
+    def check(self, path: str, role: Role) -> None:
+        """Raises Unauthorized unless `role` may ask for `path`."""
+        if role == "nobody" and self.client and path not in self.open_paths:
+            raise Unauthorized("send an API key of this server as 'Authorization: Bearer KEY'")
+
+    def check_admin(self, role: Role) -> None:
+        """Raises Unauthorized or Forbidden unless `role` may use the control routes."""
+        if not self.admin:
+            raise Forbidden("control routes are shut: the server was started without --admin-api-key")
+        if role == "nobody":
+            raise Unauthorized("send an admin key of this server as 'Authorization: Bearer KEY'")
+        if role != "admin":
+            raise Forbidden("this key is no admin key")
+
+
+def keys_of(settings: Settings) -> Keys:
+    """The keys that settings name."""
+    return Keys(
+        client=_digests(settings.api_keys),
+        admin=_digests(settings.admin_api_key),
+        open_paths=PROBES if settings.metrics_key else PROBES | {METRICS},
+    )
+
+
+def _digests(keys: Iterable[SecretStr]) -> tuple[bytes, ...]:
+    return tuple(_digest(key.get_secret_value().encode()) for key in keys)
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _is_among(given: bytes, keys: Sequence[bytes]) -> bool:
+    found = False
+    for key in keys:
+        found |= hmac.compare_digest(given, key)
+    return found

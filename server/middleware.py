@@ -1,0 +1,166 @@
+"""What happens around every request. It sees every byte of a stream, so it is plain ASGI.
+
+From the outside: RequestLog, Cors (only where origins are allowed), Guard.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import BodyTooLarge, EngineError, InvalidRequest, UserError
+from server.keys import METRICS, PROBES, Keys
+from server.routes.requests import Running
+from server.routes.respond import error_response
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+EXPOSED_HEADERS = ("x-request-id", "retry-after")
+
+
+class RequestLog:
+    """Request id, a line in the log, and HEAD as GET, whose body the HTTP server keeps back."""
+
+    def __init__(self, app: ASGIApp, enabled: bool) -> None:
+        self._app = app
+        self._enabled = enabled
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.monotonic()
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            method = "GET" if scope["method"] == "HEAD" else scope["method"]
+            await self._app({**scope, "method": method}, receive, send_with_id)
+        finally:
+            if self._enabled:
+                self._log(scope, 499 if state.get("client_left") else status, time.monotonic() - began)
+
+    def _log(self, scope: Scope, status: int, seconds: float) -> None:
+        fields = {
+            "request_id": scope["state"]["request_id"],
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status,
+            "duration_ms": round(seconds * 1e3, 2),
+        }
+        quiet = scope["path"] in PROBES or scope["path"] == METRICS  # they would drown the rest
+        logger.log(
+            logging.DEBUG if quiet else logging.INFO,
+            "%(method)s %(path)r %(status)d %(duration_ms).2f ms %(request_id)s",
+            fields,
+            extra={"fields": fields},
+        )
+
+
+class Cors(CORSMiddleware):
+    """Starlette's, with refusals in OpenAI's shape. A preflight is answered here, where no key is asked for."""
+
+    def __init__(self, app: ASGIApp, origins: tuple[str, ...]) -> None:
+        super().__init__(
+            app,
+            allow_origins=origins,
+            allow_methods=("GET", "HEAD", "POST"),
+            allow_headers=("*",),
+            expose_headers=EXPOSED_HEADERS,
+        )
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        refusal = error_response(InvalidRequest(bytes(response.body).decode()))
+        refusal.headers["vary"] = response.headers["vary"]
+        return refusal
+
+
+class Guard:
+    """Key, limit of the body, cancelling, and the answer to what nobody caught."""
+
+    def __init__(self, app: ASGIApp, keys: Keys, max_body: int, running: Running) -> None:
+        self._app = app
+        self._keys = keys
+        self._max_body = max_body
+        self._running = running
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers, state = Headers(scope=scope), scope["state"]
+        started = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            state["role"] = self._keys.role(headers.get("authorization", ""))
+            self._keys.check(scope["path"], state["role"])
+            with self._running.entry(state["request_id"]) as cancelled:
+                state["cancelled"] = cancelled
+                limited = self._limited(headers, receive)
+                await self._app(scope, _until_cancelled(limited, cancelled), watched_send)
+        except UserError as error:
+            await error_response(error)(scope, receive, send)
+        except Exception:
+            logger.exception("request %s failed", state["request_id"])
+            if not started:
+                await error_response(EngineError("the server failed on this request"))(scope, receive, send)
+
+    def _limited(self, headers: Headers, receive: Receive) -> Receive:
+        """`receive` that ends a body which is too large before all of it has come."""
+        limit, received = self._max_body, 0
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length) > limit:
+            raise BodyTooLarge(f"the body has {length} bytes; the limit is {limit}")
+
+        async def limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > limit:
+                # the one kind of exception that FastAPI lets through while it reads the body
+                raise HTTPException(BodyTooLarge.status, f"the body has more than {limit} bytes, the limit")
+            return message
+
+        return limited
+
+
+def _until_cancelled(receive: Receive, cancelled: asyncio.Future[None]) -> Receive:
+    """`receive` that tells of a client that left when the request is cancelled: the work ends by the same road."""
+
+    async def until_cancelled() -> Message:
+        receiving = asyncio.ensure_future(receive())
+        try:
+            await asyncio.wait((receiving, cancelled), return_when=asyncio.FIRST_COMPLETED)
+            return {"type": "http.disconnect"} if cancelled.done() else receiving.result()
+        finally:
+            receiving.cancel()
+
+    return until_cancelled

@@ -1,0 +1,70 @@
+"""Answers of the small routes, and the error object of all."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+
+class ErrorBody(BaseModel):
+    """What went wrong."""
+
+    message: str = Field(description="For people.", examples=["max_tokens: must be at least 0"])
+    type: str = Field(
+        description="invalid_request_error, authentication_error, permission_error, rate_limit_error, "
+        "request_cancelled or server_error.",
+        examples=["invalid_request_error"],
+    )
+    param: str | None = Field(description="The field at fault.", examples=["max_tokens"])
+    code: str | None = Field(description="For programs, such as context_length_exceeded or model_not_found.")
+
+
+class ErrorResponse(BaseModel):
+    """Every error, whatever its status; in a stream that has begun, the last event."""
+
+    error: ErrorBody
+
+
+class ModelCard(BaseModel):
+    """A name under which the model is served."""
+
+    id: str = Field(description="What requests give as `model`.", examples=["lpa-tiny"])
+    object: Literal["model"] = "model"
+    created: int = Field(description="When the server started, in seconds since 1970.")
+    owned_by: str = "lpa"
+    root: str = Field(description="The first of the model's names, which answers carry.")
+    max_model_len: int = Field(description="Longest prompt and completion together, in tokens.")
+
+
+class ModelList(BaseModel):
+    """The model, by each of its names."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class HealthResponse(BaseModel):
+    """The engine lives."""
+
+    status: Literal["ok"] = "ok"
+
+
+class ReadyResponse(BaseModel):
+    """Requests are taken."""
+
+    status: Literal["ready"] = "ready"
+
+
+class VersionResponse(BaseModel):
+    """Of the server."""
+
+    version: str = Field(examples=["0.1.0"])
+
+
+class CancelResponse(BaseModel):
+    """Requests that were ended."""
+
+    id: str = Field(description="As it was asked for.")
+    object: Literal["request.cancelled"] = "request.cancelled"
+    cancelled: int = Field(ge=1, description="HTTP requests that were running under this id.")

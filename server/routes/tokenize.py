@@ -1,0 +1,90 @@
+"""POST /tokenize, POST /detokenize and GET /tokenizer_info."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+
+from server.engine.async_engine import AsyncEngine
+from server.errors import InvalidRequest
+from server.protocol.inputs import check_text
+from server.protocol.tokenize import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+    TokenizerInfo,
+)
+from server.routes.body import JsonRoute
+from server.routes.prompts import LONG_TEXT, check_model
+from server.routes.respond import json_response
+from server.routes.responses import WITH_BODY, responses
+from server.settings import Settings
+
+
+def tokenize_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
+    """The routes over one engine's tokenizer."""
+    router = APIRouter(tags=["Tokens"], route_class=JsonRoute)
+    tokenizer = engine.tokenizer
+
+    @router.post("/tokenize", summary="Tokens of a text", responses=responses(TokenizeResponse, *WITH_BODY))
+    async def tokenize(body: TokenizeRequest) -> Response:
+        """Token ids of a text, or of a conversation in the model's chat template."""
+        if body.model is not None:
+            check_model(body.model, settings)
+        ids = await asyncio.to_thread(_encode, body) if _is_long(body) else _encode(body)
+        names = [tokenizer.backend.id_to_token(i) or "" for i in ids] if body.return_token_strs else None
+        return json_response(
+            {"count": len(ids), "max_model_len": engine.max_model_len, "tokens": ids, "token_strs": names}
+        )
+
+    def _encode(body: TokenizeRequest) -> list[int]:
+        if body.messages is None:
+            return tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
+        text = tokenizer.render_chat(
+            [message.to_template() for message in body.messages],
+            add_generation_prompt=(
+                not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
+            ),
+            continue_final_message=body.continue_final_message,
+            kwargs=body.chat_template_kwargs,
+        )
+        check_text(text, "messages")
+        return tokenizer.encode(text, add_special_tokens=body.add_special_tokens is True)
+
+    @router.post("/detokenize", summary="Text of tokens", responses=responses(DetokenizeResponse, *WITH_BODY))
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        """The text of token ids; special tokens are written out, so that /tokenize gives the same ids again."""
+        if body.model is not None:
+            check_model(body.model, settings)
+        vocab = tokenizer.vocab_size
+        if wrong := [token for token in body.tokens if not 0 <= token < vocab]:
+            raise InvalidRequest(f"tokens: {wrong[0]} is outside the vocabulary of {vocab}", param="tokens")
+        return json_response({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+    @router.get("/tokenizer_info", summary="The tokenizer's settings", responses=responses(TokenizerInfo))
+    async def tokenizer_info() -> Response:
+        """tokenizer_config.json, special tokens as texts, with the chat template in use."""
+        return json_response(_info(engine))
+
+    return router
+
+
+def _is_long(body: TokenizeRequest) -> bool:
+    return len(body.prompt or "") > LONG_TEXT or body.messages is not None
+
+
+def _info(engine: AsyncEngine) -> dict[str, Any]:
+    tokenizer = engine.tokenizer
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token")),
+        "model_max_length": engine.max_model_len,
+        **tokenizer.tokenizer_config,
+        **tokenizer.special_tokens,
+        "chat_template": tokenizer.chat_template,
+        "vocab_size": tokenizer.vocab_size,
+    }
