@@ -1,86 +1,283 @@
-"""Sampling as a pure function of logits and per-row parameters."""
+"""Sampling as a pure function of logits and per-row parameters, against definitions written out in Python floats."""
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 from collections import Counter
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server.engine import sampler
+from server.engine.request import Request, SamplingParams
 from server.engine.sampler import SamplingRow, sample, score, uniform
+from server.engine.sampling_state import SamplingState
+
+VOCAB = 40
+PROMPT = [3, 5, 5, 9]
 
 
-def row(uniform: float, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> SamplingRow:
-    return SamplingRow(temperature, top_p, top_k, uniform)
+def row(draw: float = 0.5, **keys: Any) -> SamplingRow:
+    """A row without a past."""
+    return SamplingRow(params=SamplingParams(**keys), uniform=draw)
 
 
-def allowed(logits: list[float], temperature: float, top_p: float, top_k: int) -> dict[int, float]:
-    """The distribution by definition, in Python floats: sort, cut, renormalise."""
-    weights = [math.exp((x - max(logits)) / temperature) for x in logits]
-    order = sorted(range(len(logits)), key=lambda i: -weights[i])[: top_k or None]
-    total, kept, mass = sum(weights[i] for i in order), {}, 0.0
-    for i in order:
-        if mass >= top_p * total:
+def row_after(generated: list[int], draw: float, eos: int | None = 0, **keys: Any) -> SamplingRow:
+    """The row of a request that has generated these tokens one by one."""
+    request = Request("r", PROMPT, SamplingParams(max_tokens=50, **keys))
+    state = SamplingState(request, eos)
+    for token in generated:
+        state.row(request)
+        request.token_ids.append(token)
+    return replace(state.row(request), uniform=draw)
+
+
+def mask_of(tokens: set[int]) -> np.ndarray:
+    """A bit per token, lowest first, in whole bytes."""
+    mask = bytearray(-(-VOCAB // 8))
+    for token in tokens:
+        mask[token // 8] |= 1 << token % 8
+    return np.frombuffer(bytes(mask), np.uint8)
+
+
+def steer(
+    logits: list[float], params: SamplingParams, generated: list[int], grammar: set[int] | None, eos: int | None = 0
+) -> list[float]:
+    """The oracle's first half: bans, bias and penalties of one row, as the documents of vLLM and OpenAI define them."""
+    forbidden = set()
+    if grammar is not None:
+        forbidden |= {t for t in range(len(logits)) if t not in grammar}
+    if params.allowed_token_ids is not None:
+        forbidden |= {t for t in range(len(logits)) if t not in params.allowed_token_ids}
+    for words in params.bad_words:
+        if list(words[:-1]) == generated[len(generated) - len(words) + 1 :] and len(words) - 1 <= len(generated):
+            forbidden.add(words[-1])
+    if len(generated) < params.min_tokens:
+        forbidden |= {*params.stop_token_ids} | ({eos} if eos is not None else set())
+    out = []
+    f32 = np.float32  # so that ties and boundaries fall as they do there
+    for token, logit in enumerate(logits):
+        x = f32(logit) + f32(dict(params.logit_bias).get(token, 0.0))
+        if token in PROMPT or token in generated:
+            repetition = f32(params.repetition_penalty)
+            x = x / repetition if x > 0 else x * repetition
+        x -= f32(params.frequency_penalty) * f32(generated.count(token))
+        x -= f32(params.presence_penalty) if token in generated else f32(0)
+        out.append(-math.inf if token in forbidden else float(x))
+    return out
+
+
+def distribution(steered: list[float], params: SamplingParams) -> dict[int, float]:
+    """The oracle's second half: what may be drawn, with its probability; best first."""
+    best = max(steered)
+    weights = {t: math.exp((x - best) / params.temperature) for t, x in enumerate(steered)}
+    weights = {t: w for t, w in weights.items() if w >= params.min_p and w > 0}
+    order = sorted(weights, key=lambda t: (-steered[t], t))[: params.top_k or None]
+    total, kept, mass = sum(weights[t] for t in order), {}, 0.0
+    for t in order:
+        if params.top_p < 1 and mass >= params.top_p * total:
             break
-        kept[i] = weights[i]
-        mass += weights[i]
-    return {i: w / mass for i, w in kept.items()}
+        kept[t] = weights[t]
+        mass += weights[t]
+    return {t: w / mass for t, w in kept.items()}
+
+
+def hits(probabilities: dict[int, float], token: int, draw: float, slack: float) -> bool:
+    """Whether the inverse distribution in the order of the ids has the token at the draw, but for rounding."""
+    start = sum(p for t, p in probabilities.items() if t < token)
+    return token in probabilities and start - slack <= draw <= start + probabilities[token] + slack
+
+
+tokens = st.integers(0, VOCAB - 1)
+penalties = st.one_of(st.just(0.0), st.floats(-2, 2))
+every_param = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": st.sampled_from([0.0, 0.1, 0.7, 1.0, 2.0]),
+        "top_p": st.floats(0.01, 1),
+        "top_k": st.integers(0, 2 * VOCAB),
+        "min_p": st.floats(0, 1),
+        "repetition_penalty": st.floats(0.1, 2),
+        "presence_penalty": penalties,
+        "frequency_penalty": penalties,
+        "logit_bias": st.dictionaries(tokens, st.floats(-100, 100), max_size=5).map(lambda d: tuple(d.items())),
+        "allowed_token_ids": st.lists(tokens, min_size=1, unique=True).map(tuple),
+        "bad_words": st.lists(st.lists(tokens, min_size=1, max_size=3).map(tuple), max_size=4).map(tuple),
+        "min_tokens": st.integers(0, 8),
+        "stop_token_ids": st.lists(tokens, max_size=2).map(tuple),
+    },
+)
+grammars = st.one_of(st.none(), st.sets(tokens, min_size=1))
+pasts = st.lists(st.integers(0, 6), max_size=8)  # few tokens, so that they repeat and complete bad words
+draws = st.floats(0, 1, exclude_max=True)
+
+
+@settings(max_examples=500, deadline=None)
+@given(every_param, pasts, grammars, draws, st.integers(0, 10**6), st.booleans())
+def test_every_parameter_equals_its_definition(
+    keys: dict[str, Any], generated: list[int], grammar: set[int] | None, draw: float, seed: int, coarse: bool
+) -> None:
+    logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+    if coarse:  # many equal ones
+        logits = logits.round()
+    params = SamplingParams(**keys)
+    it = row_after(generated, draw, **keys)
+    it = replace(it, grammar_mask=None if grammar is None else mask_of(grammar))
+    before = logits.clone()
+    (token,) = sample(logits[None], [it])
+    assert torch.equal(logits, before)
+
+    steered = steer(logits.tolist(), params, generated, grammar)
+    if max(steered) == -math.inf:  # all but the grammar is waived
+        left = [x if grammar is None or t in grammar else -math.inf for t, x in enumerate(logits.tolist())]
+        assert token == left.index(max(left))
+        return
+    if params.temperature == 0:
+        assert token == steered.index(max(steered))
+        return
+    # float32 may see the boundary of a filter on the other side
+    near = [
+        replace(params, top_p=params.top_p * (1 + slack) if params.top_p < 1 else 1.0, min_p=params.min_p * (1 - slack))
+        for slack in (-1e-5, 0.0, 1e-5)
+    ]
+    assert any(hits(distribution(steered, p), token, draw, 1e-4) for p in near if p.min_p <= 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(every_param, pasts, grammars, draws), min_size=2, max_size=9), st.integers(0, 10**6))
+def test_a_row_does_not_depend_on_its_company(
+    many: list[tuple[dict[str, Any], list[int], set[int] | None, float]], seed: int
+) -> None:
+    logits = torch.randn(len(many), VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+    rows = []
+    for keys, generated, grammar, draw in many:
+        it = row_after(generated, draw, **keys)
+        rows.append(replace(it, grammar_mask=None if grammar is None else mask_of(grammar)))
+    together = sample(logits, rows)
+    assert together == [sample(logits[i : i + 1], [it])[0] for i, it in enumerate(rows)]
+    assert together[::-1] == sample(logits.flip(0), rows[::-1])
+
+
+def test_weights_and_scores_of_a_row_are_the_same_bits_in_any_batch() -> None:
+    """A vocabulary that is no multiple of anything, and enough rows for several threads."""
+    vocab = 4099
+    logits = torch.randn(33, vocab, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    params = [SamplingParams(temperature=0.7, top_p=0.9, top_k=k, min_p=0.01) for k in range(300, 333)]
+    scaled = (logits - logits.amax(-1, keepdim=True)) / 0.7
+    weights = sampler._filter(scaled, params)
+    for i in (0, 1, 16, 32):
+        assert torch.equal(weights[i], sampler._filter(scaled[i : i + 1], params[i : i + 1])[0])
+        assert torch.equal(weights[i], sampler._filter(scaled[[i, 3]], [params[i], params[3]])[0])
+    targets = torch.arange(33) * 7
+    whole = score(logits, targets, 5)
+    for i in (0, 1, 16, 32):
+        one = score(logits[i : i + 1], targets[i : i + 1], 5)
+        assert (one.logprobs[0], one.ranks[0]) == (whole.logprobs[i], whole.ranks[i])
+        assert (one.top_ids[0], one.top_logprobs[0]) == (whole.top_ids[i], whole.top_logprobs[i])
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.001, 1.0, 30.0])
+@pytest.mark.parametrize("coarse", [False, True])
+def test_filters_keep_what_sorting_would_keep(scale: float, coarse: bool) -> None:
+    """Over a real vocabulary, from all tokens equal to one that has it all."""
+    logits = torch.randn(8, 5000, generator=torch.Generator().manual_seed(3)) * scale
+    logits = logits.bfloat16().float() if coarse else logits
+    asked = [(1, 1.0), (17, 1.0), (2500, 1.0), (9999, 1.0), (0, 0.5), (0, 0.999), (1000, 0.8), (3, 0.01)]
+    params = [SamplingParams(top_k=k, top_p=p) for k, p in asked]
+    scaled = logits - logits.amax(-1, keepdim=True)
+    weights = sampler._filter(scaled, params)
+    for i, (k, p) in enumerate(asked):
+        order = scaled[i].sort(descending=True, stable=True).indices
+        exact = scaled[i].exp()[order].double()
+        exact[k or len(exact) :] = 0
+        before = exact.cumsum(0) - exact
+        sure = (exact > 0) & (before < (p - 1e-6) * exact.sum()) if p < 1 else exact > 0
+        possible = (exact > 0) & (before < (p + 1e-6) * exact.sum()) if p < 1 else exact > 0
+        kept = weights[i][order] > 0
+        assert bool((kept | ~sure).all()) and bool((possible | ~kept).all())
+        assert torch.equal(weights[i][order][kept], scaled[i].exp()[order][kept])
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "top_k"), [(1, 1, 0), (0.5, 1, 0), (1, 0.7, 0), (2, 0.8, 5), (1, 1, 2)]
+    "keys",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.5, "logit_bias": ((1, 3.0), (2, -100.0))},
+        {"temperature": 1.0, "top_p": 0.7},
+        {"temperature": 2.0, "top_p": 0.8, "top_k": 5},
+        {"temperature": 1.0, "min_p": 0.2},
+    ],
 )
-def test_frequencies_follow_the_distribution(temperature: float, top_p: float, top_k: int) -> None:
-    logits = torch.randn(40, generator=torch.Generator().manual_seed(1)) * 2
-    draws = 4000
-    rows = [row((i + 0.5) / draws, temperature, top_p, top_k) for i in range(draws)]
-    counts = Counter(sample(logits.expand(draws, -1), rows))
-    expected = allowed(logits.tolist(), temperature, top_p, top_k)
+def test_frequencies_follow_the_distribution(keys: dict[str, Any]) -> None:
+    logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(1)) * 2
+    count = 4000
+    params = SamplingParams(**keys)
+    rows = [row_after([], (i + 0.5) / count, **keys) for i in range(count)]
+    counts = Counter(sample(logits.expand(count, -1), rows))
+    expected = distribution(steer(logits.tolist(), params, [], None), params)
     assert set(counts) <= set(expected)
     for token, probability in expected.items():
-        assert counts[token] / draws == pytest.approx(probability, abs=1.5 / draws)
+        assert counts[token] / count == pytest.approx(probability, abs=1.5 / count)
 
 
-def test_top_p_beyond_the_first_candidates() -> None:
-    logits = torch.zeros(1, 1000)
-    assert len({*sample(logits.expand(500, -1), [row(i / 500, top_p=0.9) for i in range(500)])}) == 500
-    (last,) = sample(logits, [row(0.9999999, top_p=0.9)])
-    (first,) = sample(logits, [row(0.0, top_p=0.9)])
-    assert first != last
+def test_hashed_draws_pass_a_chi_square_test() -> None:
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(2))
+    count = 20000
+    rows = [row(uniform(7, 0, i)) for i in range(count)]
+    counts = Counter(sample(logits.expand(count, -1), rows))
+    expected = [float(p) * count for p in logits.double().softmax(-1)]
+    statistic = sum((counts[t] - e) ** 2 / e for t, e in enumerate(expected))
+    assert statistic < 31.3  # 99.9 % of 11 degrees of freedom
 
 
-def test_temperature_zero_is_the_maximum_and_mixes_with_others() -> None:
-    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
-    rows = [SamplingRow(0.0, 1.0, 0, 0.0), row(0.3), SamplingRow(0.0, 1.0, 0, 0.0), row(0.3, top_k=1)] + [row(0.9)] * 2
-    tokens = sample(logits, rows)
-    best = logits.argmax(-1).tolist()
-    assert [tokens[i] for i in (0, 2, 3)] == [best[i] for i in (0, 2, 3)]
-
-
-def test_tiny_temperatures_stay_finite() -> None:
+def test_tiny_temperatures_and_non_finite_logits_stay_within_the_vocabulary() -> None:
     logits = torch.tensor([[1.0, 300.0, -40.0]])
     assert sample(logits, [row(0.5, temperature=1e-30)]) == [1]
+    for bad, keys in itertools.product((math.nan, math.inf), ({}, {"top_p": 0.5}, {"top_k": 2}, {"temperature": 0})):
+        (token,) = sample(torch.tensor([[1.0, bad, -1.0]]), [row(0.99, **keys)])
+        assert 0 <= token < 3
 
 
-def test_banned_tokens_are_never_chosen() -> None:
-    logits = torch.tensor([[5.0, 4.0, 3.0]])
-    assert sample(logits, [SamplingRow(0.0, 1.0, 0, 0.0, banned=(0,))]) == [1]
-    assert sample(logits, [SamplingRow(1.0, 1.0, 0, 0.0, banned=(0, 1))]) == [2]
-    assert logits[0, 0] == 5.0
+def test_a_grammar_wins_over_everything() -> None:
+    logits = torch.zeros(1, VOCAB)
+    keys = {"logit_bias": ((1, 100.0),), "allowed_token_ids": (1, 2), "bad_words": ((2,),), "temperature": 0.0}
+    assert sample(logits, [row_after([], 0.0, **keys)]) == [1]
+    assert sample(logits, [replace(row_after([], 0.0, **keys), grammar_mask=mask_of({7, 9}))]) == [7]
+    ends = replace(row_after([], 0.0, min_tokens=5), grammar_mask=mask_of({0}))  # the end of the text is all there is
+    assert sample(logits, [ends]) == [0]
+
+
+def test_bad_words_look_at_generated_tokens_only() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 7] = 1.0
+    keys: dict[str, Any] = {"temperature": 0.0, "bad_words": ((9, 7), (4, 4, 7))}
+    assert sample(logits, [row_after([], 0.0, **keys)]) == [7]  # the prompt ends with 9
+    assert sample(logits, [row_after([9], 0.0, **keys)]) == [0]
+    assert sample(logits, [row_after([4], 0.0, **keys)]) == [7]
+    assert sample(logits, [row_after([4, 4], 0.0, **keys)]) == [0]
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(0, 2**64 - 1), st.integers(0, 200), st.integers(0, 5000), st.floats(0.01, 1), st.integers(0, 60))
-def test_a_draw_is_always_an_allowed_token(seed: int, choice: int, position: int, top_p: float, top_k: int) -> None:
-    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(position)) * 3
-    (token,) = sample(logits, [row(uniform(seed, choice, position), 1.0, top_p, top_k)])
-    probabilities = logits[0].double().softmax(-1)
-    better = probabilities[probabilities > probabilities[token]]
-    assert not top_k or len(better) < top_k
-    assert float(better.sum()) <= top_p + 1e-6
+@given(st.lists(st.integers(0, 9), max_size=30), st.integers(0, 5))
+def test_counts_are_kept_up(generated: list[int], unasked: int) -> None:
+    """Whether rows are asked for after every token or not."""
+    request = Request("r", PROMPT, SamplingParams(max_tokens=50, repetition_penalty=1.5, presence_penalty=1.0))
+    state = SamplingState(request, 0)
+    for i, token in enumerate(generated):
+        request.token_ids.append(token)
+        if i % (unasked + 1) == 0:
+            state.row(request)
+    it = state.row(request)
+    assert it.seen is not None and it.counts is not None
+    found = dict(zip(it.seen.tolist(), it.counts.tolist(), strict=True))
+    assert found == {token: generated.count(token) for token in {*PROMPT, *generated}}
 
 
 def test_uniform_is_stateless_and_even() -> None:
@@ -97,7 +294,26 @@ def test_scores() -> None:
     norm = math.log(sum(math.exp(x) for x in (1.0, 3.0, 2.0, 3.0)))
     assert columns.logprobs[0] == pytest.approx(2.0 - norm, abs=1e-6)
     assert columns.ranks == [3, 1]
-    assert sorted(columns.top_ids[0]) == [1, 3]
-    assert columns.top_ids[1][0] == 3
+    assert columns.top_ids == [[1, 3], [3, 0]]
     assert columns.top_logprobs[1][0] == columns.logprobs[1]  # the very same number
     assert score(logits, torch.tensor([1, 0]), 0).top_ids == [[], []]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 7), st.integers(0, 60), st.sampled_from([0.5, 2.0, 100.0]))
+def test_ranks_and_best_equal_a_stable_sort(seed: int, rows: int, top: int, step: float) -> None:
+    logits = (torch.randn(rows, 50, generator=torch.Generator().manual_seed(seed)) * 5 / step).round() * step
+    targets = torch.tensor([random.Random(seed + i).randrange(50) for i in range(rows)])
+    columns = score(logits, targets, top)
+    for i in range(rows):
+        order = sorted(range(50), key=lambda t: (-float(logits[i, t]), t))
+        assert columns.top_ids[i] == order[:top]
+        rank = order.index(int(targets[i])) + 1
+        assert columns.ranks[i] == rank
+        if rank <= top:
+            assert columns.top_logprobs[i][rank - 1] == columns.logprobs[i]
+    logprobs = logits.log_softmax(-1)
+    ids = torch.arange(50)
+    mine = logprobs.gather(1, targets[:, None])
+    plain = (logprobs > mine) | ((logprobs == mine) & (ids < targets[:, None]))
+    assert columns.ranks == (1 + plain.sum(-1)).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from lpa_model.attention import AttentionMetadata, Span
 from lpa_model.cache import LatentCache
 from lpa_model.model import LPAForCausalLM
 from server.engine.request import Logprobs, Request
-from server.engine.sampler import SamplingRow, sample, score, uniform
+from server.engine.sampler import sample, score
+from server.engine.sampling_state import SamplingState
 from server.engine.scheduler import ScheduledBatch, ScheduledRequest
 
 MIN_ROWS = 8  # a float32 product with fewer rows takes another path and rounds differently
@@ -35,6 +37,7 @@ class ModelRunner:
         self.cache = cache
         self.device = device
         self.eos_token_id = eos_token_id
+        self._states: WeakKeyDictionary[Request, SamplingState] = WeakKeyDictionary()
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> StepResult:
@@ -69,21 +72,30 @@ class ModelRunner:
         if not sampling:
             return
         logits = self._logits(hidden, rows)
-        tokens = sample(logits, [self._row(request) for request in sampling])
+        tokens = sample(logits, [self._state(request).row(request) for request in sampling])
         result.tokens = {request.id: token for request, token in zip(sampling, tokens, strict=True)}
-        for i, request in enumerate(sampling):
-            top = request.params.logprobs
-            if top is not None:
-                result.logprobs[request.id] = score(logits[i : i + 1], torch.tensor([tokens[i]]).to(logits.device), top)
+        self._score_tokens(sampling, logits, tokens, result)
 
-    def _row(self, request: Request) -> SamplingRow:
-        params = request.params
-        banned: tuple[int, ...] = ()
-        if request.num_output_tokens < params.min_tokens:
-            eos = () if self.eos_token_id is None else (self.eos_token_id,)
-            banned = (*eos, *params.stop_token_ids)
-        draw = uniform(request.seed, request.choice, len(request.token_ids)) if params.temperature > 0 else 0.0
-        return SamplingRow(params.temperature, params.top_p, params.top_k, draw, banned)
+    def _state(self, request: Request) -> SamplingState:
+        if request not in self._states:
+            self._states[request] = SamplingState(request, self.eos_token_id)
+        return self._states[request]
+
+    def _score_tokens(self, sampling: list[Request], logits: Tensor, tokens: list[int], result: StepResult) -> None:
+        """Log-probabilities of the sampled tokens, all rows that want them in one go."""
+        scored = [(i, top) for i, request in enumerate(sampling) if (top := request.params.logprobs) is not None]
+        if not scored:
+            return
+        rows = [i for i, _ in scored]
+        targets = torch.tensor([tokens[i] for i in rows], device=logits.device)
+        columns = score(logits if len(rows) == len(logits) else logits[rows], targets, max(top for _, top in scored))
+        for n, (i, top) in enumerate(scored):
+            result.logprobs[sampling[i].id] = Logprobs(
+                columns.logprobs[n : n + 1],
+                columns.ranks[n : n + 1],
+                [columns.top_ids[n][:top]],
+                [columns.top_logprobs[n][:top]],
+            )
 
     def _score_prompts(self, items: list[ScheduledRequest], hidden: Tensor, result: StepResult) -> None:
         """Row i of a prompt gives the log-probability of token i + 1."""

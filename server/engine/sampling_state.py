@@ -1,0 +1,79 @@
+"""What sampling remembers of a request from one token to the next: built once, then kept up token by token."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from server.engine.request import Request
+from server.engine.sampler import SamplingRow, uniform
+
+
+class SamplingState:
+    """A request's constraints as arrays, and the tokens that its penalties look at.
+
+    It follows `request.token_ids`, which only grows: preemption and recomputation change nothing. It holds no
+    reference to the request, so that it can be kept for as long as the request lives.
+    """
+
+    def __init__(self, request: Request, eos_token_id: int | None) -> None:
+        params = request.params
+        self._allowed = None
+        if params.allowed_token_ids is not None:
+            self._allowed = np.array(params.allowed_token_ids, np.int64)
+        self._bias_ids = self._bias = None
+        if params.logit_bias:
+            self._bias_ids = np.array([token for token, _ in params.logit_bias], np.int64)
+            self._bias = np.array([bias for _, bias in params.logit_bias], np.float32)
+        self._ends = [*params.stop_token_ids] if eos_token_id is None else [eos_token_id, *params.stop_token_ids]
+        self._banned = [words[0] for words in params.bad_words if len(words) == 1]
+        self._bad_sequences = [words for words in params.bad_words if len(words) > 1]
+        repeats = params.repetition_penalty != 1
+        self._penalizes = repeats or params.presence_penalty != 0 or params.frequency_penalty != 0
+        self._places: dict[int, int] = {}  # of token ids in the arrays
+        self._followed = request.num_prompt_tokens
+        size = params.max_tokens if self._penalizes else 0
+        if repeats:
+            prompt = dict.fromkeys(request.token_ids[: request.num_prompt_tokens])
+            self._places = {token: place for place, token in enumerate(prompt)}
+            size += len(prompt)
+        self._seen = np.zeros(size, np.int64)
+        self._seen[: len(self._places)] = list(self._places)
+        self._counts = np.zeros(size, np.float32)
+
+    def row(self, request: Request, grammar_mask: npt.NDArray[np.uint8] | None = None) -> SamplingRow:
+        """How the request's next token is sampled. The row's arrays change with the next call."""
+        params = request.params
+        if self._penalizes:
+            self._follow(request)
+        used = len(self._places)
+        draw = uniform(request.seed, request.choice, len(request.token_ids)) if params.temperature > 0 else 0.0
+        return SamplingRow(
+            params=params,
+            uniform=draw,
+            grammar_mask=grammar_mask,
+            allowed=self._allowed,
+            banned=self._bans(request),
+            bias_ids=self._bias_ids,
+            bias=self._bias,
+            seen=self._seen[:used] if used else None,
+            counts=self._counts[:used] if used else None,
+        )
+
+    def _follow(self, request: Request) -> None:
+        """Count the tokens that were generated since the last call."""
+        for token in request.token_ids[self._followed :]:
+            place = self._places.setdefault(token, len(self._places))
+            self._seen[place] = token
+            self._counts[place] += 1
+        self._followed = len(request.token_ids)
+
+    def _bans(self, request: Request) -> list[int]:
+        banned = list(self._banned)
+        generated = request.num_output_tokens
+        if generated < request.params.min_tokens:
+            banned += self._ends
+        for *prefix, last in self._bad_sequences:
+            if len(prefix) <= generated and request.token_ids[-len(prefix) :] == prefix:
+                banned.append(last)
+        return banned
