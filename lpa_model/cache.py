@@ -53,6 +53,11 @@ class LatentCache:
         for pool in (*self.keys, *self.values):
             pool[blocks] = 0
 
+    def copy(self, sources: Tensor, destinations: Tensor) -> None:
+        """Copy whole blocks (int64 [n] each) in every layer."""
+        for pool in (*self.keys, *self.values):
+            pool[destinations] = pool[sources]
+
     @staticmethod
     def gather(pool: Tensor, blocks: Tensor, length: int) -> Tensor:
         """The first `length` tokens of sequences with block tables [batch, n]: [batch, length, heads, width]."""

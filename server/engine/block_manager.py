@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+from array import array
 from collections.abc import Sequence
+
+
+def hash_root(cache_salt: str) -> bytes:
+    """Where a chain of digests begins: chains of different salts have no digest in common."""
+    if not cache_salt:
+        return b""
+    return hashlib.blake2b(cache_salt.encode("utf-8", "surrogatepass"), digest_size=16, person=b"cache_salt").digest()
 
 
 def hash_block(parent: bytes, token_ids: Sequence[int], salt: bytes = b"") -> bytes:
     """Digest of a full block: its tokens and everything before them; `salt` keeps a block private."""
     digest = hashlib.blake2b(parent, digest_size=16, key=salt)
-    digest.update(b"".join(token.to_bytes(4, "little") for token in token_ids))
+    digest.update(array("I", token_ids).tobytes())
     return digest.digest()
 
 

@@ -50,9 +50,12 @@ class ModelRunner:
         spans = [
             Span(item.request.num_computed_tokens, item.num_tokens, item.request.block_table, item.is_decode)
             for item in items
+            if item.num_tokens  # a follower samples from its leader's last row
         ]
         meta = AttentionMetadata.build(spans, self.cache.block_size, self.device, padding)
         hidden = self.model(torch.tensor(ids + [0] * padding, device=self.device), meta, self.cache)
+        if batch.copies:
+            self.cache.copy(*torch.tensor(batch.copies, device=self.device).unbind(1))
         result = StepResult()
         self._sample(items, hidden, result)
         self._score_prompts(items, hidden, result)

@@ -134,19 +134,23 @@ class Request:
         choice: int = 0,
         priority: int = 0,
         cache_salt: str = "",
+        leader: Request | None = None,
         arrival: float | None = None,
     ) -> None:
+        """`leader`: a request with the same prompt and cache_salt whose computed prompt this one takes over."""
         self.id = request_id
         self.params = params
         self.choice = choice
         self.priority = priority  # smaller goes first, as in vLLM
         self.cache_salt = cache_salt  # prefix blocks are shared only between equal salts
+        self.leader = leader
         self.seed = secrets.randbits(64) if params.seed is None else params.seed
         self.num_prompt_tokens = len(prompt_ids)
         self.token_ids = list(prompt_ids)  # prompt and generated
         self.status = RequestStatus.WAITING
         self.num_computed_tokens = 0
-        self.num_cached_tokens = 0  # of the prompt, at first admission
+        self.num_cached_tokens = 0  # of the prompt, at first admission; a follower's are its leader's
+        self.was_admitted = False
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []  # of the full blocks, in order
         self.prompt_logprobs = Logprobs()
@@ -154,6 +158,14 @@ class Request:
         self.stop_reason: int | str | None = None
         self.arrival = time.monotonic() if arrival is None else arrival
         self.last_token_time: float | None = None
+        self.order = (priority, self.arrival, 0)  # smallest first; the scheduler numbers requests as they come, from 1
+        self.followers: dict[Request, int] = {}  # waiting for this one's whole prompt
+        self.waiters: dict[Request, int] = {}  # waiting for this one to have computed so many tokens
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether nothing is to be generated."""
+        return self.params.max_tokens == 0
 
     @property
     def num_output_tokens(self) -> int:
@@ -162,7 +174,7 @@ class Request:
     @property
     def num_tokens_to_compute(self) -> int:
         """Tokens the model must see; the last token of a scored prompt predicts nothing that is asked."""
-        return max(1, len(self.token_ids) - (self.params.max_tokens == 0))
+        return max(1, len(self.token_ids) - self.is_scoring)
 
     @property
     def is_decode(self) -> bool:
@@ -176,6 +188,13 @@ class Request:
         if self.params.prompt_logprobs is None or self.num_output_tokens:
             return last
         return min(last, self.params.first_logit_position)
+
+    def num_scored(self, computed: int, num_tokens: int) -> int:
+        """How many of `num_tokens` tokens after `computed` ones give the log-probability of a prompt token."""
+        if self.params.prompt_logprobs is None or self.num_output_tokens:
+            return 0
+        first = max(computed, self.params.first_logit_position)
+        return max(0, min(computed + num_tokens, self.num_prompt_tokens - 1) - first)
 
 
 @dataclass(frozen=True, kw_only=True)

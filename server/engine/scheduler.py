@@ -1,23 +1,36 @@
 """Which requests run in the next step, and with how many tokens each. No tensors, no text.
 
 Every request has `num_computed_tokens` that catches up with its tokens; there is no prefill or decode phase. In a
-step generated tokens go first, one per request; prompt and scoring work then shares a token budget: all of
-`max_num_batched_tokens` when nothing streams, else what fits `step_budget_ms` by a running estimate of its cost.
+step generated tokens go first, one per request; prompt and scoring work then shares a budget: all of
+`max_num_batched_tokens` when nothing streams, else what keeps the step within a small multiple of its decodes alone.
+
+Smaller `priority` goes first, then earlier arrival: into the step, out of the queue, and last to lose its blocks.
+A request whose next prefix block is being computed by a running one is set aside until it is there, and so are the
+followers of a leader: they take its prompt over in the very step that completes it.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from server.engine.block_manager import BlockManager, hash_block
+from server.engine.block_manager import BlockManager, hash_block, hash_root
 from server.engine.request import FinishReason, Logprobs, Request, RequestStatus
+from server.engine.step_cost import PromptBudget, StepCost, Work, work_of
+from server.engine.waiting_queue import WaitingQueue, by_order, insert, remove
+
+# Of the time of a step's decodes alone: a stream's median latency at most doubles while a corpus is scored, and its
+# 99th percentile stays within three times its median while a long prompt arrives; the rest is margin for noise.
+SCORING_SHARE = 0.9
+PROMPT_SHARE = 1.6
 
 
-@dataclass(frozen=True)
-class ScheduledRequest:
-    """`num_tokens` tokens of a request from `num_computed_tokens` on; `is_decode` if it is its newest generated one."""
+class ScheduledRequest(NamedTuple):
+    """`num_tokens` tokens of a request from `num_computed_tokens` on; `is_decode` if it is its newest generated one.
+
+    A follower has no tokens of its own: it samples from the row before it, the last of its leader's prompt.
+    """
 
     request: Request
     num_tokens: int
@@ -28,17 +41,22 @@ class ScheduledRequest:
         """Whether this step computes the request's last token and a new one is to be sampled."""
         request = self.request
         reached = request.num_computed_tokens + self.num_tokens == len(request.token_ids)
-        return reached and request.params.max_tokens > 0
+        return reached and not request.is_scoring
 
 
 @dataclass
 class ScheduledBatch:
-    """One step: decodes first, then prompts; `new_blocks` are to be cleared before use."""
+    """One step: decodes first, then prompts, those of equal context and length side by side.
+
+    `new_blocks` are to be cleared before use; `copies` are pairs (source, destination) of blocks to be copied once
+    the step's keys and values are written.
+    """
 
     items: list[ScheduledRequest] = field(default_factory=list)
     new_blocks: list[int] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
     preempted: int = 0
-    prefix_queries: int = 0
+    prefix_queries: int = 0  # tokens looked up by requests that start
     prefix_hits: int = 0
 
     @property
@@ -69,80 +87,164 @@ class Scheduler:
         self.step_budget_ms = step_budget_ms
         self.eos_token_id = eos_token_id
         self.max_model_len = max_model_len
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # in order of arrival
-        self.prompt_token_ms: float | None = None  # running estimate of a prompt token's cost
+        self.waiting = WaitingQueue()
+        self.running: list[Request] = []  # sorted by order
+        self.cost = StepCost()
+        self._added = 0
+        self._computing: dict[bytes, Request] = {}  # prompt blocks that are not there yet: who will fill them
 
     def add(self, request: Request) -> None:
-        """Append a request to the waiting queue."""
-        self.waiting.append(request)
+        """Queue a request, or set it aside if its leader's prompt is still to be computed."""
+        self._added += 1
+        request.order = (request.priority, request.arrival, self._added)
+        leader, request.leader = request.leader, None
+        if leader is not None and _can_follow(request, leader):
+            self.waiting.set_aside(request, leader.followers, leader.num_prompt_tokens)
+        else:
+            self.waiting.add(request)
 
     def schedule(self) -> ScheduledBatch:
         """The next step's work; blocks for it are allocated, so it must be run or its requests finished."""
         batch = ScheduledBatch()
         for request in list(self.running):
             if request.is_decode and self._make_room(request, 1, batch):
-                batch.items.append(ScheduledRequest(request, 1, is_decode=True))
-        # a later request may have lost its blocks to an earlier one that was scheduled after it
-        batch.items = [item for item in batch.items if item.request.status is RequestStatus.RUNNING]
-        budget = self._prompt_budget(streaming=bool(batch.items))
-        for request in list(self.running):
-            if budget and request.status is RequestStatus.RUNNING and not request.is_decode:
-                budget -= self._schedule_prompt(request, budget, batch)
-        while self.waiting and len(self.running) < self.max_num_seqs and budget and not batch.preempted:
-            if not self._admit(self.waiting[0], batch):
-                break
-            request = self.waiting.popleft()
-            budget -= self._schedule_prompt(request, budget, batch)
+                batch.items.append(ScheduledRequest(request, 1, True))
+        if self.waiting or len(batch.items) < len(self.running):
+            self._schedule_prompts(batch)
         return batch
 
-    def _prompt_budget(self, streaming: bool) -> int:
-        if not streaming or self.prompt_token_ms is None:
-            return self.max_num_batched_tokens
-        affordable = int(self.step_budget_ms / self.prompt_token_ms)
-        return max(1, min(affordable, self.max_num_batched_tokens))
+    def _schedule_prompts(self, batch: ScheduledBatch) -> None:
+        budget = self._prompt_budget(len(batch.items))
+        for request in list(self.running):
+            if budget.spent:
+                break
+            if request.is_decode or request.status is not RequestStatus.RUNNING or budget.closed_to(request):
+                continue
+            tokens = budget.affordable(request, request.num_computed_tokens)
+            if tokens and self._make_room(request, tokens, batch):
+                self._take(request, tokens, budget, batch)
+        followers: dict[Request, list[Request]] = {}
+        for item in batch.items:
+            self._join(item, followers, batch)
+        if not batch.preempted:
+            self._admit_waiting(budget, followers, batch)
+        _arrange(batch, followers)
+
+    def _admit_waiting(
+        self, budget: PromptBudget, followers: dict[Request, list[Request]], batch: ScheduledBatch
+    ) -> None:
+        size, ready, at = self.blocks.block_size, self.waiting.ready, 0
+        while at < len(ready) and len(self.running) < self.max_num_seqs and not budget.spent:
+            request = ready[at]
+            if budget.closed_to(request):
+                at += 1
+                continue
+            hits = self._hits(request)
+            if (computer := self._computer(request, len(hits))) is not None:
+                del ready[at]
+                self.waiting.set_aside(request, computer.waiters, _shared_tokens(request, computer, size))
+                continue
+            needed = -(-request.num_tokens_to_compute // size) - len(hits)
+            if needed > self.blocks.num_available_besides(hits):
+                break  # first come, first served: a smaller one behind it does not overtake
+            if tokens := budget.affordable(request, len(hits) * size):
+                del ready[at]
+                self._admit(request, hits, batch)
+                self._make_room(request, tokens, batch)
+                self._take(request, tokens, budget, batch)
+                self._join(batch.items[-1], followers, batch)
+
+    def _prompt_budget(self, num_decodes: int) -> PromptBudget:
+        tokens = max(1, self.max_num_batched_tokens - num_decodes)
+        if not num_decodes:
+            return PromptBudget(self.cost, tokens)
+        if self.cost.probe_due(num_decodes):
+            return PromptBudget(self.cost, 0)
+        decode_ms = self.cost.decode_ms(num_decodes)
+        prompt_ms, scoring_ms = (min(share * decode_ms, self.step_budget_ms) for share in (PROMPT_SHARE, SCORING_SHARE))
+        return PromptBudget(self.cost, tokens, prompt_ms, scoring_ms)
 
     def observe_step(self, batch: ScheduledBatch, elapsed_ms: float) -> None:
-        """Learn what a prompt token costs from a step that held enough of them to tell."""
-        tokens = batch.num_prompt_tokens
-        if tokens >= 16:
-            cost = elapsed_ms / batch.num_tokens
-            self.prompt_token_ms = cost if self.prompt_token_ms is None else 0.8 * self.prompt_token_ms + 0.2 * cost
+        """Learn from a step's time; to be called before `update`, which moves the requests on."""
+        num_decodes, work = 0, Work()
+        for request, num_tokens, is_decode in batch.items:
+            if is_decode:
+                num_decodes += 1
+            elif num_tokens:
+                more = work_of(request, request.num_computed_tokens, num_tokens)
+                work = Work(*(a + b for a, b in zip(work, more, strict=True)))
+        self.cost.observe(num_decodes, work, elapsed_ms)
 
-    def _schedule_prompt(self, request: Request, budget: int, batch: ScheduledBatch) -> int:
-        tokens = min(budget, request.num_tokens_to_compute - request.num_computed_tokens)
-        if not self._make_room(request, tokens, batch):
-            return 0
-        batch.items.append(ScheduledRequest(request, tokens, is_decode=False))
-        return tokens
+    def _join(self, item: ScheduledRequest, followers: dict[Request, list[Request]], batch: ScheduledBatch) -> None:
+        """Let the followers of a prompt that this step completes run: they share its full blocks and get a copy of
+        the last one. Those for whom there is no room will look the prompt up like anyone else."""
+        leader = item.request
+        if not leader.followers or leader.num_output_tokens or not item.samples:
+            return
+        full, rest = divmod(leader.num_prompt_tokens, self.blocks.block_size)
+        joined = followers[leader] = []
+        for follower in sorted(leader.followers, key=by_order):
+            if len(self.running) >= self.max_num_seqs or (rest and not self.blocks.num_available):
+                break
+            self.waiting.remove(follower)
+            follower.block_table = leader.block_table[:full]
+            self.blocks.take(follower.block_table)
+            if rest:
+                last = self.blocks.allocate(1)
+                batch.copies.append((leader.block_table[full], last[0]))
+                follower.block_table += last
+            follower.num_computed_tokens = follower.num_prompt_tokens
+            follower.num_cached_tokens = leader.num_cached_tokens
+            follower.was_admitted = True
+            self._run(follower)
+            joined.append(follower)
 
-    def _admit(self, request: Request, batch: ScheduledBatch) -> bool:
-        """Move a request from the queue to the running ones if its whole prompt fits now, prefix hits included."""
-        size = self.blocks.block_size
+    def _hits(self, request: Request) -> list[int]:
+        """Blocks that hold the longest known prefix of a request, as far as it may use it."""
+        if not self.blocks.enable_prefix_caching:
+            return []
         self._extend_hashes(request)
-        hits = self.blocks.match(request.block_hashes[: request.max_cached_tokens // size])
-        needed = -(-request.num_tokens_to_compute // size) - len(hits)
-        if needed > self.blocks.num_available_besides(hits):
-            return False
+        return self.blocks.match(request.block_hashes[: request.max_cached_tokens // self.blocks.block_size])
+
+    def _computer(self, request: Request, num_hits: int) -> Request | None:
+        """The running request that is about to fill the block after a request's hits; not one of lower priority."""
+        if num_hits >= request.max_cached_tokens // self.blocks.block_size:
+            return None
+        computer = self._computing.get(request.block_hashes[num_hits]) if request.block_hashes else None
+        return computer if computer is not None and computer.priority <= request.priority else None
+
+    def _take(self, request: Request, tokens: int, budget: PromptBudget, batch: ScheduledBatch) -> None:
+        """Put the next prompt tokens of a request, for which it has blocks, into the step."""
+        budget.spend(request, request.num_computed_tokens, tokens)
+        batch.items.append(ScheduledRequest(request, tokens, False))
+
+    def _admit(self, request: Request, hits: list[int], batch: ScheduledBatch) -> None:
+        """Let a request run that has left the queue."""
+        size = self.blocks.block_size
         self.blocks.take(hits)
         request.block_table = hits
         request.num_computed_tokens = len(hits) * size
-        if not request.num_output_tokens:
+        for digest in request.block_hashes[len(hits) : request.num_prompt_tokens // size]:
+            self._computing.setdefault(digest, request)
+        if not request.was_admitted:
+            request.was_admitted = True
             request.num_cached_tokens = request.num_computed_tokens
-        if self.blocks.enable_prefix_caching:
-            batch.prefix_queries += request.max_cached_tokens
-            batch.prefix_hits += request.num_computed_tokens
+            if self.blocks.enable_prefix_caching:
+                batch.prefix_queries += request.max_cached_tokens
+                batch.prefix_hits += request.num_computed_tokens
+        self._run(request)
+
+    def _run(self, request: Request) -> None:
         request.status = RequestStatus.RUNNING
-        self.running.append(request)
-        self.running.sort(key=lambda r: r.arrival)
-        return True
+        insert(self.running, request)
 
     def _make_room(self, request: Request, tokens: int, batch: ScheduledBatch) -> bool:
-        """Give a request the blocks for its next tokens, preempting those that arrived last if there are none."""
+        """Give a request the blocks for its next tokens, preempting those that go last if there are none."""
         if request.status is not RequestStatus.RUNNING:
             return False
-        size = self.blocks.block_size
-        needed = -(-(request.num_computed_tokens + tokens) // size) - len(request.block_table)
+        needed = -(-(request.num_computed_tokens + tokens) // self.blocks.block_size) - len(request.block_table)
+        if needed <= 0:
+            return True
         while needed > self.blocks.num_available:
             victim = self.running[-1]
             self._preempt(victim)
@@ -150,22 +252,35 @@ class Scheduler:
             batch.items = [item for item in batch.items if item.request is not victim]
             if victim is request:
                 return False
-        if needed > 0:
-            fresh = self.blocks.allocate(needed)
-            request.block_table += fresh
-            batch.new_blocks += fresh
+        fresh = self.blocks.allocate(needed)
+        request.block_table += fresh
+        batch.new_blocks += fresh
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Put a request back to the head of the queue. Its full blocks stay cached until somebody needs them."""
-        self.running.remove(request)
-        self.blocks.release(request.block_table)
-        request.block_table = []
+        """Put a request back into the queue. Its full blocks stay cached until somebody needs them."""
+        if self.blocks.enable_prefix_caching:
+            self._extend_hashes(request)
+            size = self.blocks.block_size
+            for i in range(request.num_prompt_tokens // size, request.num_computed_tokens // size):
+                self.blocks.publish(request.block_table[i], request.block_hashes[i])
+        self._stop_running(request)
         request.num_computed_tokens = 0
         if not request.num_output_tokens:  # its prompt will be scored anew
             request.prompt_logprobs = Logprobs()
         request.status = RequestStatus.WAITING
-        self.waiting.appendleft(request)
+        self.waiting.add(request)
+
+    def _stop_running(self, request: Request) -> None:
+        """Take a request's blocks and its place; nobody waits for what it was computing any more."""
+        remove(self.running, request)
+        size = self.blocks.block_size
+        for digest in request.block_hashes[request.num_computed_tokens // size : request.num_prompt_tokens // size]:
+            if self._computing.get(digest) is request:
+                del self._computing[digest]
+        self.waiting.wake(request.waiters)
+        self.blocks.release(request.block_table)
+        request.block_table = []
 
     def update(self, batch: ScheduledBatch, tokens: dict[str, int]) -> Iterator[tuple[Request, int | None]]:
         """Account for a step that ran; yields each of its requests with the token it sampled, if any.
@@ -173,14 +288,16 @@ class Scheduler:
         `tokens` has a token id for every scheduled request that samples. Finished requests have given their
         blocks back when they are yielded.
         """
-        for item in batch.items:
-            request = item.request
-            request.num_computed_tokens += item.num_tokens
-            self._publish(request, item.num_tokens)
+        for request, num_tokens, is_decode in batch.items:
+            request.num_computed_tokens += num_tokens
+            if not is_decode:
+                self._publish(request, num_tokens)
             token = tokens.get(request.id)
             if token is not None:
                 request.token_ids.append(token)
                 self._check_stop(request, token)
+                if request.followers:  # there was no room for them
+                    self.waiting.wake(request.followers)
             elif request.num_computed_tokens == request.num_tokens_to_compute:
                 self.finish(request, FinishReason.LENGTH)
             yield request, token
@@ -199,27 +316,68 @@ class Scheduler:
         """End a request, wherever it is; its blocks are free at once. Ending it again does nothing."""
         if request.status is RequestStatus.FINISHED:
             return
-        (self.running if request.status is RequestStatus.RUNNING else self.waiting).remove(request)
-        self.blocks.release(request.block_table)
-        request.block_table = []
+        if request.status is RequestStatus.RUNNING:
+            self._stop_running(request)
+        else:
+            self.waiting.remove(request)
+        self.waiting.wake(request.followers)
         request.status = RequestStatus.FINISHED
         request.finish_reason, request.stop_reason = reason, stop_reason
 
     def _extend_hashes(self, request: Request) -> None:
         """Digests of all full blocks; a block that holds generated tokens is private to its request."""
-        size = self.blocks.block_size
-        for start in range(len(request.block_hashes) * size, len(request.token_ids) - size + 1, size):
+        size, hashes = self.blocks.block_size, request.block_hashes
+        for start in range(len(hashes) * size, len(request.token_ids) - size + 1, size):
             end = start + size
-            salt = request.id.encode()[:64] if end > request.num_prompt_tokens else b""
-            parent = request.block_hashes[-1] if request.block_hashes else b""
-            request.block_hashes.append(hash_block(parent, request.token_ids[start:end], salt))
+            salt = request.order[2].to_bytes(8, "little") if end > request.num_prompt_tokens else b""
+            parent = hashes[-1] if hashes else hash_root(request.cache_salt)
+            hashes.append(hash_block(parent, request.token_ids[start:end], salt))
 
     def _publish(self, request: Request, num_new_tokens: int) -> None:
-        """Make the blocks that the last `num_new_tokens` tokens filled findable."""
+        """Make the prompt blocks that the last `num_new_tokens` tokens filled findable. Those of generated tokens
+        need not be: only a preemption makes their own request look for them."""
         if not self.blocks.enable_prefix_caching:
             return
-        self._extend_hashes(request)
-        size = self.blocks.block_size
-        first = (request.num_computed_tokens - num_new_tokens) // size
-        for i in range(first, request.num_computed_tokens // size):
-            self.blocks.publish(request.block_table[i], request.block_hashes[i])
+        size, computed = self.blocks.block_size, request.num_computed_tokens
+        for i in range((computed - num_new_tokens) // size, min(computed, request.num_prompt_tokens) // size):
+            digest = request.block_hashes[i]
+            self.blocks.publish(request.block_table[i], digest)
+            if self._computing.get(digest) is request:
+                del self._computing[digest]
+        if request.waiters:
+            self.waiting.wake(request.waiters, computed)
+
+
+def _can_follow(request: Request, leader: Request) -> bool:
+    """Whether a request can take over the prompt of a leader that is yet to compute it."""
+    return (
+        leader.order[2] > 0  # it was added
+        and leader.status is not RequestStatus.FINISHED
+        and not leader.num_output_tokens
+        and not (leader.is_scoring or request.is_scoring)
+        and request.params.prompt_logprobs is None
+        and request.cache_salt == leader.cache_salt
+        and request.token_ids == leader.token_ids
+    )
+
+
+def _shared_tokens(request: Request, computer: Request, block_size: int) -> int:
+    """Length of the prefix, in whole blocks, that a request can take from the one that is computing it."""
+    usable = request.max_cached_tokens // block_size
+    blocks = 0
+    for mine, its in zip(request.block_hashes[:usable], computer.block_hashes, strict=False):
+        if mine != its:
+            break
+        blocks += 1
+    return blocks * block_size
+
+
+def _arrange(batch: ScheduledBatch, followers: dict[Request, list[Request]]) -> None:
+    """Prompts of equal shape side by side, as attention takes them together; followers behind their leader."""
+    decodes = [item for item in batch.items if item.is_decode]
+    prompts = [item for item in batch.items if not item.is_decode]
+    prompts.sort(key=lambda item: (item.request.num_computed_tokens, item.num_tokens))
+    batch.items = decodes
+    for item in prompts:
+        batch.items.append(item)
+        batch.items += [ScheduledRequest(follower, 0, False) for follower in followers.get(item.request, ())]
