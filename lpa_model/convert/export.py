@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lpa_model.checkpoint import CheckpointError, load_config, load_model, load_tokenizer
 from lpa_model.config import PROJECTIONS, LPAConfig
 from lpa_model.layers import LowRankLinear
-from lpa_model.model import LPAForCausalLM
+from lpa_model.model import LPAForCausalLM, Setting2Block
 
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -98,14 +98,17 @@ def llama_tensors(model: LPAForCausalLM) -> dict[str, Tensor]:
     config = model.config
     tensors: dict[str, Tensor] = {"model.embed_tokens.weight": model.embed_tokens.weight}
     for i, block in enumerate(model.layers):
+        assert isinstance(block, Setting2Block), "setting 1 was refused"
         prefix = f"model.layers.{i}"
         for name in PROJECTIONS:
             weight, bias = _merge(getattr(block.attention, f"{name}_proj"))
             tensors[f"{prefix}.self_attn.{name}_proj.weight"] = weight
             if config.attention_bias:  # LLaMA has it on all four or none; ours is not on the output
-                tensors[f"{prefix}.self_attn.{name}_proj.bias"] = weight.new_zeros(len(weight)) if bias is None else bias
-        for name in ("gate", "up", "down"):
-            tensors[f"{prefix}.mlp.{name}_proj.weight"], _ = _merge(getattr(block.ffn, f"{name}_proj"))
+                tensors[f"{prefix}.self_attn.{name}_proj.bias"] = (
+                    weight.new_zeros(len(weight)) if bias is None else bias
+                )
+        for part in ("gate", "up", "down"):
+            tensors[f"{prefix}.mlp.{part}_proj.weight"], _ = _merge(getattr(block.ffn, f"{part}_proj"))
         tensors[f"{prefix}.input_layernorm.weight"] = block.attention_norm.weight
         tensors[f"{prefix}.post_attention_layernorm.weight"] = block.ffn_norm.weight
     assert model.norm is not None, "setting 2 has a final norm"

@@ -5,7 +5,12 @@ A benchmark reports ratios that were measured in one run: absolute figures move 
 
 from __future__ import annotations
 
+import json
+from typing import Annotated, Any, Literal
+
 import typer
+
+from server.cli.command import user_errors
 
 bench = typer.Typer(
     help="Measure servers and the engine; ratios come from one run.",
@@ -13,7 +18,120 @@ bench = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Url = Annotated[str, typer.Argument(help="Root of a server, with or without /v1.")]
+Compare = Annotated[str | None, typer.Option(help="A second server: rounds alternate, and ratios are shown.")]
+ModelName = Annotated[str | None, typer.Option(help="Model of the first server.", show_default="the first it lists")]
+CompareModel = Annotated[str | None, typer.Option(help="Model of the second.", show_default="the first it lists")]
+Pid = Annotated[int | None, typer.Option(help="Process of the first server, stopped while the second is measured.")]
+ComparePid = Annotated[int | None, typer.Option(help="Process of the second server, stopped likewise.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not; 5 or more to compare.")]
+Seed = Annotated[int, typer.Option(help="The prompts follow from it.")]
+VocabSize = Annotated[int, typer.Option(min=1, help="Prompt token ids are below this.")]
+ApiKey = Annotated[str | None, typer.Option(help="Sent as a bearer token.", envvar="OPENAI_API_KEY")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+ScoreApi = Literal["echo", "prompt_logprobs", "perplexity"]
+
 
 @bench.callback()
 def _bench() -> None:
     """A group, however many sub-commands it has."""
+
+
+@bench.command()
+def serve(
+    url: Url,
+    compare: Compare = None,
+    input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
+    output_len: Annotated[int, typer.Option(min=1, help="Tokens of a completion.")] = 128,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
+    rate: Annotated[
+        float | None, typer.Option(min=0.001, help="Requests a second, at random intervals, instead of --concurrency.")
+    ] = None,
+    requests: Annotated[
+        int | None, typer.Option(min=1, help="Requests of a round.", show_default="2 x concurrency")
+    ] = None,
+    rounds: Rounds = 5,
+    seed: Seed = 0,
+    vocab_size: VocabSize = 4096,
+    connection_per_request: Annotated[bool, typer.Option(help="Open a connection for every request.")] = False,
+    model: ModelName = None,
+    compare_model: CompareModel = None,
+    pid: Pid = None,
+    compare_pid: ComparePid = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Streamed greedy completions of random prompts: rates and latencies of any OpenAI-compatible server."""
+    from server.bench.client import Client
+    from server.bench.load import Load
+    from server.bench.rounds import Target, Workload
+    from server.bench.serve import complete
+
+    with user_errors():
+        load = Load(requests=requests or 2 * concurrency, concurrency=concurrency, rate=rate)
+        workload = Workload(load=load, input_len=input_len, vocab_size=vocab_size, seed=seed, rounds=rounds)
+        targets = [
+            Target(
+                Client(where, api_key=api_key, keep_alive=not connection_per_request),
+                name,
+                lambda model: complete(output_len, model),
+                process,
+            )
+            for where, name, process in ((url, model, pid), (compare, compare_model, compare_pid))
+            if where is not None
+        ]
+    pace = f"{concurrency} at a time" if rate is None else f"{rate:g} a second"
+    title = f"{load.requests} requests, {pace}, {input_len} tokens in, {output_len} out"
+    _run(targets, workload, title, as_json)
+
+
+@bench.command()
+def score(
+    url: Url,
+    compare: Compare = None,
+    api: Annotated[ScoreApi, typer.Option(help="How the first server is asked.")] = "perplexity",
+    compare_api: Annotated[ScoreApi, typer.Option(help="How the second server is asked.")] = "prompt_logprobs",
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a text.")] = 512,
+    concurrency: Annotated[int, typer.Option(min=1, help="Texts at a time.")] = 8,
+    requests: Annotated[
+        int | None, typer.Option(min=1, help="Texts of a round.", show_default="4 x concurrency")
+    ] = None,
+    rounds: Rounds = 5,
+    seed: Seed = 0,
+    vocab_size: VocabSize = 4096,
+    model: ModelName = None,
+    compare_model: CompareModel = None,
+    pid: Pid = None,
+    compare_pid: ComparePid = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Log-probabilities of random texts: the rate of any server that gives them, by the API that it has."""
+    from server.bench.client import Client
+    from server.bench.load import Load
+    from server.bench.rounds import Target, Workload
+    from server.bench.score import score_text
+
+    with user_errors():
+        load = Load(requests=requests or 4 * concurrency, concurrency=concurrency)
+        workload = Workload(load=load, input_len=length, vocab_size=vocab_size, seed=seed, rounds=rounds)
+        targets = [Target(Client(url, api_key=api_key), model, lambda name: score_text(api, name), pid)]
+        if compare is not None:
+            other = Client(compare, api_key=api_key)
+            targets.append(Target(other, compare_model, lambda name: score_text(compare_api, name), compare_pid))
+    _run(targets, workload, f"{load.requests} texts of {length} tokens, {concurrency} at a time", as_json)
+
+
+def _run(targets: Any, workload: Any, title: str, as_json: bool) -> None:
+    from server.bench.client import RequestFailed
+    from server.bench.report import print_report, run_rounds
+
+    with user_errors():
+        try:
+            report = run_rounds(targets, workload)
+        except RequestFailed as error:
+            raise ValueError(error) from error
+    if as_json:
+        typer.echo(json.dumps({"workload": title, **report}, indent=2))
+    else:
+        print_report(report, title)

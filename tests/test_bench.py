@@ -1,0 +1,261 @@
+"""The HTTP benchmarks against real tiny servers: every token is counted, nothing is timed against a limit."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner, Result
+
+from server.bench.client import Client, RequestFailed
+from server.bench.load import Load, Timing, prompts, quantile, run_load, summarize
+from server.bench.rounds import _stopped, medians, ratios
+from server.bench.score import score_text
+from server.cli import app
+from tests.conftest import VOCAB_SIZE, random_model, tiny_config, write_checkpoint
+from tests.test_http import Served, serving
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(write_checkpoint(tmp_path_factory.mktemp("model"), tiny_config())) as server:
+        yield server
+
+
+def lpa(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+def report(*arguments: object) -> dict[str, Any]:
+    result = lpa(*arguments, "--json", "--vocab-size", VOCAB_SIZE)
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def test_serve_counts_what_the_server_counts_and_meets_no_cache(served: Served) -> None:
+    names = ("lpa:prompt_tokens_total", "lpa:generation_tokens_total", "lpa:prefix_cache_hits_total")
+    names = tuple(f'{name}{{model_name="tiny"}}' for name in names)
+    before = [served.metric(name) for name in names]
+    found = report(
+        "serve", served.url, "--input-len", 40, "--output-len", 6, "--concurrency", 3, "--requests", 7, "--rounds", 2
+    )
+    (server,) = found["servers"]
+    assert (server["model"], server["errors"], "ratio" in found) == ("tiny", [], False)
+    for summary in server["rounds"]:
+        assert (summary["requests"], summary["errors"]) == (7, 0)
+        assert (summary["input_tokens"], summary["output_tokens"]) == (7 * 40, 7 * 6)
+        for latency in ("ttft_ms", "inter_token_ms", "e2e_ms"):
+            assert 0 <= summary[latency]["median"] <= summary[latency]["p90"] <= summary[latency]["p99"]
+        assert summary["ttft_ms"]["p99"] <= summary["e2e_ms"]["p99"] <= 1e3 * summary["elapsed_s"]
+    after = [served.metric(name) for name in names]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [3 * 7 * 40, 3 * 7 * 6, 0]  # two rounds and the first
+
+
+def test_two_servers_take_turns_and_are_compared_round_by_round(served: Served) -> None:
+    asked = ("serve", served.url, "--compare", served.url, "--output-len", 3, "--input-len", 5, "--concurrency", 2)
+    found = report(*asked, "--rate", 500, "--connection-per-request")
+    first, second = found["servers"]
+    assert len(first["rounds"]) == len(second["rounds"]) == 5
+    for name in ("output_tokens_per_s", "input_tokens_per_s"):
+        quotients = [a[name] / b[name] for a, b in zip(first["rounds"], second["rounds"], strict=True)]
+        assert found["ratio"][name]["rounds"] == pytest.approx(quotients)
+        assert found["ratio"][name]["median"] == pytest.approx(np.median(quotients))
+    table = lpa(*asked, "--vocab-size", VOCAB_SIZE)
+    assert table.exit_code == 0
+    assert "output tokens/s" in table.stdout
+    refused = lpa(*asked, "--rounds", 4)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert refused.stderr == "lpa: rounds: a comparison takes 5 or more, not 4\n"
+
+
+def test_score_gives_the_models_own_likelihood_by_every_route(served: Served) -> None:
+    asked = ("score", served.url, "--length", 30, "--requests", 4, "--concurrency", 3, "--seed", 5)
+    found = report(*asked, "--compare", served.url, "--compare-api", "echo")
+    model = random_model(tiny_config())
+    for number in range(5):
+        nll = 0.0
+        for text in prompts(5, number + 1, 4, 30, VOCAB_SIZE):
+            logprobs = model.logits(model(torch.tensor([text]))[0]).log_softmax(-1)
+            nll -= float(logprobs[range(29), text[1:]].sum())
+        for server in found["servers"]:
+            assert server["rounds"][number]["mean_nll"] == pytest.approx(nll / (4 * 29), rel=1e-5)
+            assert server["rounds"][number]["input_tokens"] == 4 * 30
+    assert set(found["ratio"]) == {"input_tokens_per_s", "e2e_ms"}
+
+
+def test_a_server_that_refuses_everything_is_one_line(served: Served) -> None:
+    result = lpa("serve", served.url, "--input-len", 200, "--requests", 2, "--rounds", 1, "--vocab-size", VOCAB_SIZE)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1
+    assert "every request failed: RequestFailed: /v1/completions: 400" in result.stderr
+    assert lpa("serve", "127.0.0.1:8000").stderr == "lpa: 127.0.0.1:8000: not an http:// or https:// URL\n"
+
+
+Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+async def scripted(answer: Answer, use: Callable[[Client], Awaitable[Any]], **options: Any) -> Any:
+    """Talk to a server that does what a test says on every connection, until the client goes away."""
+
+    handlers = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        handlers.append(asyncio.current_task())
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            await answer(reader, writer)
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    client = Client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", **options)
+    async with server:
+        try:
+            return await use(client)
+        finally:
+            await client.close()
+            await asyncio.gather(*filter(None, handlers))
+
+
+async def read_request(reader: asyncio.StreamReader) -> tuple[str, bytes]:
+    head = (await reader.readuntil(b"\r\n\r\n")).decode()
+    length = int(head.lower().split("content-length: ")[1].split("\r\n")[0])
+    return head, await reader.readexactly(length)
+
+
+def chunked(*pieces: bytes, status: str = "200 OK") -> bytes:
+    body = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in (*pieces, b""))
+    return f"HTTP/1.1 {status}\r\nTransfer-Encoding: chunked\r\n\r\n".encode() + body
+
+
+async def test_connections_are_used_again_unless_told_otherwise_and_replaced_when_dropped() -> None:
+    connections: list[int] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(0)
+        for _ in range(2):  # then the server drops it
+            head, body = await read_request(reader)
+            assert head.startswith("POST /v1/x HTTP/1.1\r\n")
+            assert "Authorization: Bearer secret\r\n" in head
+            connections[-1] += 1
+            data = chunked(b'{"got": ', body, b"}")
+            writer.write(data[:40])  # cut anywhere
+            await asyncio.sleep(0.01)
+            writer.write(data[40:])
+            await writer.drain()
+            if "Connection: close" in head:
+                break
+
+    async def use(client: Client) -> list[Any]:
+        answers = []
+        for i in range(4):
+            answers.append(await client.json("POST", "/v1/x", {"i": i}))
+            await asyncio.sleep(0.05)
+        return answers
+
+    expected = [{"got": {"i": i}} for i in range(4)]
+    assert await scripted(answer, use, api_key="secret") == expected
+    assert connections == [2, 2]
+    connections.clear()
+    assert await scripted(answer, use, api_key="secret", keep_alive=False) == expected
+    assert connections == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (chunked(b"no such model", status="404 Not Found"), "/v1/x: 404: no such model"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc", "in the middle of an answer"),
+        (b"", "ended before an answer"),
+    ],
+    ids=["status", "cut", "silence"],
+)
+async def test_failed_answers_are_errors(data: bytes, message: str) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(data)
+
+    with pytest.raises(RequestFailed, match=message):
+        await scripted(answer, lambda client: client.json("POST", "/v1/x", {}))
+
+
+async def test_a_text_that_is_scored_in_part_is_an_error_and_vllms_form_is_read() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            prompt = json.loads((await read_request(reader))[1])["prompt"]
+            entries = [{str(t): {"logprob": -t / 8}, "7": {"logprob": -0.5}} for t in prompt[1:]]
+            choice = {"prompt_logprobs": [None, *(entries if prompt[0] else entries[1:])]}
+            writer.write(chunked(json.dumps({"choices": [choice]}).encode()))
+
+    async def use(client: Client) -> tuple[list[Timing], float]:
+        load = Load(requests=2, concurrency=1)
+        texts = [[1, 2, 3, 4], [0, 2, 3, 4]]
+        return await run_load(client, texts, load, score_text("prompt_logprobs", "m"), 0, lambda timing: None)
+
+    timings, elapsed = await scripted(answer, use)
+    assert (timings[0].nll, timings[0].error) == ((2 + 3 + 4) / 8, None)
+    assert timings[1].error is not None
+    summary = summarize(timings, elapsed)
+    assert (summary["errors"], summary["input_tokens"]) == (1, 4)
+
+
+def test_prompts_follow_from_the_seed_and_differ_between_rounds() -> None:
+    first = prompts(1, 1, 3, 50, 1000)
+    assert first == prompts(1, 1, 3, 50, 1000)
+    beginnings = {
+        tuple(text[:8]) for seed in (1, 2) for number in (1, 2) for text in prompts(seed, number, 3, 50, 1000)
+    }
+    assert len(beginnings) == 12
+    assert all(0 <= token < 1000 for text in first for token in text)
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1), st.floats(0, 1))
+def test_quantiles_are_those_of_numpy(values: list[float], q: float) -> None:
+    assert quantile(values, q) == pytest.approx(np.quantile(values, q), rel=1e-9, abs=1e-9)
+
+
+def test_medians_and_ratios_of_rounds() -> None:
+    mine = [
+        {"output_tokens_per_s": rate, "e2e_ms": {"median": 10.0, "p90": 20.0}, "errors": 0} for rate in (10, 40, 30)
+    ]
+    theirs = [{"output_tokens_per_s": 10.0, "e2e_ms": {"median": 5.0, "p90": 9.0}, "errors": 0} for _ in range(3)]
+    assert medians(mine) == {"output_tokens_per_s": 30, "e2e_ms": {"median": 10, "p90": 20}, "errors": 0}
+    found = ratios(mine, theirs)
+    assert found["output_tokens_per_s"] == {"median": 3, "low": 1, "high": 4, "rounds": [1, 4, 3]}
+    assert found["e2e_ms"]["median"] == 2
+
+
+def test_the_idle_server_is_stopped_with_its_children_and_goes_on_afterwards() -> None:
+    code = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        pids = (process.pid, int(process.stdout.readline()))
+        with pytest.raises(KeyError), _stopped([process.pid]):
+            assert [state(pid) for pid in pids] == ["T", "T"]
+            raise KeyError
+        assert [state(pid) for pid in pids] == ["S", "S"]
+    finally:
+        subprocess.run(["kill", str(pids[1])], check=True)
+        process.wait(10)
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def state(pid: int) -> str:
+    """The letter that Linux gives a process's state, once it has settled."""
+    time.sleep(0.05)
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
