@@ -14,7 +14,7 @@ from server.settings import Settings
 
 @dataclass(frozen=True)
 class Job:
-    """One sequence for the engine. Choices above 0 follow choice 0 of the same prompt and share its computation."""
+    """One sequence for the engine. Choices above 0 stand behind choice 0 of the same prompt and share its computation."""
 
     prompt_ids: list[int]
     params: SamplingParams
@@ -38,12 +38,17 @@ def run_jobs(
 
 def _requests(request_id: str, jobs: Iterable[Job]) -> Iterator[Request]:
     unique = f"{request_id}-{secrets.token_hex(4)}"  # clients may send an x-request-id twice
+    leader: Request | None = None
     for index, job in enumerate(jobs):
-        yield Request(
+        request = Request(
             f"{unique}-{index}",
             job.prompt_ids,
             job.params,
             choice=job.choice,
             priority=job.priority,
             cache_salt=job.cache_salt,
+            leader=leader if job.choice else None,
         )
+        if not job.choice:
+            leader = request
+        yield request
