@@ -173,7 +173,7 @@ class SamplingBody(RequestBody):
             max_tokens=max_tokens,
             temperature=self.temperature if self.temperature >= GREEDY_BELOW else 0.0,
             top_p=max(self.top_p, LEAST_TOP_P),
-            top_k=min(max(self.top_k, 0), tokenizer.vocab_size),
+            top_k=min(max(self.top_k, 0), tokenizer.vocab_size),  # a number that no tensor holds would fail the step
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
