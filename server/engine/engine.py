@@ -16,6 +16,7 @@ from lpa_model.checkpoint import load_model, resolve_dtype
 from lpa_model.config import CacheLayout, LPAConfig
 from server.engine.block_manager import BlockManager
 from server.engine.detokenizer import Detokenizer, unfinished_bytes
+from server.engine.grammar import GrammarCompiler
 from server.engine.model_runner import ModelRunner, StepResult
 from server.engine.request import (
     EngineStats,
@@ -107,8 +108,8 @@ class Engine:
             )
 
     def compile_grammar(self, spec: GrammarSpec) -> None:
-        """Raises InvalidRequest for a grammar that cannot be compiled."""
-        raise InvalidRequest(f"{spec.param}: is not supported by this server", param=spec.param)
+        """Have a grammar ready for its request; from any thread. Raises InvalidRequest if it cannot be compiled."""
+        self.runner.compiler.compile(spec)
 
     def add_request(self, request: Request) -> None:
         """Queue a request that `validate` has accepted."""
@@ -152,9 +153,11 @@ class Engine:
             raise StepFailed([self._fail(item.request, error) for item in batch.items]) from error
         self.scheduler.observe_step(batch, (time.monotonic() - started) * 1e3)
         self._count(batch, result)
-        updated = self.scheduler.update(batch, result.tokens)
+        failed = [item.request for item in batch.items if item.request.id in result.errors]
+        outputs = [self._fail(request, result.errors[request.id]) for request in failed]
+        updated = self.scheduler.update(batch, result.tokens, ended=result.ended, deferred=result.deferred)
         advanced = [self._advance(request, token, result) for request, token in updated]
-        return [output for output in advanced if output is not None]
+        return outputs + [output for output in advanced if output is not None]
 
     def _advance(self, request: Request, token: int | None, result: StepResult) -> RequestOutput | None:
         """What a step that ran means for one of its requests; None if its prompt is not through yet."""
@@ -163,7 +166,9 @@ class Engine:
         text = ""
         if token is not None:
             self._observe_token(request)
-            stopped = request.finish_reason is FinishReason.STOP  # end of text or a stop token
+            # the end of text or a stop token, but not the last token of a grammar's text
+            last = request.id in result.ended and token != self.model_config.eos_token_id
+            stopped = request.finish_reason is FinishReason.STOP and not last
             text = detokenizer.append(token) if not stopped or request.params.include_stop_str_in_output else ""
             if detokenizer.stopped is not None:
                 self.scheduler.finish(request, FinishReason.STOP)
@@ -276,7 +281,7 @@ def build_engine(model_dir: Path, options: EngineOptions) -> Engine:
         eos_token_id=config.eos_token_id,
         max_model_len=max_model_len,
     )
-    return Engine(ModelRunner(model, cache, device, config.eos_token_id), scheduler, tokenizer)
+    return Engine(ModelRunner(model, cache, device, GrammarCompiler(tokenizer)), scheduler, tokenizer)
 
 
 def _cache_layout(config: LPAConfig, name: str) -> CacheLayout:

@@ -2,41 +2,63 @@
 
 from __future__ import annotations
 
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from lpa_model.attention import AttentionMetadata, Span
 from lpa_model.cache import LatentCache
 from lpa_model.model import LPAForCausalLM
+from server.engine.grammar import GrammarCompiler, GrammarFailed, GrammarState
 from server.engine.request import Logprobs, Request
 from server.engine.sampler import sample, score
 from server.engine.sampling_state import SamplingState
 from server.engine.scheduler import ScheduledBatch, ScheduledRequest
+from server.errors import InvalidRequest
+
+Mask = npt.NDArray[np.uint8]  # a bit per token, lowest first
 
 MIN_ROWS = 8  # a float32 product with fewer rows takes another path and rounds differently
 LOGIT_ROWS = 256  # rows of logits held at once
+MASK_GRACE = 0.002  # seconds that a step waits for a late grammar mask before it goes on without that request
+MASK_THREADS = 2
 
 
 @dataclass
 class StepResult:
-    """By request id: the sampled token, its log-probability, and log-probabilities of prompt tokens."""
+    """By request id: the sampled token, its log-probability, and log-probabilities of prompt tokens.
+
+    `ended`: the grammar's text is complete, with this step's token or, if it has none, without another.
+    `deferred`: the mask was not ready, so the last token is to be computed again and sampled then.
+    `errors`: the grammar cannot be followed; the request has no token and must end.
+    """
 
     tokens: dict[str, int] = field(default_factory=dict)
     logprobs: dict[str, Logprobs] = field(default_factory=dict)
     prompt_logprobs: dict[str, Logprobs] = field(default_factory=dict)
+    ended: set[str] = field(default_factory=set)
+    deferred: set[str] = field(default_factory=set)
+    errors: dict[str, Exception] = field(default_factory=dict)
 
 
 class ModelRunner:
     """Owns the model and its cache; everything it needs to know of a step is in the batch."""
 
-    def __init__(self, model: LPAForCausalLM, cache: LatentCache, device: torch.device, eos_token_id: int | None):
+    def __init__(
+        self, model: LPAForCausalLM, cache: LatentCache, device: torch.device, compiler: GrammarCompiler
+    ) -> None:
         self.model = model
         self.cache = cache
         self.device = device
-        self.eos_token_id = eos_token_id
+        self.compiler = compiler
+        self._mask_pool = ThreadPoolExecutor(MASK_THREADS, "grammar")
+        # what a request needs from one token to the next lives as long as the request
+        self._grammars: WeakKeyDictionary[Request, GrammarState] = WeakKeyDictionary()
         self._states: WeakKeyDictionary[Request, SamplingState] = WeakKeyDictionary()
 
     @torch.inference_mode()
@@ -45,6 +67,7 @@ class ModelRunner:
         if batch.new_blocks:
             self.cache.zero(torch.tensor(batch.new_blocks, device=self.device))
         items = batch.items
+        self._start_masks(items)
         ids = [t for item in items for t in _input_ids(item)]
         padding = max(0, MIN_ROWS - len(ids))
         spans = [
@@ -65,23 +88,74 @@ class ModelRunner:
         padded = rows + [rows[-1]] * (MIN_ROWS - len(rows))
         return self.model.logits(hidden[padded])[: len(rows)]
 
+    def _start_masks(self, items: list[ScheduledRequest]) -> None:
+        """Compute what grammars allow beside the forward pass."""
+        for item in items:
+            if item.samples and (spec := item.request.params.grammar):
+                if item.request not in self._grammars:
+                    self._grammars[item.request] = GrammarState(self.compiler, spec)
+                self._grammars[item.request].start(self._mask_pool)
+
+    def _join_masks(self, items: list[ScheduledRequest], result: StepResult) -> dict[str, Mask]:
+        """Masks of the requests that can be sampled now; the others are named in the result.
+
+        A late mask costs the other requests no more than MASK_GRACE; only a step that is for nothing but late
+        ones waits for the first.
+        """
+        constrained = [item.request for item in items if item.samples and item.request.params.grammar]
+        if not constrained:
+            return {}
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the forward pass has only been launched
+        jobs = [self._grammars[request].start(self._mask_pool) for request in constrained]
+        done, _ = wait(jobs, timeout=MASK_GRACE)
+        if not done and len(constrained) == len(items):
+            wait(jobs, return_when=FIRST_COMPLETED)
+        masks = {}
+        for request, job in zip(constrained, jobs, strict=True):
+            if not job.done():
+                result.deferred.add(request.id)
+                continue
+            try:
+                mask = self._grammars[request].take()
+            except (GrammarFailed, InvalidRequest) as error:
+                result.errors[request.id] = error
+                continue
+            if mask is None:
+                result.ended.add(request.id)
+            else:
+                masks[request.id] = mask
+        return masks
+
     def _sample(self, items: list[ScheduledRequest], hidden: Tensor, result: StepResult) -> None:
+        masks = self._join_masks(items, result)
         sampling, rows, at = [], [], 0
         for item in items:
             at += item.num_tokens
-            if item.samples:
+            if item.samples and (item.request.params.grammar is None or item.request.id in masks):
                 sampling.append(item.request)
                 rows.append(at - 1)
         if not sampling:
             return
         logits = self._logits(hidden, rows)
-        tokens = sample(logits, [self._state(request).row(request) for request in sampling])
+        tokens = sample(logits, [self._state(request).row(request, masks.get(request.id)) for request in sampling])
         result.tokens = {request.id: token for request, token in zip(sampling, tokens, strict=True)}
         self._score_tokens(sampling, logits, tokens, result)
+        for request in sampling:
+            if request.params.grammar:
+                self._advance_grammar(request, result)
+
+    def _advance_grammar(self, request: Request, result: StepResult) -> None:
+        try:
+            if self._grammars[request].advance(result.tokens[request.id]):
+                result.ended.add(request.id)
+        except GrammarFailed as error:
+            result.errors[request.id] = error
+            del result.tokens[request.id]
 
     def _state(self, request: Request) -> SamplingState:
         if request not in self._states:
-            self._states[request] = SamplingState(request, self.eos_token_id)
+            self._states[request] = SamplingState(request, self.model.config.eos_token_id)
         return self._states[request]
 
     def _score_tokens(self, sampling: list[Request], logits: Tensor, tokens: list[int], result: StepResult) -> None:

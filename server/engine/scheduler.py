@@ -11,7 +11,7 @@ followers of a leader: they take its prompt over in the very step that completes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -282,19 +282,34 @@ class Scheduler:
         self.blocks.release(request.block_table)
         request.block_table = []
 
-    def update(self, batch: ScheduledBatch, tokens: dict[str, int]) -> Iterator[tuple[Request, int | None]]:
+    def update(
+        self,
+        batch: ScheduledBatch,
+        tokens: dict[str, int],
+        *,
+        ended: Container[str] = (),
+        deferred: Container[str] = (),
+    ) -> Iterator[tuple[Request, int | None]]:
         """Account for a step that ran; yields each of its requests with the token it sampled, if any.
 
-        `tokens` has a token id for every scheduled request that samples. Finished requests have given their
+        `tokens` has a token id for every scheduled request that samples, but for those that have finished
+        meanwhile, are `deferred` (their last token counts as not computed, so that they sample in the next step) or
+        have `ended` without one: by what their text must match it is complete. Finished requests have given their
         blocks back when they are yielded.
         """
         for request, num_tokens, is_decode in batch.items:
-            request.num_computed_tokens += num_tokens
+            if request.status is RequestStatus.FINISHED:
+                continue
+            computed = num_tokens - (request.id in deferred)
+            request.num_computed_tokens += computed
             if not is_decode:
-                self._publish(request, num_tokens)
+                self._publish(request, computed)
             token = tokens.get(request.id)
             if token is not None:
                 request.token_ids.append(token)
+            if request.id in ended:
+                self.finish(request, FinishReason.STOP)
+            elif token is not None:
                 self._check_stop(request, token)
                 if request.followers:  # there was no room for them
                     self.waiting.wake(request.followers)
@@ -338,6 +353,7 @@ class Scheduler:
         need not be: only a preemption makes their own request look for them."""
         if not self.blocks.enable_prefix_caching:
             return
+        self._extend_hashes(request)  # a follower that was deferred has none
         size, computed = self.blocks.block_size, request.num_computed_tokens
         for i in range((computed - num_new_tokens) // size, min(computed, request.num_prompt_tokens) // size):
             digest = request.block_hashes[i]
