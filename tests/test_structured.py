@@ -1,0 +1,122 @@
+"""Structured output over HTTP: what the official client asks for, and grammars that cannot be compiled."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import openai
+import pytest
+from pydantic import BaseModel, ConfigDict
+
+from lpa_model.config import Architecture
+from tests.serving import Served, serving
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"mood": {"enum": ["calm", "stormy"]}, "waves": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["mood", "waves"],
+    "additionalProperties": False,
+}
+
+
+class Sea(BaseModel):
+    """What the client parses an answer into."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    mood: Literal["calm", "stormy"]
+    waves: int
+
+
+@pytest.fixture(scope="module")
+def served(tiny_checkpoints: dict[Architecture, Path]) -> Iterator[Served]:
+    with serving(tiny_checkpoints["setting2"]) as server:
+        yield server
+
+
+def formatted(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "sea", "schema": schema, "strict": True}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_chat_follows_a_schema(served: Served, stream: bool) -> None:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        for seed in range(3):
+            settings: dict[str, Any] = {
+                "model": "tiny",
+                "messages": [{"role": "user", "content": "How is the sea?"}],
+                "max_completion_tokens": 90,
+                "seed": seed,
+            }
+            if stream:
+                chunks = client.chat.completions.create(**settings, response_format=formatted(SCHEMA), stream=True)
+                text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+                assert Sea.model_validate_json(text).waves <= 99
+            else:
+                parsed = client.chat.completions.parse(**settings, response_format=Sea)
+                assert isinstance(parsed.choices[0].message.parsed, Sea)
+                assert parsed.choices[0].finish_reason == "stop"
+
+
+def test_completions_follow_every_form(served: Served) -> None:
+    body: dict[str, Any] = {"prompt": "The sea is", "max_tokens": 100, "seed": 1}
+    text = served.complete(**body, structured_outputs={"regex": "[a-f]{3,8}-[0-9]{2}"})["choices"][0]["text"]
+    assert re.fullmatch("[a-f]{3,8}-[0-9]{2}", text)
+    choices = served.complete(**body, n=4, structured_outputs={"choice": ["calm", "stormy"]})["choices"]
+    assert {choice["text"] for choice in choices} <= {"calm", "stormy"}
+    assert {choice["finish_reason"] for choice in choices} == {"stop"}
+    lark = 'start: "sea" ("," "sea")~1..3 "."'
+    text = served.complete(**body, structured_outputs={"grammar": lark})["choices"][0]["text"]
+    assert re.fullmatch(r"sea(,sea){1,3}\.", text)
+    for structured in ({"json": SCHEMA}, {"json": json.dumps(SCHEMA)}):
+        text = served.complete(**body, structured_outputs=structured)["choices"][0]["text"]
+        assert set(json.loads(text)) == {"mood", "waves"}
+    # one token a time is at best what a constrained text needs, so an object may not be finished at max_tokens
+    answer = served.complete(**body, structured_outputs={"json_object": True})["choices"][0]
+    assert answer["text"].startswith("{")
+    if answer["finish_reason"] == "stop":
+        assert isinstance(json.loads(answer["text"]), dict)
+
+
+def test_constrained_and_free_requests_share_a_batch(served: Served) -> None:
+    free: dict[str, Any] = {"prompt": "The robot", "max_tokens": 30, "temperature": 0, "ignore_eos": True}
+    alone = served.complete(**free)["choices"][0]["text"]
+    answer = served.complete(prompt=["The sea is"] * 6, structured_outputs={"choice": ["calm", "stormy"]})
+    assert {choice["text"] for choice in answer["choices"]} <= {"calm", "stormy"}
+    assert served.complete(**free)["choices"][0]["text"] == alone
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "param", "says"),
+    [
+        (
+            "response_format",
+            formatted({"type": "object", "properties": {"a": {"type": "array", "items": {"type": "colour"}}}}),
+            "response_format.json_schema.schema",
+            "/properties/a/items",
+        ),
+        (
+            "response_format",
+            formatted({"type": "string", "pattern": "(?=x)y"}),
+            "response_format.json_schema.schema",
+            "",
+        ),
+        ("structured_outputs", {"json": "{"}, "structured_outputs.json", "not JSON"),
+        ("structured_outputs", {"regex": "a(b"}, "structured_outputs.regex", "character 2"),
+        ("structured_outputs", {"grammar": 'start: "a" missing'}, "structured_outputs.grammar", "missing"),
+    ],
+)
+def test_what_cannot_be_compiled_is_a_400_that_says_where(
+    served: Served, field: str, value: dict[str, Any], param: str, says: str
+) -> None:
+    response = served.post("/v1/completions", prompt="x", **{field: value})
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert error["message"].startswith(f"{param}: ")
+    assert says in error["message"]
+    assert served.complete(prompt="x", max_tokens=2)["choices"]
