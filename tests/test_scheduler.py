@@ -124,6 +124,15 @@ def test_a_scored_prompt_needs_no_last_token() -> None:
     assert not batch.items[0].samples
 
 
+def test_a_scored_prompt_that_is_all_cached_still_runs() -> None:
+    scheduler = make_scheduler()
+    for name in ("a", "b"):
+        scheduler.add(named(name, [1] * 9, max_tokens=0, prompt_logprobs=0, first_logit_position=8))
+        drain(scheduler)
+    scheduler.add(named("c", [1] * 9, max_tokens=0, prompt_logprobs=0, first_logit_position=7))
+    assert shape(step(scheduler)) == [("c", 4, False)]
+
+
 def test_generated_blocks_are_private() -> None:
     scheduler = make_scheduler()
     scheduler.add(make_request("a", 4, max_tokens=9, ignore_eos=True))
