@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from server.engine.block_manager import BlockManager, hash_block
+from server.engine.block_manager import BlockManager, hash_block, hash_root
 
 
 def test_lowest_free_numbers_first() -> None:
@@ -72,6 +72,13 @@ def test_a_digest_depends_on_tokens_order_parent_and_salt() -> None:
         hash_block(b"", [258]),
     }
     assert len(digests) == 5
+
+
+def test_chains_of_different_salts_begin_differently() -> None:
+    roots = [hash_root(""), hash_root("a"), hash_root("b"), hash_root("a" * 1000), hash_root("\ud800")]
+    assert len({hash_block(root, [1, 2]) for root in roots}) == 5
+    assert hash_root("a") == hash_root("a")
+    assert hash_block(hash_root(""), [1, 2]) == hash_block(b"", [1, 2])
 
 
 class Bookkeeping(RuleBasedStateMachine):

@@ -63,3 +63,15 @@ def test_zero_clears_the_blocks_named_in_every_layer_and_no_other() -> None:
     for pool in pools:
         assert not pool[[1, 3]].any()
         assert pool[[0, 2]].isnan().all()
+
+
+@pytest.mark.parametrize("layout", get_args(CacheLayout))
+def test_copies_of_blocks_in_every_layer(layout: CacheLayout) -> None:
+    cache = LatentCache(tiny_config(), layout, 5, 2, torch.float32, CPU)
+    pools = (*cache.keys, *cache.values)
+    for pool in pools:
+        pool.normal_()
+    before = [pool.clone() for pool in pools]
+    cache.copy(torch.tensor([1, 1, 4]), torch.tensor([0, 3, 2]))
+    for pool, old in zip(pools, before, strict=True):
+        assert torch.equal(pool, old[[1, 1, 4, 1, 4]])

@@ -153,6 +153,114 @@ def test_preemption_recomputes_to_the_same_tokens(tiny_checkpoint: Path, archite
         assert len(outputs[f"r{i}"][0].prompt_logprobs.logprobs) == 13
 
 
+def group(ids: list[int], n: int, name: str = "c", **keys: Any) -> list[Request]:
+    """`n` choices of one prompt; the first leads."""
+    params = SamplingParams(**{"seed": 3, "max_tokens": 12, "ignore_eos": True, **keys})
+    leader = Request(f"{name}0", ids, params)
+    return [leader, *(Request(f"{name}{i}", ids, params, choice=i, leader=leader) for i in range(1, n))]
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("layout", ["latent", "mixed", "full"])
+def test_choices_share_one_prefill_and_give_what_separate_requests_give(
+    tiny_checkpoint: Path, layout: str, caching: bool
+) -> None:
+    """Prompts that end within a block, at its end, and in the first one; with chunks, and company from outside."""
+    alone = make_engine(tiny_checkpoint, kv_cache_layout=layout, enable_prefix_caching=False)
+    for length in (29, 24, 5):
+        ids = prompt(length, length)
+        params = group(ids, 1, logprobs=1)[0].params
+        separate = [run(alone, [Request("x", ids, params, choice=i)])["x"] for i in range(4)]
+        engine = make_engine(
+            tiny_checkpoint, kv_cache_layout=layout, enable_prefix_caching=caching, max_num_batched_tokens=11
+        )
+        outputs = run(engine, [*group(ids, 4, logprobs=1), Request("other", prompt(1, 20), greedy(9))])
+        assert engine.take_stats().prompt_tokens == length + 20
+        assert len({tuple(ids_of(outputs[f"c{i}"])) for i in range(4)}) > 1
+        for i in range(4):
+            assert ids_of(outputs[f"c{i}"]) == ids_of(separate[i])
+            mine, its = ([o.logprobs.logprobs[0] for o in out] for out in (outputs[f"c{i}"], separate[i]))
+            assert mine == pytest.approx(its, abs=1e-4)
+            assert outputs[f"c{i}"][-1].num_cached_tokens == 0
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_choices_keep_their_tokens_across_preemption(tiny_checkpoint: Path, caching: bool) -> None:
+    bytes_per_token = 2 * 2 * 32 * 4  # full keys and values of two layers in float32
+    engine = make_engine(
+        tiny_checkpoint,
+        kv_cache_layout="full",
+        kv_cache_memory=16 * 8 * bytes_per_token,
+        enable_prefix_caching=caching,
+    )
+    groups = [group(prompt(seed, 29), 4, f"g{seed}-", max_tokens=30) for seed in range(3)]
+    outputs = run(engine, [request for choices in groups for request in choices])
+    assert engine.take_stats().preemptions > 0
+    alone = make_engine(tiny_checkpoint, kv_cache_layout="full", enable_prefix_caching=False)
+    for choices in groups:
+        for request in choices:
+            ids = request.token_ids[: request.num_prompt_tokens]
+            expected = run(alone, [Request("x", ids, request.params, choice=request.choice)])["x"]
+            assert ids_of(outputs[request.id]) == ids_of(expected)
+
+
+def test_choices_go_on_when_their_leader_is_aborted_or_ends_at_once(tiny_checkpoint: Path) -> None:
+    ids = prompt(4, 29)
+    alone = make_engine(tiny_checkpoint, enable_prefix_caching=False)
+    params = group(ids, 1)[0].params
+    expected = [ids_of(run(alone, [Request("x", ids, params, choice=i)])["x"]) for i in range(3)]
+    for steps in range(4):  # before its first step, in its prompt, after it
+        engine = make_engine(tiny_checkpoint, max_num_batched_tokens=11)
+        for request in group(ids, 3):
+            engine.add_request(request)
+        first = [engine.step() for _ in range(steps)]
+        engine.abort("c0")
+        outputs = drain(engine)
+        for i in (1, 2):
+            before = [output for step in first for output in step if output.request_id == f"c{i}"]
+            assert ids_of(before + outputs[f"c{i}"]) == expected[i]
+    engine = make_engine(tiny_checkpoint, enable_prefix_caching=False)
+    outputs = run(engine, group(ids, 3, max_tokens=1))
+    assert [ids_of(outputs[f"c{i}"]) for i in range(3)] == [tokens[:1] for tokens in expected]
+    assert engine.take_stats().prompt_tokens == 29
+
+
+def test_a_failing_step_of_a_group_leaves_nothing_behind(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(tiny_checkpoint, max_num_seqs=3)
+    for request in group(prompt(4, 29), 5):
+        engine.add_request(request)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "run", lambda batch: torch.zeros(2) @ torch.zeros(3))
+        with pytest.raises(StepFailed) as failed:
+            engine.step()
+    assert {output.request_id for output in failed.value.outputs} == {"c0", "c1", "c2"}
+    assert set(drain(engine)) == {"c3", "c4"}
+
+
+def test_a_prefix_on_its_way_is_computed_once(tiny_checkpoint: Path, architecture: Architecture) -> None:
+    """Requests that come together: the first computes what they share, the others wait for it."""
+    engine = make_engine(tiny_checkpoint)
+    shared = prompt(5, 48)
+    outputs = run(engine, [Request(f"r{i}", shared + prompt(i, 4 + i), greedy(8)) for i in range(5)])
+    model = random_model(tiny_config(architecture))
+    for i in range(5):
+        assert ids_of(outputs[f"r{i}"]) == naive_greedy(model, shared + prompt(i, 4 + i), 8)
+        assert outputs[f"r{i}"][-1].num_cached_tokens == (48 if i else 0)
+
+
+def test_salts_keep_prefixes_apart(tiny_checkpoint: Path) -> None:
+    engine = make_engine(tiny_checkpoint)
+    ids = prompt(5, 40)
+    salts = ["", "x", "x", "y", ""]
+    cached = [
+        run(engine, [Request(f"r{i}", ids, greedy(2), cache_salt=salt)])[f"r{i}"][-1].num_cached_tokens
+        for i, salt in enumerate(salts)
+    ]
+    assert cached == [0, 0, 32, 0, 32]
+
+
 def test_poisoned_free_blocks_reach_no_result(tiny_checkpoint: Path, architecture: Architecture) -> None:
     engine = make_engine(tiny_checkpoint, enable_prefix_caching=False)
     for pool in (*engine.runner.cache.keys, *engine.runner.cache.values):

@@ -38,6 +38,7 @@ RULES: list[tuple[str, tuple[str, ...]]] = [
     ),
     ("server/engine/scheduler.py", ("torch", "lpa_model", *(f"server.engine.{m}" for m in ("engine", "model_runner")))),
     ("server/engine/scheduler.py", ("server.engine.async_engine",)),
+    *((f"server/engine/{name}.py", ("torch", "lpa_model")) for name in ("step_cost", "waiting_queue")),
     ("server/protocol", ("torch", "server.app", "server.cli", "server.routes")),
     ("server/routes", ("torch", "server.app", "server.cli")),
 ]

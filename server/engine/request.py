@@ -184,7 +184,7 @@ class Request:
     @property
     def max_cached_tokens(self) -> int:
         """Prefix hits end here: the position whose logits are needed first must be computed."""
-        last = len(self.token_ids) - 1
+        last = self.num_tokens_to_compute - 1
         if self.params.prompt_logprobs is None or self.num_output_tokens:
             return last
         return min(last, self.params.first_logit_position)

@@ -390,10 +390,13 @@ def _shared_tokens(request: Request, computer: Request, block_size: int) -> int:
 
 def _arrange(batch: ScheduledBatch, followers: dict[Request, list[Request]]) -> None:
     """Prompts of equal shape side by side, as attention takes them together; followers behind their leader."""
-    decodes = [item for item in batch.items if item.is_decode]
-    prompts = [item for item in batch.items if not item.is_decode]
-    prompts.sort(key=lambda item: (item.request.num_computed_tokens, item.num_tokens))
-    batch.items = decodes
-    for item in prompts:
-        batch.items.append(item)
-        batch.items += [ScheduledRequest(follower, 0, False) for follower in followers.get(item.request, ())]
+    shapes: dict[tuple[int, int], list[ScheduledRequest]] = {}  # by (context, length), in order of appearance
+    decodes = []
+    for item in batch.items:
+        if item.is_decode:
+            decodes.append(item)
+        else:
+            same = shapes.setdefault((item.request.num_computed_tokens, item.num_tokens), [])
+            same.append(item)
+            same += [ScheduledRequest(follower, 0, False) for follower in followers.get(item.request, ())]
+    batch.items = decodes + [item for same in shapes.values() for item in same]

@@ -11,6 +11,8 @@ from collections import deque
 from statistics import median
 from typing import NamedTuple
 
+import numpy as np
+
 from server.engine.request import Request
 
 PAIRS = (
@@ -18,7 +20,8 @@ PAIRS = (
 )
 MIN_CHUNK = 8  # tokens; so few cost what one does
 SMALL = 256  # tokens; a step with fewer and no decodes takes longer than they cost, for it reads all weights
-GAIN = 0.8  # how far a step's error moves what it is blamed on
+NOISE = 0.1  # standard deviation of a step's time around its expectation, relative
+DRIFT = 0.03  # of a rate from step to step, relative
 OUTLIER = 0.5  # relative error beyond which a step says no more
 DECODE_SAMPLES = 5  # decode-only steps whose median is a decode's time
 
@@ -44,6 +47,7 @@ class StepCost:
 
     def __init__(self) -> None:
         self.rates: Work | None = None
+        self._covariance = np.zeros((3, 3))  # of the rates
         self._decode_ms: deque[float] = deque(maxlen=DECODE_SAMPLES)
         self._num_decodes = 0  # of the steps in _decode_ms, within a quarter
         self._steps_with_prompts = 2  # since the last decode-only one; 2: the first step with decodes is a probe
@@ -84,17 +88,24 @@ class StepCost:
             return
         decode_ms = self.decode_ms(num_decodes) if num_decodes else 0.0
         if self.rates is None:
-            scale = max(elapsed_ms - decode_ms, 0.1 * elapsed_ms) / sum(
-                rate * x for rate, x in zip(FIRST_RATES, work, strict=True)
-            )
+            relative = sum(rate * x for rate, x in zip(FIRST_RATES, work, strict=True))
+            scale = max(elapsed_ms - decode_ms, 0.1 * elapsed_ms) / relative
             self.rates = Work(*(scale * rate for rate in FIRST_RATES))
+            self._covariance = np.diag(np.square(self.rates))
         elif num_decodes or work.tokens >= SMALL:
-            # A rate moves by the step's relative error, by as much as the step's time was due to it.
-            expected = decode_ms + self.work_ms(work)
-            error = min(max((elapsed_ms - expected) / expected, -OUTLIER), OUTLIER)
-            self.rates = Work(
-                *(r * (1 + GAIN * error * r * x / expected) for r, x in zip(self.rates, work, strict=True))
-            )
+            self._correct(work, elapsed_ms, decode_ms + self.work_ms(work))
+
+    def _correct(self, work: Work, elapsed_ms: float, expected_ms: float) -> None:
+        """A step of a Kalman filter whose state is the rates and whose measurement is the relative error."""
+        assert self.rates is not None
+        rates, part = np.array(self.rates), np.array(work) / expected_ms
+        error = min(max(elapsed_ms / expected_ms - 1, -OUTLIER), OUTLIER)
+        gain = self._covariance @ part / (part @ self._covariance @ part + NOISE**2)
+        self._covariance -= np.outer(gain, part @ self._covariance)
+        rates = np.maximum(rates + gain * error, 0.1 * rates)
+        drift = np.where(self._covariance.diagonal() < rates**2, (DRIFT * rates) ** 2, 0.0)
+        self._covariance += np.diag(drift)
+        self.rates = Work(*rates.tolist())
 
     def _like_the_known(self, num_decodes: int) -> bool:
         return abs(num_decodes - self._num_decodes) <= self._num_decodes / 4
