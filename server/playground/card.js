@@ -52,8 +52,9 @@ export function watchTokens(card) {
 
 function place(card, span) {
   const box = span.getClientRects()[0] ?? span.getBoundingClientRect();
+  const page = document.documentElement.getBoundingClientRect(); // without the scroll bar
   const { offsetWidth: width, offsetHeight: height } = card;
-  const left = Math.max(GAP, Math.min(box.left, document.documentElement.clientWidth - width - GAP));
+  const left = Math.max(GAP, Math.min(box.left, page.width - width - GAP));
   const below = box.bottom + GAP + height <= innerHeight;
   card.style.left = `${left}px`;
   card.style.top = `${Math.max(GAP, below ? box.bottom + GAP : box.top - GAP - height)}px`;
