@@ -60,7 +60,7 @@ function drawTable(scoredA, scoredB) {
       const row = document.createElement("tr");
       const head = Object.assign(document.createElement("th"), { scope: "row", textContent: name });
       const values = [scoredA, scoredB].map((scored) => scored && value(scored));
-      const ratio = values[0] && values[1] ? `× ${(values[1] / values[0]).toFixed(2)}` : "–";
+      const ratio = values[0] && values[1] ? `×${(values[1] / values[0]).toFixed(2)}` : "–";
       const shown = [...values.map((number, i) => (scoredA && scoredB ? figure(number, digits) : "–")), ratio];
       row.append(head, ...shown.map((text) => Object.assign(document.createElement("td"), { textContent: text })));
       return row;

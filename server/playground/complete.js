@@ -80,8 +80,10 @@ export function completeTab(server, scoreText) {
   form.addEventListener("reset", () => setTimeout(() => form.dispatchEvent(new Event("input"))));
   byId("continue").addEventListener("click", () => {
     prompt.value += text;
+    run.focus(); // this button is about to be disabled
     form.requestSubmit();
   });
+  byId("copy").hidden = !navigator.clipboard; // only over https and from this machine
   byId("copy").addEventListener("click", async () => {
     await navigator.clipboard.writeText(prompt.value + text);
     announce("Copied");

@@ -76,18 +76,18 @@ function keyDialog(onKey) {
 }
 
 function legends() {
-  const percents = { 0: "100 %", 2: "25 %", 4: "6 %", 6: "1.6 %", 8: "0.4 %", 10: "0.1 %", 12: "0.02 %" };
+  const percents = ["100", "25", "6.3", "1.6", "0.4", "0.1", "≤ 0.02"];
   for (const legend of document.querySelectorAll("[data-legend]")) {
     const inBits = legend.dataset.legend === "bits";
     const title = document.createElement("span");
-    title.textContent = inBits ? "Surprisal in bits" : "Probability";
+    title.textContent = inBits ? "Surprisal, bits" : "Probability, %";
     const scale = document.createElement("ol");
     for (let bits = 0; bits <= HOTTEST; bits += 2) {
       const step = document.createElement("li");
       const swatch = Object.assign(document.createElement("i"), { className: "heat" });
       shade(swatch, bits);
-      const least = inBits ? `${bits} +` : `${percents[bits]} −`;
-      step.append(swatch, bits < HOTTEST ? (inBits ? String(bits) : percents[bits]) : least);
+      const inBitsLabel = bits < HOTTEST ? String(bits) : `≥ ${bits}`;
+      step.append(swatch, inBits ? inBitsLabel : percents[bits / 2]);
       scale.append(step);
     }
     legend.append(title, scale);
@@ -113,13 +113,17 @@ function modelOf(askForKey) {
   };
 }
 
-function samplingToggle() {
-  const button = byId("sampling-toggle");
-  button.addEventListener("click", () => {
-    const open = button.ariaExpanded !== "true";
-    button.ariaExpanded = String(open);
-    button.textContent = open ? "Hide" : "Show";
-  });
+/** What is folded on a narrow window; style.css shows all of it on a wide one. */
+function folds() {
+  for (const button of document.querySelectorAll("[aria-expanded]")) {
+    const set = (open) => {
+      button.ariaExpanded = String(open);
+      button.textContent = open ? "Hide" : "Show";
+    };
+    button.addEventListener("click", () => set(button.ariaExpanded !== "true"));
+    // the browser cannot point at a wrong value that is folded away
+    byId(button.getAttribute("aria-controls")).addEventListener("invalid", () => set(true), true);
+  }
 }
 
 const select = tabs();
@@ -127,7 +131,7 @@ const askForKey = keyDialog(watchServer());
 const server = { askForKey, model: modelOf(askForKey) };
 themeButton();
 legends();
-samplingToggle();
+folds();
 completeTab(server, (text) => {
   select("score", true);
   byId("score-text").value = text;

@@ -3,7 +3,7 @@
 import { call } from "./api.js";
 import { announce, byId, failed, isRunKey } from "./dom.js";
 import { methodFields } from "./method.js";
-import { assembler, draw, labelOf, roam, shade } from "./tokens.js";
+import { assembler, draw, labelOf, roam } from "./tokens.js";
 
 const ALTERNATIVES = 5;
 const MOST_SHOWN = 5000; // tokens; a page of many more elements is no longer smooth
@@ -126,9 +126,8 @@ function drawWords(words) {
         span.scrollIntoView({ block: "center" });
         span.focus();
       });
-      bar.className = "bar heat";
+      bar.className = "bar";
       bar.style.setProperty("--p", bits / most);
-      shade(bar, bits);
       value.textContent = `${bits.toFixed(1)} bits`;
       item.append(button, bar, value);
       return item;

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.resources import files
 
 from fastapi import APIRouter, Request
@@ -21,39 +22,50 @@ HEADERS = {
 }
 
 
-def _read() -> dict[str, Response]:
-    """Path to answer, of every file of the page."""
-    found: dict[str, Response] = {}
+@dataclass(frozen=True)
+class File:
+    """A file of the page as it is sent; `etag` with its quotes."""
+
+    body: bytes
+    media_type: str
+    etag: str
+
+
+def _read() -> dict[str, File]:
+    """URL path to file."""
+    found: dict[str, File] = {}
     for file in files("server").joinpath("playground").iterdir():
-        suffix = file.name.rpartition(".")[2]
-        if suffix not in MEDIA_TYPES:  # what an editor leaves behind
+        kind = file.name.rpartition(".")[2]
+        if kind not in MEDIA_TYPES:  # what an editor leaves behind
             continue
         body = file.read_bytes()
-        etag = f'"{hashlib.sha256(body).hexdigest()[:16]}"'
         path = "/" if file.name == "index.html" else f"/playground/{file.name}"
-        media_type = f"{MEDIA_TYPES[suffix]}; charset=utf-8"
-        found[path] = Response(body, headers={**HEADERS, "etag": etag}, media_type=media_type)
+        found[path] = File(
+            body, f"{MEDIA_TYPES[kind]}; charset=utf-8", etag=f'"{hashlib.sha256(body).hexdigest()[:16]}"'
+        )
     return found
 
 
-ANSWERS = _read()
-PLAYGROUND_PATHS = frozenset(ANSWERS)
-"""Hold no secret, and a browser cannot send a key with them."""
+FILES = _read()
+PLAYGROUND_PATHS = frozenset(FILES)
+"""Need no API key: they hold no secret, and a browser that opens a page has none to send."""
 
 
 def playground_router() -> APIRouter:
     """The routes of the page."""
     router = APIRouter(include_in_schema=False)
-    for path, answer in ANSWERS.items():
-        router.add_api_route(path, _serve(answer), methods=["GET", "HEAD"])
+    for path, file in FILES.items():
+        router.add_api_route(path, _sender(file))
     return router
 
 
-def _serve(answer: Response) -> Callable[[Request], Response]:
-    def serve(request: Request) -> Response:
-        known = request.headers.get("if-none-match", "")
-        if answer.headers["etag"] in known:
-            return Response(status_code=304, headers={**HEADERS, "etag": answer.headers["etag"]})
-        return answer
+def _sender(file: File) -> Callable[[Request], Response]:
+    headers = {**HEADERS, "etag": file.etag}
 
-    return serve
+    def send(request: Request) -> Response:
+        known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+        if file.etag in known:
+            return Response(status_code=304, headers=headers)
+        return Response(file.body, headers=headers, media_type=file.media_type)
+
+    return send
