@@ -20,6 +20,7 @@ export function percent(p) {
 /** Shows the card at the token that has the pointer, the focus or the last tap. */
 export function watchTokens(card) {
   let anchor = null;
+  let dismissed = null; // the token with the focus whose card was sent away
 
   const hide = () => {
     anchor?.removeAttribute("aria-describedby");
@@ -36,16 +37,23 @@ export function watchTokens(card) {
     place(card, span);
   };
   const focused = () => (document.activeElement?.matches(".token") ? document.activeElement : null);
-  const back = () => (focused() ? show(focused()) : hide());
+  const back = () => (focused() && focused() !== dismissed ? show(focused()) : hide());
 
   document.addEventListener("pointerover", ({ target, pointerType }) => {
     if (pointerType === "touch") return; // a tap gives the focus
     if (target.matches?.(".token")) show(target);
     else back();
   });
-  document.addEventListener("focusin", back);
+  document.addEventListener("focusin", () => {
+    dismissed = null;
+    back();
+  });
   document.addEventListener("focusout", () => setTimeout(back));
-  document.addEventListener("keydown", ({ key }) => key === "Escape" && hide());
+  document.addEventListener("keydown", ({ key }) => {
+    if (key !== "Escape") return;
+    dismissed = focused();
+    hide();
+  });
   addEventListener("scroll", () => anchor && place(card, anchor), { passive: true });
   addEventListener("resize", hide);
 }

@@ -70,7 +70,7 @@ export function completeTab(server, scoreText) {
       showFacts(facts);
     }
     add(flush());
-    dimBeyond(output, text);
+    strikeBeyond(output, text);
   }
 
   document.addEventListener("keydown", (event) => {
@@ -124,15 +124,17 @@ function* tokensOf(logprobs) {
   }
 }
 
-/** Tokens after the text's end, a stop text or the mark of the end, are shown as such. */
-function dimBeyond(output, text) {
-  const spans = [...output.querySelectorAll(".token")];
-  if (!spans.length) return;
-  let at = 0;
-  const length = [...text].length;
-  for (const span of spans) {
-    if (at >= length) span.classList.add("beyond");
-    at += [...pieceOf(span).text].length;
+/** Strike out what is not part of the text: a stop text, the mark of the end. */
+function strikeBeyond(output, text) {
+  let left = [...text].length; // characters of the text that are not yet passed
+  for (const span of output.querySelectorAll(".token")) {
+    const [all, own] = [[...pieceOf(span).text].length, [...span.textContent]];
+    const inside = Math.max(0, left - (all - own.length));
+    left -= all;
+    if (inside >= own.length) continue;
+    const beyond = document.createElement("s");
+    beyond.textContent = own.slice(inside).join("");
+    span.replaceChildren(own.slice(0, inside).join(""), beyond);
   }
 }
 

@@ -17,7 +17,12 @@ export async function score(server, text, options) {
   return (await response.json()).data[0];
 }
 
-export const figure = (value, digits = 2) => (value === null ? "∞" : value.toFixed(value < 1000 ? digits : 0));
+/** A number with so many digits after the point, none from 1000 on; null is an overflow. */
+export function figure(value, digits = 2) {
+  const shown = Math.abs(value) < 1000 ? digits : 0;
+  const options = { minimumFractionDigits: shown, maximumFractionDigits: shown };
+  return value === null ? "∞" : value.toLocaleString("en", options);
+}
 
 /** Fill `container` with the shaded tokens of a scored text; returns its pieces and their elements. */
 export function drawMap(container, { tokens }) {
@@ -102,7 +107,7 @@ function drawFigures(scored) {
   byId("score-figures").replaceChildren(
     ...entries.map(([id, name, value, small]) => {
       const made = document.createElement("div");
-      const [term, number, note] = ["span", "output", "small"].map((tag) => document.createElement(tag));
+      const [term, number, note] = ["span", "strong", "small"].map((tag) => document.createElement(tag));
       term.textContent = name;
       number.id = `score-${id}`;
       number.textContent = value ?? "–";
