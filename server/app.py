@@ -26,6 +26,7 @@ from server.routes.health import health_router, package_version
 from server.routes.metrics import metrics_router
 from server.routes.models import models_router
 from server.routes.perplexity import perplexity_router
+from server.routes.playground import playground_router
 from server.routes.requests import Running, requests_router
 from server.routes.respond import error_response
 from server.routes.tokenize import tokenize_router
@@ -58,6 +59,7 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     app.include_router(tokenize_router(engine, settings))
     app.include_router(health_router(engine))
     app.include_router(metrics_router(metrics))
+    app.include_router(playground_router())
     app.include_router(requests_router(running, keys))
     app.include_router(docs_router(functools.cache(lambda: openapi_document(app, settings, keys))))
     app.add_exception_handler(UserError, _on_user_error)

@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import SecretStr
 
 from server.errors import Forbidden, Unauthorized
+from server.routes.playground import PLAYGROUND_PATHS
 from server.settings import Settings
 
 Role = Literal["nobody", "client", "admin"]
@@ -55,7 +56,7 @@ def keys_of(settings: Settings) -> Keys:
     return Keys(
         client=_digests(settings.api_keys),
         admin=_digests(settings.admin_api_key),
-        open_paths=PROBES if settings.metrics_key else PROBES | {METRICS},
+        open_paths=PROBES | PLAYGROUND_PATHS | (frozenset() if settings.metrics_key else {METRICS}),
     )
 
 

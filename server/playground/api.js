@@ -1,0 +1,53 @@
+// Calls to the server's API, with a key where it asks for one.
+
+const STORED_KEY = "lpa-api-key";
+
+/** OpenAI's error object, or the want of an answer (status 0). */
+export class ApiError extends Error {
+  constructor(message, status, param = null) {
+    super(message);
+    this.status = status;
+    this.param = param; // the field at fault
+  }
+}
+
+export const storedKey = () => sessionStorage.getItem(STORED_KEY) ?? "";
+
+export function storeKey(key) {
+  if (key) sessionStorage.setItem(STORED_KEY, key);
+  else sessionStorage.removeItem(STORED_KEY);
+}
+
+/**
+ * The response to a GET, or to a POST if there is a body; throws ApiError unless it is a success.
+ * After a 401, `askForKey(message)` is awaited, and the call made again with the key it stored if it returns true.
+ */
+export async function call(path, { body, signal, askForKey } = {}) {
+  for (;;) {
+    const response = await send(path, body, signal);
+    if (response.ok) return response;
+    const error = await errorOf(response);
+    if (error.status !== 401 || !askForKey || !(await askForKey(error.message))) throw error;
+  }
+}
+
+async function send(path, body, signal) {
+  const headers = {};
+  if (storedKey()) headers.Authorization = `Bearer ${storedKey()}`;
+  if (body) headers["Content-Type"] = "application/json";
+  try {
+    return await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError("the server cannot be reached", 0);
+  }
+}
+
+async function errorOf(response) {
+  try {
+    const { error } = await response.json();
+    return new ApiError(error.message, response.status, error.param);
+  } catch {
+    return new ApiError(`the server answered with status ${response.status}`, response.status);
+  }
+}

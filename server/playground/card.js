@@ -1,0 +1,97 @@
+// The card beside a token: its probability and what else it could have been.
+
+import { bitsOf, pieceOf } from "./tokens.js";
+
+const GAP = 8; // px
+const element = (tag, className, text = "") => {
+  const made = document.createElement(tag);
+  made.className = className;
+  made.textContent = text;
+  return made;
+};
+
+/** "12.3 %" of a probability; small ones keep two digits. */
+export function percent(p) {
+  if (p >= 0.9995) return "100 %";
+  if (p >= 0.001) return `${(p * 100).toFixed(p >= 0.1 ? 1 : 2)} %`;
+  return `${(p * 100).toPrecision(2)} %`;
+}
+
+/** Shows the card at the token that has the pointer, the focus or the last tap. */
+export function watchTokens(card) {
+  let anchor = null;
+  let dismissed = null; // the token with the focus whose card was sent away
+
+  const hide = () => {
+    anchor?.removeAttribute("aria-describedby");
+    anchor = null;
+    card.hidden = true;
+  };
+  const show = (span) => {
+    if (span === anchor) return;
+    hide();
+    anchor = span;
+    card.replaceChildren(...pieceOf(span).tokens.map(section));
+    card.hidden = false;
+    span.setAttribute("aria-describedby", card.id);
+    place(card, span);
+  };
+  const focused = () => (document.activeElement?.matches(".token") ? document.activeElement : null);
+  const back = () => (focused() && focused() !== dismissed ? show(focused()) : hide());
+
+  document.addEventListener("pointerover", ({ target, pointerType }) => {
+    if (pointerType === "touch") return; // a tap gives the focus
+    if (target.matches?.(".token")) show(target);
+    else back();
+  });
+  document.addEventListener("focusin", () => {
+    dismissed = null;
+    back();
+  });
+  document.addEventListener("focusout", () => setTimeout(back));
+  document.addEventListener("keydown", ({ key }) => {
+    if (key !== "Escape") return;
+    dismissed = focused();
+    hide();
+  });
+  addEventListener("scroll", () => anchor && place(card, anchor), { passive: true });
+  addEventListener("resize", hide);
+}
+
+function place(card, span) {
+  const box = span.getClientRects()[0] ?? span.getBoundingClientRect();
+  const page = document.documentElement.getBoundingClientRect(); // without the scroll bar
+  const { offsetWidth: width, offsetHeight: height } = card;
+  const left = Math.max(GAP, Math.min(box.left, page.width - width - GAP));
+  const below = box.bottom + GAP + height <= innerHeight;
+  card.style.left = `${left}px`;
+  card.style.top = `${Math.max(GAP, below ? box.bottom + GAP : box.top - GAP - height)}px`;
+}
+
+function section(token) {
+  const made = element("section", "");
+  const head = element("p", "card-token");
+  head.append(element("b", "", token.label));
+  if (token.logprob === null) {
+    head.append(element("span", "", "not scored"));
+    made.append(head);
+    return made;
+  }
+  head.append(element("span", "", `${bitsOf(token.logprob).toFixed(2)} bits`));
+  const rows = element("div", "bars");
+  let rest = 1;
+  for (const { label, logprob, chosen } of token.alternatives) {
+    rest -= Math.exp(logprob);
+    rows.append(...bar(label, Math.exp(logprob), chosen ? "chosen" : ""));
+  }
+  rows.append(...bar("all others", Math.max(rest, 0), "rest"));
+  made.append(head, rows);
+  if (token.rank) made.append(element("p", "hint", `Rank ${token.rank} of the model's guesses`));
+  return made;
+}
+
+function bar(label, p, kind) {
+  const fill = element("i", `bar ${kind}`);
+  fill.style.setProperty("--p", p);
+  return [element("span", `label ${kind}`, label), fill, element("span", `value ${kind}`, percent(p))];
+}

@@ -1,0 +1,83 @@
+// The Compare tab: two texts, or two methods on one text, side by side.
+
+import { announce, byId, failed, isRunKey } from "./dom.js";
+import { methodFields } from "./method.js";
+import { drawMap, figure, score } from "./score.js";
+import { roam } from "./tokens.js";
+
+const bits = ({ nll_sum: nats }) => nats / Math.LN2;
+const ROWS = [
+  ["Perplexity", (scored) => scored.perplexity, 2],
+  ["Bits per byte", (scored) => scored.bits_per_byte, 3],
+  ["Bits per token", (scored) => bits(scored) / scored.num_tokens, 3],
+  ["Bits in all", bits, 1],
+  ["Tokens scored", (scored) => scored.num_tokens, 0],
+];
+
+export function compareTab(server) {
+  const [form, same, a, b] = ["compare-form", "same-text", "a-text", "b-text"].map(byId);
+  const [methodA, methodB] = ["a", "b"].map((side) => methodFields(form.querySelector(`[data-method="${side}"]`)));
+  const maps = [byId("a-map"), byId("b-map")];
+  maps.forEach(roam);
+  drawTable(null, null);
+
+  let own = b.value; // B's text while it shows A's
+  same.addEventListener("change", () => {
+    b.readOnly = same.checked;
+    if (same.checked) [own, b.value] = [b.value, a.value];
+    else b.value = own;
+  });
+  a.addEventListener("input", () => same.checked && (b.value = a.value));
+
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    if (form.ariaBusy === "true") return;
+    form.ariaBusy = "true";
+    failed("compare-error", null);
+    announce("Scoring");
+    try {
+      const both = [score(server, a.value, methodA.read()), score(server, b.value, methodB.read())];
+      const [scoredA, scoredB] = await Promise.all(both);
+      drawTable(scoredA, scoredB);
+      drawMap(maps[0], scoredA);
+      drawMap(maps[1], scoredB);
+      byId("verdict").textContent = verdict(scoredA, scoredB, a.value === b.value);
+      announce(byId("verdict").textContent);
+    } catch (error) {
+      failed("compare-error", error);
+    } finally {
+      form.ariaBusy = "false";
+    }
+  });
+  form.addEventListener("keydown", (event) => {
+    if (event.target.matches("textarea") && isRunKey(event)) form.requestSubmit();
+  });
+}
+
+function drawTable(scoredA, scoredB) {
+  byId("compare-table").replaceChildren(
+    ...ROWS.map(([name, value, digits]) => {
+      const row = document.createElement("tr");
+      const head = Object.assign(document.createElement("th"), { scope: "row", textContent: name });
+      const values = [scoredA, scoredB].map((scored) => scored && value(scored));
+      const ratio = values[0] && values[1] ? `×${(values[1] / values[0]).toFixed(2)}` : "–";
+      const shown = [...values.map((number, i) => (scoredA && scoredB ? figure(number, digits) : "–")), ratio];
+      row.append(head, ...shown.map((text) => Object.assign(document.createElement("td"), { textContent: text })));
+      return row;
+    }),
+  );
+}
+
+function verdict(scoredA, scoredB, sameText) {
+  // two texts have tokens of different lengths, so bytes are what they have in common
+  const [of, unit] = sameText ? [(scored) => scored.perplexity, "perplexity"] : [(s) => s.bits_per_byte, "bits per byte"];
+  const [valueA, valueB] = [of(scoredA), of(scoredB)];
+  if (valueA === null || valueB === null) return "One of them is beyond all numbers.";
+  const change = Math.abs(valueB / valueA - 1) * 100;
+  if (change < 0.05) return `A and B have the same ${unit}, ${figure(valueA, 3)}.`;
+  const [low, high, least, most] = valueA < valueB ? ["A", "B", valueA, valueB] : ["B", "A", valueB, valueA];
+  const more = ((most / least - 1) * 100).toFixed(most / least < 1.1 ? 1 : 0);
+  return sameText
+    ? `One text, two methods: ${high} reads ${more} % more ${unit} than ${low}.`
+    : `The model finds ${low} the easier text: ${high} takes ${more} % more ${unit}.`;
+}

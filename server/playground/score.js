@@ -1,0 +1,141 @@
+// Scoring a text: the call, its figures, the heat map, and the Score tab.
+
+import { call } from "./api.js";
+import { announce, byId, failed, isRunKey } from "./dom.js";
+import { methodFields } from "./method.js";
+import { assembler, draw, labelOf, roam } from "./tokens.js";
+
+const ALTERNATIVES = 5;
+const MOST_SHOWN = 5000; // tokens; a page of many more elements is no longer smooth
+const MOST_WORDS = 12;
+
+/** The API's entry for one text, with its tokens; `options` are the fields that methodFields reads. */
+export async function score(server, text, options) {
+  const wanted = { return_tokens: true, top_logprobs: ALTERNATIVES };
+  const body = { model: await server.model(), input: text, ...options, ...wanted };
+  const response = await call("v1/perplexity", { body, askForKey: server.askForKey });
+  return (await response.json()).data[0];
+}
+
+/** A number with so many digits after the point, none from 1000 on; null is an overflow. */
+export function figure(value, digits = 2) {
+  const shown = Math.abs(value) < 1000 ? digits : 0;
+  const options = { minimumFractionDigits: shown, maximumFractionDigits: shown };
+  return value === null ? "∞" : value.toLocaleString("en", options);
+}
+
+/** Fill `container` with the shaded tokens of a scored text; returns its pieces and their elements. */
+export function drawMap(container, { tokens }) {
+  const { push, flush } = assembler();
+  const pieces = [...tokens.slice(0, MOST_SHOWN).map((token) => push(read(token))), flush()].filter(Boolean);
+  const drawn = pieces.map((piece) => ({ ...piece, nodes: draw(piece) }));
+  container.replaceChildren(...drawn.flatMap(({ nodes }) => nodes));
+  return drawn;
+}
+
+function read({ id, bytes, logprob, rank, offset, top_logprobs: top }) {
+  const own = Uint8Array.from(bytes);
+  const alternatives = (top ?? []).map((other) => ({
+    label: labelOf(Uint8Array.from(other.bytes)),
+    logprob: other.logprob,
+    chosen: other.id === id,
+  }));
+  if (logprob !== null && !alternatives.some(({ chosen }) => chosen)) {
+    alternatives.push({ label: labelOf(own), logprob, chosen: true });
+  }
+  return { bytes: own, label: labelOf(own), logprob, rank, alternatives, offset };
+}
+
+/** {text, bits, span} of the words with most bits, most first; a token counts for the word that it begins in. */
+function surprisingWords(drawn) {
+  const text = drawn.map((piece) => piece.text).join("");
+  const words = [...new Intl.Segmenter(undefined, { granularity: "word" }).segment(text)]
+    .filter(({ isWordLike }) => isWordLike)
+    .map(({ segment, index }) => ({ text: segment, end: index + segment.length, bits: 0, span: null }));
+  let [at, word] = [0, 0];
+  for (const piece of drawn) {
+    const begins = at + piece.text.search(/\S|$/);
+    at += piece.text.length;
+    while (word < words.length && words[word].end <= begins) word += 1;
+    const mine = words[word];
+    if (!mine || begins < mine.end - mine.text.length || begins >= at || piece.bits === null) continue;
+    mine.bits += piece.bits;
+    mine.span ??= piece.nodes.at(-1);
+  }
+  const found = words.filter(({ span }) => span).sort((a, b) => b.bits - a.bits);
+  return found.slice(0, MOST_WORDS);
+}
+
+export function scoreTab(server) {
+  const [form, text, map] = ["score-form", "score-text", "score-map"].map(byId);
+  const method = methodFields(form.querySelector("[data-method]"));
+  roam(map);
+  drawFigures(null);
+
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    if (form.ariaBusy === "true") return;
+    form.ariaBusy = "true";
+    failed("score-error", null);
+    announce("Scoring");
+    try {
+      const scored = await score(server, text.value, method.read());
+      drawFigures(scored);
+      const drawn = drawMap(map, scored);
+      drawWords(surprisingWords(drawn));
+      const left = scored.tokens.length - MOST_SHOWN;
+      byId("score-note").textContent =
+        left > 0 ? `The first ${MOST_SHOWN} tokens are shown; the figures are those of all ${scored.tokens.length}.` : "";
+      announce(`Perplexity ${figure(scored.perplexity)}, ${figure(scored.bits_per_byte, 3)} bits per byte`);
+    } catch (error) {
+      failed("score-error", error);
+    } finally {
+      form.ariaBusy = "false";
+    }
+  });
+  text.addEventListener("keydown", (event) => isRunKey(event) && form.requestSubmit());
+}
+
+function drawFigures(scored) {
+  const guessed = scored?.tokens.filter(({ rank }) => rank === 1).length;
+  const entries = [
+    ["perplexity", "Perplexity", scored && figure(scored.perplexity), scored && spread(scored)],
+    ["bits-per-byte", "Bits per byte", scored && figure(scored.bits_per_byte, 3), ""],
+    ["num-tokens", "Tokens", scored && String(scored.num_tokens), scored && `of ${scored.tokens.length}`],
+    ["guessed", "Guessed", scored && `${Math.round((100 * guessed) / scored.num_tokens)} %`, "at first try"],
+  ];
+  byId("score-figures").replaceChildren(
+    ...entries.map(([id, name, value, small]) => {
+      const made = document.createElement("div");
+      const [term, number, note] = ["span", "strong", "small"].map((tag) => document.createElement(tag));
+      term.textContent = name;
+      number.id = `score-${id}`;
+      number.textContent = value ?? "–";
+      note.textContent = small || "\u00a0"; // keeps its line
+      made.append(term, number, note);
+      return made;
+    }),
+  );
+}
+
+const spread = ({ perplexity_stderr: error }) => (error == null ? "" : `± ${figure(error)}`);
+
+function drawWords(words) {
+  const most = words[0]?.bits || 1;
+  byId("score-words").replaceChildren(
+    ...words.map(({ text, bits, span }) => {
+      const [item, button, bar, value] = ["li", "button", "i", "span"].map((tag) => document.createElement(tag));
+      button.type = "button";
+      button.textContent = text;
+      button.addEventListener("click", () => {
+        span.scrollIntoView({ block: "center" });
+        span.focus();
+      });
+      bar.className = "bar";
+      bar.style.setProperty("--p", bits / most);
+      value.textContent = `${bits.toFixed(1)} bits`;
+      item.append(button, bar, value);
+      return item;
+    }),
+  );
+}

@@ -1,0 +1,101 @@
+// Tokens as text: whole characters out of bytes, and a run of shaded, focusable pieces.
+//
+// A token is {bytes, label, logprob, rank, alternatives}: bytes a Uint8Array, logprob in nats or null where nothing
+// predicts it, alternatives [{label, logprob, chosen}], best first. A piece is one or more tokens that end where a
+// character ends: {text, tokens, bits, offset}.
+
+export const HOTTEST = 12; // bits at which the shade is full
+const ESCAPED = /^bytes:((?:\\x[0-9a-f]{2})+)$/; // how OpenAI writes a token whose bytes are not UTF-8
+
+const encoder = new TextEncoder();
+const pieces = new WeakMap(); // element to piece
+
+export const bitsOf = (logprob) => -logprob / Math.LN2;
+
+/** The bytes behind a token's text in a completion's logprobs. */
+export function bytesOf(text) {
+  const escaped = ESCAPED.exec(text);
+  return escaped ? Uint8Array.from(escaped[1].slice(2).split("\\x"), (hex) => parseInt(hex, 16)) : encoder.encode(text);
+}
+
+/** A token's text with its white space made visible; bytes that are no text as ‹hex›. */
+export function labelOf(bytes) {
+  try {
+    const text = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
+    return text.replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥") || "(empty)";
+  } catch {
+    return `‹${Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join(" ")}›`;
+  }
+}
+
+/** Feed it tokens in order: `push` returns the piece that is complete, or null; `flush` what is left. */
+export function assembler() {
+  let held = [];
+  const flush = () => {
+    if (!held.length) return null;
+    const tokens = held;
+    held = [];
+    const text = new TextDecoder("utf-8", { ignoreBOM: true }).decode(join(tokens));
+    const scored = tokens.filter((token) => token.logprob !== null);
+    const bits = scored.length ? scored.reduce((sum, token) => sum + bitsOf(token.logprob), 0) : null;
+    return { text, tokens, bits, offset: tokens[0].offset };
+  };
+  const push = (token) => {
+    held.push(token);
+    return endsInside(join(held)) ? null : flush();
+  };
+  return { push, flush };
+}
+
+const join = (tokens) => Uint8Array.from(tokens.flatMap((token) => Array.from(token.bytes)));
+
+/** Whether the last character of UTF-8 bytes still lacks some of its own. */
+export function endsInside(bytes) {
+  for (let back = 1; back <= Math.min(3, bytes.length); back++) {
+    const byte = bytes[bytes.length - back];
+    if (byte < 0x80) return false;
+    if (byte >= 0xc0) return back < (byte >= 0xf0 ? 4 : byte >= 0xe0 ? 3 : 2);
+  }
+  return false;
+}
+
+/** The nodes of a piece: its element, and before that its white space, which would be a stain at the end of a line. */
+export function draw(piece) {
+  const span = document.createElement("span");
+  span.className = "token heat";
+  span.tabIndex = -1;
+  span.setAttribute("role", "button");
+  const [, space, rest] = /^(\s*)([^]*)$/.exec(piece.text);
+  span.textContent = rest || space;
+  if (/[\n\r]/.test(piece.text)) span.classList.add("break");
+  if (piece.bits === null) span.classList.add("unscored");
+  else shade(span, piece.bits);
+  pieces.set(span, piece);
+  return space && rest ? [space, span] : [span];
+}
+
+export const shade = (element, bits) =>
+  element.style.setProperty("--s", Math.min(Math.max(bits, 0), HOTTEST) / HOTTEST);
+
+export const pieceOf = (element) => pieces.get(element);
+
+/** One tab stop for all tokens in `container`; arrow keys, Home and End move. */
+export function roam(container) {
+  const only = (span) => {
+    container.querySelector('[tabindex="0"]')?.setAttribute("tabindex", "-1");
+    span.tabIndex = 0;
+  };
+  new MutationObserver(() => {
+    const first = container.querySelector(".token");
+    if (first && !container.querySelector('[tabindex="0"]')) first.tabIndex = 0;
+  }).observe(container, { childList: true });
+  container.addEventListener("focusin", ({ target }) => target.matches(".token") && only(target));
+  container.addEventListener("keydown", (event) => {
+    const all = [...container.querySelectorAll(".token")];
+    const at = all.indexOf(event.target);
+    const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: all.length - 1 }[event.key];
+    if (at < 0 || !all[to]) return;
+    event.preventDefault();
+    all[to].focus();
+  });
+}

@@ -1,0 +1,454 @@
+"""The page in a real browser, against `lpa serve` with the embedded model."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+ROOT = Path(__file__).parent.parent.parent
+CHROMIUM = shutil.which("chromium")
+ARGUMENTS = (
+    *("--no-sandbox", "--headless=new", "--disable-gpu", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+WIDTHS = {"phone": 360, "tablet": 800, "desktop": 1280}
+STORY = "The old man sat down by the fire and told them a story."
+MIXED = 'He said: "naïve, 你好 🙂👍🏽" — and\nthe waves\n\nsaid nothing.'
+
+# texts of the pieces of tokens that are given as lists of bytes
+PIECES = """async (parts) => {
+  const { assembler } = await import("/playground/tokens.js");
+  const { push, flush } = assembler();
+  const pieces = parts.map((part) => push({ bytes: Uint8Array.from(part), logprob: -1 }));
+  return [...pieces, flush()].filter(Boolean).map(({ text }) => text);
+}"""
+
+# WCAG's contrast of every text that is visible and not disabled, as {text: ratio} of those below 4.5
+LOW_CONTRAST = """() => {
+  const canvas = Object.assign(document.createElement("canvas"), { width: 1, height: 1 });
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  const luminance = (colors) => {
+    context.clearRect(0, 0, 1, 1);
+    for (const color of colors) {
+      context.fillStyle = color;
+      context.fillRect(0, 0, 1, 1);
+    }
+    const [r, g, b] = [...context.getImageData(0, 0, 1, 1).data].map((byte) => {
+      const value = byte / 255;
+      return value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+    });
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const low = {};
+  for (const element of document.body.querySelectorAll("*")) {
+    const text = [...element.childNodes].filter((node) => node.nodeType === 3 && node.data.trim());
+    if (!text.length || element.matches(":disabled, script, template, option") || !element.checkVisibility()) continue;
+    const grounds = [];
+    for (let at = element; at; at = at.parentElement) grounds.unshift(getComputedStyle(at).backgroundColor);
+    const [ground, ink] = [luminance(grounds), luminance([...grounds, getComputedStyle(element).color])];
+    const ratio = (Math.max(ground, ink) + 0.05) / (Math.min(ground, ink) + 0.05);
+    if (ratio < 4.5) low[text[0].data.trim()] = ratio;
+  }
+  return low;
+}"""
+
+FOCUSED = "document.activeElement.id"
+GROUND = "getComputedStyle(document.documentElement).backgroundColor"
+
+expect.set_options(timeout=20_000)
+
+
+@contextmanager
+def serving(folder: Path, *flags: str) -> Iterator[str]:
+    """`lpa serve` on a free port; its URL. It must end with status 0 when it is asked to."""
+    log = folder / "stdout"
+    command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--threads", "1", *flags]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LPA_")}
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, env=environment)
+    try:
+        for _ in range(600):
+            if found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text()):
+                break
+            assert process.poll() is None, "the server ended"
+            time.sleep(0.1)
+        assert found, "the server did not start within a minute"
+        yield found[0]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving(tmp_path_factory.mktemp("serve")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    assert CHROMIUM, "chromium is not installed"
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=list(ARGUMENTS))
+        yield launched
+        launched.close()
+
+
+Open = Callable[..., Page]
+
+
+@pytest.fixture
+def open_page(browser: Browser, url: str) -> Iterator[Open]:
+    """Opens the page at a width and in a theme. No page may ask another host for anything or log an error."""
+    requests: list[str] = []
+    troubles: list[str] = []
+    contexts = []
+
+    def open_at(width: int = 1280, theme: Any = "light", at: str = url, **options: Any) -> Page:
+        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=theme, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.goto(f"{at}/")
+        return page
+
+    yield open_at
+    for context in contexts:
+        context.close()
+    assert requests
+    assert {urlsplit(request).hostname for request in requests} == {"127.0.0.1"}
+    # the browser logs every answer that is no success by itself; tests that cause one look at what the page says
+    assert [text for text in troubles if not text.startswith("Failed to load resource")] == []
+
+
+def ask(url: str, path: str, **body: Any) -> dict[str, Any]:
+    data = json.dumps({"model": "lpa-tiny", **body}).encode()
+    request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        found: dict[str, Any] = json.load(answer)
+        return found
+
+
+def figure(perplexity: float) -> str:
+    return f"{perplexity:.2f}" if perplexity < 1000 else f"{perplexity:,.0f}"
+
+
+def running(url: str) -> float:
+    with urllib.request.urlopen(f"{url}/metrics") as answer:
+        found = re.search(r"^lpa:num_requests_running\S* (\S+)$", answer.read().decode(), re.MULTILINE)
+    assert found
+    return float(found[1])
+
+
+def complete(page: Page, **controls: Any) -> None:
+    """Set controls, and wait for a whole completion."""
+    for name, value in controls.items():
+        page.locator(f"#{name}").fill(str(value))
+    page.click("#run")
+    expect(page.locator("#run")).to_have_text("Complete")
+    expect(page.locator("#copy")).to_be_enabled()
+
+
+def score(page: Page, text: str) -> None:
+    page.click("#score-tab")
+    page.fill("#score-text", text)
+    page.click("#score-form .primary")
+    expect(page.locator("#score-map .token").first).to_be_visible()
+
+
+def test_completion_is_that_of_the_api(open_page: Open, url: str) -> None:
+    page = open_page()
+    expect(page.locator("#model")).to_have_text("lpa-tiny")
+    complete(page, prompt="It was a dark night, and", temperature=0, max_tokens=24)
+    body = {"prompt": "It was a dark night, and", "temperature": 0, "max_tokens": 24}
+    [choice] = ask(url, "/v1/completions", **body)["choices"]
+    assert page.locator("#completion").text_content() == body["prompt"] + choice["text"]
+    assert page.locator("#completion .token").count() == 24
+    expect(page.locator("#complete-facts")).to_contain_text("24 tokens")
+    page.click("#continue")
+    expect(page.locator("#run")).to_have_text("Complete")
+    assert page.locator("#prompt").input_value() == body["prompt"] + choice["text"]
+
+
+def test_stop_in_the_middle_ends_the_request(open_page: Open, url: str) -> None:
+    page = open_page()
+    page.fill("#max_tokens", "1000")
+    page.click("#run")
+    expect(page.locator("#run")).to_have_text("Stop")
+    expect(page.locator("#completion .token").nth(5)).to_be_visible()
+    expect(page.locator("#live-running")).to_have_text("1")
+    page.click("#run")
+    expect(page.locator("#run")).to_have_text("Complete")
+    expect(page.locator("#complete-facts")).to_contain_text("stopped")
+    assert 5 < page.locator("#completion .token").count() < 1000
+    for _ in range(100):
+        if running(url) == 0:
+            break
+        time.sleep(0.05)
+    assert running(url) == 0
+    expect(page.locator("#live-running")).to_have_text("0")
+
+
+def test_token_shows_its_alternatives(open_page: Open, url: str) -> None:
+    page = open_page()
+    complete(page, temperature=0, max_tokens=8)
+    card = page.locator("#card")
+    expect(card).to_be_hidden()
+    page.locator("#completion .token").nth(3).hover()
+    expect(card).to_be_visible()
+    [choice] = ask(url, "/v1/completions", prompt="It was a dark night, and", temperature=0, max_tokens=8, logprobs=5)[
+        "choices"
+    ]
+    top = choice["logprobs"]["top_logprobs"][3]
+    labels = [label.replace("␣", " ") for label in card.locator(".label").all_text_contents()]
+    assert labels == [*top, "all others"]
+    shown = [float(text.removesuffix(" %")) / 100 for text in card.locator(".value").all_text_contents()]
+    assert shown == pytest.approx([*map(math.exp, top.values()), 1 - sum(map(math.exp, top.values()))], rel=0.01)
+    assert card.locator(".label.chosen").text_content() == labels[0].replace(" ", "␣")  # greedy
+    page.mouse.move(0, 0)
+    expect(card).to_be_hidden()
+
+
+def test_a_tap_shows_the_card_inside_a_phone(open_page: Open) -> None:
+    page = open_page(360, has_touch=True, is_mobile=True)
+    page.tap("[aria-controls=controls]")
+    complete(page, max_tokens=30)
+    for at in (0, 12, 29):
+        page.locator("#completion .token").nth(at).tap()
+        box = page.locator("#card").bounding_box()
+        assert box and box["x"] >= 0 and box["x"] + box["width"] <= 360
+
+
+def test_stop_text_and_what_the_server_refuses(open_page: Open, url: str) -> None:
+    page = open_page()
+    complete(page, temperature=0, max_tokens=40)
+    whole = (page.locator("#completion").text_content() or "").removeprefix("It was a dark night, and")
+    word = whole.split()[5]
+    complete(page, stop=word)
+    expect(page.locator("#complete-facts")).to_contain_text(f"ended at “{word}”")
+    struck = "".join(page.locator("#completion s").all_text_contents())
+    shown = (page.locator("#completion").text_content() or "").removeprefix("It was a dark night, and")
+    assert shown.removesuffix(struck) == whole[: whole.index(word)]
+    assert struck.startswith(word)
+    page.fill("#max_tokens", "1023")
+    page.click("#run")
+    expect(page.locator("#complete-error")).to_contain_text("maximum context length")
+    expect(page.locator("#max_tokens")).to_have_attribute("aria-invalid", "true")
+    complete(page, max_tokens=3)
+    expect(page.locator("#complete-error")).to_be_empty()
+    expect(page.locator("#max_tokens")).not_to_have_attribute("aria-invalid", "true")
+
+
+def test_score_is_that_of_the_api(open_page: Open, url: str) -> None:
+    page = open_page()
+    score(page, MIXED)
+    [scored] = ask(url, "/v1/perplexity", input=MIXED, return_tokens=True)["data"]
+    assert page.locator("#score-perplexity").text_content() == figure(scored["perplexity"])
+    assert page.locator("#score-bits-per-byte").text_content() == f"{scored['bits_per_byte']:.3f}"
+    assert page.locator("#score-num-tokens").text_content() == str(scored["num_tokens"])
+    assert page.locator("#score-map").text_content() == MIXED  # characters of several tokens are whole
+    pieces = page.locator("#score-map .token").all_text_contents()
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+    assert len(pieces) < len(scored["tokens"])
+    page.locator("#score-map .token", has_text="🙂").focus()
+    assert page.locator("#card section").count() > 1
+
+
+def test_most_surprising_words(open_page: Open, url: str) -> None:
+    page = open_page()
+    text = "Once upon a time there was a king who loved algebra."
+    score(page, text)
+    words = page.locator("#score-words button").all_text_contents()
+    assert words[0] == "algebra"
+    assert sorted(words) == sorted(re.findall(r"\w+", text))
+    [scored] = ask(url, "/v1/perplexity", input=text, return_tokens=True)["data"]
+    start, end = text.index("algebra") - 1, text.index("algebra") + len("algebra")
+    bits = sum(-token["logprob"] / math.log(2) for token in scored["tokens"] if start <= token["offset"] < end)
+    assert page.locator("#score-words li span").first.text_content() == f"{bits:.1f} bits"
+    page.click("#score-words button >> nth=0")
+    assert page.evaluate("document.activeElement.className").startswith("token")
+    expect(page.locator("#card")).to_be_visible()
+
+
+def test_compare_two_texts_and_two_methods(open_page: Open, url: str) -> None:
+    page = open_page()
+    page.click("#compare-tab")
+    other = "Fire the old by a man sat story and down them told the."
+    page.fill("#a-text", STORY)
+    page.fill("#b-text", other)
+    page.click("#compare-form .primary")
+    expect(page.locator("#verdict")).to_contain_text("finds A the easier text")
+    cells = page.locator("#compare-table tr").first.locator("td").all_text_contents()
+    expected = [entry["perplexity"] for entry in ask(url, "/v1/perplexity", input=[STORY, other])["data"]]
+    assert cells[:2] == [figure(value) for value in expected]
+    assert page.locator("#b-map").text_content() == other
+
+    page.check("#same-text")
+    assert page.locator("#b-text").input_value() == STORY
+    page.fill("#a-text", STORY * 3)
+    page.select_option('[data-method="b"] [name="method"]', "sliding")
+    page.fill('[data-method="b"] [name="max_length"]', "8")
+    page.fill('[data-method="b"] [name="stride"]', "4")
+    page.click("#compare-form .primary")
+    expect(page.locator("#verdict")).to_contain_text("One text, two methods: B reads")
+    cells = page.locator("#compare-table tr").first.locator("td").all_text_contents()
+    methods: list[dict[str, Any]] = [{"method": "full"}, {"method": "sliding", "max_length": 8, "stride": 4}]
+    answers = [ask(url, "/v1/perplexity", input=STORY * 3, **method) for method in methods]
+    assert cells[:2] == [figure(answer["data"][0]["perplexity"]) for answer in answers]
+    page.uncheck("#same-text")
+    assert page.locator("#b-text").input_value() == other
+
+
+def test_every_method_of_the_menu_is_taken(open_page: Open) -> None:
+    page = open_page()
+    page.click("#score-tab")
+    page.fill("#score-text", STORY * 4)
+    page.fill('[data-method="score"] [name="max_length"]', "16")
+    for method in ("sliding", "rolling", "chunks"):
+        page.select_option('[data-method="score"] [name="method"]', method)
+        page.click("#score-form .primary")
+        expect(page.locator("#announce")).to_contain_text("Perplexity")
+        expect(page.locator("#score-error")).to_be_empty()
+        assert page.locator("#score-map").text_content() == STORY * 4
+    assert page.locator("#score-map .unscored").count() > 16  # chunks: the first halves
+    page.select_option('[data-method="score"] [name="method"]', "full")
+    page.click("#score-form .primary")
+    expect(page.locator("#score-error")).to_contain_text("16")
+
+
+def test_keyboard_is_enough(open_page: Open) -> None:
+    page = open_page()
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        if page.evaluate(FOCUSED) == "prompt":
+            break
+    assert page.evaluate(FOCUSED) == "prompt"
+    page.keyboard.press("Control+A")
+    page.keyboard.type("The captain looked at")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator("#completion .token").nth(2)).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#run")).to_have_text("Complete")
+    assert (page.locator("#completion").text_content() or "").startswith("The captain looked at")
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if "token" in page.evaluate("document.activeElement.className"):
+            break
+    expect(page.locator("#completion .token").first).to_be_focused()
+    expect(page.locator("#card")).to_be_visible()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#completion .token").nth(1)).to_be_focused()
+    page.keyboard.press("End")
+    expect(page.locator("#completion .token").last).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.locator("#card")).to_be_hidden()
+    for _ in range(40):
+        page.keyboard.press("Shift+Tab")
+        if page.evaluate(FOCUSED) == "complete-tab":
+            break
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate(FOCUSED) == "score-tab"
+    expect(page.locator("#score")).to_be_visible()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate(FOCUSED) == "compare-tab"
+
+
+def test_a_server_with_a_key_asks_for_it_once(open_page: Open, tmp_path: Path) -> None:
+    with serving(tmp_path, "--api-key", "secret") as url:
+        page = open_page(at=url)
+        dialog = page.locator("#key-dialog")
+        expect(dialog).to_be_visible()
+        page.fill("#key", "wrong")
+        page.keyboard.press("Enter")
+        expect(dialog).to_be_visible()
+        page.fill("#key", "secret")
+        page.keyboard.press("Enter")
+        expect(page.locator("#model")).to_have_text("lpa-tiny")
+        expect(dialog).to_be_hidden()
+        complete(page, max_tokens=4)
+        page.reload()
+        expect(page.locator("#model")).to_have_text("lpa-tiny")
+        expect(dialog).to_be_hidden()
+        expect(page.locator("#live-running")).to_have_text("0")
+        page.goto("about:blank")
+
+
+def test_live_strip_waits_while_hidden_and_when_refused(open_page: Open) -> None:
+    page = open_page()
+    expect(page.locator("#live-running")).to_have_text("0")
+    asked: list[float] = []
+    page.route("**/metrics", lambda route: (asked.append(time.monotonic()), route.fulfill(status=401, json={}))[1])
+    expect(page.locator("#live-running")).to_have_text("\N{EN DASH}")
+    expect(page.locator("#live")).to_have_attribute("title", "Shown once a key is given")
+    page.wait_for_timeout(6500)
+    gaps = [later - sooner for sooner, later in itertools.pairwise(asked)]
+    assert gaps and gaps[0] > 1.8 and gaps[-1] > 1.5 * gaps[0]
+    page.unroute("**/metrics")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("device", WIDTHS)
+def test_looks(device: str, theme: str, open_page: Open, tmp_path: Path) -> None:
+    page = open_page(WIDTHS[device], theme)
+    for tab in ("complete", "score", "compare"):
+        page.click(f"#{tab}-tab")
+        page.click(f"#{tab}-form .primary")
+        expect(page.locator(f"#{tab} .token").last).to_be_visible()
+        expect(page.locator("#run")).to_have_text("Complete")
+        page.screenshot(path=tmp_path / f"{tab}-{device}-{theme}.png", full_page=True)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert page.evaluate(LOW_CONTRAST) == {}
+
+
+def test_theme_button_overrules_the_system(open_page: Open) -> None:
+    page = open_page(theme="dark")
+    dark = page.evaluate(GROUND)
+    page.click("#theme-button")
+    light = page.evaluate(GROUND)
+    assert light != dark
+    page.reload()
+    assert page.evaluate(GROUND) == light
+    page.click("#theme-button")
+    assert page.evaluate(GROUND) == dark
+    expect(page.locator("#theme-button")).to_have_attribute("aria-label", "Theme: dark")
+
+
+def test_pieces_are_whole_characters(open_page: Open) -> None:
+    page = open_page()
+
+    @settings(max_examples=60, deadline=None)
+    @given(text=st.text(min_size=1, max_size=20), cuts=st.sets(st.integers(1, 79)))
+    def check(text: str, cuts: set[int]) -> None:
+        raw = text.encode()
+        ends = [*sorted(cut for cut in cuts if cut < len(raw)), len(raw)]
+        parts = [list(raw[start:end]) for start, end in itertools.pairwise([0, *ends])]
+        pieces = page.evaluate(PIECES, parts)
+        boundaries = {len(text[:i].encode()) for i in range(len(text) + 1)}
+        cut_at = [0, *(end for end in ends if end in boundaries)]
+        assert pieces == [raw[start:end].decode() for start, end in itertools.pairwise(cut_at)]
+
+    check()
