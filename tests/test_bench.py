@@ -17,12 +17,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
 
+from lpa_model.config import Architecture, LPAConfig
 from server.bench.client import Client, RequestFailed
+from server.bench.floor import decode_work, prompt_work
 from server.bench.load import Load, Timing, prompts, quantile, run_load, summarize
 from server.bench.rounds import _stopped, medians, ratios
 from server.bench.score import score_text
+from server.bench.stopwatch import Stopwatch
 from server.cli import app
 from tests.conftest import VOCAB_SIZE, random_model, tiny_config, write_checkpoint
 from tests.test_http import Served, serving
@@ -259,3 +264,114 @@ def state(pid: int) -> str:
     """The letter that Linux gives a process's state, once it has settled."""
     time.sleep(0.05)
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+
+
+@pytest.mark.parametrize("layout", ["full", None])
+def test_step_times_every_kind_of_work_and_its_parts_add_up(
+    architecture: Architecture, tmp_path: Path, layout: str | None
+) -> None:
+    folder = write_checkpoint(tmp_path / "m", tiny_config(architecture))
+    arguments = ["--batch", 2, "--batch", 3, "--context", 20, "--steps", 4, "--threads", 1, "--dtype", "float32"]
+    if layout is not None:
+        arguments += ["--layout", layout]
+    result = lpa("step", "--model", folder, *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    layouts = ["full"] if layout else ["latent", "full"] if architecture == "setting1" else ["mixed", "full"]
+    kinds = ("score", "prefill", "decode")
+    assert {(row["layout"], row["batch"], row["kind"]) for row in rows} == {
+        (name, batch, kind) for name in layouts for batch in (2, 3) for kind in kinds
+    }
+    for row in rows:
+        tokens = row["batch"] * (1 if row["kind"] == "decode" else 20)
+        assert row["tokens_per_s"] == pytest.approx(1e3 * tokens / row["ms"])
+        assert row["gap"] == pytest.approx(row["ms"] / row["floor_ms"])
+        assert row["gap"] > 1
+        assert set(row["parts_ms"]) == {"forward", "head", "sampling", "scheduling", "detokenization"}
+        assert all(part >= 0 for part in row["parts_ms"].values())
+        assert row["parts_ms"]["forward"] > 0
+        assert (row["parts_ms"]["detokenization"] > 0) == (row["kind"] != "score")
+    table = lpa("step", "--model", folder, *arguments)
+    assert table.exit_code == 0
+    assert "floor ms" in table.stdout
+
+
+def test_mistakes_with_step_are_one_line(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m", tiny_config())
+    for option, value, message in (
+        ("--context", 120, "context: 120 and 20 steps exceed the model's 128 positions"),
+        ("--layout", "flat", "layout: 'flat' is none of latent, mixed, full"),
+    ):
+        result = lpa("step", "--model", folder, option, value)
+        assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"lpa: {message}\n")
+
+
+CONFIGS = {
+    "setting1": tiny_config("setting1", num_key_value_heads=2, head_dim=6),
+    "setting1-low-ffn": tiny_config("setting1", ffn_rank=5),
+    "setting2": tiny_config(num_key_value_heads=2),
+    "setting2-dense": tiny_config(attention_rank=None, tie_word_embeddings=True),
+    "setting2-per-layer": tiny_config(attention_rank={"q": 8, "k": [None, 6], "v": [5, None], "o": 8}),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_the_floor_counts_what_the_model_computes(config: LPAConfig) -> None:
+    """The products of the plain forward, counted by torch; its attention is not masked, so it does a square."""
+    model, length = random_model(config), 24
+    matrices = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    weights = sum(m.weight.numel() for m in matrices)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.logits(model(torch.zeros(3, length, dtype=torch.int64)))
+    attention = 2 * config.num_attention_heads * config.head_size * config.num_hidden_layers
+    work = prompt_work(config, torch.float32, 3, length, length)
+    triangle = attention * length * (length + 1) / 2
+    assert work.operations == 2 * 3 * (length * weights + triangle)
+    square = 2 * 3 * attention * length * length
+    assert counter.get_total_flops() == work.operations - 2 * 3 * triangle + square
+    assert work.bytes == 4 * weights
+
+    decode = decode_work(config, "full", torch.bfloat16, 5, 100)
+    assert decode.bytes == 2 * (weights + 5 * 100 * config.cache_elements_per_token("full"))
+    assert decode.operations == 2 * 5 * (weights + 100 * attention)
+
+
+def test_latents_cost_what_the_absorbed_products_cost() -> None:
+    config = tiny_config("setting1")  # two layers, four heads of 8, rank 8: a latent has the width of a head
+    assert decode_work(config, "latent", torch.float32, 1, 10).operations == (
+        decode_work(config, "full", torch.float32, 1, 10).operations
+    )
+    rotary = tiny_config()
+    extra = decode_work(rotary, "latent", torch.float32, 1, 10).operations
+    assert extra - decode_work(rotary, "mixed", torch.float32, 1, 10).operations == 2 * 10 * 2 * 8 * 32  # keys rebuilt
+
+
+def test_overhead_finds_the_steps_in_which_all_stream(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m", tiny_config())
+    sizes = ["--streams", 3, "--input-len", 10, "--output-len", 60]
+    result = lpa("overhead", "--model", folder, *sizes, "--dtype", "float32", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["streams"] == 3
+    assert 0 < found["steps"] <= 2 * 58  # of two rounds
+    assert 0 < found["run_ms"] < found["step_ms"]
+    assert 0 < found["outside"] < 1
+    assert found["event_loop_cpu_ms"] > 0
+    assert found["slowdown"] == pytest.approx(found["step_ms"] / found["alone_ms"])
+    too_short = lpa("overhead", "--model", folder, *sizes[:-1], 2, "--dtype", "float32")
+    assert too_short.exit_code == 2
+    assert "no two steps in a row had all 3" in too_short.stderr
+
+
+def test_a_stopwatch_leaves_what_it_watched_as_it_was() -> None:
+    class Thing:
+        def work(self, n: int) -> int:
+            return n + 1
+
+    thing, watch = Thing(), Stopwatch()
+    with watch.watch(thing, "work", "one"), watch.watch(Thing, "work", "all"):
+        assert (thing.work(1), Thing().work(2)) == (2, 3)
+    assert watch.calls == {"one": 1, "all": 1}
+    assert not vars(thing)
+    assert thing.work(1) == 2
+    assert watch.calls == {"one": 1, "all": 1}

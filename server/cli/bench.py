@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from server.cli.command import user_errors
+from server.cli.command import Dtype, Model, user_errors
 
 bench = typer.Typer(
     help="Measure servers and the engine; ratios come from one run.",
@@ -135,3 +135,75 @@ def _run(targets: Any, workload: Any, title: str, as_json: bool) -> None:
         typer.echo(json.dumps({"workload": title, **report}, indent=2))
     else:
         print_report(report, title)
+
+
+@bench.command()
+def step(
+    model: Model = None,
+    layout: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="latent|mixed|full",
+            help="Cache layout; may be given several times.",
+            show_default="full and the model's own",
+        ),
+    ] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Sequences at once; may be given several times.", show_default="1, 8, 32"),
+    ] = None,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Tokens before; may be given several times.", show_default="256"),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Decode steps timed.")] = 20,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the products.", show_default="all")] = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """The engine's step without HTTP, beside the least time that its bytes and operations take on this machine."""
+    from server.bench.step import bench_steps, print_rows
+    from server.settings import load_settings
+
+    with user_errors():
+        settings = load_settings(model=model, dtype=dtype, threads=threads)
+        rows = bench_steps(
+            settings.model,
+            layout or [],
+            batch or [1, 8, 32],
+            context or [256],
+            steps=steps,
+            dtype=settings.dtype,
+            threads=settings.threads,
+        )
+        if as_json:
+            typer.echo(json.dumps(list(rows), indent=2))
+        else:
+            print_rows(rows)
+
+
+@bench.command()
+def overhead(
+    model: Model = None,
+    streams: Annotated[int, typer.Option(min=1, help="Completions at once.")] = 32,
+    input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
+    output_len: Annotated[int, typer.Option(min=2, help="Tokens of a completion.")] = 128,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """The share of HTTP, detokenization and scheduling in a step, over real sockets."""
+    from server.bench.overhead import bench_overhead
+    from server.settings import load_settings
+
+    with user_errors():
+        settings = load_settings(model=model, dtype=dtype, log_requests=False, max_num_seqs=max(64, streams))
+        found = bench_overhead(settings, streams, input_len, output_len)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    typer.echo(
+        f"{found['streams']} streams: {found['step_ms']:.2f} ms from step to step, {found['run_ms']:.2f} ms of them in "
+        f"the model and sampling, {found['outside']:.1%} outside. The event loop computes "
+        f"{found['event_loop_cpu_ms']:.2f} ms in that time. Without HTTP a step takes {found['alone_ms']:.2f} ms "
+        f"({found['slowdown']:.2f}x)."
+    )

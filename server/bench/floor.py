@@ -1,0 +1,101 @@
+"""What a step's work must cost on this machine: bytes at the memory's speed, operations at the products' speed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from lpa_model.config import PROJECTIONS, CacheLayout, LPAConfig
+
+REPEATS = 7
+GEMM_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Speeds measured in this run."""
+
+    bandwidth: float  # bytes a second
+    gemm: float  # operations a second, a multiply-add being two
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes that have to be read and operations that have to be done."""
+
+    bytes: float
+    operations: float
+
+    def seconds(self, machine: Machine) -> float:
+        """The least time, memory and arithmetic overlapping without a gap."""
+        return max(self.bytes / machine.bandwidth, self.operations / machine.gemm)
+
+
+def measure_machine(config: LPAConfig, dtype: torch.dtype) -> Machine:
+    """Read as many bytes as the model has; multiply GEMM_ROWS rows by its largest shape outside the head."""
+    data = torch.ones(config.parameter_count() * dtype.itemsize // 4)
+    read = _best(lambda: data.sum())
+    weights = torch.ones(config.intermediate_size, config.hidden_size, dtype=dtype)
+    x = torch.ones(GEMM_ROWS, config.hidden_size, dtype=dtype)
+    multiply = _best(lambda: F.linear(x, weights))
+    return Machine(data.nbytes / read, 2 * GEMM_ROWS * weights.numel() / multiply)
+
+
+def _best(run: Callable[[], object]) -> float:
+    times = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def decode_work(config: LPAConfig, layout: CacheLayout, dtype: torch.dtype, batch: int, context: int) -> Work:
+    """One token for each of `batch` sequences that have `context` tokens in the cache."""
+    cached = config.cache_elements_per_token(layout) * batch * context
+    products = batch * (_body(config) + _head(config))
+    attention = sum(_decode_attention(config, layout, layer) for layer in range(config.num_hidden_layers))
+    return Work((_body(config) + _head(config) + cached) * dtype.itemsize, 2 * (products + batch * context * attention))
+
+
+def prompt_work(config: LPAConfig, dtype: torch.dtype, batch: int, length: int, logit_rows: int) -> Work:
+    """`batch` prompts of `length` tokens from nothing, with logits of `logit_rows` rows of each."""
+    attention = config.num_hidden_layers * config.num_attention_heads * config.head_size * length * (length + 1)
+    operations = 2 * batch * (length * _body(config) + logit_rows * _head(config) + attention)
+    return Work((_body(config) + _head(config)) * dtype.itemsize, operations)
+
+
+def _head(config: LPAConfig) -> int:
+    return config.vocab_size * config.hidden_size
+
+
+def _body(config: LPAConfig) -> int:
+    """Numbers in the matrices that every token meets, the head's aside."""
+
+    def matrix(width_in: int, width_out: int, rank: int | None) -> int:
+        return width_in * width_out if rank is None else rank * (width_in + width_out)
+
+    gates = 2 if config.architecture == "setting1" else 3
+    total = config.num_hidden_layers * gates * matrix(config.hidden_size, config.intermediate_size, config.ffn_rank)
+    for layer in range(config.num_hidden_layers):
+        for name in PROJECTIONS:
+            total += matrix(*config.projection_sizes(name), config.rank(name, layer))
+    return total
+
+
+def _decode_attention(config: LPAConfig, layout: CacheLayout, layer: int) -> int:
+    """Multiply-adds of one query and one cached token."""
+    keys_latent, values_latent = config.cache_forms(layout, layer)
+    full = config.num_attention_heads * config.head_size
+    keys = values = full
+    if keys_latent:
+        rank = config.rank("k", layer) or 0
+        # rotary keys are rebuilt before they meet the query
+        keys = full + rank * config.kv_heads * config.head_size if config.rotary else config.num_attention_heads * rank
+    if values_latent:
+        values = config.num_attention_heads * (config.rank("v", layer) or 0)
+    return keys + values

@@ -1,0 +1,138 @@
+"""How much of a step goes to HTTP, detokenization and scheduling while streams run over real sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import random
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from server.engine.engine import build_engine
+from server.engine.model_runner import ModelRunner
+from server.engine.request import Request, SamplingParams
+from server.serve import Server
+from server.settings import Settings
+
+START_TIMEOUT = 60.0  # seconds
+
+
+class Call(NamedTuple):
+    """One call of the model: when it began and ended, how many streams it served, what the event loop had used."""
+
+    began: float
+    ended: float
+    decodes: int
+    loop_cpu: float
+
+
+def bench_overhead(settings: Settings, streams: int, input_len: int, output_len: int) -> dict[str, Any]:
+    """Serve in this process, drive `streams` completions from another one, and look at the steps in which all stream.
+
+    `step_ms` is the median time from one call of the model to the next, `run_ms` that of the call (model and
+    sampling), `outside` the share of the rest: scheduling, detokenization, delivery, waiting for the event loop.
+    `event_loop_cpu_ms` is what the event loop's thread (HTTP) computes in a step, beside the model. `alone_ms` is the
+    step of an engine of its own with the same work and no HTTP; `slowdown` is step_ms / alone_ms.
+
+    Raises:
+        ValueError: the server did not start, the client failed, or no two steps in a row had all the streams.
+    """
+    calls = _over_http(settings, streams, input_len, output_len)
+    pairs = [(a, b) for a, b in itertools.pairwise(calls) if a.decodes == b.decodes == streams]
+    if not pairs:
+        raise ValueError(f"streams: no two steps in a row had all {streams}; ask for longer outputs")
+    step = statistics.median(b.began - a.began for a, b in pairs)
+    run = statistics.median(a.ended - a.began for a, _ in pairs)
+    alone = _alone(settings, streams, input_len, output_len)
+    return {
+        "streams": streams,
+        "steps": len(pairs),
+        "step_ms": 1e3 * step,
+        "run_ms": 1e3 * run,
+        "outside": statistics.median(1 - (a.ended - a.began) / (b.began - a.began) for a, b in pairs),
+        "event_loop_cpu_ms": 1e3 * statistics.fmean(b.loop_cpu - a.loop_cpu for a, b in pairs),
+        "alone_ms": 1e3 * alone,
+        "slowdown": step / alone,
+    }
+
+
+def _over_http(settings: Settings, streams: int, input_len: int, output_len: int) -> list[Call]:
+    with contextlib.redirect_stdout(sys.stderr):
+        server = Server(settings.model_copy(update={"host": "127.0.0.1", "port": 0}))
+        thread = threading.Thread(target=server.run, name="event loop")
+        thread.start()
+        try:
+            deadline = time.monotonic() + START_TIMEOUT
+            while not server.started:
+                if not thread.is_alive() or time.monotonic() > deadline:
+                    raise ValueError("the server did not start")
+                time.sleep(0.01)
+            assert thread.ident is not None
+            with _recording(time.pthread_getcpuclockid(thread.ident)) as calls:
+                _drive(f"http://127.0.0.1:{server.port}", server, streams, input_len, output_len)
+        finally:
+            server.should_exit = True
+            thread.join()
+    return calls
+
+
+@contextlib.contextmanager
+def _recording(loop_clock: int) -> Iterator[list[Call]]:
+    calls: list[Call] = []
+    run = ModelRunner.run
+
+    def recorded(self: ModelRunner, batch: Any) -> Any:
+        began, loop_cpu = time.perf_counter(), time.clock_gettime(loop_clock)
+        result = run(self, batch)
+        decodes = len(batch.items) if batch.num_prompt_tokens == 0 else 0
+        calls.append(Call(began, time.perf_counter(), decodes, loop_cpu))
+        return result
+
+    setattr(ModelRunner, "run", recorded)  # noqa: B010 (mypy forbids the plain form)
+    try:
+        yield calls
+    finally:
+        setattr(ModelRunner, "run", run)  # noqa: B010
+
+
+def _drive(url: str, server: Server, streams: int, input_len: int, output_len: int) -> None:
+    """A client in a process of its own: its work must not count as the event loop's."""
+    sizes = {
+        "--concurrency": streams,
+        "--requests": streams,
+        "--input-len": input_len,
+        "--output-len": output_len,
+        "--rounds": 1,
+        "--vocab-size": server.engine.model_config.vocab_size,
+    }
+    command = [sys.executable, "-m", "server.cli", "bench", "serve", url, "--json"]
+    command += [str(word) for pair in sizes.items() for word in pair]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"the client failed: {done.stderr}")
+    if errors := json.loads(done.stdout)["servers"][0]["errors"]:
+        raise ValueError(f"a request failed: {errors[0]}")
+
+
+def _alone(settings: Settings, streams: int, input_len: int, output_len: int) -> float:
+    """Median seconds of a step with all streams, the engine called in a loop."""
+    engine = build_engine(settings.model, settings.engine_options())
+    rng = random.Random(0)
+    params = SamplingParams(max_tokens=output_len, temperature=0, ignore_eos=True)
+    for i in range(streams):
+        ids = [rng.randrange(engine.model_config.vocab_size) for _ in range(input_len)]
+        engine.add_request(Request(f"r{i}", ids, params))
+    times = []
+    while engine.has_work:
+        streaming = sum(request.is_decode for request in engine.scheduler.running)
+        began = time.perf_counter()
+        engine.step()
+        if streaming == streams:
+            times.append(time.perf_counter() - began)
+    return statistics.median(times)

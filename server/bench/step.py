@@ -1,0 +1,204 @@
+"""The engine's step without HTTP, by layout, batch and context, beside the least time that its work can take."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lpa_model.cache import bytes_per_token
+from lpa_model.checkpoint import load_config, resolve_dtype
+from lpa_model.config import CacheLayout, LPAConfig
+from server.bench.floor import Machine, Work, decode_work, measure_machine, prompt_work
+from server.bench.stopwatch import Stopwatch
+from server.engine.detokenizer import Detokenizer
+from server.engine.engine import Engine, EngineOptions, build_engine
+from server.engine.request import Request, SamplingParams
+
+Kind = Literal["score", "prefill", "decode"]
+PARTS = ("forward", "head", "sampling", "scheduling", "detokenization")
+WARM_STEPS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One kind of work; a row of the table."""
+
+    kind: Kind
+    layout: CacheLayout
+    batch: int
+    context: int
+
+    def tokens(self) -> int:
+        """New tokens in all of it: a step's for `decode`."""
+        return self.batch * (1 if self.kind == "decode" else self.context)
+
+    def work(self, config: LPAConfig, dtype: Any) -> Work:
+        if self.kind == "decode":
+            return decode_work(config, self.layout, dtype, self.batch, self.context)
+        return prompt_work(config, dtype, self.batch, self.context, self.context if self.kind == "score" else 1)
+
+
+def bench_steps(
+    model: Path,
+    layouts: Sequence[str],
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    *,
+    steps: int,
+    dtype: str,
+    threads: int | None,
+) -> Iterator[dict[str, Any]]:
+    """A row for each layout, batch, context and kind of work, as they are measured.
+
+    `ms` is the median of the steps (`decode`), or of all steps that the prompts took together, from three runs.
+
+    Raises:
+        CheckpointError, ValueError: the model or an option cannot be used.
+    """
+    import torch
+
+    config = load_config(model)
+    chosen: list[CacheLayout] = [name for name in get_args(CacheLayout) if name in layouts]
+    if unknown := set(layouts) - set(chosen):
+        raise ValueError(f"layout: {min(unknown)!r} is none of {', '.join(get_args(CacheLayout))}")
+    longest = max(contexts) + WARM_STEPS + steps
+    if longest > config.max_position_embeddings:
+        raise ValueError(
+            f"context: {max(contexts)} and {steps} steps exceed the model's {config.max_position_embeddings} positions"
+        )
+    weights = resolve_dtype(dtype, torch.device("cpu"))
+    machine = None
+    for layout in chosen or {"full", config.default_cache_layout()}:
+        blocks = max(batches) * (-(-longest // 64) + 1)
+        engine = build_engine(
+            model,
+            EngineOptions(
+                dtype=dtype,
+                threads=threads,
+                kv_cache_layout=layout,
+                max_num_seqs=max(batches),
+                kv_cache_memory=blocks * 64 * bytes_per_token(config, layout, weights),
+                enable_prefix_caching=False,
+            ),
+        )
+        machine = machine or measure_machine(config, weights)
+        for batch in batches:
+            for context in contexts:
+                yield from _bench_case(engine, machine, layout, batch, context, steps, weights)
+
+
+def _bench_case(
+    engine: Engine, machine: Machine, layout: CacheLayout, batch: int, context: int, steps: int, dtype: Any
+) -> Iterator[dict[str, Any]]:
+    rng = random.Random(f"{batch}:{context}")
+    config = engine.model_config
+
+    def add(params: SamplingParams) -> None:
+        for i in range(batch):
+            ids = [rng.randrange(config.vocab_size) for _ in range(context)]
+            engine.add_request(Request(f"r{i}", ids, params))
+
+    with _watching(engine) as watch:
+        prompts: dict[Kind, SamplingParams] = {
+            "score": SamplingParams(max_tokens=0, prompt_logprobs=0),
+            "prefill": SamplingParams(max_tokens=1, temperature=0),
+        }
+        for kind, params in prompts.items():
+            runs = []
+            for _ in range(3):
+                add(params)
+                runs.append(_timed(engine, watch, 1 << 30))
+            yield _row(Case(kind=kind, layout=layout, batch=batch, context=context), config, machine, dtype, runs)
+        add(SamplingParams(max_tokens=WARM_STEPS + steps + 1, temperature=0, ignore_eos=True))
+        while any(request.num_output_tokens <= WARM_STEPS for request in engine.scheduler.running) or (
+            engine.scheduler.waiting
+        ):
+            engine.step()
+        runs = [_timed(engine, watch, 1) for _ in range(steps - 1)]
+        yield _row(Case(kind="decode", layout=layout, batch=batch, context=context), config, machine, dtype, runs)
+        engine.abort_all()
+
+
+def _timed(engine: Engine, watch: Stopwatch, max_steps: int) -> dict[str, float]:
+    """Seconds of up to `max_steps` steps, in all and by part."""
+    watch.clear()
+    started = time.perf_counter()
+    for _ in range(max_steps):
+        engine.step()
+        if not engine.has_work:
+            break
+    total, spent = time.perf_counter() - started, watch.seconds
+    parts = {"forward": spent["forward"], "head": spent["head"], "detokenization": spent["detokenization"]}
+    parts["sampling"] = spent["run"] - spent["forward"] - spent["head"]  # what else the runner does is counted here
+    parts["scheduling"] = total - spent["run"] - spent["detokenization"]
+    return {"total": total, **parts}
+
+
+@contextlib.contextmanager
+def _watching(engine: Engine) -> Iterator[Stopwatch]:
+    watch, runner = Stopwatch(), engine.runner
+    with (
+        watch.watch(runner, "run", "run"),
+        watch.watch(runner.model, "forward", "forward"),
+        watch.watch(runner.model, "logits", "head"),
+        watch.watch(Detokenizer, "append", "detokenization"),
+    ):
+        yield watch
+
+
+def _row(case: Case, config: LPAConfig, machine: Machine, dtype: Any, runs: list[dict[str, float]]) -> dict[str, Any]:
+    total = statistics.median(run["total"] for run in runs)
+    work = case.work(config, dtype)
+    floor = work.seconds(machine)
+    return {
+        "kind": case.kind,
+        "layout": case.layout,
+        "batch": case.batch,
+        "context": case.context,
+        "ms": 1e3 * total,
+        "tokens_per_s": case.tokens() / total,
+        "floor_ms": 1e3 * floor,
+        "gap": total / floor,
+        "bytes": work.bytes,
+        "operations": work.operations,
+        "bandwidth_gb_per_s": machine.bandwidth / 1e9,
+        "gemm_gflops": machine.gemm / 1e9,
+        "parts_ms": {part: 1e3 * statistics.median(run[part] for run in runs) for part in PARTS},
+    }
+
+
+def print_rows(rows: Iterator[dict[str, Any]]) -> None:
+    """A table, its rows shown under a spinner until the last is there."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("kind")
+    table.add_column("layout")
+    for name in ("batch", "context", "ms", "tokens/s", "floor ms", "gap", "% by part"):
+        table.add_column(name, justify="right", no_wrap=True)
+    first = row = next(rows)  # a mistake shows before the table does
+    with Live(table, console=Console()):
+        for row in itertools.chain([first], rows):
+            table.add_row(
+                row["kind"],
+                row["layout"],
+                str(row["batch"]),
+                str(row["context"]),
+                *(f"{row[name]:,.1f}" for name in ("ms", "tokens_per_s", "floor_ms")),
+                f"{row['gap']:.1f}x",
+                "/".join(f"{100 * row['parts_ms'][part] / row['ms']:.0f}" for part in PARTS),
+            )
+    Console().print(
+        f"Parts: {', '.join(PARTS)}. This run's floors: {row['bandwidth_gb_per_s']:.1f} GB/s, "
+        f"{row['gemm_gflops']:,.0f} GFLOP/s.",
+        highlight=False,
+    )
