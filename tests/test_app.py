@@ -70,7 +70,7 @@ def test_each_key_opens_the_server(locked: Served, key: str) -> None:
 def test_without_a_key_there_are_only_probes(locked: Served, wrong: dict[str, str]) -> None:
     for path in ("/health", "/ready"):
         assert locked.client.get(path, headers=wrong).status_code == 200
-    for path in ("/metrics", "/v1/models", "/nothing", "/health/", "//health", "/docs", "/tokenizer_info"):
+    for path in ("/metrics", "/v1/models", "/nothing", "/health/", "/%2Fhealth", "/docs", "/tokenizer_info"):
         response = locked.client.get(path, headers=wrong)
         assert error_of(response, 401)["code"] == "invalid_api_key"
         assert response.headers["www-authenticate"] == "Bearer"

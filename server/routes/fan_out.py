@@ -14,7 +14,7 @@ from server.settings import Settings
 
 @dataclass(frozen=True)
 class Job:
-    """One sequence for the engine. Choices above 0 stand behind choice 0 of the same prompt and share its computation."""
+    """One sequence for the engine. Choices above 0 stand behind choice 0 of the same prompt and share its run."""
 
     prompt_ids: list[int]
     params: SamplingParams
