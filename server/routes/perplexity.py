@@ -227,9 +227,9 @@ def _with_last(cut: Iterator[Window]) -> Iterator[tuple[Window | None, bool]]:
 
 
 async def _score(scorer: Scorer, text: Text, window: Window | None, is_last: bool, top: int) -> ScoredWindow:
-    scores = (
-        Logprobs() if window is None else await scorer.score(window.tokens(text.token_ids), window.first_index, top)
-    )
+    scores = Logprobs()
+    if window is not None:
+        scores, _ = await scorer.score(window.tokens(text.token_ids), window.first_index, top)
     return ScoredWindow(text, window, scores, is_last)
 
 

@@ -19,7 +19,11 @@ QUEUE_RETRY = 0.1  # seconds
 
 
 class Scorer:
-    """Scores the sequences of one HTTP request, whose first may be refused; later ones wait for a full queue."""
+    """Scores the sequences of one HTTP request, whose first may be refused; later ones wait for a full queue.
+
+    At most `max_in_flight` are with the engine: as many again as run at once, so that it need not wait for the event
+    loop between steps.
+    """
 
     def __init__(self, engine: AsyncEngine, settings: Settings, request_id: str) -> None:
         self._engine = engine
@@ -27,15 +31,22 @@ class Scorer:
         self._count = 0
         self._running = 0
         self._begun = False
-        # as many again as run at once, so that the engine need not wait for the event loop between steps
         self.max_in_flight = engine.max_num_seqs + min(engine.max_num_seqs, settings.max_queue)
+        self._slots = asyncio.Semaphore(self.max_in_flight)
 
-    async def score(self, token_ids: list[int], first: int, top: int = 0) -> Logprobs:
+    async def score(self, token_ids: list[int], first: int, top: int = 0) -> tuple[Logprobs, int]:
         """Log-probabilities of token_ids[first:], first at least 1, with the `top` most probable tokens at each.
+
+        Returns:
+            The scores, and how many tokens came from the prefix cache.
 
         Raises:
             UserError: as `AsyncEngine.generate`.
         """
+        async with self._slots:
+            return await self._score(token_ids, first, top)
+
+    async def _score(self, token_ids: list[int], first: int, top: int) -> tuple[Logprobs, int]:
         params = SamplingParams(max_tokens=0, prompt_logprobs=top, first_logit_position=first - 1)
         self._count += 1
         sequence_id = f"{self._unique}-{self._count}"
@@ -47,7 +58,7 @@ class Scorer:
                         self._begun = True
                         if output.prompt_logprobs is not None:
                             assert len(output.prompt_logprobs.logprobs) == len(token_ids) - first
-                            return output.prompt_logprobs
+                            return output.prompt_logprobs, output.num_cached_tokens
                 raise AssertionError("a scoring request ended without its scores")
             except QueueFull:
                 if not self._begun and self._running == 1:
