@@ -183,8 +183,6 @@ def _text(tokenizer: Tokenizer, convention: Convention, where: str, value: str |
         check_token_ids(value, tokenizer.vocab_size, where)
         ids = own_tokens(value, convention)
         text = tokenizer.decode(ids, skip_special_tokens=False)
-    if ids and tokenizer.token_bytes(ids[0]).startswith(b" ") and not text.startswith(" ", start):
-        start -= 1  # a space that the tokenizer puts before every text
     tally = Tally()
     tally.count_text(text)
     return Text(where, text, ids, start, tally)
@@ -281,8 +279,8 @@ class _TokenRuns:
         ids = text.token_ids[self._done : end]
         self._done = end
         if ids:
-            offsets = [max(0, offset) for offset in self._offsets.take(ids)]
-            self.runs.append(to_json(token_entries(self._tokenizer, ids, offsets, scores))[1:-1])
+            entries = token_entries(self._tokenizer, ids, self._offsets.take(ids), scores)
+            self.runs.append(to_json(entries)[1:-1])
 
 
 async def _whole(lines: AsyncGenerator[str]) -> str:

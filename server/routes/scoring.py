@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from server.engine.async_engine import AsyncEngine
-from server.engine.request import Logprobs, SamplingParams
+from server.engine.request import Logprobs, Request, SamplingParams
 from server.errors import QueueFull, TimedOut
 from server.settings import Settings
 
@@ -53,8 +53,8 @@ class Scorer:
         while True:
             self._running += 1
             try:
-                async with aclosing(self._engine.generate(sequence_id, token_ids, params)) as outputs:
-                    async for output in outputs:
+                async with aclosing(self._engine.generate([Request(sequence_id, token_ids, params)])) as outputs:
+                    async for _, output in outputs:
                         self._begun = True
                         if output.prompt_logprobs is not None:
                             assert len(output.prompt_logprobs.logprobs) == len(token_ids) - first
