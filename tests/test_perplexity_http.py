@@ -88,11 +88,13 @@ def refused(served: Served, **body: Any) -> dict[str, Any]:
 class LineClient:
     """A connection that sends lines and reads lines at the same time, as curl -T - does."""
 
-    def __init__(self, served: Served, **query: Any) -> None:
+    def __init__(self, served: Served, request_id: str = "", **query: Any) -> None:
         self.connection = http.client.HTTPConnection("127.0.0.1", served.server.port, timeout=20)
         self.connection.putrequest("POST", f"{PATH}?{urlencode({'model': 'tiny', **query})}")
         self.connection.putheader("content-type", "application/x-ndjson")
         self.connection.putheader("transfer-encoding", "chunked")
+        self.connection.putheader("x-request-id", request_id)
+        self.connection.putheader("authorization", served.client.headers.get("authorization", ""))
         self.connection.endheaders()
 
     def send(self, piece: bytes) -> None:
@@ -106,8 +108,8 @@ class LineClient:
 
 
 @contextmanager
-def line_client(served: Served, **query: Any) -> Iterator[LineClient]:
-    client = LineClient(served, **query)
+def line_client(served: Served, request_id: str = "", **query: Any) -> Iterator[LineClient]:
+    client = LineClient(served, request_id, **query)
     try:
         yield client
     finally:
@@ -477,6 +479,28 @@ def test_a_client_that_leaves_ends_its_corpus(
         until(server.idle)
         assert time.monotonic() - began < 3
         assert server.metric('lpa:request_success_total{finished_reason="length",model_name="tiny"}') < 100
+
+
+def test_a_corpus_can_be_cancelled_by_its_id(
+    tiny_checkpoints: dict[Architecture, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(tiny_checkpoints["setting2"], max_num_seqs=2, admin_api_key="boss") as server:
+        server.client.headers["authorization"] = "Bearer boss"
+        slow_steps(server, monkeypatch, 0.1)
+        with line_client(server, "first", stream=True) as client:
+            client.send(b"".join(json.dumps(f"the sea {i}").encode() + b"\n" for i in range(400)))
+            response = client.response()
+            assert json.loads(response.readline())["index"] == 0
+            assert server.client.post("/v1/requests/first/cancel").json()["cancelled"] == 1
+            *_, last = response.read().splitlines()
+            assert json.loads(last)["error"]["code"] == "request_cancelled"
+        with line_client(server, "mine", stream=True) as client:
+            client.send(b'"the sea"\n')
+            until(lambda: server.engine.has_work)
+            assert server.client.post("/v1/requests/mine/cancel").json()["cancelled"] == 1
+            response = client.response()
+            assert (response.status, json.loads(response.read())["error"]["code"]) == (499, "request_cancelled")
+        until(server.idle)
 
 
 # --- edges -----------------------------------------------------------------------------------------------------------

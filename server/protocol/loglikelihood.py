@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PlainValidator, model_validator
+from pydantic import BaseModel, Field, PlainValidator, model_validator
 
 from server.engine.request import Logprobs
 from server.errors import EngineError, InvalidRequest
 from server.protocol.body import RequestBody
 from server.protocol.inputs import check_input
+from server.protocol.sampling import Usage, usage
 
 TextOrIds = str | list[int]
 
@@ -102,6 +103,44 @@ def _check_not_empty(value: TextOrIds, where: str) -> TextOrIds:
     return value
 
 
+class ScoredContinuation(BaseModel):
+    """One alternative."""
+
+    index: int
+    logprob: float = Field(description="Sum over its tokens, natural logarithm.")
+    num_tokens: int
+    num_bytes: int = Field(description="Of the continuation as it was given, in UTF-8.")
+    is_greedy: bool = Field(description="Whether every token was the most probable one in its place.")
+    logprob_per_token: float
+    logprob_per_byte: float | None = Field(description="null for tokens without text.")
+
+
+class Best(BaseModel):
+    """Index of the best continuation of a set by each number, the first of equals."""
+
+    logprob: int
+    logprob_per_token: int
+    logprob_per_byte: int | None
+
+
+class ScoredSet(BaseModel):
+    """Alternatives that were compared."""
+
+    index: int
+    continuations: list[ScoredContinuation]
+    best: Best
+
+
+class LoglikelihoodResponse(BaseModel):
+    """The answer; it documents the dicts below and is never built."""
+
+    object: Literal["loglikelihood"]
+    model: str
+    add_bos: bool
+    data: list[ScoredSet] = Field(description="One for `continuations` and for `pairs`, else one for each of `sets`.")
+    usage: Usage
+
+
 def continuation_fields(index: int, where: str, scores: Logprobs, num_bytes: int) -> dict[str, Any]:
     """One entry of `continuations`; EngineError if a log-probability is not finite."""
     if not all(map(math.isfinite, scores.logprobs)):
@@ -136,9 +175,5 @@ def loglikelihood_fields(
         "model": model,
         "add_bos": add_bos,
         "data": list(data),
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "total_tokens": prompt_tokens,
-            "prompt_tokens_details": {"cached_tokens": cached_tokens},
-        },
+        "usage": usage(prompt_tokens, 0, cached_tokens),
     }

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from lpa_model.perplexity import Convention, Method, Tally
 from server.engine.request import Logprobs
@@ -67,27 +67,106 @@ class PerplexityRequest(PerplexityParameters):
     )
 
 
+class Alternative(BaseModel):
+    """A token that might have stood in a place."""
+
+    text: str = Field(description=r"`bytes:\xe2` for a token that is no text by itself.")
+    id: int
+    bytes: list[int]
+    logprob: float = Field(description="Natural logarithm.")
+
+
+class ScoredToken(BaseModel):
+    """A token of a text. What is not scored, such as the first token without BOS, has null for all its numbers."""
+
+    text: str = Field(description=r"`bytes:\xe2` for a token that is no text by itself.")
+    id: int
+    bytes: list[int]
+    offset: int = Field(description="Where it begins in the text, in characters (code points).")
+    logprob: float | None = Field(description="Natural logarithm.")
+    rank: int | None = Field(description="1 for the most probable token.")
+    top_logprobs: list[Alternative] | None = Field(description="The most probable tokens, best first.")
+
+
+class Metrics(BaseModel):
+    """What the log-probabilities of a text or a corpus add up to; null is for no number."""
+
+    nll_sum: float = Field(description="Negative log-likelihood in nats: an exact sum, rounded once.")
+    num_tokens: int = Field(description="Scored ones.")
+    num_words: int = Field(description=r"Of whole texts, len(re.split(r'\s+', text)); of token ids' text likewise.")
+    num_bytes: int = Field(description="Of whole texts, in UTF-8.")
+    perplexity: float | None = Field(description="exp(nll_sum / num_tokens).")
+    perplexity_stderr: float | None = Field(
+        description="perplexity · sqrt((mean(x²) - mean(x)²) / (num_tokens - 1)) over the tokens' NLLs x."
+    )
+    word_perplexity: float | None = Field(description="exp(nll_sum / num_words); null for chunks, as the next two.")
+    byte_perplexity: float | None = Field(description="exp(nll_sum / num_bytes).")
+    bits_per_byte: float | None = Field(description="nll_sum / num_bytes / ln 2.")
+    mean_perplexity: float | None = Field(description="Mean of the texts' perplexities, each text weighing the same.")
+
+
+class TextMetrics(Metrics):
+    """One text."""
+
+    object: Literal["perplexity.text"]
+    index: int
+    tokens: list[ScoredToken] | None = Field(None, description="With return_tokens.")
+
+
+class CorpusMetrics(Metrics):
+    """All texts."""
+
+    num_texts: int
+
+
+class ScoringUsage(BaseModel):
+    """Tokens of the texts, each once, however many windows it is in."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class PerplexityResponse(BaseModel):
+    """The answer, with the method and all its parameters; it documents the dicts below and is never built.
+
+    A stream has a line for each entry of `data`, then one with the rest.
+    """
+
+    object: Literal["perplexity"]
+    model: str
+    method: Method
+    max_length: int
+    stride: int | None = Field(description="null but for sliding.")
+    add_bos: bool
+    prefix_token_id: int | None = Field(description="What stands before a text: BOS, or EOS, or null for nothing.")
+    data: list[TextMetrics]
+    aggregate: CorpusMetrics
+    usage: ScoringUsage
+
+
+_LINES = {
+    "type": "string",
+    "description": "A corpus of any size, read as it comes: each line is a text in JSON, its token ids, or an object "
+    'with either as "text" or "input"; blank lines are skipped. The other fields of a JSON body are query parameters '
+    "then. Read the answer of a stream while you send: the server reads on only as far as its answers are taken.",
+}
 LINES_OPENAPI: dict[str, Any] = {
     "requestBody": {
         "content": {
             "application/x-ndjson": {
-                "schema": {
-                    "type": "string",
-                    "description": "A corpus of any size, read as it comes: each line is a text in JSON, its token "
-                    'ids, or an object with either as "text" or "input"; blank lines are skipped. The other fields '
-                    "are query parameters then. With stream=true, read the answer while you send.",
-                },
+                "schema": _LINES,
                 "example": '"The sea was calm."\n{"text": "The captain looked up."}\n',
             }
         }
     },
     "responses": {
         "200": {
-            "description": "The perplexities; with `stream`, in lines.",
             "content": {
-                "application/json": {"schema": {"type": "object"}},
-                "application/x-ndjson": {"schema": {"type": "string"}},
-            },
+                "application/x-ndjson": {
+                    "schema": {"type": "string"},
+                    "example": '{"object":"perplexity.text","index":0}\n{"object":"perplexity"}\n',
+                }
+            }
         }
     },
 }

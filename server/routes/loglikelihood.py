@@ -20,13 +20,16 @@ from server.protocol.inputs import check_token_ids
 from server.protocol.loglikelihood import (
     Alternative,
     LoglikelihoodRequest,
+    LoglikelihoodResponse,
     continuation_fields,
     loglikelihood_fields,
     set_fields,
 )
+from server.routes.body import JsonRoute
 from server.routes.fan_out import deadline_of
 from server.routes.prompts import check_model
 from server.routes.respond import json_response, while_connected
+from server.routes.responses import WITH_ENGINE, responses
 from server.routes.scoring import Scorer, in_order
 from server.settings import Settings
 
@@ -48,9 +51,13 @@ ScoredGroup = tuple[int, list[tuple[Pair, Logprobs, int]]]
 
 def loglikelihood_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
     """The route over one engine."""
-    router = APIRouter(tags=["Scoring"])
+    router = APIRouter(tags=["Scoring"], route_class=JsonRoute)
 
-    @router.post("/v1/loglikelihood", summary="Log-likelihood of continuations")
+    @router.post(
+        "/v1/loglikelihood",
+        summary="Log-likelihood of continuations",
+        responses=responses(LoglikelihoodResponse, *WITH_ENGINE),
+    )
     async def loglikelihood(body: LoglikelihoodRequest, request: Request) -> Response:
         check_model(body.model, settings)
         sets = body.alternatives()
@@ -58,7 +65,9 @@ def loglikelihood_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         scorer = Scorer(engine, settings, request.state.request_id)
         # half: followers of a context wait for few leaders of others, while its blocks are still cached
         scored = in_order(_works(scorer, tokenize, sets), max(1, scorer.max_in_flight // 2), deadline_of(settings))
-        answer = await while_connected(request.receive, _answer(body.model, tokenize.add_bos, len(sets), scored))
+        answer = await while_connected(
+            request.receive, _answer(settings.model_name, tokenize.add_bos, len(sets), scored)
+        )
         return json_response(answer)
 
     return router

@@ -77,7 +77,7 @@ def perplexity_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         scorer = Scorer(engine, settings, request.state.request_id)
         works = _works(scorer, _texts(engine.tokenizer, convention, inputs), convention, asked)
         scored = in_order(works, scorer.max_in_flight, deadline_of(settings))
-        lines = _lines(engine.tokenizer, asked, convention, scored)
+        lines = _lines(engine.tokenizer, asked, convention, scored, settings.model_name)
         if asked.stream:
             return LineStream(lines, body)
         receive = request.receive if body is None else body.receive
@@ -232,7 +232,11 @@ async def _score(scorer: Scorer, text: Text, window: Window | None, is_last: boo
 
 
 async def _lines(
-    tokenizer: Tokenizer, asked: PerplexityParameters, convention: Convention, scored: AsyncGenerator[ScoredWindow]
+    tokenizer: Tokenizer,
+    asked: PerplexityParameters,
+    convention: Convention,
+    scored: AsyncGenerator[ScoredWindow],
+    model: str,
 ) -> AsyncGenerator[str]:
     """JSON of each text, then of the corpus."""
     corpus, prompt_tokens = Tally(), 0
@@ -260,7 +264,7 @@ async def _lines(
     if not corpus.num_tokens:
         why = "" if convention.add_bos else "; without BOS the first token of a text is not scored"
         raise InvalidRequest(f"input: has no token to score{why}", param="input")
-    yield to_json(corpus_fields(asked.model, convention, corpus, prompt_tokens))
+    yield to_json(corpus_fields(model, convention, corpus, prompt_tokens))
 
 
 class _TokenRuns:
