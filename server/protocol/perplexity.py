@@ -151,14 +151,7 @@ _LINES = {
     "then. Read the answer of a stream while you send: the server reads on only as far as its answers are taken.",
 }
 LINES_OPENAPI: dict[str, Any] = {
-    "requestBody": {
-        "content": {
-            "application/x-ndjson": {
-                "schema": _LINES,
-                "example": '"The sea was calm."\n{"text": "The captain looked up."}\n',
-            }
-        }
-    },
+    "requestBody": {"content": {"application/x-ndjson": {"schema": _LINES}}},
     "responses": {
         "200": {
             "content": {
