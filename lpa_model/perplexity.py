@@ -192,8 +192,8 @@ def _chunks(count: int, length: int, prefix: int | None) -> Iterator[Window]:
 
 
 def count_words(text: str) -> int:
-    """Words as lm-evaluation-harness counts them: one more than there are runs of white space."""
-    return len(re.split(r"\s+", text))
+    r"""Words as lm-evaluation-harness counts them, len(re.split(r"\s+", text)), without holding them all."""
+    return 1 + sum(1 for _ in re.finditer(r"\s+", text))
 
 
 class Tally:
@@ -203,13 +203,14 @@ class Tally:
     """
 
     def __init__(self) -> None:
+        self.num_texts = 0  # of a corpus
         self.num_tokens = 0  # scored
         self.num_words = 0
         self.num_bytes = 0
         self._nll = 0
         self._squares = 0
         self._perplexities = 0
-        self._num_texts = 0  # with a finite perplexity
+        self._num_perplexities = 0
 
     def add_logprobs(self, logprobs: Sequence[float]) -> None:
         """Scored tokens of this text; ValueError if one is not finite."""
@@ -228,13 +229,14 @@ class Tally:
         """A whole text to this corpus."""
         self._nll += text._nll
         self._squares += text._squares
+        self.num_texts += 1
         self.num_tokens += text.num_tokens
         self.num_words += text.num_words
         self.num_bytes += text.num_bytes
         perplexity = text.perplexity
         if perplexity is not None:
             self._perplexities += _scaled(perplexity)
-            self._num_texts += 1
+            self._num_perplexities += 1
 
     @property
     def nll_sum(self) -> float:
@@ -264,9 +266,9 @@ class Tally:
     def mean_perplexity(self) -> float | None:
         """Mean of the texts' perplexities, each text weighing the same, as Hugging Face's evaluate; of those that
         have one."""
-        if not self._num_texts:
+        if not self._num_perplexities:
             return self.perplexity
-        return self._perplexities / (self._num_texts * _SCALE)
+        return self._perplexities / (self._num_perplexities * _SCALE)
 
     def metrics(self, method: Method) -> dict[str, float | int | None]:
         """The fields of an answer. None is for no number.

@@ -23,6 +23,7 @@ from server.routes.chat import chat_router
 from server.routes.completions import completions_router
 from server.routes.docs import docs_router
 from server.routes.health import health_router, package_version
+from server.routes.loglikelihood import loglikelihood_router
 from server.routes.metrics import metrics_router
 from server.routes.models import models_router
 from server.routes.perplexity import perplexity_router
@@ -55,6 +56,7 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     app.include_router(completions_router(engine, settings))
     app.include_router(chat_router(engine, settings))
     app.include_router(perplexity_router(engine, settings))
+    app.include_router(loglikelihood_router(engine, settings))
     app.include_router(models_router(settings, engine.max_model_len))
     app.include_router(tokenize_router(engine, settings))
     app.include_router(health_router(engine))

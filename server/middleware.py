@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import BodyTooLarge, EngineError, InvalidRequest, UserError
 from server.keys import METRICS, PROBES, Keys
+from server.routes.ndjson import has_lines
 from server.routes.requests import Running
 from server.routes.respond import error_response
 
@@ -124,7 +125,7 @@ class Guard:
             self._keys.check(scope["path"], state["role"])
             with self._running.entry(state["request_id"]) as cancelled:
                 state["cancelled"] = cancelled
-                limited = self._limited(headers, receive)
+                limited = receive if has_lines(scope["path"], headers) else self._limited(headers, receive)
                 await self._app(scope, _until_cancelled(limited, cancelled), watched_send)
         except UserError as error:
             await error_response(error)(scope, receive, send)

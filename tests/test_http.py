@@ -398,7 +398,7 @@ COMPLETIONS, PERPLEXITY = "/v1/completions", "/v1/perplexity"
         (PERPLEXITY, {}, "input"),
         (PERPLEXITY, {"input": ""}, "input"),
         (PERPLEXITY, {"input": [5]}, "input"),
-        (PERPLEXITY, {"input": ["two tokens", "x"]}, "input[1]"),
+        (PERPLEXITY, {"input": ["x", ""]}, "input"),
         (PERPLEXITY, {"input": [5] * (CONTEXT + 1)}, "input"),
         (PERPLEXITY, {"input": [5] * 20, "max_length": 10}, "input"),
         (PERPLEXITY, {"input": [[5, 5], [5, VOCAB_SIZE]]}, "input[1]"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from server.engine.chat_template import (
 )
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+PIECE = 1 << 18  # characters, about
+WORD_END = re.compile("(?<=[A-Za-z]) (?=[A-Za-z])")
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -63,15 +65,32 @@ class Tokenizer:
         compile_template(self.chat_template)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
-        to_bytes = _token_to_bytes(json.loads(backend.to_str())["decoder"])
+        description = json.loads(backend.to_str())
+        self._words_are_apart = _words_are_apart(description)
+        to_bytes = _token_to_bytes(description["decoder"])
         self._bytes = [b""] * config.vocab_size
         for token, token_id in backend.get_vocab().items():
             self._bytes[token_id] = token.encode() if token_id in added else to_bytes(token)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; special tokens written out in the text become their ids. Releases the GIL."""
-        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids; special tokens written out in the text become their ids.
+
+        Other threads run meanwhile. A long text is tokenized in pieces where that gives the same ids.
+        """
+        ids: list[int] = []
+        for piece in self._pieces(text):
+            # a batch of one, since encode() would hold the GIL
+            (encoding,) = self.backend.encode_batch_fast([piece], add_special_tokens=add_special_tokens)
+            ids += encoding.ids
         return ids
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """The library needs some 150 bytes for each character at a time."""
+        start = 0
+        while self._words_are_apart and (cut := WORD_END.search(text, start + PIECE)):
+            yield text[start : cut.start()]
+            start = cut.start()
+        yield text[start:]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence, as the tokenizer itself writes it; half characters become U+FFFD."""
@@ -141,6 +160,23 @@ def _special_tokens(
         if isinstance(text, str):
             found[name] = text
     return found
+
+
+def _words_are_apart(description: Mapping[str, Any]) -> bool:
+    """Whether a text may be cut between a word and the space after it: it is split there before anything else.
+
+    Known of GPT-2's pre-tokenizer, with nothing around it that looks further.
+    """
+    splits = description["pre_tokenizer"] or {}
+    return (
+        (splits.get("type"), splits.get("use_regex"), splits.get("add_prefix_space")) == ("ByteLevel", True, False)
+        and description["normalizer"] is None
+        and (description["post_processor"] or {"type": "ByteLevel"})["type"] == "ByteLevel"
+        and not any(
+            " " in token["content"] or token["lstrip"] or token["rstrip"] or token["single_word"]
+            for token in description["added_tokens"]
+        )
+    )
 
 
 def _token_to_bytes(decoder: dict[str, Any] | None) -> Any:

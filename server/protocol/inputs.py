@@ -9,6 +9,36 @@ from pydantic import PlainValidator, ValidationInfo
 from server.errors import InvalidRequest
 
 
+def check_input(value: Any, where: str) -> str | list[int]:
+    """A text or its token ids, which may be empty; raises InvalidRequest that names `where`."""
+    if isinstance(value, str):
+        check_text(value, where)
+        return value
+    if not isinstance(value, list):
+        raise InvalidRequest(f"{where}: must be a text or a list of token ids", param=where)
+    for token in value:
+        if type(token) is not int:
+            raise InvalidRequest(f"{where}: {str(token)[:40]!r} is not a token id", param=where)
+    return value
+
+
+def check_text(text: str, where: str) -> None:
+    """Raises InvalidRequest for what JSON can say and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{where}: half a surrogate pair at character {error.start} is no Unicode text", param=where
+        ) from None
+
+
+def check_token_ids(ids: list[int], vocab_size: int, where: str) -> None:
+    """Raises InvalidRequest unless every id is in the vocabulary."""
+    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        wrong = next(token for token in ids if not 0 <= token < vocab_size)
+        raise InvalidRequest(f"{where}: token id {wrong} is outside the vocabulary of {vocab_size}", param=where)
+
+
 def _parse(value: Any, info: ValidationInfo) -> list[str | list[int]]:
     name = str(info.field_name)
     if isinstance(value, str):
@@ -24,24 +54,16 @@ def _parse(value: Any, info: ValidationInfo) -> list[str | list[int]]:
             param=name,
         )
     for i, item in enumerate(items):
-        where = name if len(items) == 1 else f"{name}[{i}]"
+        where = place(name, i, len(items))
         if type(item) is not kind:
             raise InvalidRequest(f"{where}: a list must hold either only texts or only lists of token ids", param=where)
-        if isinstance(item, str):
-            check_text(item, where)
-        elif wrong := [token for token in item if type(token) is not int]:
-            raise InvalidRequest(f"{where}: {str(wrong[0])[:40]!r} is not a token id", param=where)
+        check_input(item, where)
     return items
 
 
-def check_text(text: str, where: str) -> None:
-    """Raises InvalidRequest for what JSON can say and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(
-            f"{where}: half a surrogate pair at character {error.start} is no Unicode text", param=where
-        ) from None
+def place(field: str, index: int, count: int) -> str:
+    """The name of an entry in messages: the field itself if it is the only one."""
+    return field if count == 1 else f"{field}[{index}]"
 
 
 Inputs = Annotated[
@@ -49,3 +71,11 @@ Inputs = Annotated[
     PlainValidator(_parse, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
 ]
 """Parsed: one entry per text, which is a string or its token ids. Raises InvalidRequest that names the entry."""
+
+
+def _parse_one(value: Any, info: ValidationInfo) -> str | list[int]:
+    return check_input(value, str(info.field_name))
+
+
+Input = Annotated[str | list[int], PlainValidator(_parse_one, json_schema_input_type=str | list[int])]
+"""One text, a string or its token ids, which may be empty."""

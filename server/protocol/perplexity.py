@@ -1,29 +1,33 @@
-"""POST /v1/perplexity."""
+"""POST /v1/perplexity: what may be asked, and the answer, built as plain dicts for speed."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import BaseModel, Field, model_validator
 
 from lpa_model.perplexity import Convention, Method, Tally
+from server.engine.request import Logprobs
+from server.engine.tokenizer import Tokenizer
+from server.errors import InvalidRequest
 from server.protocol.body import RequestBody
-from server.protocol.inputs import Inputs
+from server.protocol.inputs import Inputs, check_input
+from server.protocol.logprobs import LOWEST_LOGPROB
 
 
-class PerplexityRequest(RequestBody):
-    """How well the model predicts each text: its negative log-likelihood in nats, and exp of its mean per token."""
+class PerplexityParameters(RequestBody):
+    """Everything but the texts: fields of a JSON body, query parameters beside a body of lines."""
 
     model: str = Field(description="Name of the model.", examples=["lpa-tiny"])
-    input: Inputs = Field(
-        description="A text, a list of texts, a list of token ids or a list of lists; at least two tokens each.",
-        examples=["Once upon a time there was a little robot."],
-    )
     method: Method = Field(
         "full",
         description="full: one window, an error if the text does not fit. sliding: windows of max_length tokens that "
-        "begin stride tokens after one another; every token is scored once.",
+        "begin stride tokens after one another; every token is scored once. rolling: as lm-evaluation-harness; BOS or "
+        "EOS first, then disjoint windows with one token of context. chunks: as llama-perplexity; windows that do not "
+        "overlap, the second half of each scored.",
     )
     max_length: int | None = Field(
         None, ge=2, description="Tokens of a window, context included (default: the model's context)."
@@ -33,19 +37,188 @@ class PerplexityRequest(RequestBody):
         ge=1,
         description="Tokens between the beginnings of sliding windows, below max_length (default: half of it).",
     )
-    add_bos: bool | None = Field(None, description="(default: the tokenizer's own setting).")
+    add_bos: bool | None = Field(
+        None,
+        description="full, sliding: BOS stands before the text, so that its first token is scored too. chunks: it also "
+        "replaces the first token of every further window. rolling: always so, with EOS where there is no BOS. "
+        "(Default: the tokenizer's own setting.)",
+    )
+    return_tokens: bool = Field(False, description="Add `tokens`: every token of a text with its log-probability.")
+    top_logprobs: int = Field(
+        0, ge=0, le=20, description="With return_tokens: this many most probable tokens at each place."
+    )
+    stream: bool = Field(
+        False, description="Answer in lines (application/x-ndjson): one per text as it is done, then the aggregate."
+    )
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.top_logprobs and not self.return_tokens:
+            raise InvalidRequest("top_logprobs: needs return_tokens to be true", param="top_logprobs")
+        return self
 
 
-def perplexity_response(model: str, tallies: list[Tally], convention: Convention, prompt_tokens: int) -> dict[str, Any]:
-    """The answer, which says which perplexity it is."""
-    total = Tally()
-    for tally in tallies:
-        total.add_text(tally)
+class PerplexityRequest(PerplexityParameters):
+    """How well the model predicts each text, by a stated method."""
+
+    input: Inputs = Field(
+        description="A text, a list of texts, a list of token ids or a list of lists.",
+        examples=["Once upon a time there was a little robot."],
+    )
+
+
+class Alternative(BaseModel):
+    """A token that might have stood in a place."""
+
+    text: str = Field(description=r"`bytes:\xe2` for a token that is no text by itself.")
+    id: int
+    bytes: list[int]
+    logprob: float = Field(description="Natural logarithm.")
+
+
+class ScoredToken(BaseModel):
+    """A token of a text. What is not scored, such as the first token without BOS, has null for all its numbers."""
+
+    text: str = Field(description=r"`bytes:\xe2` for a token that is no text by itself.")
+    id: int
+    bytes: list[int]
+    offset: int = Field(description="Where it begins in the text, in characters (code points).")
+    logprob: float | None = Field(description="Natural logarithm.")
+    rank: int | None = Field(description="1 for the most probable token.")
+    top_logprobs: list[Alternative] | None = Field(description="The most probable tokens, best first.")
+
+
+class Metrics(BaseModel):
+    """What the log-probabilities of a text or a corpus add up to; null is for no number."""
+
+    nll_sum: float = Field(description="Negative log-likelihood in nats: an exact sum, rounded once.")
+    num_tokens: int = Field(description="Scored ones.")
+    num_words: int = Field(description=r"Of whole texts, len(re.split(r'\s+', text)); of token ids' text likewise.")
+    num_bytes: int = Field(description="Of whole texts, in UTF-8.")
+    perplexity: float | None = Field(description="exp(nll_sum / num_tokens).")
+    perplexity_stderr: float | None = Field(
+        description="perplexity · sqrt((mean(x²) - mean(x)²) / (num_tokens - 1)) over the tokens' NLLs x."
+    )
+    word_perplexity: float | None = Field(description="exp(nll_sum / num_words); null for chunks, as the next two.")
+    byte_perplexity: float | None = Field(description="exp(nll_sum / num_bytes).")
+    bits_per_byte: float | None = Field(description="nll_sum / num_bytes / ln 2.")
+    mean_perplexity: float | None = Field(description="Mean of the texts' perplexities, each text weighing the same.")
+
+
+class TextMetrics(Metrics):
+    """One text."""
+
+    object: Literal["perplexity.text"]
+    index: int
+    tokens: list[ScoredToken] | None = Field(None, description="With return_tokens.")
+
+
+class CorpusMetrics(Metrics):
+    """All texts."""
+
+    num_texts: int
+
+
+class ScoringUsage(BaseModel):
+    """Tokens of the texts, each once, however many windows it is in."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class PerplexityResponse(BaseModel):
+    """The answer, with the method and all its parameters; it documents the dicts below and is never built.
+
+    A stream has a line for each entry of `data`, then one with the rest.
+    """
+
+    object: Literal["perplexity"]
+    model: str
+    method: Method
+    max_length: int
+    stride: int | None = Field(description="null but for sliding.")
+    add_bos: bool
+    prefix_token_id: int | None = Field(description="What stands before a text: BOS, or EOS, or null for nothing.")
+    data: list[TextMetrics]
+    aggregate: CorpusMetrics
+    usage: ScoringUsage
+
+
+_LINES = {
+    "type": "string",
+    "description": "A corpus of any size, read as it comes: each line is a text in JSON, its token ids, or an object "
+    'with either as "text" or "input"; blank lines are skipped. The other fields of a JSON body are query parameters '
+    "then. Read the answer of a stream while you send: the server reads on only as far as its answers are taken.",
+}
+LINES_OPENAPI: dict[str, Any] = {
+    "requestBody": {"content": {"application/x-ndjson": {"schema": _LINES}}},
+    "responses": {
+        "200": {
+            "content": {
+                "application/x-ndjson": {
+                    "schema": {"type": "string"},
+                    "example": '{"object":"perplexity.text","index":0}\n{"object":"perplexity"}\n',
+                }
+            }
+        }
+    },
+}
+"""What FastAPI cannot know of the route."""
+
+
+def input_of_line(line: bytes, where: str) -> str | list[int]:
+    """The text or token ids of a line of a body; InvalidRequest names the line."""
+    try:
+        value = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{where}: is not UTF-8 at byte {error.start}", param=where) from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{where}: is not valid JSON: {error}", param=where) from None
+    if isinstance(value, dict):
+        if len(value.keys() & {"text", "input"}) != 1:
+            raise InvalidRequest(f'{where}: the object must have either "text" or "input"', param=where)
+        value = value["text"] if "text" in value else value["input"]
+    return check_input(value, where)
+
+
+def token_entries(
+    tokenizer: Tokenizer, token_ids: Sequence[int], offsets: Sequence[int], scores: Logprobs | None
+) -> list[dict[str, Any]]:
+    """Entries of `tokens` for a run of tokens; `scores` None: tokens that are not scored, whose numbers are null."""
+    entries = []
+    for i, (token_id, offset) in enumerate(zip(token_ids, offsets, strict=True)):
+        entry = {**_token(tokenizer, token_id), "offset": offset}
+        if scores is None:
+            entry |= {"logprob": None, "rank": None, "top_logprobs": None}
+        else:
+            entry |= {"logprob": scores.logprobs[i], "rank": scores.ranks[i]}
+            entry["top_logprobs"] = [
+                {**_token(tokenizer, top_id), "logprob": max(logprob, LOWEST_LOGPROB)}
+                for top_id, logprob in zip(scores.top_ids[i], scores.top_logprobs[i], strict=True)
+            ]
+        entries.append(entry)
+    return entries
+
+
+def _token(tokenizer: Tokenizer, token_id: int) -> dict[str, Any]:
+    return {
+        "text": tokenizer.token_text(token_id),
+        "id": token_id,
+        "bytes": list(tokenizer.token_bytes(token_id)),
+    }
+
+
+def text_fields(index: int, tally: Tally, method: Method) -> dict[str, Any]:
+    """An entry of `data`, or a line of a stream, without its tokens."""
+    return {"object": "perplexity.text", "index": index, **tally.metrics(method)}
+
+
+def corpus_fields(model: str, convention: Convention, corpus: Tally, prompt_tokens: int) -> dict[str, Any]:
+    """The answer without `data`, or the last line of a stream: it says which perplexity it is."""
     return {
         "object": "perplexity",
         "model": model,
         **asdict(convention),
-        "data": [{"index": i, **tally.metrics(convention.method)} for i, tally in enumerate(tallies)],
-        "aggregate": total.metrics(convention.method),
+        "aggregate": {"num_texts": corpus.num_texts, **corpus.metrics(convention.method)},
         "usage": {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens},
     }

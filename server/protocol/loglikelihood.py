@@ -1,0 +1,179 @@
+"""POST /v1/loglikelihood: what may be asked, and the answer, built as plain dicts for speed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, Field, PlainValidator, model_validator
+
+from server.engine.request import Logprobs
+from server.errors import EngineError, InvalidRequest
+from server.protocol.body import RequestBody
+from server.protocol.inputs import check_input
+from server.protocol.sampling import Usage, usage
+
+TextOrIds = str | list[int]
+
+
+def _later(schema: Any) -> PlainValidator:
+    """A field that `alternatives` checks, which knows its place."""
+    return PlainValidator(lambda value: value, json_schema_input_type=schema)
+
+
+class LoglikelihoodRequest(RequestBody):
+    """How probable continuations are after their contexts, in one of three forms."""
+
+    model: str = Field(description="Name of the model.", examples=["lpa-tiny"])
+    context: Annotated[Any, _later(TextOrIds)] = Field(
+        None, description="Text or token ids before every one of `continuations`.", examples=["The sun was"]
+    )
+    continuations: Annotated[Any, _later(list[TextOrIds])] = Field(
+        None, description="Texts or token ids, none empty.", examples=[[" bright.", " a table."]]
+    )
+    pairs: Annotated[Any, _later(list[list[TextOrIds]])] = Field(
+        None, description="Instead: alternatives as lists of two, context and continuation."
+    )
+    sets: Annotated[Any, _later(list[dict[str, TextOrIds | list[TextOrIds]]])] = Field(
+        None, description="Instead: many questions at once, objects with `context` and `continuations` each."
+    )
+    add_bos: bool | None = Field(
+        None, description="Whether BOS stands before a context (default: the tokenizer's own setting)."
+    )
+
+    @model_validator(mode="after")
+    def _check_form(self) -> Self:
+        one_set = self.context is not None or self.continuations is not None
+        forms = [one_set, self.pairs is not None, self.sets is not None]
+        if sum(forms) != 1:
+            raise InvalidRequest("context: give either context and continuations, or pairs, or sets", param="context")
+        return self
+
+    def alternatives(self) -> list[list[Alternative]]:
+        """The sets, each of alternatives to compare; InvalidRequest names what is no text."""
+        if self.pairs is not None:
+            return [[_pair(pair, f"pairs[{i}]") for i, pair in enumerate(_check_list(self.pairs, "pairs"))]]
+        if self.sets is None:
+            return [_set({"context": self.context, "continuations": self.continuations}, "")]
+        return [_set(entry, f"sets[{i}]") for i, entry in enumerate(_check_list(self.sets, "sets"))]
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A continuation after its context; `where` is its place in the request, for messages."""
+
+    where: str
+    context: TextOrIds
+    continuation: TextOrIds
+
+
+def _pair(pair: Any, where: str) -> Alternative:
+    if not isinstance(pair, list) or len(pair) != 2:
+        raise InvalidRequest(f"{where}: must be a list of two, context and continuation", param=where)
+    context, continuation = (check_input(value, f"{where}[{i}]") for i, value in enumerate(pair))
+    return Alternative(f"{where}[1]", context, _check_not_empty(continuation, f"{where}[1]"))
+
+
+def _set(entry: Any, where: str) -> list[Alternative]:
+    if not isinstance(entry, dict):
+        raise InvalidRequest(f"{where}: must be an object with context and continuations", param=where)
+    context_at, at = (f"{where}.{name}".removeprefix(".") for name in ("context", "continuations"))
+    if entry.get("context") is None:
+        raise InvalidRequest(f"{context_at}: is required; it may be empty", param=context_at)
+    context = check_input(entry["context"], context_at)
+    found = []
+    for i, value in enumerate(_check_list(entry.get("continuations"), at)):
+        found.append(
+            Alternative(f"{at}[{i}]", context, _check_not_empty(check_input(value, f"{at}[{i}]"), f"{at}[{i}]"))
+        )
+    return found
+
+
+def _check_list(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise InvalidRequest(f"{where}: must be a list that is not empty", param=where)
+    return value
+
+
+def _check_not_empty(value: TextOrIds, where: str) -> TextOrIds:
+    if not value:
+        raise InvalidRequest(f"{where}: is empty; there is nothing to score", param=where)
+    return value
+
+
+class ScoredContinuation(BaseModel):
+    """One alternative."""
+
+    index: int
+    logprob: float = Field(description="Sum over its tokens, natural logarithm.")
+    num_tokens: int
+    num_bytes: int = Field(description="Of the continuation as it was given, in UTF-8.")
+    is_greedy: bool = Field(description="Whether every token was the most probable one in its place.")
+    logprob_per_token: float
+    logprob_per_byte: float | None = Field(description="null for tokens without text.")
+
+
+class Best(BaseModel):
+    """Index of the best continuation of a set by each number, the first of equals."""
+
+    logprob: int
+    logprob_per_token: int
+    logprob_per_byte: int | None
+
+
+class ScoredSet(BaseModel):
+    """Alternatives that were compared."""
+
+    index: int
+    continuations: list[ScoredContinuation]
+    best: Best
+
+
+class LoglikelihoodResponse(BaseModel):
+    """The answer; it documents the dicts below and is never built."""
+
+    object: Literal["loglikelihood"]
+    model: str
+    add_bos: bool
+    data: list[ScoredSet] = Field(description="One for `continuations` and for `pairs`, else one for each of `sets`.")
+    usage: Usage
+
+
+def continuation_fields(index: int, where: str, scores: Logprobs, num_bytes: int) -> dict[str, Any]:
+    """One entry of `continuations`; EngineError if a log-probability is not finite."""
+    if not all(map(math.isfinite, scores.logprobs)):
+        raise EngineError(f"{where}: the model gave a log-probability that is not a finite number")
+    logprob = math.fsum(scores.logprobs)
+    return {
+        "index": index,
+        "logprob": logprob,
+        "num_tokens": len(scores.logprobs),
+        "num_bytes": num_bytes,
+        "is_greedy": all(rank == 1 for rank in scores.ranks),
+        "logprob_per_token": logprob / len(scores.logprobs),
+        "logprob_per_byte": logprob / num_bytes if num_bytes else None,
+    }
+
+
+def set_fields(index: int, continuations: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """An entry of `data`: the continuations, and the index of the best by each number, the first of equals."""
+    best: dict[str, int | None] = {}
+    for name in ("logprob", "logprob_per_token", "logprob_per_byte"):
+        known = [entry for entry in continuations if entry[name] is not None]
+        best[name] = max(known, key=lambda entry: entry[name])["index"] if known else None
+    return {"index": index, "continuations": list(continuations), "best": best}
+
+
+def loglikelihood_fields(
+    model: str, add_bos: bool, data: Sequence[dict[str, Any]], prompt_tokens: int, cached_tokens: int
+) -> dict[str, Any]:
+    """The answer. Tokens are those of contexts and continuations, a context once for each continuation."""
+    return {
+        "object": "loglikelihood",
+        "model": model,
+        "add_bos": add_bos,
+        "data": list(data),
+        "usage": usage(prompt_tokens, 0, cached_tokens),
+    }

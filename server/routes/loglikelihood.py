@@ -1,0 +1,183 @@
+"""POST /v1/loglikelihood."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from lpa_model.perplexity import adds_bos
+from server.engine.async_engine import AsyncEngine
+from server.engine.request import Logprobs
+from server.errors import ContextLength, InvalidRequest
+from server.protocol.inputs import check_token_ids
+from server.protocol.loglikelihood import (
+    Alternative,
+    LoglikelihoodRequest,
+    LoglikelihoodResponse,
+    continuation_fields,
+    loglikelihood_fields,
+    set_fields,
+)
+from server.routes.body import JsonRoute
+from server.routes.fan_out import deadline_of
+from server.routes.prompts import check_model
+from server.routes.respond import json_response, while_connected
+from server.routes.responses import WITH_ENGINE, responses
+from server.routes.scoring import Scorer, in_order
+from server.settings import Settings
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A tokenized alternative; it is number `index` of its set."""
+
+    where: str
+    index: int
+    context: list[int]
+    continuation: list[int]
+    num_bytes: int  # of the continuation, as it was given
+
+
+ScoredGroup = tuple[int, list[tuple[Pair, Logprobs, int]]]
+"""Number of the set; its pairs with one context, their scores and cached tokens."""
+
+
+def loglikelihood_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
+    """The route over one engine."""
+    router = APIRouter(tags=["Scoring"], route_class=JsonRoute)
+
+    @router.post(
+        "/v1/loglikelihood",
+        summary="Log-likelihood of continuations",
+        responses=responses(LoglikelihoodResponse, *WITH_ENGINE),
+    )
+    async def loglikelihood(body: LoglikelihoodRequest, request: Request) -> Response:
+        check_model(body.model, settings)
+        sets = body.alternatives()
+        tokenize = PairTokenizer(engine, body.add_bos)
+        scorer = Scorer(engine, settings, request.state.request_id)
+        # half: followers of a context wait for few leaders of others, while its blocks are still cached
+        scored = in_order(_works(scorer, tokenize, sets), max(1, scorer.max_in_flight // 2), deadline_of(settings))
+        answer = await while_connected(
+            request.receive, _answer(settings.model_name, tokenize.add_bos, len(sets), scored)
+        )
+        return json_response(answer)
+
+    return router
+
+
+class PairTokenizer:
+    """Tokens of contexts and continuations, split as lm-evaluation-harness does.
+
+    White space at the end of a context goes to its continuation; both are tokenized as one text, which is cut after as
+    many tokens as the context has alone. Where one of the two came as token ids, each is taken by itself. Before an
+    empty context stands BOS, or EOS where the model has no BOS, unless the continuation begins with it.
+
+    Raises:
+        InvalidRequest: add_bos is asked for and the model has no BOS.
+    """
+
+    def __init__(self, engine: AsyncEngine, add_bos: bool | None) -> None:
+        config = engine.model_config
+        self._tokenizer = engine.tokenizer
+        self._max_tokens = engine.max_model_len
+        self._bos = config.bos_token_id
+        self._prefix = config.eos_token_id if self._bos is None else self._bos
+        self.add_bos = adds_bos(engine.tokenizer.backend, self._bos) if add_bos is None else add_bos
+        if self.add_bos and self._bos is None:
+            raise InvalidRequest("add_bos: the model has no BOS token", param="add_bos")
+
+    def __call__(self, alternatives: Sequence[Alternative]) -> list[Pair]:
+        """A set's pairs.
+
+        Raises:
+            InvalidRequest, ContextLength: one cannot be scored; it is named.
+        """
+        contexts: dict[str, list[int]] = {}
+        return [self._pair(i, alternative, contexts) for i, alternative in enumerate(alternatives)]
+
+    def _pair(self, index: int, asked: Alternative, contexts: dict[str, list[int]]) -> Pair:
+        where = asked.where
+        if isinstance(asked.context, str) and isinstance(asked.continuation, str):
+            bare = asked.context.rstrip()
+            if bare not in contexts:
+                contexts[bare] = self._ids(bare, where)
+            context = contexts[bare]
+            continuation = self._ids(asked.context + asked.continuation, where)[len(context) :]
+        else:
+            context, continuation = self._ids(asked.context, where), self._ids(asked.continuation, where)
+        if not context:
+            if self._prefix is None:
+                raise InvalidRequest(f"{where}: its context is empty and the model has no BOS or EOS", param=where)
+            if continuation[:1] == [self._prefix]:
+                context, continuation = continuation[:1], continuation[1:]
+            else:
+                context = [self._prefix]
+        elif self.add_bos and self._bos is not None and context[0] != self._bos:
+            context = [self._bos, *context]
+        if not continuation:
+            raise InvalidRequest(f"{where}: has no token of its own after its context", param=where)
+        total = len(context) + len(continuation)
+        if total > self._max_tokens:
+            raise ContextLength(
+                f"{where}: {total} tokens with its context; the model's is {self._max_tokens} tokens", param=where
+            )
+        return Pair(where, index, context, continuation, self._num_bytes(asked.continuation))
+
+    def _ids(self, value: str | list[int], where: str) -> list[int]:
+        if isinstance(value, str):
+            return self._tokenizer.encode(value, add_special_tokens=False)
+        check_token_ids(value, self._tokenizer.vocab_size, where)
+        return value
+
+    def _num_bytes(self, value: str | list[int]) -> int:
+        return (
+            len(value.encode()) if isinstance(value, str) else sum(len(self._tokenizer.token_bytes(i)) for i in value)
+        )
+
+
+async def _works(
+    scorer: Scorer, tokenize: PairTokenizer, sets: Sequence[Sequence[Alternative]]
+) -> AsyncGenerator[Coroutine[Any, Any, ScoredGroup]]:
+    for number, alternatives in enumerate(sets):
+        groups: dict[tuple[int, ...], list[Pair]] = {}
+        for pair in await asyncio.to_thread(tokenize, alternatives):
+            groups.setdefault(tuple(pair.context), []).append(pair)
+        for group in groups.values():
+            yield _score_group(scorer, number, group)
+
+
+async def _score_group(scorer: Scorer, number: int, group: Sequence[Pair]) -> ScoredGroup:
+    """Pairs with one context: the first alone, so that the others find the context's blocks in the cache."""
+
+    async def score(pair: Pair) -> tuple[Pair, Logprobs, int]:
+        return pair, *await scorer.score(pair.context + pair.continuation, len(pair.context))
+
+    leader, *others = group
+    found = [await score(leader)]
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            followers = [tasks.create_task(score(pair)) for pair in others]
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+    return number, [*found, *(task.result() for task in followers)]
+
+
+async def _answer(model: str, add_bos: bool, num_sets: int, scored: AsyncGenerator[ScoredGroup]) -> dict[str, Any]:
+    entries: list[list[dict[str, Any]]] = [[] for _ in range(num_sets)]
+    prompt_tokens = cached_tokens = 0
+    async with aclosing(scored):
+        async for number, group in scored:
+            for pair, scores, cached in group:
+                entries[number].append(continuation_fields(pair.index, pair.where, scores, pair.num_bytes))
+                prompt_tokens += len(pair.context) + len(pair.continuation)
+                cached_tokens += cached
+    data = [set_fields(i, sorted(of_set, key=lambda entry: entry["index"])) for i, of_set in enumerate(entries)]
+    return loglikelihood_fields(model, add_bos, data, prompt_tokens, cached_tokens)

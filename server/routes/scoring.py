@@ -1,0 +1,123 @@
+"""Sequences whose tokens are scored: many for one HTTP request, a bounded number at a time, results in order."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from server.engine.async_engine import AsyncEngine
+from server.engine.request import Logprobs, Request, SamplingParams
+from server.errors import QueueFull, TimedOut
+from server.settings import Settings
+
+T = TypeVar("T")
+
+QUEUE_RETRY = 0.1  # seconds
+
+
+class Scorer:
+    """Scores the sequences of one HTTP request, whose first may be refused; later ones wait for a full queue.
+
+    At most `max_in_flight` are with the engine: as many again as run at once, so that it need not wait for the event
+    loop between steps.
+    """
+
+    def __init__(self, engine: AsyncEngine, settings: Settings, request_id: str) -> None:
+        self._engine = engine
+        self._unique = f"{request_id}-{secrets.token_hex(4)}"  # clients may send an x-request-id twice
+        self._count = 0
+        self._running = 0
+        self._begun = False
+        self.max_in_flight = engine.max_num_seqs + min(engine.max_num_seqs, settings.max_queue)
+        self._slots = asyncio.Semaphore(self.max_in_flight)
+
+    async def score(self, token_ids: list[int], first: int, top: int = 0) -> tuple[Logprobs, int]:
+        """Log-probabilities of token_ids[first:], first at least 1, with the `top` most probable tokens at each.
+
+        Returns:
+            The scores, and how many tokens came from the prefix cache.
+
+        Raises:
+            UserError: as `AsyncEngine.generate`.
+        """
+        async with self._slots:
+            return await self._score(token_ids, first, top)
+
+    async def _score(self, token_ids: list[int], first: int, top: int) -> tuple[Logprobs, int]:
+        params = SamplingParams(max_tokens=0, prompt_logprobs=top, first_logit_position=first - 1)
+        self._count += 1
+        sequence_id = f"{self._unique}-{self._count}"
+        while True:
+            self._running += 1
+            try:
+                async with aclosing(self._engine.generate([Request(sequence_id, token_ids, params)])) as outputs:
+                    async for _, output in outputs:
+                        self._begun = True
+                        if output.prompt_logprobs is not None:
+                            assert len(output.prompt_logprobs.logprobs) == len(token_ids) - first
+                            return output.prompt_logprobs, output.num_cached_tokens
+                raise AssertionError("a scoring request ended without its scores")
+            except QueueFull:
+                if not self._begun and self._running == 1:
+                    raise
+            finally:
+                self._running -= 1
+            await asyncio.sleep(QUEUE_RETRY)
+
+
+async def in_order(
+    works: AsyncGenerator[Coroutine[Any, Any, T]], max_in_flight: int, deadline: float | None
+) -> AsyncGenerator[T]:
+    """Results of `works` in their order. At most `max_in_flight` of them run, or are done but not yet taken.
+
+    When one fails, the results before it come first; then its error is raised, and those after it are cancelled.
+    The same when `works` itself raises.
+
+    Args:
+        deadline: when to give up, on the event loop's clock.
+
+    Raises:
+        TimedOut: the deadline has passed.
+    """
+    started: asyncio.Queue[asyncio.Task[T] | Exception | None] = asyncio.Queue()
+    slots = asyncio.Semaphore(max_in_flight)
+
+    async def start_all() -> None:
+        end: Exception | None = None
+        try:
+            await slots.acquire()
+            async for work in works:
+                started.put_nowait(asyncio.create_task(work))
+                await slots.acquire()
+        except Exception as error:
+            end = error
+        started.put_nowait(end)
+
+    starting = asyncio.create_task(start_all())
+    item: asyncio.Task[T] | Exception | None = None
+    try:
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    item = await started.get()
+                    if not isinstance(item, asyncio.Task):
+                        break
+                    result = await item
+            except TimeoutError:
+                raise TimedOut("the request took longer than this server's request_timeout") from None
+            slots.release()
+            yield result
+        if item is not None:
+            raise item
+    finally:
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        left = [item, *(started.get_nowait() for _ in range(started.qsize()))]
+        tasks = [task for task in left if isinstance(task, asyncio.Task)]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await works.aclose()
