@@ -10,11 +10,10 @@ const element = (tag, className, text = "") => {
   return made;
 };
 
-/** "12.3 %" of a probability; small ones keep two digits. */
-export function percent(p) {
+/** "12.3 %" of a probability. */
+function percent(p) {
   if (p >= 0.9995) return "100 %";
-  if (p >= 0.001) return `${(p * 100).toFixed(p >= 0.1 ? 1 : 2)} %`;
-  return `${(p * 100).toPrecision(2)} %`;
+  return p >= 0.0001 ? `${(p * 100).toFixed(p >= 0.1 ? 1 : 2)} %` : "< 0.01 %";
 }
 
 /** Shows the card at the token that has the pointer, the focus or the last tap. */
@@ -31,7 +30,8 @@ export function watchTokens(card) {
     if (span === anchor) return;
     hide();
     anchor = span;
-    card.replaceChildren(...pieceOf(span).tokens.map(section));
+    const piece = pieceOf(span);
+    card.replaceChildren(...(piece.tokens.length > 1 ? partsOf(piece) : alternativesOf(piece.tokens[0])));
     card.hidden = false;
     span.setAttribute("aria-describedby", card.id);
     place(card, span);
@@ -68,16 +68,14 @@ function place(card, span) {
   card.style.top = `${Math.max(GAP, below ? box.bottom + GAP : box.top - GAP - height)}px`;
 }
 
-function section(token) {
-  const made = element("section", "");
-  const head = element("p", "card-token");
-  head.append(element("b", "", token.label));
-  if (token.logprob === null) {
-    head.append(element("span", "", "not scored"));
-    made.append(head);
-    return made;
-  }
-  head.append(element("span", "", `${bitsOf(token.logprob).toFixed(2)} bits`));
+function head(label, bits) {
+  const made = element("p", "card-token");
+  made.append(element("b", "", label), element("span", "", bits === null ? "not scored" : `${bits.toFixed(2)} bits`));
+  return made;
+}
+
+function alternativesOf(token) {
+  if (token.logprob === null) return [head(token.label, null)];
   const rows = element("div", "bars");
   let rest = 1;
   for (const { label, logprob, chosen } of token.alternatives) {
@@ -85,9 +83,17 @@ function section(token) {
     rows.append(...bar(label, Math.exp(logprob), chosen ? "chosen" : ""));
   }
   rows.append(...bar("all others", Math.max(rest, 0), "rest"));
-  made.append(head, rows);
-  if (token.rank) made.append(element("p", "hint", `Rank ${token.rank} of the model's guesses`));
-  return made;
+  const rank = token.rank ? [element("p", "hint", `Rank ${token.rank} of the model's guesses`)] : [];
+  return [head(token.label, bitsOf(token.logprob)), rows, ...rank];
+}
+
+/** Tokens that only together make characters: how probable each was. */
+function partsOf({ text, tokens, bits }) {
+  const rows = element("div", "bars");
+  for (const { label, logprob } of tokens) {
+    if (logprob !== null) rows.append(...bar(label, Math.exp(logprob), "chosen"));
+  }
+  return [head(text, bits), rows, element("p", "hint", `${tokens.length} tokens, which have bytes that are no text alone`)];
 }
 
 function bar(label, p, kind) {

@@ -61,7 +61,7 @@ function drawTable(scoredA, scoredB) {
       const head = Object.assign(document.createElement("th"), { scope: "row", textContent: name });
       const values = [scoredA, scoredB].map((scored) => scored && value(scored));
       const ratio = values[0] && values[1] ? `×${(values[1] / values[0]).toFixed(2)}` : "–";
-      const shown = [...values.map((number, i) => (scoredA && scoredB ? figure(number, digits) : "–")), ratio];
+      const shown = [...values.map((number) => figure(number, digits)), ratio];
       row.append(head, ...shown.map((text) => Object.assign(document.createElement("td"), { textContent: text })));
       return row;
     }),
@@ -70,9 +70,10 @@ function drawTable(scoredA, scoredB) {
 
 function verdict(scoredA, scoredB, sameText) {
   // two texts have tokens of different lengths, so bytes are what they have in common
-  const [of, unit] = sameText ? [(scored) => scored.perplexity, "perplexity"] : [(s) => s.bits_per_byte, "bits per byte"];
-  const [valueA, valueB] = [of(scoredA), of(scoredB)];
-  if (valueA === null || valueB === null) return "One of them is beyond all numbers.";
+  const byBytes = !sameText && scoredA.bits_per_byte != null && scoredB.bits_per_byte != null;
+  const [field, unit] = byBytes ? ["bits_per_byte", "bits per byte"] : ["perplexity", "perplexity"];
+  const [valueA, valueB] = [scoredA[field], scoredB[field]];
+  if (valueA === null || valueB === null) return "The perplexity of one of them is too large for a number.";
   const change = Math.abs(valueB / valueA - 1) * 100;
   if (change < 0.05) return `A and B have the same ${unit}, ${figure(valueA, 3)}.`;
   const [low, high, least, most] = valueA < valueB ? ["A", "B", valueA, valueB] : ["B", "A", valueB, valueA];

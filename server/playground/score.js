@@ -7,21 +7,24 @@ import { assembler, draw, labelOf, roam } from "./tokens.js";
 
 const ALTERNATIVES = 5;
 const MOST_SHOWN = 5000; // tokens; a page of many more elements is no longer smooth
+const LONGEST_DRAWN = 200_000; // characters; a longer text's tokens are not even asked for
 const MOST_WORDS = 12;
 
-/** The API's entry for one text, with its tokens; `options` are the fields that methodFields reads. */
+/** The API's entry for one text, with tokens if it can be drawn; `options` are the fields that methodFields reads. */
 export async function score(server, text, options) {
-  const wanted = { return_tokens: true, top_logprobs: ALTERNATIVES };
+  const wanted = text.length > LONGEST_DRAWN ? {} : { return_tokens: true, top_logprobs: ALTERNATIVES };
   const body = { model: await server.model(), input: text, ...options, ...wanted };
   const response = await call("v1/perplexity", { body, askForKey: server.askForKey });
-  return (await response.json()).data[0];
+  const [scored] = (await response.json()).data;
+  return { tokens: [], ...scored };
 }
 
-/** A number with so many digits after the point, none from 1000 on; null is an overflow. */
+/** A number with so many digits after the point, none from 1000 on; "–" if there is none. */
 export function figure(value, digits = 2) {
+  if (value == null) return "–";
   const shown = Math.abs(value) < 1000 ? digits : 0;
   const options = { minimumFractionDigits: shown, maximumFractionDigits: shown };
-  return value === null ? "∞" : value.toLocaleString("en", options);
+  return value.toLocaleString("en", options);
 }
 
 /** Fill `container` with the shaded tokens of a scored text; returns its pieces and their elements. */
@@ -83,9 +86,7 @@ export function scoreTab(server) {
       drawFigures(scored);
       const drawn = drawMap(map, scored);
       drawWords(surprisingWords(drawn));
-      const left = scored.tokens.length - MOST_SHOWN;
-      byId("score-note").textContent =
-        left > 0 ? `The first ${MOST_SHOWN} tokens are shown; the figures are those of all ${scored.tokens.length}.` : "";
+      byId("score-note").textContent = noteOf(scored.tokens.length);
       announce(`Perplexity ${figure(scored.perplexity)}, ${figure(scored.bits_per_byte, 3)} bits per byte`);
     } catch (error) {
       failed("score-error", error);
@@ -96,13 +97,19 @@ export function scoreTab(server) {
   text.addEventListener("keydown", (event) => isRunKey(event) && form.requestSubmit());
 }
 
+function noteOf(numTokens) {
+  if (!numTokens) return `The figures are there; a text of more than ${figure(LONGEST_DRAWN)} characters is not drawn.`;
+  return numTokens > MOST_SHOWN ? `The first ${figure(MOST_SHOWN)} of ${figure(numTokens)} tokens are drawn.` : "";
+}
+
 function drawFigures(scored) {
-  const guessed = scored?.tokens.filter(({ rank }) => rank === 1).length;
+  const ranks = scored?.tokens.map(({ rank }) => rank).filter((rank) => rank !== null) ?? [];
+  const guessed = ranks.length ? (100 * ranks.filter((rank) => rank === 1).length) / ranks.length : null;
   const entries = [
-    ["perplexity", "Perplexity", scored && figure(scored.perplexity), scored && spread(scored)],
-    ["bits-per-byte", "Bits per byte", scored && figure(scored.bits_per_byte, 3), ""],
-    ["num-tokens", "Tokens", scored && String(scored.num_tokens), scored && `of ${scored.tokens.length}`],
-    ["guessed", "Guessed", scored && `${Math.round((100 * guessed) / scored.num_tokens)} %`, "at first try"],
+    ["perplexity", "Perplexity", figure(scored?.perplexity), scored && spread(scored)],
+    ["bits-per-byte", "Bits per byte", figure(scored?.bits_per_byte, 3), ""],
+    ["num-tokens", "Tokens scored", figure(scored?.num_tokens, 0), ranks.length && `of ${figure(scored.tokens.length, 0)}`],
+    ["guessed", "Guessed", guessed === null ? "–" : `${Math.round(guessed)} %`, "at first try"],
   ];
   byId("score-figures").replaceChildren(
     ...entries.map(([id, name, value, small]) => {
@@ -110,7 +117,7 @@ function drawFigures(scored) {
       const [term, number, note] = ["span", "strong", "small"].map((tag) => document.createElement(tag));
       term.textContent = name;
       number.id = `score-${id}`;
-      number.textContent = value ?? "–";
+      number.textContent = value;
       note.textContent = small || "\u00a0"; // keeps its line
       made.append(term, number, note);
       return made;

@@ -274,7 +274,8 @@ def test_score_is_that_of_the_api(open_page: Open, url: str) -> None:
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
     assert len(pieces) < len(scored["tokens"])
     page.locator("#score-map .token", has_text="🙂").focus()
-    assert page.locator("#card section").count() > 1
+    assert page.locator("#card .bar").count() > 1
+    expect(page.locator("#card")).to_contain_text("tokens, which have bytes that are no text alone")
 
 
 def test_most_surprising_words(open_page: Open, url: str) -> None:
@@ -334,9 +335,22 @@ def test_every_method_of_the_menu_is_taken(open_page: Open) -> None:
         expect(page.locator("#score-error")).to_be_empty()
         assert page.locator("#score-map").text_content() == STORY * 4
     assert page.locator("#score-map .unscored").count() > 16  # chunks: the first halves
+    expect(page.locator("#score-bits-per-byte")).to_have_text("\N{EN DASH}")  # there is none, of a part of the bytes
     page.select_option('[data-method="score"] [name="method"]', "full")
     page.click("#score-form .primary")
     expect(page.locator("#score-error")).to_contain_text("16")
+
+
+def test_a_long_text_has_figures(open_page: Open) -> None:
+    page = open_page()
+    page.click("#score-tab")
+    page.select_option('[data-method="score"] [name="method"]', "sliding")
+    for repeats, note, drawn in ((500, "The first 5,000 of 7,", 5000), (4000, "is not drawn", 0)):
+        page.fill("#score-text", STORY * repeats)
+        page.click("#score-form .primary")
+        expect(page.locator("#score-note")).to_contain_text(note, timeout=60_000)
+        assert page.locator("#score-map .token").count() == drawn
+        assert 1 < float(page.locator("#score-perplexity").text_content() or "") < 1000
 
 
 def test_keyboard_is_enough(open_page: Open) -> None:
@@ -397,17 +411,23 @@ def test_a_server_with_a_key_asks_for_it_once(open_page: Open, tmp_path: Path) -
         page.goto("about:blank")
 
 
-def test_live_strip_waits_while_hidden_and_when_refused(open_page: Open) -> None:
+def test_live_strip_backs_off_when_refused_and_rests_while_hidden(open_page: Open) -> None:
     page = open_page()
     expect(page.locator("#live-running")).to_have_text("0")
     asked: list[float] = []
-    page.route("**/metrics", lambda route: (asked.append(time.monotonic()), route.fulfill(status=401, json={}))[1])
+    page.on("request", lambda request: asked.append(time.monotonic()) if request.url.endswith("/metrics") else None)
+    page.evaluate("Object.defineProperty(document, 'hidden', { get: () => true, configurable: true })")
+    page.wait_for_timeout(2500)
+    assert len(asked) <= 1
+    page.route("**/metrics", lambda route: route.fulfill(status=401, json={}))
+    asked.clear()
+    page.evaluate("delete document.hidden; document.dispatchEvent(new Event('visibilitychange'))")
     expect(page.locator("#live-running")).to_have_text("\N{EN DASH}")
     expect(page.locator("#live")).to_have_attribute("title", "Shown once a key is given")
     page.wait_for_timeout(6500)
     gaps = [later - sooner for sooner, later in itertools.pairwise(asked)]
-    assert gaps and gaps[0] > 1.8 and gaps[-1] > 1.5 * gaps[0]
-    page.unroute("**/metrics")
+    assert gaps[0] > 1.8
+    assert gaps[-1] > 1.5 * gaps[0]
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
