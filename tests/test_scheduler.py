@@ -436,7 +436,9 @@ class Life(RuleBasedStateMachine):
         for block in copied:
             assert sum(block in request.block_table for request in self.scheduler.running) == 1
         self.scheduler.observe_step(batch, self.random.uniform(1, 20))
-        list(self.scheduler.update(batch, {item.request.id: 7 for item in batch.items if item.samples}))
+        sampled = {item.request.id: 7 for item in batch.items if item.samples}
+        deferred = {name for name in sampled if self.random.random() < 0.1}
+        list(self.scheduler.update(batch, {n: t for n, t in sampled.items() if n not in deferred}, deferred=deferred))
 
     @rule()
     def fail(self) -> None:

@@ -193,6 +193,18 @@ def test_kinds_of_work_are_told_apart() -> None:
     assert cost.rates == pytest.approx((0.3, 0.01, 0.5), rel=0.05)
 
 
+def test_rates_come_back_after_nonsense() -> None:
+    """Times without any relation to the work, as on a machine that others use up, and then true ones."""
+    cost, generator = StepCost(), random.Random(2)
+    for _ in range(500):
+        work = Work(generator.uniform(1, 500), generator.uniform(0, 20000), generator.uniform(0, 300))
+        cost.observe(0, work, generator.choice([0.01, 1.0, 30.0, 10000.0]))
+    for _ in range(500):
+        work = Work(generator.uniform(300, 600), generator.choice([0, 20000]), generator.choice([0, 300]))
+        cost.observe(0, work, 0.3 * work.tokens + 0.01 * work.context + 0.5 * work.scored)
+    assert cost.rates == pytest.approx((0.3, 0.01, 0.5), rel=0.1)
+
+
 def make_request(length: int, max_tokens: int = 1) -> Request:
     return Request("x", [1] * length, SamplingParams(max_tokens=max_tokens))
 

@@ -35,6 +35,7 @@ class Work(NamedTuple):
 
 
 FIRST_RATES = Work(1.0, 1 / 8, 1.0)  # relative; where learning begins
+LEAST = 0.05  # of that relation to a token's rate
 
 
 def work_of(request: Request, computed: int, num_tokens: int) -> Work:
@@ -103,6 +104,7 @@ class StepCost:
         gain = self._covariance @ part / (part @ self._covariance @ part + NOISE**2)
         self._covariance -= np.outer(gain, part @ self._covariance)
         rates = np.maximum(rates + gain * error, 0.1 * rates)
+        rates = np.maximum(rates, LEAST * rates[0] * np.array(FIRST_RATES))  # a rate near 0 would never rise again
         drift = np.where(self._covariance.diagonal() < rates**2, (DRIFT * rates) ** 2, 0.0)
         self._covariance += np.diag(drift)
         self.rates = Work(*rates.tolist())
