@@ -494,6 +494,7 @@ def test_a_corpus_can_be_cancelled_by_its_id(
             assert server.client.post("/v1/requests/first/cancel").json()["cancelled"] == 1
             *_, last = response.read().splitlines()
             assert json.loads(last)["error"]["code"] == "request_cancelled"
+        until(server.idle)
         with line_client(server, "mine", stream=True) as client:
             client.send(b'"the sea"\n')
             until(lambda: server.engine.has_work)
