@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections import Counter
 from typing import Any
@@ -50,7 +51,7 @@ def drain(scheduler: Scheduler, max_steps: int = 500) -> None:
 
 
 def waiting(scheduler: Scheduler) -> list[str]:
-    return [request.id for request in scheduler.waiting.ready]
+    return [request.id for request in heapq.merge(*scheduler.waiting.ready.values(), key=lambda r: r.order)]
 
 
 def shape(batch: ScheduledBatch) -> list[tuple[str, int, bool]]:
@@ -102,7 +103,7 @@ def test_the_latest_arrival_is_preempted_and_comes_back_first() -> None:
     batch = step(scheduler)
     assert shape(batch) == [("a", 1, True)]
     assert batch.preempted == 1
-    b = scheduler.waiting.ready[0]
+    b = scheduler.waiting.ready[False][0]
     assert (b.id, b.status, b.block_table, b.num_output_tokens) == ("b", RequestStatus.WAITING, [], 2)
     assert scheduler.blocks.num_cached >= 1  # its full blocks stay until somebody needs them
 
@@ -464,7 +465,7 @@ class Life(RuleBasedStateMachine):
         for request in scheduler.running:
             assert len(request.block_table) * 4 >= request.num_computed_tokens
         for request in by_status[RequestStatus.WAITING]:  # those set aside wait for somebody who is still there
-            if request not in scheduler.waiting.ready:
+            if request not in scheduler.waiting.ready[request.is_scoring]:
                 alive = [r for r in self.requests if r.status is not RequestStatus.FINISHED]
                 assert any(request in r.followers or (request in r.waiters and r in scheduler.running) for r in alive)
 

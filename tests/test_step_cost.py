@@ -111,7 +111,7 @@ def test_prompts_pass_scoring_that_has_used_its_share() -> None:
     for _ in range(30):
         machine.step()
     assert prompt.num_output_tokens > 0
-    assert any(request.is_scoring for request in machine.scheduler.waiting.ready)
+    assert machine.scheduler.waiting.ready[True]
 
 
 def test_both_stay_under_step_budget_ms() -> None:
@@ -215,7 +215,7 @@ def test_a_text_that_fits_the_next_step_whole_is_not_begun_with_the_little_that_
     assert budget.affordable(make_request(20), 0) == 20
     assert budget.affordable(make_request(101), 0) == 20  # no step holds it
     assert budget.affordable(make_request(50), 0) == 0
-    assert budget.spent
+    assert not budget.open_kinds
     budget = PromptBudget(StepCost(), 100)
     budget.spend(make_request(60), 0, 60)
     assert budget.affordable(make_request(50), 0) == 40  # not so little
@@ -228,7 +228,7 @@ def test_the_first_prompt_gets_some_whatever_scoring_took() -> None:
     text, prompt = make_request(51, 0), make_request(50)
     assert budget.affordable(text, 0) == 9
     budget.spend(text, 0, 30)  # more than there was
-    assert budget.closed_to(text) and not budget.closed_to(prompt)
+    assert budget.open_kinds == {False}
     assert budget.affordable(prompt, 0) == MIN_CHUNK
     budget.spend(prompt, 0, MIN_CHUNK)
-    assert budget.spent
+    assert not budget.open_kinds

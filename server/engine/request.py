@@ -189,6 +189,18 @@ class Request:
             return last
         return min(last, self.params.first_logit_position)
 
+    def can_follow(self, leader: Request) -> bool:
+        """Whether it can take over the prompt of a leader, which must have been queued and not yet generated."""
+        return (
+            leader.order[2] > 0
+            and leader.status is not RequestStatus.FINISHED
+            and not leader.num_output_tokens
+            and not (leader.is_scoring or self.is_scoring)
+            and self.params.prompt_logprobs is None
+            and self.cache_salt == leader.cache_salt
+            and self.token_ids == leader.token_ids
+        )
+
     def num_scored(self, computed: int, num_tokens: int) -> int:
         """How many of `num_tokens` tokens after `computed` ones give the log-probability of a prompt token."""
         if self.params.prompt_logprobs is None or self.num_output_tokens:

@@ -98,7 +98,7 @@ class Scheduler:
         self._added += 1
         request.order = (request.priority, request.arrival, self._added)
         leader, request.leader = request.leader, None
-        if leader is not None and _can_follow(request, leader):
+        if leader is not None and request.can_follow(leader):
             self.waiting.set_aside(request, leader.followers, leader.num_prompt_tokens)
         else:
             self.waiting.add(request)
@@ -116,9 +116,10 @@ class Scheduler:
     def _schedule_prompts(self, batch: ScheduledBatch) -> None:
         budget = self._prompt_budget(len(batch.items))
         for request in list(self.running):
-            if budget.spent:
+            if not budget.open_kinds:
                 break
-            if request.is_decode or request.status is not RequestStatus.RUNNING or budget.closed_to(request):
+            running = request.status is RequestStatus.RUNNING  # still
+            if request.is_decode or not running or request.is_scoring not in budget.open_kinds:
                 continue
             tokens = budget.affordable(request, request.num_computed_tokens)
             if tokens and self._make_room(request, tokens, batch):
@@ -133,22 +134,18 @@ class Scheduler:
     def _admit_waiting(
         self, budget: PromptBudget, followers: dict[Request, list[Request]], batch: ScheduledBatch
     ) -> None:
-        size, ready, at = self.blocks.block_size, self.waiting.ready, 0
-        while at < len(ready) and len(self.running) < self.max_num_seqs and not budget.spent:
-            request = ready[at]
-            if budget.closed_to(request):
-                at += 1
-                continue
+        size = self.blocks.block_size
+        while len(self.running) < self.max_num_seqs and (request := self.waiting.first(budget.open_kinds)):
             hits = self._hits(request)
             if (computer := self._computer(request, len(hits))) is not None:
-                del ready[at]
+                self.waiting.remove(request)
                 self.waiting.set_aside(request, computer.waiters, _shared_tokens(request, computer, size))
                 continue
             needed = -(-request.num_tokens_to_compute // size) - len(hits)
             if needed > self.blocks.num_available_besides(hits):
                 break  # first come, first served: a smaller one behind it does not overtake
             if tokens := budget.affordable(request, len(hits) * size):
-                del ready[at]
+                self.waiting.remove(request)
                 self._admit(request, hits, batch)
                 self._make_room(request, tokens, batch)
                 self._take(request, tokens, budget, batch)
@@ -362,19 +359,6 @@ class Scheduler:
                 del self._computing[digest]
         if request.waiters:
             self.waiting.wake(request.waiters, computed)
-
-
-def _can_follow(request: Request, leader: Request) -> bool:
-    """Whether a request can take over the prompt of a leader that is yet to compute it."""
-    return (
-        leader.order[2] > 0  # it was added
-        and leader.status is not RequestStatus.FINISHED
-        and not leader.num_output_tokens
-        and not (leader.is_scoring or request.is_scoring)
-        and request.params.prompt_logprobs is None
-        and request.cache_salt == leader.cache_salt
-        and request.token_ids == leader.token_ids
-    )
 
 
 def _shared_tokens(request: Request, computer: Request, block_size: int) -> int:

@@ -15,9 +15,7 @@ import numpy as np
 
 from server.engine.request import Request
 
-PAIRS = (
-    256  # query tokens of a chunk that cost as much by looking at the context as rebuilding its keys and values does
-)
+PAIRS = 256  # tokens of a chunk whose look at the context costs as much as rebuilding its keys and values
 MIN_CHUNK = 8  # tokens; so few cost what one does
 SMALL = 256  # tokens; a step with fewer and no decodes takes longer than they cost, for it reads all weights
 NOISE = 0.1  # standard deviation of a step's time around its expectation, relative
@@ -118,20 +116,11 @@ class PromptBudget:
 
     def __init__(self, cost: StepCost, tokens: int, total_ms: float = math.inf, scoring_ms: float = math.inf) -> None:
         self.tokens = tokens
+        self.open_kinds = {False, True} if tokens else set()  # of requests for which something is left: is_scoring
         self._cost = cost
         self._whole_tokens, self._whole_ms = tokens, {False: total_ms, True: min(total_ms, scoring_ms)}
-        self._left_ms = {False: total_ms, True: scoring_ms}  # by is_scoring, as all here; scoring counts as both
+        self._left_ms = {False: total_ms, True: scoring_ms}  # scoring counts as both
         self._begun = {False: False, True: False}
-        self._closed = {False: False, True: False}
-
-    @property
-    def spent(self) -> bool:
-        """Whether nothing is left for anybody."""
-        return not self.tokens or all(self._closed.values())
-
-    def closed_to(self, request: Request) -> bool:
-        """Whether nothing is left for requests of its kind."""
-        return not self.tokens or self._closed[request.is_scoring]
 
     def affordable(self, request: Request, computed: int) -> int:
         """Tokens of a request after `computed` ones that fit now; 0 closes the budget to its kind.
@@ -164,9 +153,10 @@ class PromptBudget:
         self._left_ms[False] -= ms
         if scoring:
             self._left_ms[True] -= ms
-        if min(self._left_ms.values()) <= 0:
+        if not self.tokens:
+            self.open_kinds.clear()
+        elif min(self._left_ms.values()) <= 0:
             self._close(self._left_ms[False] > 0 or not self._begun[False])
 
     def _close(self, scoring_only: bool) -> None:
-        self._closed[True] = True
-        self._closed[False] = self._closed[False] or not scoring_only
+        self.open_kinds -= {True} if scoring_only else {False, True}

@@ -7,6 +7,7 @@ behind, and no search or sort passes over the queue.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterable
 from operator import attrgetter
 
 from server.engine.request import Request
@@ -27,31 +28,36 @@ def remove(requests: list[Request], request: Request) -> None:
 
 
 class WaitingQueue:
-    """`ready` requests, best first, and those set aside until another request has computed what they share with it.
+    """Requests that are `ready` to run, and those set aside until another one has computed what they share with it.
 
     The latter stand in that request's `followers` or `waiters`, so that nobody has to look at them in between.
     """
 
     def __init__(self) -> None:
-        self.ready: list[Request] = []
+        self.ready: dict[bool, list[Request]] = {False: [], True: []}  # by is_scoring; best first
         self._aside: dict[Request, dict[Request, int]] = {}  # in which dictionary each of them stands
 
     def __len__(self) -> int:
-        return len(self.ready) + len(self._aside)
+        return sum(len(requests) for requests in self.ready.values()) + len(self._aside)
+
+    def first(self, kinds: Iterable[bool]) -> Request | None:
+        """The best of the ready requests of some kinds (values of `is_scoring`)."""
+        heads = [self.ready[kind][0] for kind in kinds if self.ready[kind]]
+        return min(heads, key=by_order, default=None)
 
     def add(self, request: Request) -> None:
         """Queue a request where its order says."""
-        insert(self.ready, request)
+        insert(self.ready[request.is_scoring], request)
 
     def remove(self, request: Request) -> None:
         """Take out a request, wherever it waits."""
         if request in self._aside:
             del self._aside.pop(request)[request]
         else:
-            remove(self.ready, request)
+            remove(self.ready[request.is_scoring], request)
 
     def set_aside(self, request: Request, where: dict[Request, int], tokens: int) -> None:
-        """Let a request, which is not in the queue, wait for the one whose `where` is to have computed `tokens`."""
+        """Let a request that is not in the queue wait until the one whose `where` is has computed so many tokens."""
         where[request] = tokens
         self._aside[request] = where
 
