@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lpa_model.cache import LatentCache
 from lpa_model.config import PROJECTIONS, LPAConfig, Projection
-from lpa_model.layers import LowRankLinear, RotaryEmbedding, projection
+from lpa_model.layers import LowRankLinear, RotaryEmbedding, first_half, projection, second_half
 
 
 class Span(NamedTuple):
@@ -247,6 +247,9 @@ class Attention(nn.Module):
             )
 
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (project(name) for name in PROJECTIONS)
+        # A of q, k and v as one product: set by `prepare_for_inference`
+        self.joint_down: nn.Module | None = None
+        self.joint_ranks: list[int] = []
 
     def forward(
         self, x: Tensor, rotary: RotaryEmbedding | None, meta: AttentionMetadata | None, cache: LatentCache | None
@@ -255,28 +258,40 @@ class Attention(nn.Module):
         if meta is None or cache is None:
             return self._plain(x, rotary)
         real = len(meta.slots[0])
-        q = self._split(self.q_proj(x))
+        q, k, v = self._first_halves(x)
+        q = self._split(second_half(self.q_proj, q))
         if rotary is not None:
             q = rotary(q, meta.positions)
         keys_latent, values_latent = cache.forms[self.layer]
-        k = self._latent(self.k_proj, x) if keys_latent else self._keys(self.k_proj(x), rotary, meta.positions)
-        v = self._latent(self.v_proj, x) if values_latent else self._split(self.v_proj(x))
+        k = k.unsqueeze(1) if keys_latent else self._keys(second_half(self.k_proj, k), rotary, meta.positions)
+        v = v.unsqueeze(1) if values_latent else self._split(second_half(self.v_proj, v))
         cache.write(self.layer, meta.slots, k[:real], v[:real])
 
-        out = torch.zeros_like(q)
+        parts = []  # in the order of the rows
         if meta.pairs is not None:
-            out[: meta.num_decode] = self._decode(q[: meta.num_decode], rotary, meta.pairs, cache)
+            parts.append(self._decode(q[: meta.num_decode], rotary, meta.pairs, cache))
         for group in meta.groups:
-            out[group.rows] = self._expanded(q[group.rows], k[group.rows], v[group.rows], rotary, group, cache)
+            parts.append(self._expanded(q[group.rows], k[group.rows], v[group.rows], rotary, group, cache))
+        if real < len(q):
+            parts.append(q[real:])  # padding, which nobody reads
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
         y: Tensor = self.o_proj(out.flatten(1))
         return y
 
+    def _first_halves(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [rows, d] -> the latents [rows, r] of q, k and v, or x itself for a dense one."""
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        if self.joint_down is None:
+            return tuple(first_half(layer, x) for layer in layers)
+        return self.joint_down(x).split(self.joint_ranks, -1)  # type: ignore[no-any-return]
+
     def _plain(self, x: Tensor, rotary: RotaryEmbedding | None) -> Tensor:
-        q, v = self._split(self.q_proj(x)), self._split(self.v_proj(x))
+        q, k, v = self._first_halves(x)
+        q, v = self._split(second_half(self.q_proj, q)), self._split(second_half(self.v_proj, v))
         positions = torch.arange(x.shape[1], device=x.device)
         if rotary is not None:
             q = rotary(q, positions)
-        k = self._keys(self.k_proj(x), rotary, positions)
+        k = self._keys(second_half(self.k_proj, k), rotary, positions)
         y: Tensor = self.o_proj(self._attend(q, k, v, None).flatten(2))
         return y
 
@@ -287,7 +302,7 @@ class Attention(nn.Module):
         if keys_latent and rotary is None:
             q = _per_kv_head(q, self._by_head(self._up(self.k_proj).weight))
         elif keys_latent:  # rotary keys are rebuilt block by block: rotation stands between the query and B_k
-            rebuilt = self._expand(self.k_proj, keys[:, 0])  # [n, block_size, H_kv·dh]
+            rebuilt = second_half(self.k_proj, keys[:, 0])  # [n, block_size, H_kv·dh]
             keys = self._keys(rebuilt, rotary, pairs.positions).transpose(1, 2)
         out = decode_attention(q, keys, values, pairs, self.scale)
         if values_latent:
@@ -314,9 +329,9 @@ class Attention(nn.Module):
         keys_latent, values_latent = cache.forms[self.layer]
         if keys_latent:
             positions = torch.arange(k.shape[1], device=k.device)
-            k = self._keys(self._expand(self.k_proj, k.squeeze(2)), rotary, positions)
+            k = self._keys(second_half(self.k_proj, k.squeeze(2)), rotary, positions)
         if values_latent:
-            v = self._split(self._expand(self.v_proj, v.squeeze(2)))
+            v = self._split(second_half(self.v_proj, v.squeeze(2)))
         return self._attend(q, k, v, group.mask).flatten(0, 1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -348,17 +363,6 @@ class Attention(nn.Module):
     def _up(layer: nn.Linear | LowRankLinear) -> nn.Linear:
         assert isinstance(layer, LowRankLinear), "only a low-rank projection is cached as a latent"
         return layer.up
-
-    def _expand(self, layer: nn.Linear | LowRankLinear, latent: Tensor) -> Tensor:
-        y: Tensor = self._up(layer)(latent)
-        return y
-
-    @staticmethod
-    def _latent(layer: nn.Linear | LowRankLinear, x: Tensor) -> Tensor:
-        """What the cache keeps of x [rows, d]: [rows, 1, r]."""
-        assert isinstance(layer, LowRankLinear)
-        y: Tensor = layer.down(x).unsqueeze(1)
-        return y
 
 
 def _per_kv_head(x: Tensor, weight: Tensor) -> Tensor:

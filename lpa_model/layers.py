@@ -30,6 +30,18 @@ class LowRankLinear(nn.Module):
         return y
 
 
+def first_half(layer: nn.Module, x: Tensor) -> Tensor:
+    """x [..., in] -> [..., rank], A's product; a dense layer has no half to do, and x comes back."""
+    y: Tensor = layer.down(x) if isinstance(layer, LowRankLinear) else x
+    return y
+
+
+def second_half(layer: nn.Module, x: Tensor) -> Tensor:
+    """What `first_half` leaves to do: [..., rank] (low-rank) or [..., in] (dense) -> [..., out]."""
+    y: Tensor = layer.up(x) if isinstance(layer, LowRankLinear) else layer(x)
+    return y
+
+
 def projection(
     width_in: int, width_out: int, rank: Rank, *, bias_down: bool, bias_up: bool, bias_dense: bool
 ) -> nn.Linear | LowRankLinear:
@@ -71,6 +83,9 @@ class LayerNorm(nn.Module):
 class RotaryEmbedding(nn.Module):
     """Rotary positions in the rotate-half convention of LLaMA: dimension i turns with dimension i + dh/2.
 
+    `interleaved` says that the dimensions of queries and keys have been put in another order, in which dimension 2i
+    turns with 2i + 1: a product of complex numbers then does it (see `prepare_for_inference`).
+
     `scaling`: None, {"rope_type": "linear", "factor"} or {"rope_type": "llama3", "factor", "low_freq_factor",
     "high_freq_factor", "original_max_position_embeddings"}, as in Hugging Face's configs.
     """
@@ -80,6 +95,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, config: LPAConfig) -> None:
         super().__init__()
+        self.interleaved = False
         self.build(config, None)
 
     def build(self, config: LPAConfig, device: torch.device | None) -> None:
@@ -93,6 +109,10 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [..., T, heads, dh] turned by positions [..., T] (int64); computed in float32, returned in x's dtype."""
+        if self.interleaved:
+            pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [..., T, heads, dh/2]
+            turns = torch.complex(self.cos[positions], self.sin[positions]).unsqueeze(-2)
+            return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
         cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)  # [..., T, 1, dh/2]
         first, second = x.float().chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

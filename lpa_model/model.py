@@ -7,7 +7,6 @@ dtype. Logits are float32.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lpa_model.attention import Attention, AttentionMetadata
@@ -97,5 +96,9 @@ class LPAForCausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., d] -> float32 [..., vocab]; the product itself runs in the head's dtype."""
-        weight = self.lm_head.weight
-        return F.linear(hidden.to(weight.dtype), weight, self.lm_head.bias).float()
+        return self.head(hidden).float()
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """`logits` as the product leaves them, in the head's dtype: whoever reads them makes them float32 first."""
+        y: Tensor = self.lm_head(hidden.to(self.embed_tokens.weight.dtype))
+        return y

@@ -14,6 +14,7 @@ import torch
 from lpa_model.cache import LatentCache, bytes_per_token
 from lpa_model.checkpoint import load_model, resolve_dtype
 from lpa_model.config import CacheLayout, LPAConfig
+from lpa_model.inference import prepare_for_inference
 from server.engine.block_manager import BlockManager
 from server.engine.detokenizer import Detokenizer, unfinished_bytes
 from server.engine.grammar import GrammarCompiler
@@ -247,6 +248,7 @@ def build_engine(model_dir: Path, options: EngineOptions) -> Engine:
     dtype = resolve_dtype(options.dtype, device)
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     model = load_model(model_dir, dtype, device)
+    prepare_for_inference(model)
     config = model.config
     tokenizer = load_tokenizer(model_dir, config, options.chat_template)
     layout = _cache_layout(config, options.kv_cache_layout)

@@ -25,6 +25,7 @@ Mask = npt.NDArray[np.uint8]  # a bit per token, lowest first
 
 MIN_ROWS = 8  # a float32 product with fewer rows takes another path and rounds differently
 LOGIT_ROWS = 256  # rows of logits held at once
+SCORE_ROWS = 8  # of them in float32, so that they stay in the processor's cache while they are worked on
 MASK_GRACE = 0.002  # seconds that a step waits for a late grammar mask before it goes on without that request
 MASK_THREADS = 2
 
@@ -84,9 +85,10 @@ class ModelRunner:
         self._score_prompts(items, hidden, result)
         return result
 
-    def _logits(self, hidden: Tensor, rows: list[int]) -> Tensor:
+    def _head(self, hidden: Tensor, rows: list[int]) -> Tensor:
+        """[len(rows), vocab] in the head's dtype."""
         padded = rows + [rows[-1]] * (MIN_ROWS - len(rows))
-        return self.model.logits(hidden[padded])[: len(rows)]
+        return self.model.head(hidden[padded])[: len(rows)]
 
     def _start_masks(self, items: list[ScheduledRequest]) -> None:
         """Compute what grammars allow beside the forward pass."""
@@ -137,7 +139,7 @@ class ModelRunner:
                 rows.append(at - 1)
         if not sampling:
             return
-        logits = self._logits(hidden, rows)
+        logits = self._head(hidden, rows).float()
         tokens = sample(logits, [self._state(request).row(request, masks.get(request.id)) for request in sampling])
         result.tokens = {request.id: token for request, token in zip(sampling, tokens, strict=True)}
         self._score_tokens(sampling, logits, tokens, result)
@@ -175,22 +177,37 @@ class ModelRunner:
             )
 
     def _score_prompts(self, items: list[ScheduledRequest], hidden: Tensor, result: StepResult) -> None:
-        """Row i of a prompt gives the log-probability of token i + 1."""
+        """Row i of a prompt gives the log-probability of token i + 1; all requests' rows meet the head together."""
+        rows: list[int] = []
+        targets: list[int] = []
+        owners: list[Request] = []  # of each row
         at = 0
         for item in items:
             request, start = item.request, at
             at += item.num_tokens
-            top = request.params.prompt_logprobs
-            if top is None or request.num_output_tokens:
+            if request.params.prompt_logprobs is None or request.num_output_tokens:
                 continue
             computed = request.num_computed_tokens
             first = max(computed, request.params.first_logit_position)
             last = min(computed + item.num_tokens, request.num_prompt_tokens - 1)
-            for chunk in range(first, last, LOGIT_ROWS):
-                end = min(last, chunk + LOGIT_ROWS)
-                logits = self._logits(hidden, list(range(start + chunk - computed, start + end - computed)))
-                targets = torch.tensor(request.token_ids[chunk + 1 : end + 1], device=self.device)
-                result.prompt_logprobs.setdefault(request.id, Logprobs()).extend(score(logits, targets, top))
+            rows += range(start + first - computed, start + last - computed)
+            targets += request.token_ids[first + 1 : last + 1]
+            owners += [request] * (last - first)
+        for chunk in range(0, len(rows), LOGIT_ROWS):
+            raw = self._head(hidden, rows[chunk : chunk + LOGIT_ROWS])
+            for i in range(0, len(raw), SCORE_ROWS):
+                some = slice(chunk + i, chunk + min(len(raw), i + SCORE_ROWS))
+                self._score_rows(raw[i : i + SCORE_ROWS].float(), targets[some], owners[some], result)
+
+    def _score_rows(self, logits: Tensor, targets: list[int], owners: list[Request], result: StepResult) -> None:
+        tops = [request.params.prompt_logprobs or 0 for request in owners]
+        columns = score(logits, torch.tensor(targets, device=self.device), max(tops))
+        for i, (request, top) in enumerate(zip(owners, tops, strict=True)):
+            own = result.prompt_logprobs.setdefault(request.id, Logprobs())
+            own.logprobs.append(columns.logprobs[i])
+            own.ranks.append(columns.ranks[i])
+            own.top_ids.append(columns.top_ids[i][:top])
+            own.top_logprobs.append(columns.top_logprobs[i][:top])
 
 
 def _input_ids(item: ScheduledRequest) -> list[int]:
