@@ -92,6 +92,7 @@ class RotaryEmbedding(nn.Module):
 
     cos: Tensor
     sin: Tensor
+    turns: Tensor  # cos + i sin
 
     def __init__(self, config: LPAConfig) -> None:
         super().__init__()
@@ -106,13 +107,13 @@ class RotaryEmbedding(nn.Module):
         angles = torch.outer(positions, frequencies)
         self.register_buffer("cos", angles.cos().float(), persistent=False)
         self.register_buffer("sin", angles.sin().float(), persistent=False)
+        self.register_buffer("turns", torch.complex(self.cos, self.sin), persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [..., T, heads, dh] turned by positions [..., T] (int64); computed in float32, returned in x's dtype."""
         if self.interleaved:
             pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [..., T, heads, dh/2]
-            turns = torch.complex(self.cos[positions], self.sin[positions]).unsqueeze(-2)
-            return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+            return torch.view_as_real(pairs * self.turns[positions].unsqueeze(-2)).flatten(-2).to(x.dtype)
         cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)  # [..., T, 1, dh/2]
         first, second = x.float().chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
