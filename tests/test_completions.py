@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,103 @@ def joined(chunks: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
             if part["finish_reason"] is not None:
                 choice |= {"finish_reason": part["finish_reason"], "stop_reason": part["stop_reason"]}
     return found
+
+
+def greedy(model: LPAForCausalLM, ids: list[int], count: int) -> list[int]:
+    ids = list(ids)
+    for _ in range(count):
+        ids.append(int(logprob_rows(model, ids)[-1].argmax()))
+    return ids[-count:]
+
+
+def test_a_greedy_completion_is_the_plain_forwards(served: Served, model: LPAForCausalLM, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("The robot liked").ids
+    expected = greedy(model, ids, 12)
+    answer = served.complete(prompt="The robot liked", temperature=0, max_tokens=12, ignore_eos=True)
+    assert answer["object"] == "text_completion"
+    assert answer["model"] == "tiny"
+    assert abs(answer["created"] - time.time()) < 60
+    assert answer["choices"] == [
+        {
+            "index": 0,
+            "text": tokenizer.decode(expected),
+            "logprobs": None,
+            "finish_reason": "length",
+            "stop_reason": None,
+        }
+    ]
+    assert answer["usage"] == {
+        "prompt_tokens": len(ids),
+        "completion_tokens": 12,
+        "total_tokens": len(ids) + 12,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+
+
+def test_the_four_forms_of_a_prompt_are_the_same(served: Served, tokenizer: Tokenizer) -> None:
+    texts = ["a gull", "The robot liked the sound"]
+    ids = [tokenizer.encode(text).ids for text in texts]
+    settings = {"temperature": 0, "max_tokens": 6}
+    alone = [served.complete(prompt=text, **settings)["choices"][0]["text"] for text in texts]
+    assert [served.complete(prompt=i, **settings)["choices"][0]["text"] for i in ids] == alone
+    for prompt in (texts, ids):
+        choices = served.complete(prompt=prompt, **settings)["choices"]
+        assert [choice["index"] for choice in choices] == [0, 1]
+        assert [choice["text"] for choice in choices] == alone
+
+
+def test_n_and_several_prompts_are_numbered_and_counted(served: Served, tokenizer: Tokenizer) -> None:
+    prompts = ["the sea", "every day it went"]
+    answer = served.complete(prompt=prompts, n=3, seed=7, max_tokens=5, ignore_eos=True)
+    choices = answer["choices"]
+    assert [choice["index"] for choice in choices] == list(range(6))
+    assert len({choice["text"] for choice in choices}) > 3  # choices of one seed differ
+    for p, prompt in enumerate(prompts):
+        single = served.complete(prompt=prompt, n=3, seed=7, max_tokens=5, ignore_eos=True)
+        assert [c["text"] for c in single["choices"]] == [c["text"] for c in choices[3 * p : 3 * p + 3]]
+    assert answer["usage"]["prompt_tokens"] == sum(len(tokenizer.encode(prompt).ids) for prompt in prompts)
+    assert answer["usage"]["completion_tokens"] == 6 * 5
+
+
+def test_special_tokens_in_a_prompt_are_parsed_and_echoed(served: Served) -> None:
+    logprobs = served.complete(prompt="a<|endoftext|>b", echo=True, logprobs=0, max_tokens=0)["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["a", "<|endoftext|>", "b"]
+    assert logprobs["text_offset"] == [0, 1, 14]
+    ids = served.complete(prompt=[65, END_OF_TEXT_ID, 66], echo=True, max_tokens=0)["choices"][0]["text"]
+    assert "<|endoftext|>" in ids
+
+
+def test_a_stream_without_usage_has_none(served: Served) -> None:
+    assert all("usage" not in chunk for chunk in served.stream(prompt="x", max_tokens=3))
+
+
+def test_max_tokens_zero_streams_the_prompt(served: Served) -> None:
+    choices = [chunk["choices"][0] for chunk in served.stream(prompt="the sea", echo=True, max_tokens=0)]
+    assert [(choice["text"], choice["finish_reason"]) for choice in choices] == [("the sea", None), ("", "length")]
+
+
+def test_stop_strings_and_stop_tokens_end_a_completion(
+    served: Served, model: LPAForCausalLM, tokenizer: Tokenizer
+) -> None:
+    ids = tokenizer.encode("The robot liked").ids
+    expected = greedy(model, ids, 12)
+    whole = tokenizer.decode(expected)
+    stop = next(whole[i] for i in range(4, len(whole)) if whole[i] != "\ufffd" and whole[i] not in whole[:i])
+    body: dict[str, Any] = {"prompt": "The robot liked", "temperature": 0, "max_tokens": 12, "ignore_eos": True}
+    for form in (stop, [stop, "never"]):
+        (choice,) = served.complete(**body, stop=form)["choices"]
+        assert choice["text"] == whole[: whole.index(stop)]
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop)
+    last = next(token for i, token in enumerate(expected) if i > 3 and token not in expected[:i])
+    (choice,) = served.complete(**body, stop_token_ids=[last])["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", last)
+    assert whole.startswith(choice["text"].rstrip("\ufffd"))
+
+
+def test_a_prompt_seen_before_is_counted_as_cached(served: Served) -> None:
+    prompt = [random.Random(11).randrange(1, VOCAB_SIZE) for _ in range(40)]
+    assert served.complete(prompt=prompt, max_tokens=1)["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert served.complete(prompt=prompt, max_tokens=1)["usage"]["prompt_tokens_details"]["cached_tokens"] == 32
 
 
 @pytest.mark.parametrize(("echo", "logprobs", "n", "prompts", "as_ids", "max_tokens"), FORMS)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import os
-import random
 import re
 import shlex
 import signal
@@ -20,17 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
 import torch
 from tokenizers import Tokenizer
 
 from lpa_model.config import Architecture
 from lpa_model.model import LPAForCausalLM
-from server.engine.request import Logprobs
-from server.engine.tokenizer import Tokenizer as EngineTokenizer
-from server.protocol.logprobs import columns, prompt_columns
-from tests.conftest import CORPUS, END_OF_TEXT_ID, VOCAB_SIZE, byte_tokenizer, random_model, tiny_config
+from tests.conftest import CORPUS, VOCAB_SIZE, random_model, tiny_config
 from tests.serving import Served, serving, slow_steps, until
 
 CONTEXT = 128
@@ -59,225 +53,6 @@ def greedy(model: LPAForCausalLM, ids: list[int], count: int) -> list[int]:
     for _ in range(count):
         ids.append(int(logprob_rows(model, ids)[-1].argmax()))
     return ids[-count:]
-
-
-# --- completions -----------------------------------------------------------------------------------------------------
-
-
-def test_a_greedy_completion_is_the_plain_forwards(served: Served, model: LPAForCausalLM, tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode("The robot liked").ids
-    expected = greedy(model, ids, 12)
-    answer = served.complete(prompt="The robot liked", temperature=0, max_tokens=12, ignore_eos=True)
-    assert answer["object"] == "text_completion"
-    assert answer["model"] == "tiny"
-    assert abs(answer["created"] - time.time()) < 60
-    assert answer["choices"] == [
-        {
-            "index": 0,
-            "text": tokenizer.decode(expected),
-            "logprobs": None,
-            "finish_reason": "length",
-            "stop_reason": None,
-        }
-    ]
-    assert answer["usage"] == {
-        "prompt_tokens": len(ids),
-        "completion_tokens": 12,
-        "total_tokens": len(ids) + 12,
-        "prompt_tokens_details": {"cached_tokens": 0},
-    }
-
-
-def test_the_four_forms_of_a_prompt_are_the_same(served: Served, tokenizer: Tokenizer) -> None:
-    texts = ["a gull", "The robot liked the sound"]
-    ids = [tokenizer.encode(text).ids for text in texts]
-    settings = {"temperature": 0, "max_tokens": 6}
-    alone = [served.complete(prompt=text, **settings)["choices"][0]["text"] for text in texts]
-    assert [served.complete(prompt=i, **settings)["choices"][0]["text"] for i in ids] == alone
-    for prompt in (texts, ids):
-        choices = served.complete(prompt=prompt, **settings)["choices"]
-        assert [choice["index"] for choice in choices] == [0, 1]
-        assert [choice["text"] for choice in choices] == alone
-
-
-def test_n_and_several_prompts_are_numbered_and_counted(served: Served, tokenizer: Tokenizer) -> None:
-    prompts = ["the sea", "every day it went"]
-    answer = served.complete(prompt=prompts, n=3, seed=7, max_tokens=5, ignore_eos=True)
-    choices = answer["choices"]
-    assert [choice["index"] for choice in choices] == list(range(6))
-    assert len({choice["text"] for choice in choices}) > 3  # choices of one seed differ
-    for p, prompt in enumerate(prompts):
-        single = served.complete(prompt=prompt, n=3, seed=7, max_tokens=5, ignore_eos=True)
-        assert [c["text"] for c in single["choices"]] == [c["text"] for c in choices[3 * p : 3 * p + 3]]
-    assert answer["usage"]["prompt_tokens"] == sum(len(tokenizer.encode(prompt).ids) for prompt in prompts)
-    assert answer["usage"]["completion_tokens"] == 6 * 5
-
-
-@pytest.mark.parametrize("max_tokens", [0, 1, 4])
-@pytest.mark.parametrize("n", [1, 2])
-def test_echo_with_logprobs_scores_prompt_and_completion(
-    served: Served, model: LPAForCausalLM, tokenizer: Tokenizer, max_tokens: int, n: int
-) -> None:
-    prompts = [TEXT, "waves"]
-    answer = served.complete(
-        prompt=prompts, echo=True, logprobs=3, max_tokens=max_tokens, temperature=0, n=n, ignore_eos=True
-    )
-    for index, choice in enumerate(answer["choices"]):
-        ids = tokenizer.encode(prompts[index // n]).ids
-        ids += greedy(model, ids, max_tokens) if max_tokens else []
-        rows = logprob_rows(model, ids)
-        logprobs = choice["logprobs"]
-        assert choice["text"].startswith(prompts[index // n])
-        assert choice["finish_reason"] == "length"
-        assert {len(logprobs[name]) for name in logprobs} == {len(ids)}
-        assert logprobs["token_logprobs"][0] is None
-        assert logprobs["top_logprobs"][0] is None
-        for i in range(1, len(ids)):
-            assert logprobs["token_logprobs"][i] == pytest.approx(float(rows[i - 1, ids[i]]), abs=1e-4)
-            top = logprobs["top_logprobs"][i]
-            best = rows[i - 1].topk(3)
-            assert list(top.values())[:3] == pytest.approx(best.values.tolist(), abs=1e-4)
-            assert top[logprobs["tokens"][i]] == logprobs["token_logprobs"][i]  # the very same float
-            assert len(top) == 3 + (ids[i] not in best.indices.tolist())
-    assert answer["usage"]["completion_tokens"] == max_tokens * len(answer["choices"])
-
-
-@pytest.mark.parametrize("echo", [True, False])
-def test_offsets_count_characters_from_the_beginning_of_the_prompt(served: Served, echo: bool) -> None:
-    answer = served.complete(prompt=TEXT, echo=echo, logprobs=0, max_tokens=20, seed=3, ignore_eos=True)
-    (choice,) = answer["choices"]
-    text = choice["text"] if echo else TEXT + choice["text"]
-    logprobs = choice["logprobs"]
-    assert logprobs["text_offset"][0] == (0 if echo else len(TEXT))
-    assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
-    readable = 0
-    for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
-        if not token.startswith("bytes:") and token != "<|endoftext|>" and offset < len(TEXT):
-            assert text.startswith(token, offset)
-            readable += 1
-    assert readable > 10 or not echo
-
-
-def test_special_tokens_in_a_prompt_are_parsed_and_echoed(served: Served) -> None:
-    logprobs = served.complete(prompt="a<|endoftext|>b", echo=True, logprobs=0, max_tokens=0)["choices"][0]["logprobs"]
-    assert logprobs["tokens"] == ["a", "<|endoftext|>", "b"]
-    assert logprobs["text_offset"] == [0, 1, 14]
-    ids = served.complete(prompt=[65, END_OF_TEXT_ID, 66], echo=True, max_tokens=0)["choices"][0]["text"]
-    assert "<|endoftext|>" in ids
-
-
-@pytest.mark.parametrize("echo", [False, True])
-@pytest.mark.parametrize("logprobs", [None, 2])
-@pytest.mark.parametrize("n", [1, 2])
-@pytest.mark.parametrize("prompt", ["the shore", ["the shore", "a long, long time"], [[70, 71], [72]]])
-def test_a_stream_carries_what_the_whole_answer_does(
-    served: Served, echo: bool, logprobs: int | None, n: int, prompt: Any
-) -> None:
-    body = {"prompt": prompt, "echo": echo, "logprobs": logprobs, "n": n, "seed": 5, "max_tokens": 8}
-    whole = served.complete(**body)
-    *chunks, last = served.stream(**body, stream_options={"include_usage": True})
-    assert last["choices"] == []
-    assert last["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
-    assert last["usage"]["prompt_tokens"] == whole["usage"]["prompt_tokens"]
-    assert len({(c["id"], c["created"], c["object"], c["model"]) for c in [*chunks, last]}) == 1
-    assert all(chunk["usage"] is None for chunk in chunks)
-    for expected in whole["choices"]:
-        parts = [c for chunk in chunks for c in chunk["choices"] if c["index"] == expected["index"]]
-        assert "".join(part["text"] for part in parts) == expected["text"]
-        assert [p["finish_reason"] for p in parts if p["finish_reason"]] == [expected["finish_reason"]]
-        assert parts[-1]["finish_reason"]
-        if echo:
-            assert expected["text"].startswith(parts[0]["text"])
-        if logprobs is None:
-            assert {part["logprobs"] is None for part in parts} == {True}
-        else:
-            for name in ("tokens", "text_offset"):
-                joined = [entry for part in parts for entry in part["logprobs"][name]]
-                assert joined == expected["logprobs"][name]
-            joined = [entry for part in parts for entry in part["logprobs"]["token_logprobs"]]
-            assert [x for x in joined if x is not None] == pytest.approx(
-                [x for x in expected["logprobs"]["token_logprobs"] if x is not None], abs=1e-4
-            )
-
-
-def test_a_stream_without_usage_has_none(served: Served) -> None:
-    assert all("usage" not in chunk for chunk in served.stream(prompt="x", max_tokens=3))
-
-
-def test_max_tokens_zero_streams_the_prompt(served: Served) -> None:
-    choices = [chunk["choices"][0] for chunk in served.stream(prompt="the sea", echo=True, max_tokens=0)]
-    assert [(choice["text"], choice["finish_reason"]) for choice in choices] == [("the sea", None), ("", "length")]
-
-
-def test_stop_strings_and_stop_tokens_end_a_completion(
-    served: Served, model: LPAForCausalLM, tokenizer: Tokenizer
-) -> None:
-    ids = tokenizer.encode("The robot liked").ids
-    expected = greedy(model, ids, 12)
-    whole = tokenizer.decode(expected)
-    stop = next(whole[i] for i in range(4, len(whole)) if whole[i] != "\ufffd" and whole[i] not in whole[:i])
-    body: dict[str, Any] = {"prompt": "The robot liked", "temperature": 0, "max_tokens": 12, "ignore_eos": True}
-    for form in (stop, [stop, "never"]):
-        (choice,) = served.complete(**body, stop=form)["choices"]
-        assert choice["text"] == whole[: whole.index(stop)]
-        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop)
-    last = next(token for i, token in enumerate(expected) if i > 3 and token not in expected[:i])
-    (choice,) = served.complete(**body, stop_token_ids=[last])["choices"]
-    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", last)
-    assert whole.startswith(choice["text"].rstrip("\ufffd"))
-
-
-def test_a_prompt_seen_before_is_counted_as_cached(served: Served) -> None:
-    prompt = [random.Random(11).randrange(1, VOCAB_SIZE) for _ in range(40)]
-    assert served.complete(prompt=prompt, max_tokens=1)["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
-    assert served.complete(prompt=prompt, max_tokens=1)["usage"]["prompt_tokens_details"]["cached_tokens"] == 32
-
-
-def test_the_openai_client_gets_whole_and_streamed_completions(served: Served) -> None:
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
-        asked: dict[str, Any] = {"model": "tiny", "prompt": ["the sea", "a gull"], "max_tokens": 6, "seed": 1, "n": 2}
-        whole = client.completions.create(**asked, logprobs=1)
-        assert len(whole.choices) == 4
-        assert whole.usage is not None
-        assert whole.usage.prompt_tokens_details is not None
-        assert whole.id == f"cmpl-{whole._request_id}"
-        texts = {choice.index: "" for choice in whole.choices}
-        usage = None
-        for chunk in client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
-            usage = chunk.usage or usage
-            for choice in chunk.choices:
-                texts[choice.index] += choice.text
-        assert texts == {choice.index: choice.text for choice in whole.choices}
-        assert usage is not None
-        assert usage.total_tokens == whole.usage.total_tokens
-        assert [m.id for m in client.models.list()] == ["tiny"]
-        assert client.models.retrieve("tiny").object == "model"
-        with pytest.raises(openai.NotFoundError) as unknown:
-            client.completions.create(model="other", prompt="x")
-        assert unknown.value.code == "model_not_found"
-        assert "tiny" in unknown.value.message
-        with pytest.raises(openai.BadRequestError) as refused:
-            client.completions.create(model="tiny", prompt="x", max_tokens=CONTEXT)
-        assert refused.value.code == "context_length_exceeded"
-
-
-async def test_the_asynchronous_openai_client_and_many_streams(served: Served) -> None:
-    async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
-
-        async def one(i: int) -> tuple[int, str]:
-            stream = await client.completions.create(
-                model="tiny",
-                prompt=CORPUS[i : i + 10 + i],
-                max_tokens=4 + i,
-                stream=True,
-                extra_body={"ignore_eos": True},
-            )
-            chunks = [chunk async for chunk in stream]
-            return sum(len(chunk.choices) for chunk in chunks), str(chunks[-1].choices[0].finish_reason)
-
-        results = await asyncio.gather(*(one(i) for i in range(32)))
-    assert {reason for _, reason in results} == {"length"}
-    until(served.idle)
 
 
 # --- perplexity ------------------------------------------------------------------------------------------------------
@@ -340,8 +115,8 @@ def test_a_model_that_gives_no_numbers_is_an_error_not_an_answer(
 ) -> None:
     with serving(tiny_checkpoints["setting2"]) as server:
         runner = server.engine.runner
-        logits = runner.model.logits
-        monkeypatch.setattr(runner.model, "logits", lambda hidden: logits(hidden) * torch.nan)
+        head = runner.model.head
+        monkeypatch.setattr(runner.model, "head", lambda hidden: head(hidden) * torch.nan)
         answer = server.post("/v1/perplexity", input="the sea")
         assert answer.status_code == 500
         assert "input" in answer.json()["error"]["message"]
@@ -803,23 +578,3 @@ def test_metrics_count_what_was_asked(tiny_checkpoints: dict[Architecture, Path]
         assert server.metric(f"lpa:inter_token_latency_seconds_count{label}") == 8
         assert server.metric(f"lpa:e2e_request_latency_seconds_count{label}") == 3
         assert server.metric(f"lpa:num_requests_running{label}") == 0
-
-
-# --- log-probabilities as columns ------------------------------------------------------------------------------------
-
-
-def test_two_tokens_with_one_text_do_not_lose_the_better() -> None:
-    # the model has two more tokens than the tokenizer: both have the empty text
-    tokenizer = EngineTokenizer(byte_tokenizer(), tiny_config(vocab_size=VOCAB_SIZE + 2))
-    first, second = VOCAB_SIZE, VOCAB_SIZE + 1
-    scores = Logprobs([-2.0], [2], [[second, first]], [[-1.0, -2.0]])
-    (top,) = columns(tokenizer, [first], scores, [0], 2)["top_logprobs"]
-    assert top == {"": -1.0, f"token_id:{first}": -2.0}
-
-
-def test_infinite_and_missing_numbers_become_openais() -> None:
-    tokenizer = EngineTokenizer(byte_tokenizer(), tiny_config())
-    scores = Logprobs([-math.inf, math.nan], [1, 1], [[5], [6]], [[-0.5], [math.nan]])
-    found = prompt_columns(tokenizer, [7, 8, 9], "", scores, 1)
-    assert found["token_logprobs"] == [None, -9999.0, -9999.0]
-    assert set(found["top_logprobs"][2].values()) == {-9999.0}

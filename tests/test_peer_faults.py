@@ -192,14 +192,14 @@ def test_15_infinite_logprobs_are_numbers_that_json_has(
     served: Served, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer
 ) -> None:
     model = served.engine.runner.model
-    plain = model.logits
+    plain = model.head
 
     def with_holes(hidden: Any) -> Any:
         logits = plain(hidden).clone()
         logits[..., 7:] = -float("inf")
         return logits
 
-    monkeypatch.setattr(model, "logits", with_holes)
+    monkeypatch.setattr(model, "head", with_holes)
     response = served.post("/v1/completions", prompt=[5, 9, 3], echo=True, logprobs=20, max_tokens=2)
     text = response.text
     assert response.status_code == 200
