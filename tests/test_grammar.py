@@ -240,7 +240,7 @@ def test_late_masks_of_choices_that_share_a_prompt(tiny_checkpoint: Path, length
         first = Request("c0", prompt(1, length), constrained("choice", 5))
         others = [Request(f"c{i}", prompt(1, length), constrained("choice", 5), choice=i, leader=first) for i in (1, 2)]
         free = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
-        return [first, *others, Request("f", prompt(2, 4), free)]
+        return [first, *others, *(Request(f"f{i}", prompt(i, 4), free) for i in range(3))]  # not more than half late
 
     expected = run(make_engine(tiny_checkpoint), choices())
     assert all(text_of(expected[f"c{i}"]) in CHOICES for i in range(3))
@@ -275,6 +275,18 @@ def test_a_failing_matcher_fails_its_request_only(tiny_checkpoint: Path, monkeyp
     assert outputs["bad"][-1].finish_reason is FinishReason.ERROR
     assert "response_format" in str(outputs["bad"][-1].error)
     assert len(ids_of(outputs["good"])) == 9
+
+
+def test_a_panic_in_a_mask_is_the_requests_own(compiler: GrammarCompiler) -> None:
+    class Panic(BaseException):
+        pass
+
+    state = GrammarState(compiler, spec("regex", "a+"))
+    job: Future[None] = Future()
+    job.set_exception(Panic("index out of bounds"))
+    state._job = job
+    with pytest.raises(GrammarFailed, match="response_format: Panic: index out of bounds"):
+        state.take()
 
 
 @pytest.fixture
@@ -388,7 +400,7 @@ def llama_tokenizer(eos: int | None) -> Tokenizer:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     backend.add_special_tokens([AddedToken(name, special=True) for name in ("<unk>", "<s>", "</s>")])
-    return Tokenizer(backend, tiny_config(vocab_size=280, eos_token_id=eos))
+    return Tokenizer(backend, tiny_config(vocab_size=288, eos_token_id=eos))
 
 
 class _Walk:
@@ -403,7 +415,7 @@ class _Walk:
         assert self.state.start(self.pool) is job
         self.pool.run()
         mask = self.state.take()
-        return None if mask is None else {i for i in range(280) if mask[i // 8] >> i % 8 & 1}
+        return None if mask is None else {i for i in range(288) if mask[i // 8] >> i % 8 & 1}
 
 
 @pytest.mark.parametrize("eos", [2, None])
@@ -417,7 +429,7 @@ def test_masks_are_exact_for_every_token(eos: int | None) -> None:
         ends = [text.encode() for text in texts]
         fitting = {
             i
-            for i in range(280)
+            for i in range(288)
             if i not in tokenizer.special_ids
             and (raw := tokenizer.token_bytes(i))
             and any(end.startswith(before + raw) for end in ends)

@@ -6,6 +6,7 @@ A benchmark reports ratios that were measured in one run: absolute figures move 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -207,3 +208,39 @@ def overhead(
         f"{found['event_loop_cpu_ms']:.2f} ms in that time. Without HTTP a step takes {found['alone_ms']:.2f} ms "
         f"({found['slowdown']:.2f}x)."
     )
+
+
+@bench.command()
+def sampling(
+    model: Annotated[Path, typer.Argument(help="Model folder.")],
+    streams: Annotated[int, typer.Option(min=2, help="Streams that decode together.")] = 32,
+    input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 65,
+    steps: Annotated[int, typer.Option(min=1, help="Steps timed per feature and round.")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not.")] = 7,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"], typer.Option(help="Type of the weights at work.")
+    ] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the products.", show_default="all")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The engine's step without HTTP, with each sampling feature in turn, as a ratio to a greedy step."""
+    from rich.progress import Progress
+
+    from server.bench.sampling import bench_sampling, print_rows
+
+    with user_errors(), Progress(transient=True) as progress:
+        task = progress.add_task("rounds", total=rounds + 1)
+        rows = bench_sampling(
+            model,
+            streams=streams,
+            input_len=input_len,
+            steps=steps,
+            rounds=rounds,
+            dtype=dtype,
+            threads=threads,
+            on_round=lambda number: progress.update(task, completed=number),
+        )
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        print_rows(rows)

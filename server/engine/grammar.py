@@ -54,6 +54,7 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self.vocab_size = tokenizer.vocab_size
+        self.mask_size = tokenizer.vocab_size + (tokenizer.eos_token_id is None)
         self._vocabulary: llguidance.LLTokenizer | None = None  # built by the first grammar
         self._cache: OrderedDict[tuple[str, str], llguidance.LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
@@ -99,7 +100,7 @@ class GrammarState:
         self._compiler = compiler
         self._spec = spec
         self._matcher: llguidance.LLMatcher | None = None
-        self._mask = np.zeros(-(-(compiler.vocab_size + 1) // 32) * 4, np.uint8)
+        self._mask = np.zeros(-(-compiler.mask_size // 32) * 4, np.uint8)
         self._job: Future[None] | None = None
 
     def start(self, pool: Executor) -> Future[None]:
@@ -124,9 +125,14 @@ class GrammarState:
         """
         assert self._job is not None
         job, self._job = self._job, None
-        job.result()
-        byte, bit = divmod(self._compiler.vocab_size, 8)
-        self._mask[byte] &= 0xFF ^ (1 << bit)  # the end of the text of a model without one
+        error = job.exception()
+        if isinstance(error, GrammarFailed | InvalidRequest):
+            raise error
+        if error is not None:  # a defect of llguidance, maybe even a panic
+            raise GrammarFailed(f"{self._spec.param}: {type(error).__name__}: {error}") from error
+        if self._compiler.mask_size > self._compiler.vocab_size:  # the end of the text of a model without one
+            byte, bit = divmod(self._compiler.vocab_size, 8)
+            self._mask[byte] &= 0xFF ^ (1 << bit)
         return self._mask if self._mask.any() else None
 
     def advance(self, token_id: int) -> bool:

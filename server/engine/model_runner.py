@@ -101,8 +101,7 @@ class ModelRunner:
     def _join_masks(self, items: list[ScheduledRequest], result: StepResult) -> dict[str, Mask]:
         """Masks of the requests that can be sampled now; the others are named in the result.
 
-        A late mask costs the other requests no more than MASK_GRACE; only a step that is for nothing but late
-        ones waits for the first.
+        A late mask costs the other requests no more than MASK_GRACE, unless more than half of the step is late.
         """
         constrained = [item.request for item in items if item.samples and item.request.params.grammar]
         if not constrained:
@@ -110,12 +109,12 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the forward pass has only been launched
         jobs = [self._grammars[request].start(self._mask_pool) for request in constrained]
-        done, _ = wait(jobs, timeout=MASK_GRACE)
-        if not done and len(constrained) == len(items):
-            wait(jobs, return_when=FIRST_COMPLETED)
+        late = wait(jobs, timeout=MASK_GRACE).not_done
+        while 2 * len(late) > len(items):
+            late = wait(late, return_when=FIRST_COMPLETED).not_done
         masks = {}
         for request, job in zip(constrained, jobs, strict=True):
-            if not job.done():
+            if job in late:
                 result.deferred.add(request.id)
                 continue
             try:
