@@ -37,7 +37,8 @@ class LatentCache:
 
         def pool(layer: int, latent: bool, rank: int | None) -> Tensor:
             heads, width = (1, rank or 0) if latent else (config.kv_heads, config.head_size)
-            return torch.zeros(num_blocks, heads, block_size, width, dtype=dtype, device=device)
+            # not filled: memory that no block has used yet is not resident, and blocks are cleared when allocated
+            return torch.empty(num_blocks, heads, block_size, width, dtype=dtype, device=device)
 
         self.keys = [pool(i, self.forms[i][0], config.rank("k", i)) for i in layers]
         self.values = [pool(i, self.forms[i][1], config.rank("v", i)) for i in layers]

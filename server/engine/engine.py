@@ -18,6 +18,7 @@ from lpa_model.inference import prepare_for_inference
 from server.engine.block_manager import BlockManager
 from server.engine.detokenizer import Detokenizer, unfinished_bytes
 from server.engine.grammar import GrammarCompiler
+from server.engine.memory import keep_freed_memory
 from server.engine.model_runner import ModelRunner, StepResult
 from server.engine.request import (
     EngineStats,
@@ -247,6 +248,7 @@ def build_engine(model_dir: Path, options: EngineOptions) -> Engine:
     device = torch.device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+    keep_freed_memory()
     model = load_model(model_dir, dtype, device)
     prepare_for_inference(model)
     config = model.config

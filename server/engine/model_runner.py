@@ -24,8 +24,7 @@ from server.errors import InvalidRequest
 Mask = npt.NDArray[np.uint8]  # a bit per token, lowest first
 
 MIN_ROWS = 8  # a float32 product with fewer rows takes another path and rounds differently
-LOGIT_ROWS = 256  # rows of logits held at once
-SCORE_ROWS = 8  # of them in float32, so that they stay in the processor's cache while they are worked on
+LOGIT_ROWS = 256  # rows of logits held at once, in the head's dtype
 MASK_GRACE = 0.002  # seconds that a step waits for a late grammar mask before it goes on without that request
 MASK_THREADS = 2
 
@@ -192,21 +191,17 @@ class ModelRunner:
             rows += range(start + first - computed, start + last - computed)
             targets += request.token_ids[first + 1 : last + 1]
             owners += [request] * (last - first)
-        for chunk in range(0, len(rows), LOGIT_ROWS):
-            raw = self._head(hidden, rows[chunk : chunk + LOGIT_ROWS])
-            for i in range(0, len(raw), SCORE_ROWS):
-                some = slice(chunk + i, chunk + min(len(raw), i + SCORE_ROWS))
-                self._score_rows(raw[i : i + SCORE_ROWS].float(), targets[some], owners[some], result)
-
-    def _score_rows(self, logits: Tensor, targets: list[int], owners: list[Request], result: StepResult) -> None:
-        tops = [request.params.prompt_logprobs or 0 for request in owners]
-        columns = score(logits, torch.tensor(targets, device=self.device), max(tops))
-        for i, (request, top) in enumerate(zip(owners, tops, strict=True)):
-            own = result.prompt_logprobs.setdefault(request.id, Logprobs())
-            own.logprobs.append(columns.logprobs[i])
-            own.ranks.append(columns.ranks[i])
-            own.top_ids.append(columns.top_ids[i][:top])
-            own.top_logprobs.append(columns.top_logprobs[i][:top])
+        for at in range(0, len(rows), LOGIT_ROWS):
+            chunk = slice(at, at + LOGIT_ROWS)
+            tops = [request.params.prompt_logprobs or 0 for request in owners[chunk]]
+            wanted = torch.tensor(targets[chunk], device=self.device)
+            columns = score(self._head(hidden, rows[chunk]), wanted, max(tops))
+            for i, (request, top) in enumerate(zip(owners[chunk], tops, strict=True)):
+                own = result.prompt_logprobs.setdefault(request.id, Logprobs())
+                own.logprobs.append(columns.logprobs[i])
+                own.ranks.append(columns.ranks[i])
+                own.top_ids.append(columns.top_ids[i][:top])
+                own.top_logprobs.append(columns.top_logprobs[i][:top])
 
 
 def _input_ids(item: ScheduledRequest) -> list[int]:
