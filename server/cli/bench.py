@@ -6,6 +6,7 @@ A benchmark reports ratios that were measured in one run: absolute figures move 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -206,4 +207,46 @@ def overhead(
         f"the model and sampling, {found['outside']:.1%} outside. The event loop computes "
         f"{found['event_loop_cpu_ms']:.2f} ms in that time. Without HTTP a step takes {found['alone_ms']:.2f} ms "
         f"({found['slowdown']:.2f}x)."
+    )
+
+
+@bench.command()
+def loglikelihood(
+    model: Annotated[
+        Path | None, typer.Argument(help="Model folder.", show_default="LPA_MODEL, or the embedded model")
+    ] = None,
+    sets: Annotated[int, typer.Option(min=1, help="Contexts of a round.")] = 16,
+    context_len: Annotated[int, typer.Option(min=1, help="Tokens of a context.")] = 400,
+    continuations: Annotated[int, typer.Option(min=2, help="Continuations of each context.")] = 4,
+    continuation_len: Annotated[int, typer.Option(min=1, help="Tokens of a continuation.")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not.")] = 5,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Multiple choice: continuations of shared contexts, with the prefix cache and without it."""
+    from server.bench.client import RequestFailed
+    from server.bench.loglikelihood import bench_loglikelihood
+    from server.settings import load_settings
+
+    with user_errors():
+        settings = load_settings(model=model, dtype=dtype, log_requests=False)
+        try:
+            found = bench_loglikelihood(
+                settings,
+                sets=sets,
+                context_len=context_len,
+                continuations=continuations,
+                continuation_len=continuation_len,
+                rounds=rounds,
+            )
+        except RequestFailed as error:
+            raise ValueError(error) from error
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    speedup = found["speedup"]
+    typer.echo(
+        f"{sets} contexts of {context_len} tokens with {continuations} continuations of {continuation_len}: sharing is "
+        f"{speedup['median']:.2f}x as fast ({speedup['low']:.2f} to {speedup['high']:.2f}; {found['bound']:.2f} at "
+        f"most); {found['cached']:.0%} of the tokens came from the cache; sums differ by {found['difference']:.1e} nats"
     )
