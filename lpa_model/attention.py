@@ -29,6 +29,39 @@ class Span(NamedTuple):
     length: int
     block_table: Sequence[int]  # covers context + length tokens
     decode: bool  # generated token (length 1) or prompt
+    branches: tuple[int, ...] = ()  # where continuations begin that see only themselves and what is before the first
+
+    def positions(self) -> NDArray[np.int64]:
+        """[context + length]: every branch goes on where the common beginning ends."""
+        index = np.arange(self.context + self.length)
+        if not self.branches:
+            return index
+        return index - self._branch_starts(index) + np.minimum(index, self.branches[0])
+
+    def mask(self) -> NDArray[np.bool_]:
+        """[length, context + length]: which tokens each new one sees."""
+        index = np.arange(self.context + self.length)
+        new = index[self.context :, None]
+        visible: NDArray[np.bool_] = index <= new
+        if self.branches:
+            starts = self._branch_starts(index)
+            visible &= (index < self.branches[0]) | (starts == starts[self.context :, None])
+        return visible
+
+    def _branch_starts(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the branch of each token begins; for the common beginning the token itself."""
+        branch = np.searchsorted(self.branches, index, side="right") - 1
+        return np.where(branch < 0, index, np.asarray(self.branches)[branch])
+
+    @property
+    def is_branched(self) -> bool:
+        """Whether tokens of branches are among the new ones."""
+        return bool(self.branches) and self.context + self.length > self.branches[0]
+
+    @property
+    def shape(self) -> tuple[int, int, tuple[int, ...]]:
+        """Prompt spans of one shape are attended together."""
+        return self.context, self.length, self.branches if self.is_branched else ()
 
 
 @dataclass(frozen=True)
@@ -56,7 +89,8 @@ class PrefillGroup:
     length: int
     context: int
     blocks: Tensor  # [batch, blocks of the context] int64
-    mask: Tensor | None  # [length, context + length] bool, True where visible; None without context (causal)
+    positions: Tensor  # [context + length] int64
+    mask: Tensor | None  # [length, context + length] bool, True where visible; None for causal without context
 
     @property
     def rows(self) -> slice:
@@ -79,7 +113,10 @@ class AttentionMetadata:
         num_decode = sum(span.decode for span in spans)
         decodes, prompts = spans[:num_decode], spans[num_decode:]
         assert all(span.decode and span.length == 1 for span in decodes), "decode spans come first, one token each"
-        positions = np.concatenate([np.arange(s.context, s.context + s.length) for s in spans])
+        index = np.concatenate([np.arange(s.context, s.context + s.length) for s in spans])
+        positions = index
+        if any(span.is_branched for span in spans):
+            positions = np.concatenate([s.positions()[s.context :] for s in spans])
         tables = [np.asarray(s.block_table, dtype=np.int64) for s in spans]
         blocks = np.concatenate(
             [
@@ -93,7 +130,7 @@ class AttentionMetadata:
 
         return cls(
             positions=tensor(np.pad(positions, (0, padding))),
-            slots=(tensor(blocks), tensor(positions % block_size)),
+            slots=(tensor(blocks), tensor(index % block_size)),
             num_decode=num_decode,
             pairs=_decode_pairs(decodes, tables[:num_decode], block_size, tensor) if num_decode else None,
             groups=tuple(_prefill_groups(prompts, tables[num_decode:], num_decode, block_size, tensor)),
@@ -149,15 +186,14 @@ def _prefill_groups(
 ) -> Iterator[PrefillGroup]:
     at = 0
     while at < len(spans):
-        context, length = spans[at].context, spans[at].length
+        span = spans[at]
+        context, length = span.context, span.length
         end = at + 1
-        while end < len(spans) and (spans[end].context, spans[end].length) == (context, length):
+        while end < len(spans) and spans[end].shape == span.shape:
             end += 1
-        mask = None
-        if context:
-            mask = tensor(np.arange(context + length) <= context + np.arange(length)[:, None])
+        mask = tensor(span.mask()) if context or span.is_branched else None
         blocks = np.stack([table[: -(-context // block_size)] for table in tables[at:end]])
-        yield PrefillGroup(start, end - at, length, context, tensor(blocks), mask)
+        yield PrefillGroup(start, end - at, length, context, tensor(blocks), tensor(span.positions()), mask)
         start += (end - at) * length
         at = end
 
@@ -328,8 +364,7 @@ class Attention(nn.Module):
             v = torch.cat((cache.gather(cache.values[self.layer], group.blocks, group.context), v), dim=1)
         keys_latent, values_latent = cache.forms[self.layer]
         if keys_latent:
-            positions = torch.arange(k.shape[1], device=k.device)
-            k = self._keys(second_half(self.k_proj, k.squeeze(2)), rotary, positions)
+            k = self._keys(second_half(self.k_proj, k.squeeze(2)), rotary, group.positions)
         if values_latent:
             v = self._split(second_half(self.v_proj, v.squeeze(2)))
         return self._attend(q, k, v, group.mask).flatten(0, 1)

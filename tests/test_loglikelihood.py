@@ -89,11 +89,10 @@ def test_pairs_equal_plain_forwards(both: tuple[Served, LPAForCausalLM]) -> None
         numbers = [entry[name] for entry in data["continuations"]]
         assert best == numbers.index(max(numbers))
     assert len(set(data["best"].values())) > 1
-    assert answer["usage"]["prompt_tokens"] == sum(len(before) + len(after) for before, after in map(split_of, PAIRS))
-
-
-def split_of(pair: tuple[str, str]) -> tuple[list[int], list[int]]:
-    return split(*pair)
+    tokens = [split(*pair) for pair in PAIRS]
+    contexts = {tuple(before) for before, _ in tokens}
+    assert len(contexts) == 4
+    assert answer["usage"]["prompt_tokens"] == sum(map(len, contexts)) + sum(len(after) for _, after in tokens)
 
 
 def test_the_most_probable_continuation_is_greedy(both: tuple[Served, LPAForCausalLM]) -> None:
@@ -173,16 +172,31 @@ def test_a_shared_context_is_computed_once(served: Served) -> None:
     draw = random.Random(4)
     sets = [
         {
-            "context": draw.choices(range(1, VOCAB_SIZE), k=100),
+            "context": draw.choices(range(1, VOCAB_SIZE), k=80),
             "continuations": [draw.choices(range(1, VOCAB_SIZE), k=draw.randint(1, 10)) for _ in range(4)],
         }
         for _ in range(12)
     ]
     usage = ask(served, sets=sets)["usage"]
-    assert usage["prompt_tokens"] == sum(400 + sum(map(len, entry["continuations"])) for entry in sets)
-    assert usage["prompt_tokens_details"]["cached_tokens"] == 12 * 3 * 96  # whole blocks of 16 before token 99
-    pairs = [[entry["context"][::-1], continuation] for entry in sets for continuation in entry["continuations"]]
-    assert ask(served, pairs=pairs)["usage"]["prompt_tokens_details"]["cached_tokens"] == 12 * 3 * 96
+    assert usage["prompt_tokens"] == sum(80 + sum(map(len, entry["continuations"])) for entry in sets)
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+    again = ask(served, pairs=[[entry["context"], [5]] for entry in sets])["usage"]
+    assert again["prompt_tokens_details"]["cached_tokens"] == 12 * 64  # whole blocks of 16 before token 79
+
+
+def test_continuations_that_do_not_fit_behind_one_context_share_its_blocks(served: Served) -> None:
+    model = random_model(tiny_config("setting2"))
+    draw = random.Random(6)
+    context = draw.choices(range(1, VOCAB_SIZE), k=70)
+    continuations = [draw.choices(range(1, VOCAB_SIZE), k=draw.randint(1, 25)) for _ in range(20)]
+    answer = ask(served, context=context, continuations=continuations)
+    (data,) = answer["data"]
+    for entry, continuation in zip(data["continuations"], continuations, strict=True):
+        logprob, _ = plain(model, context, continuation)
+        assert (entry["num_tokens"], entry["logprob"]) == (len(continuation), pytest.approx(logprob, rel=1e-5))
+    packs, rest = divmod(answer["usage"]["prompt_tokens"] - sum(map(len, continuations)), 70)
+    assert (packs >= 4, rest) == (True, 0)
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == (packs - 1) * 64
 
 
 def test_many_sets_and_many_continuations_on_a_small_engine(tiny_checkpoints: dict[Architecture, Path]) -> None:
@@ -260,8 +274,8 @@ def test_numbers_that_are_none_name_their_continuation(
         def breaks_at_a_token(batch: Any) -> Any:
             result = run(batch)
             for item in batch.items:
-                if 77 in item.request.token_ids:
-                    result.prompt_logprobs[item.request.id].logprobs[0] = math.nan
+                if 77 in item.request.token_ids:  # behind a context of two; the first tokens of branches come first
+                    result.prompt_logprobs[item.request.id].logprobs[item.request.token_ids.index(77) - 2] = math.nan
             return result
 
         monkeypatch.setattr(server.engine.runner, "run", breaks_at_a_token)
@@ -278,14 +292,14 @@ def test_a_step_that_fails_fails_its_request(
     with serving(tiny_checkpoints["setting2"]) as server:
         run, steps = server.engine.runner.run, 0
 
-        def fails_at_followers(batch: Any) -> Any:
+        def fails_once(batch: Any) -> Any:
             nonlocal steps
             steps += 1
-            if steps == 2:
+            if steps == 1:
                 raise RuntimeError("out of luck")
             return run(batch)
 
-        monkeypatch.setattr(server.engine.runner, "run", fails_at_followers)
+        monkeypatch.setattr(server.engine.runner, "run", fails_once)
         response = server.post(PATH, context="The sea", continuations=[" was", " said", "."])
         assert (response.status_code, response.json()["error"]["code"]) == (500, "engine_error")
         assert ask(server, context="The sea", continuations=[" was", " said", "."])["data"]

@@ -9,18 +9,16 @@ import random
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from server.bench.local import local_server
 from server.engine.engine import build_engine
 from server.engine.model_runner import ModelRunner
 from server.engine.request import Request, SamplingParams
 from server.serve import Server
 from server.settings import Settings
-
-START_TIMEOUT = 60.0  # seconds
 
 
 class Call(NamedTuple):
@@ -63,22 +61,8 @@ def bench_overhead(settings: Settings, streams: int, input_len: int, output_len:
 
 
 def _over_http(settings: Settings, streams: int, input_len: int, output_len: int) -> list[Call]:
-    with contextlib.redirect_stdout(sys.stderr):
-        server = Server(settings.model_copy(update={"host": "127.0.0.1", "port": 0}))
-        thread = threading.Thread(target=server.run, name="event loop")
-        thread.start()
-        try:
-            deadline = time.monotonic() + START_TIMEOUT
-            while not server.started:
-                if not thread.is_alive() or time.monotonic() > deadline:
-                    raise ValueError("the server did not start")
-                time.sleep(0.01)
-            assert thread.ident is not None
-            with _recording(time.pthread_getcpuclockid(thread.ident)) as calls:
-                _drive(f"http://127.0.0.1:{server.port}", server, streams, input_len, output_len)
-        finally:
-            server.should_exit = True
-            thread.join()
+    with local_server(settings) as local, _recording(time.pthread_getcpuclockid(local.loop_thread)) as calls:
+        _drive(local.url, local.server, streams, input_len, output_len)
     return calls
 
 

@@ -244,3 +244,45 @@ def sampling(
         typer.echo(json.dumps(rows, indent=2))
     else:
         print_rows(rows)
+
+
+@bench.command()
+def loglikelihood(
+    model: Annotated[
+        Path | None, typer.Argument(help="Model folder.", show_default="LPA_MODEL, or the embedded model")
+    ] = None,
+    sets: Annotated[int, typer.Option(min=1, help="Contexts of a round.")] = 16,
+    context_len: Annotated[int, typer.Option(min=1, help="Tokens of a context.")] = 400,
+    continuations: Annotated[int, typer.Option(min=2, help="Continuations of each context.")] = 4,
+    continuation_len: Annotated[int, typer.Option(min=1, help="Tokens of a continuation.")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not.")] = 5,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Multiple choice: continuations of shared contexts, with the prefix cache and without it."""
+    from server.bench.client import RequestFailed
+    from server.bench.loglikelihood import bench_loglikelihood
+    from server.settings import load_settings
+
+    with user_errors():
+        settings = load_settings(model=model, dtype=dtype, log_requests=False)
+        try:
+            found = bench_loglikelihood(
+                settings,
+                sets=sets,
+                context_len=context_len,
+                continuations=continuations,
+                continuation_len=continuation_len,
+                rounds=rounds,
+            )
+        except RequestFailed as error:
+            raise ValueError(error) from error
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    speedup = found["speedup"]
+    typer.echo(
+        f"{sets} contexts of {context_len} tokens with {continuations} continuations of {continuation_len}: sharing is "
+        f"{speedup['median']:.2f}x as fast ({speedup['low']:.2f} to {speedup['high']:.2f}; {found['bound']:.2f} at "
+        f"most); {found['cached']:.0%} of the tokens came from the cache; sums differ by {found['difference']:.1e} nats"
+    )

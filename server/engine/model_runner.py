@@ -71,7 +71,13 @@ class ModelRunner:
         ids = [t for item in items for t in _input_ids(item)]
         padding = max(0, MIN_ROWS - len(ids))
         spans = [
-            Span(item.request.num_computed_tokens, item.num_tokens, item.request.block_table, item.is_decode)
+            Span(
+                item.request.num_computed_tokens,
+                item.num_tokens,
+                item.request.block_table,
+                item.is_decode,
+                item.request.branches,
+            )
             for item in items
             if item.num_tokens  # a follower samples from its leader's last row
         ]
@@ -175,22 +181,18 @@ class ModelRunner:
             )
 
     def _score_prompts(self, items: list[ScheduledRequest], hidden: Tensor, result: StepResult) -> None:
-        """Row i of a prompt gives the log-probability of token i + 1; all requests' rows meet the head together."""
+        """Log-probabilities of prompt tokens; all requests' rows meet the head together."""
         rows: list[int] = []
         targets: list[int] = []
         owners: list[Request] = []  # of each row
         at = 0
         for item in items:
-            request, start = item.request, at
+            request, start = item.request, at - item.request.num_computed_tokens
             at += item.num_tokens
-            if request.params.prompt_logprobs is None or request.num_output_tokens:
-                continue
-            computed = request.num_computed_tokens
-            first = max(computed, request.params.first_logit_position)
-            last = min(computed + item.num_tokens, request.num_prompt_tokens - 1)
-            rows += range(start + first - computed, start + last - computed)
-            targets += request.token_ids[first + 1 : last + 1]
-            owners += [request] * (last - first)
+            for token, target in request.scored(request.num_computed_tokens, item.num_tokens):
+                rows.append(start + token)
+                targets.append(request.token_ids[target])
+                owners.append(request)
         for at in range(0, len(rows), LOGIT_ROWS):
             chunk = slice(at, at + LOGIT_ROWS)
             tops = [request.params.prompt_logprobs or 0 for request in owners[chunk]]

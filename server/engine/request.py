@@ -134,15 +134,22 @@ class Request:
         choice: int = 0,
         priority: int = 0,
         cache_salt: str = "",
+        branches: tuple[int, ...] = (),
         leader: Request | None = None,
         arrival: float | None = None,
     ) -> None:
-        """`leader`: a request with the same prompt and cache_salt whose computed prompt this one takes over."""
+        """
+        Args:
+            branches: where the continuations begin that stand one after another behind a common beginning, of a
+                prompt to be scored. Each sees that beginning and itself, and its positions go on from there.
+            leader: a request with the same prompt and cache_salt whose computed prompt this one takes over.
+        """
         self.id = request_id
         self.params = params
         self.choice = choice
         self.priority = priority  # smaller goes first, as in vLLM
         self.cache_salt = cache_salt  # prefix blocks are shared only between equal salts
+        self.branches = branches
         self.leader = leader
         self.seed = secrets.randbits(64) if params.seed is None else params.seed
         self.num_prompt_tokens = len(prompt_ids)
@@ -201,10 +208,34 @@ class Request:
             and self.token_ids == leader.token_ids
         )
 
+    @property
+    def num_shareable_tokens(self) -> int:
+        """Tokens at the beginning whose blocks other requests may use."""
+        return self.branches[0] if self.branches else self.num_prompt_tokens
+
+    def scored(self, computed: int, num_tokens: int) -> list[tuple[int, int]]:
+        """(i, t) of what `num_tokens` tokens after `computed` ones score: token i gives the log-probability of token t.
+
+        The last token before the branches does so for the first one of each.
+        """
+        if self.params.prompt_logprobs is None or self.num_output_tokens:
+            return []
+        first = max(computed, self.params.first_logit_position)
+        last = min(computed + num_tokens, self.num_prompt_tokens - 1)
+        if not self.branches:
+            return [(i, i + 1) for i in range(first, last)]
+        trunk = self.branches[0] - 1
+        starts = set(self.branches)
+        found = [(trunk, start) for start in self.branches if first <= trunk < last]
+        found += [(i, i + 1) for i in range(first, last) if i + 1 not in starts]
+        return sorted(found)
+
     def num_scored(self, computed: int, num_tokens: int) -> int:
-        """How many of `num_tokens` tokens after `computed` ones give the log-probability of a prompt token."""
+        """How many log-probabilities of prompt tokens `num_tokens` tokens after `computed` ones give."""
         if self.params.prompt_logprobs is None or self.num_output_tokens:
             return 0
+        if self.branches:
+            return len(self.scored(computed, num_tokens))
         first = max(computed, self.params.first_logit_position)
         return max(0, min(computed + num_tokens, self.num_prompt_tokens - 1) - first)
 

@@ -221,7 +221,7 @@ class Scheduler:
         self.blocks.take(hits)
         request.block_table = hits
         request.num_computed_tokens = len(hits) * size
-        for digest in request.block_hashes[len(hits) : request.num_prompt_tokens // size]:
+        for digest in request.block_hashes[len(hits) : request.num_shareable_tokens // size]:
             self._computing.setdefault(digest, request)
         if not request.was_admitted:
             request.was_admitted = True
@@ -259,7 +259,7 @@ class Scheduler:
         if self.blocks.enable_prefix_caching:
             self._extend_hashes(request)
             size = self.blocks.block_size
-            for i in range(request.num_prompt_tokens // size, request.num_computed_tokens // size):
+            for i in range(request.num_shareable_tokens // size, request.num_computed_tokens // size):
                 self.blocks.publish(request.block_table[i], request.block_hashes[i])
         self._stop_running(request)
         request.num_computed_tokens = 0
@@ -272,7 +272,7 @@ class Scheduler:
         """Take a request's blocks and its place; nobody waits for what it was computing any more."""
         remove(self.running, request)
         size = self.blocks.block_size
-        for digest in request.block_hashes[request.num_computed_tokens // size : request.num_prompt_tokens // size]:
+        for digest in request.block_hashes[request.num_computed_tokens // size : request.num_shareable_tokens // size]:
             if self._computing.get(digest) is request:
                 del self._computing[digest]
         self.waiting.wake(request.waiters)
@@ -341,7 +341,7 @@ class Scheduler:
         size, hashes = self.blocks.block_size, request.block_hashes
         for start in range(len(hashes) * size, len(request.token_ids) - size + 1, size):
             end = start + size
-            salt = request.order[2].to_bytes(8, "little") if end > request.num_prompt_tokens else b""
+            salt = request.order[2].to_bytes(8, "little") if end > request.num_shareable_tokens else b""
             parent = hashes[-1] if hashes else hash_root(request.cache_salt)
             hashes.append(hash_block(parent, request.token_ids[start:end], salt))
 
@@ -352,7 +352,7 @@ class Scheduler:
             return
         self._extend_hashes(request)  # a follower that was deferred has none
         size, computed = self.blocks.block_size, request.num_computed_tokens
-        for i in range((computed - num_new_tokens) // size, min(computed, request.num_prompt_tokens) // size):
+        for i in range((computed - num_new_tokens) // size, min(computed, request.num_shareable_tokens) // size):
             digest = request.block_hashes[i]
             self.blocks.publish(request.block_table[i], digest)
             if self._computing.get(digest) is request:

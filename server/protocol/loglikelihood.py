@@ -169,7 +169,7 @@ def set_fields(index: int, continuations: Sequence[dict[str, Any]]) -> dict[str,
 def loglikelihood_fields(
     model: str, add_bos: bool, data: Sequence[dict[str, Any]], prompt_tokens: int, cached_tokens: int
 ) -> dict[str, Any]:
-    """The answer. Tokens are those of contexts and continuations, a context once for each continuation."""
+    """The answer. A context that continuations share counts once for all that were scored together."""
     return {
         "object": "loglikelihood",
         "model": model,

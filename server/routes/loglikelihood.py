@@ -45,8 +45,14 @@ class Pair:
     num_bytes: int  # of the continuation, as it was given
 
 
-ScoredGroup = tuple[int, list[tuple[Pair, Logprobs, int]]]
-"""Number of the set; its pairs with one context, their scores and cached tokens."""
+@dataclass(frozen=True)
+class ScoredPack:
+    """Pairs of one set and one context with their log-probabilities and ranks."""
+
+    set_number: int
+    scores: list[tuple[Pair, Logprobs]]
+    num_tokens: int  # the context once
+    num_cached_tokens: int
 
 
 def loglikelihood_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
@@ -63,8 +69,8 @@ def loglikelihood_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         sets = body.alternatives()
         tokenize = PairTokenizer(engine, body.add_bos)
         scorer = Scorer(engine, settings, request.state.request_id)
-        # half: followers of a context wait for few leaders of others, while its blocks are still cached
-        scored = in_order(_works(scorer, tokenize, sets), max(1, scorer.max_in_flight // 2), deadline_of(settings))
+        works = _works(scorer, tokenize, sets, engine.max_model_len)
+        scored = in_order(works, scorer.max_in_flight, deadline_of(settings))
         answer = await while_connected(
             request.receive, _answer(settings.model_name, tokenize.add_bos, len(sets), scored)
         )
@@ -144,40 +150,55 @@ class PairTokenizer:
 
 
 async def _works(
-    scorer: Scorer, tokenize: PairTokenizer, sets: Sequence[Sequence[Alternative]]
-) -> AsyncGenerator[Coroutine[Any, Any, ScoredGroup]]:
+    scorer: Scorer, tokenize: PairTokenizer, sets: Sequence[Sequence[Alternative]], max_tokens: int
+) -> AsyncGenerator[Coroutine[Any, Any, ScoredPack]]:
+    """The scoring of every set in packs: continuations of one context, as many as fit behind it together."""
     for number, alternatives in enumerate(sets):
-        groups: dict[tuple[int, ...], list[Pair]] = {}
+        packs: dict[tuple[int, ...], list[Pair]] = {}
         for pair in await asyncio.to_thread(tokenize, alternatives):
-            groups.setdefault(tuple(pair.context), []).append(pair)
-        for group in groups.values():
-            yield _score_group(scorer, number, group)
+            pack = packs.setdefault(tuple(pair.context), [])
+            room = max_tokens - len(pair.context) - sum(len(other.continuation) for other in pack)
+            if len(pair.continuation) > room:
+                yield _score_pack(scorer, number, pack.copy())
+                pack.clear()
+            pack.append(pair)
+        for pack in packs.values():
+            yield _score_pack(scorer, number, pack)
 
 
-async def _score_group(scorer: Scorer, number: int, group: Sequence[Pair]) -> ScoredGroup:
-    """Pairs with one context: the first alone, so that the others find the context's blocks in the cache."""
+async def _score_pack(scorer: Scorer, number: int, pack: Sequence[Pair]) -> ScoredPack:
+    """Pairs of one context in one sequence, in which each continuation sees only the context and itself."""
+    token_ids, branches = list(pack[0].context), []
+    for pair in pack:
+        branches.append(len(token_ids))
+        token_ids += pair.continuation
+    scores, cached = await scorer.score(token_ids, branches[0], branches=tuple(branches))
+    found = []
+    at = len(pack)  # the first tokens of all continuations come first
+    for i, pair in enumerate(pack):
+        end = at + len(pair.continuation) - 1
+        found.append(
+            (
+                pair,
+                Logprobs(
+                    [scores.logprobs[i], *scores.logprobs[at:end]],
+                    [scores.ranks[i], *scores.ranks[at:end]],
+                ),
+            )
+        )
+        at = end
+    return ScoredPack(number, found, len(token_ids), cached)
 
-    async def score(pair: Pair) -> tuple[Pair, Logprobs, int]:
-        return pair, *await scorer.score(pair.context + pair.continuation, len(pair.context))
 
-    leader, *others = group
-    found = [await score(leader)]
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            followers = [tasks.create_task(score(pair)) for pair in others]
-    except ExceptionGroup as failed:
-        raise failed.exceptions[0] from None
-    return number, [*found, *(task.result() for task in followers)]
-
-
-async def _answer(model: str, add_bos: bool, num_sets: int, scored: AsyncGenerator[ScoredGroup]) -> dict[str, Any]:
+async def _answer(model: str, add_bos: bool, num_sets: int, scored: AsyncGenerator[ScoredPack]) -> dict[str, Any]:
     entries: list[list[dict[str, Any]]] = [[] for _ in range(num_sets)]
     prompt_tokens = cached_tokens = 0
     async with aclosing(scored):
-        async for number, group in scored:
-            for pair, scores, cached in group:
-                entries[number].append(continuation_fields(pair.index, pair.where, scores, pair.num_bytes))
-                prompt_tokens += len(pair.context) + len(pair.continuation)
-                cached_tokens += cached
+        async for pack in scored:
+            for pair, scores in pack.scores:
+                entry = continuation_fields(pair.index, pair.where, scores, pair.num_bytes)
+                entries[pack.set_number].append(entry)
+            prompt_tokens += pack.num_tokens
+            cached_tokens += pack.num_cached_tokens
     data = [set_fields(i, sorted(of_set, key=lambda entry: entry["index"])) for i, of_set in enumerate(entries)]
     return loglikelihood_fields(model, add_bos, data, prompt_tokens, cached_tokens)

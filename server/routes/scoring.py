@@ -34,8 +34,13 @@ class Scorer:
         self.max_in_flight = engine.max_num_seqs + min(engine.max_num_seqs, settings.max_queue)
         self._slots = asyncio.Semaphore(self.max_in_flight)
 
-    async def score(self, token_ids: list[int], first: int, top: int = 0) -> tuple[Logprobs, int]:
+    async def score(
+        self, token_ids: list[int], first: int, top: int = 0, branches: tuple[int, ...] = ()
+    ) -> tuple[Logprobs, int]:
         """Log-probabilities of token_ids[first:], first at least 1, with the `top` most probable tokens at each.
+
+        Args:
+            branches: as of `Request`; then `first` is branches[0], and the first tokens of all branches come first.
 
         Returns:
             The scores, and how many tokens came from the prefix cache.
@@ -44,28 +49,29 @@ class Scorer:
             UserError: as `AsyncEngine.generate`.
         """
         async with self._slots:
-            return await self._score(token_ids, first, top)
+            params = SamplingParams(max_tokens=0, prompt_logprobs=top, first_logit_position=first - 1)
+            self._count += 1
+            sequence_id = f"{self._unique}-{self._count}"
+            while True:
+                self._running += 1
+                try:
+                    request = Request(sequence_id, token_ids, params, branches=branches)
+                    return await self._run(request, len(token_ids) - first)
+                except QueueFull:
+                    if not self._begun and self._running == 1:
+                        raise
+                finally:
+                    self._running -= 1
+                await asyncio.sleep(QUEUE_RETRY)
 
-    async def _score(self, token_ids: list[int], first: int, top: int) -> tuple[Logprobs, int]:
-        params = SamplingParams(max_tokens=0, prompt_logprobs=top, first_logit_position=first - 1)
-        self._count += 1
-        sequence_id = f"{self._unique}-{self._count}"
-        while True:
-            self._running += 1
-            try:
-                async with aclosing(self._engine.generate([Request(sequence_id, token_ids, params)])) as outputs:
-                    async for _, output in outputs:
-                        self._begun = True
-                        if output.prompt_logprobs is not None:
-                            assert len(output.prompt_logprobs.logprobs) == len(token_ids) - first
-                            return output.prompt_logprobs, output.num_cached_tokens
-                raise AssertionError("a scoring request ended without its scores")
-            except QueueFull:
-                if not self._begun and self._running == 1:
-                    raise
-            finally:
-                self._running -= 1
-            await asyncio.sleep(QUEUE_RETRY)
+    async def _run(self, request: Request, count: int) -> tuple[Logprobs, int]:
+        async with aclosing(self._engine.generate([request])) as outputs:
+            async for _, output in outputs:
+                self._begun = True
+                if output.prompt_logprobs is not None:
+                    assert len(output.prompt_logprobs.logprobs) == count
+                    return output.prompt_logprobs, output.num_cached_tokens
+        raise AssertionError("a scoring request ended without its scores")
 
 
 async def in_order(
