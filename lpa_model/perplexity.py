@@ -28,8 +28,8 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any, Literal
+from itertools import groupby, islice
+from typing import Any, Literal, TypeVar
 
 import tokenizers
 import torch
@@ -37,6 +37,7 @@ import torch
 from lpa_model.model import LPAForCausalLM
 
 Method = Literal["full", "sliding", "rolling", "chunks"]
+T = TypeVar("T")
 
 LOGIT_ROWS = 256  # rows of logits held at a time: the vocabulary times this, in float32, is the peak of scoring
 TOKEN_BUDGET = 2048  # tokens of one forward pass, a single longer window excepted
@@ -249,18 +250,23 @@ class Tally:
         return _exp_of_quotient(self.nll_sum, self.num_tokens)
 
     @property
-    def perplexity_stderr(self) -> float | None:
-        """Standard error of the perplexity, from the spread of the n token NLLs x about their mean.
+    def nll_stderr(self) -> float | None:
+        """Standard error of the mean NLL, from the spread of the n token NLLs x about it.
 
-        perplexity * sqrt((mean(x^2) - mean(x)^2) / (n - 1)): the standard error of the mean times the derivative of
-        exp there, as llama-perplexity prints after "+/-". Tokens are taken as independent, which they are not quite.
+        sqrt((mean(x^2) - mean(x)^2) / (n - 1)). Tokens are taken as independent, which they are not quite.
         None for fewer than two tokens.
         """
-        n, perplexity = self.num_tokens, self.perplexity
-        if n < 2 or perplexity is None:
+        n = self.num_tokens
+        if n < 2:
             return None
-        variance = (self._squares / (n * _SCALE) - (self.nll_sum / n) ** 2) / (n - 1)
-        return perplexity * math.sqrt(max(0.0, variance))
+        return math.sqrt(max(0.0, (self._squares / (n * _SCALE) - (self.nll_sum / n) ** 2) / (n - 1)))
+
+    @property
+    def perplexity_stderr(self) -> float | None:
+        """Standard error of the perplexity: that of the mean NLL times the derivative of exp there, as
+        llama-perplexity prints after "+/-"."""
+        error, perplexity = self.nll_stderr, self.perplexity
+        return None if error is None or perplexity is None else perplexity * error
 
     @property
     def mean_perplexity(self) -> float | None:
@@ -335,10 +341,29 @@ def score(
 def score_windows(
     model: LPAForCausalLM, work: Iterable[tuple[Sequence[int], Window]]
 ) -> Iterator[tuple[Window, list[float]]]:
-    """Each window of (a text's ids, window), in order, with the log-probabilities of its scored tokens.
+    """Each window of (a text's ids, window), in order, with the float32 log-probabilities of its scored tokens."""
+    return measure_windows([model], work, _logprobs)
+
+
+def _logprobs(targets: torch.Tensor, logits: torch.Tensor) -> list[float]:
+    found: list[float] = torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0].tolist()
+    return found
+
+
+def measure_windows(
+    models: Sequence[LPAForCausalLM],
+    work: Iterable[tuple[Sequence[int], Window]],
+    measure: Callable[..., list[T]],
+) -> Iterator[tuple[Window, list[T]]]:
+    """Each window of (a text's ids, window), in order, with what `measure` finds at each of its scored tokens.
 
     The windows may be of many texts. Some `LOOK_AHEAD` budgets of them are read before the first is scored, so that
-    windows of equal length share forward passes. Logits and log-softmax are float32, in chunks of rows.
+    windows of equal length share forward passes.
+
+    Args:
+        models: on one device.
+        measure: called as measure(targets, *logits) with the ids of some scored tokens, int64 [rows], and each
+            model's logits there, float32 [rows, vocab]; returns a list of `rows` entries. rows <= LOGIT_ROWS.
     """
     group: list[tuple[Sequence[int], Window]] = []
     tokens = 0
@@ -346,39 +371,44 @@ def score_windows(
         group.append(item)
         tokens += item[1].length
         if tokens >= LOOK_AHEAD * TOKEN_BUDGET:
-            yield from _score_group(model, group)
+            yield from _measure_group(models, group, measure)
             group, tokens = [], 0
-    yield from _score_group(model, group)
+    yield from _measure_group(models, group, measure)
 
 
-def _score_group(
-    model: LPAForCausalLM, group: list[tuple[Sequence[int], Window]]
-) -> Iterator[tuple[Window, list[float]]]:
-    found: list[list[float]] = [[] for _ in group]
+def _measure_group(
+    models: Sequence[LPAForCausalLM], group: list[tuple[Sequence[int], Window]], measure: Callable[..., list[T]]
+) -> Iterator[tuple[Window, list[T]]]:
+    found: list[list[T]] = [[] for _ in group]
     by_length = sorted(range(len(group)), key=lambda i: group[i][1].length)
     for length, same in groupby(by_length, key=lambda i: group[i][1].length):
         members = list(same)
         rows = max(1, TOKEN_BUDGET // length)
         for at in range(0, len(members), rows):
             batch = members[at : at + rows]
-            for i, logprobs in zip(batch, _score_batch(model, [group[i] for i in batch]), strict=True):
-                found[i] = logprobs
-    for (_, window), logprobs in zip(group, found, strict=True):
-        yield window, logprobs
+            for i, entries in zip(batch, _measure_batch(models, [group[i] for i in batch], measure), strict=True):
+                found[i] = entries
+    for (_, window), entries in zip(group, found, strict=True):
+        yield window, entries
 
 
 @torch.inference_mode()
-def _score_batch(model: LPAForCausalLM, batch: list[tuple[Sequence[int], Window]]) -> list[list[float]]:
-    """Windows of one length through one forward pass."""
-    device = model.embed_tokens.weight.device
+def _measure_batch(
+    models: Sequence[LPAForCausalLM], batch: list[tuple[Sequence[int], Window]], measure: Callable[..., list[T]]
+) -> list[list[T]]:
+    """Windows of one length through one forward pass of each model."""
+    device = models[0].embed_tokens.weight.device
     tokens = torch.tensor([window.tokens(ids) for ids, window in batch], dtype=torch.int64, device=device)
-    hidden = model(tokens[:, :-1])  # [windows, length - 1, d]: the last token predicts nothing that is asked
-    found = []
-    for row, targets, (_, window) in zip(hidden, tokens, batch, strict=True):
-        first = window.first_index
-        logprobs: list[float] = []
-        for states, wanted in zip(row[first - 1 :].split(LOGIT_ROWS), targets[first:].split(LOGIT_ROWS), strict=True):
-            distribution = torch.log_softmax(model.logits(states), dim=-1)
-            logprobs += distribution.gather(1, wanted[:, None])[:, 0].tolist()
-        found.append(logprobs)
-    return found
+    firsts = [window.first_index for _, window in batch]
+    targets = torch.cat([row[first:] for row, first in zip(tokens, firsts, strict=True)])
+    states = []
+    for model in models:
+        hidden = model(tokens[:, :-1])  # [windows, length - 1, d]: the last token predicts nothing that is asked
+        states.append(torch.cat([row[first - 1 :] for row, first in zip(hidden, firsts, strict=True)]))
+    entries: list[T] = []
+    for start in range(0, len(targets), LOGIT_ROWS):
+        rows = slice(start, start + LOGIT_ROWS)
+        logits = [model.logits(state[rows]) for model, state in zip(models, states, strict=True)]
+        entries += measure(targets[rows], *logits)
+    each = iter(entries)
+    return [list(islice(each, window.num_scored)) for _, window in batch]

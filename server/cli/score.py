@@ -3,127 +3,198 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
-from server.cli.command import Dtype, Model, user_errors
+from server.cli.command import Dtype, user_errors
 
 if TYPE_CHECKING:
-    from lpa_model.perplexity import Tally, Window
+    from server.scoring.texts import Advance, OnTokens, Place
+
+    Start: TypeAlias = Callable[[Advance, OnTokens | None], Iterator[dict[str, Any]]]
+    Texts: TypeAlias = Iterator[tuple[Place, str]]
+
+Method = Literal["full", "sliding", "rolling", "chunks"]
+Size: TypeAlias = int | None  # bytes of all files, where it is known
 
 
 def score(
-    files: Annotated[list[str], typer.Argument(help="Text files (UTF-8, .gz too), or - for standard input.")],
-    model: Model = None,
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            help="Texts in UTF-8, one per file; .gz files are unpacked, - is standard input. Of a folder, its .txt and "
+            ".md files at any depth."
+        ),
+    ],
+    field: Annotated[
+        str | None,
+        typer.Option(
+            help="The files are JSON lines, and this field of each line is a text. Of a folder, its .jsonl and .ndjson "
+            "files."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Model folder; with --url a model's name.",
+            show_default="LPA_MODEL, or the embedded model; the first that the server lists",
+        ),
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Root of a running server that scores, instead of this process.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="Sent to the server.", envvar="LPA_API_KEY", show_envvar=True)
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="A B", help="Two model folders with the same tokenizer, to be compared token by token."),
+    ] = None,
     method: Annotated[
-        Literal["full", "sliding"], typer.Option(help="One window for the whole text, or windows that slide over it.")
+        Method,
+        typer.Option(
+            help="full: one window. sliding: windows that overlap. rolling: as lm-evaluation-harness. chunks: as "
+            "llama-perplexity."
+        ),
     ] = "sliding",
     max_length: Annotated[
         int | None,
-        typer.Option(min=2, help="Tokens of a window with its context.", show_default="the model's context"),
+        typer.Option(help="Tokens of a window with its context.", show_default="the model's context"),
     ] = None,
     stride: Annotated[
-        int | None, typer.Option(help="Tokens between the beginnings of windows.", show_default="half of max-length")
+        int | None,
+        typer.Option(help="Tokens between the beginnings of sliding windows.", show_default="half of max-length"),
+    ] = None,
+    add_bos: Annotated[
+        bool | None,
+        typer.Option("--add-bos/--no-add-bos", help="BOS before a text.", show_default="the tokenizer's own setting"),
     ] = None,
     dtype: Dtype = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of the CPU products.", show_default="LPA_THREADS, or all")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, with every measure, instead of a table.")
+    ] = False,
+    tokens: Annotated[
+        Path | None, typer.Option(help="Write a line of JSON for every token: its log-probability and rank.")
+    ] = None,
 ) -> None:
-    """Perplexity and bits per byte of texts, one text per file.
+    """Perplexity and bits per byte of texts, each scored by itself, and of all together.
 
-    A token is scored if a token stands before it, so the first one of a text is not.
+    Of more than 20 texts the table shows those that are predicted worst; --json has all.
     """
-    import torch
+    from server.scoring import report
+    from server.scoring.texts import find_files, read_texts, total_size
+
+    # threads that spin at every wait starve one another where others compute too
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    asked = {"method": method, "max_length": max_length, "stride": stride, "add_bos": add_bos}
+    with user_errors(), ExitStack() as stack:
+        _check_together("url", url, compare=compare, dtype=dtype, threads=threads)
+        _check_together("compare", compare, model=model, tokens=tokens)
+        found = find_files(files, field)
+        texts, size = read_texts(found, field), total_size(found)
+        if compare is not None:
+            comparison = _compare(compare, dtype, threads, asked, texts, size)
+            if as_json:
+                typer.echo(json.dumps(comparison, indent=2))
+            else:
+                report.print_comparison(comparison)
+            return
+        on_tokens = None
+        if tokens is not None:
+            on_tokens = _writer(stack.enter_context(tokens.open("w", encoding="utf-8")))
+        if url is not None:
+            from server.scoring import remote
+
+            key = None if api_key is None else api_key.partition(",")[0]  # a server's variable may list several
+            start: Start = partial(remote.score_texts, url, key, {"model": model, **asked}, texts)
+            extra: dict[str, Any] = {}
+        else:
+            start, extra = _local(model, dtype, threads, asked, texts)
+        lines = _lines(start, on_tokens, size)
+        if as_json:
+            report.print_json(lines, extra, sys.stdout)
+        else:
+            report.print_table(lines, extra)
+
+
+def _check_together(name: str, value: object, **others: object) -> None:
+    for other, given in others.items():
+        if value is not None and given is not None:
+            raise ValueError(f"--{other}: cannot be combined with --{name}")
+
+
+def _local(
+    model: str | None, dtype: str | None, threads: int | None, asked: dict[str, Any], texts: Texts
+) -> tuple[Start, dict[str, Any]]:
+    """The scoring in this process, yet to be started, and what the answer is to say besides."""
+    from server.scoring import local, models
+    from server.settings import load_settings
+
+    settings = load_settings(model=model, dtype=dtype, threads=threads)
+    scorer = models.load(settings.model, settings)
+    convention = models.convention_of(scorer, asked)
+    start = partial(local.score_texts, scorer.model, scorer.tokenizer, convention, texts, settings.model_name)
+    return start, {"dtype": scorer.dtype}
+
+
+def _compare(
+    folders: tuple[Path, Path], dtype: str | None, threads: int | None, asked: dict[str, Any], texts: Texts, size: Size
+) -> dict[str, Any]:
+    """What a comparison prints as JSON; a folder that is named twice is loaded once."""
+    from server.scoring import local, models
+    from server.settings import load_settings
+
+    settings = load_settings(dtype=dtype, threads=threads)
+    a = models.load(folders[0], settings)
+    b = a if folders[0].resolve() == folders[1].resolve() else models.load(folders[1], settings)
+    convention = models.common_convention(a, b, asked)
+    with _progress(size) as advance:
+        found = local.compare_texts((a.model, b.model), a.tokenizer, convention, texts, advance)
+    for side, folder in zip("ab", folders, strict=True):
+        found[side] = {"model": str(folder), **found[side]}
+    return {"dtype": a.dtype, **found}
+
+
+def _lines(start: Start, on_tokens: OnTokens | None, size: Size) -> Iterator[dict[str, Any]]:
+    """The lines of an answer, with a progress bar while they come."""
+    with _progress(size) as advance:
+        yield from start(advance, on_tokens)
+
+
+@contextmanager
+def _progress(size: Size) -> Iterator[Advance]:
+    """A bar on a terminal's stderr, over the bytes of the files."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from lpa_model import perplexity
-    from lpa_model.checkpoint import load_model, load_tokenizer, resolve_dtype
-    from server.settings import load_settings
-
-    with user_errors():
-        settings = load_settings(model=model, dtype=dtype)
-        device = torch.device(settings.device)
-        weights = resolve_dtype(settings.dtype, device)
-        lpa = load_model(settings.model, weights, device)
-        tokenizer = load_tokenizer(settings.model)
-        texts = [(name, _read(name)) for name in files]
-    length = max_length or lpa.config.max_position_embeddings
-    results: list[dict[str, Any]] = []
-    corpus = perplexity.Tally()
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} tokens"))
     console = Console(stderr=True)
-    silent = not console.is_terminal
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=silent) as progress:
-        for name, text in texts:
-            task = progress.add_task(name, total=None)
-            ids = tokenizer.encode(text, add_special_tokens=False).ids
-            progress.update(task, total=len(ids))
+    columns = (BarColumn(), TextColumn("{task.fields[tokens]:,} tokens"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=size, tokens=0)
+        done = 0
 
-            def advance(window: Window, task: Any = task) -> None:
-                progress.advance(task, window.num_scored)
+        def advance(size: float, tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            progress.update(task, advance=size, tokens=done)
 
-            with user_errors():
-                try:
-                    convention = perplexity.resolve_convention(
-                        method,
-                        length,
-                        stride,
-                        context=lpa.config.max_position_embeddings,
-                        bos_token_id=lpa.config.bos_token_id,
-                        eos_token_id=lpa.config.eos_token_id,
-                        adds_bos=perplexity.adds_bos(tokenizer, lpa.config.bos_token_id),
-                    )
-                    tally = perplexity.score(lpa, ids, convention, advance)
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
-            tally.count_text(text)
-            corpus.add_text(tally)
-            results.append(_score_result(name, tally))
-    total = _score_result("total", corpus)
-    if as_json:
-        del total["file"]
-        how = {"model": str(settings.model), "dtype": str(weights).removeprefix("torch."), "method": method}
-        sizes = {"max_length": length} | ({"stride": convention.stride} if method == "sliding" else {})
-        typer.echo(json.dumps({**how, **sizes, "data": results, "aggregate": total}, indent=2))
-    else:
-        _print_scores([*results, total] if len(results) > 1 else results)
+        yield advance
 
 
-def _read(name: str) -> str:
-    """A text file or standard input; an error names the file."""
-    from lpa_model.train import read_text
+def _writer(file: IO[str]) -> OnTokens:
+    def write(place: Place, entries: list[dict[str, Any]]) -> None:
+        for entry in entries:
+            line = place.fields() | {name: entry[name] for name in ("id", "text", "offset", "logprob", "rank")}
+            file.write(json.dumps(line) + "\n")
 
-    try:
-        return sys.stdin.read() if name == "-" else read_text(Path(name))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: not UTF-8 at byte {error.start}") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
-
-
-def _score_result(file: str, tally: Tally) -> dict[str, Any]:
-    fields = tally.metrics("full")
-    keys = ("num_tokens", "num_bytes", "nll_sum", "perplexity", "bits_per_byte")
-    return {"file": file} | {key: fields[key] for key in keys}
-
-
-def _print_scores(results: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    table.add_column("file", overflow="fold")
-    for name in ("tokens", "NLL sum (nats)", "perplexity", "bits per byte"):
-        table.add_column(name, justify="right")
-    for row in results:
-        table.add_row(
-            row["file"],
-            f"{row['num_tokens']:,}",
-            f"{row['nll_sum']:,.3f}",
-            *("-" if row[key] is None else f"{row[key]:.4f}" for key in ("perplexity", "bits_per_byte")),
-        )
-    Console().print(table)
+    return write
