@@ -58,7 +58,7 @@ def prepare_for_inference(model: LPAForCausalLM) -> None:
                 _interleave(module)
             _join_down(module)
     if model.rotary is not None:
-        model.rotary.interleaved = True
+        model.rotary.turns = torch.complex(model.rotary.cos, model.rotary.sin)
     if can_pack(model):
         _pack(model)
 
