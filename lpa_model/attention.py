@@ -21,6 +21,8 @@ from lpa_model.cache import LatentCache
 from lpa_model.config import PROJECTIONS, LPAConfig, Projection
 from lpa_model.layers import LowRankLinear, RotaryEmbedding, first_half, projection, second_half
 
+TILE = 64  # tokens
+
 
 class Span(NamedTuple):
     """Tokens of one request in a step: `length` new ones after `context` tokens that are in the cache."""
@@ -82,7 +84,12 @@ class DecodePairs:
 
 @dataclass(frozen=True)
 class PrefillGroup:
-    """Consecutive prompt spans of equal shape, attended together: rows start..start + batch·length."""
+    """Consecutive prompt spans of equal shape, attended together: rows start..start + batch·length.
+
+    Queries meet keys in tiles of TILE tokens that begin at multiples of TILE, filled up with rows and keys that
+    nobody reads. So every product has the same shape however a prompt is cut into chunks and whatever else is in the
+    batch, and a row's result is the same to the bit.
+    """
 
     start: int
     batch: int
@@ -90,11 +97,17 @@ class PrefillGroup:
     context: int
     blocks: Tensor  # [batch, blocks of the context] int64
     positions: Tensor  # [context + length] int64
-    mask: Tensor | None  # [length, context + length] bool, True where visible; None for causal without context
+    masks: tuple[Tensor, ...]  # of each tile [TILE, end of the tile] bool, True where visible
 
     @property
     def rows(self) -> slice:
         return slice(self.start, self.start + self.batch * self.length)
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Rows that fill up the first tile before the span, and the last one behind it."""
+        end = self.context + self.length
+        return self.context % TILE, -end % TILE
 
 
 @dataclass(frozen=True)
@@ -184,6 +197,9 @@ def _prefill_groups(
     block_size: int,
     tensor: ToTensor,
 ) -> Iterator[PrefillGroup]:
+    longest = max((span.context + span.length for span in spans), default=0)
+    # what any tile sees is the right end of this: all tokens before it, and of its own those up to each row
+    causal = tensor(np.arange(longest + TILE) <= longest + np.arange(TILE)[:, None])
     at = 0
     while at < len(spans):
         span = spans[at]
@@ -191,11 +207,24 @@ def _prefill_groups(
         end = at + 1
         while end < len(spans) and spans[end].shape == span.shape:
             end += 1
-        mask = tensor(span.mask()) if context or span.is_branched else None
+        ends = range(context // TILE * TILE + TILE, context + length + TILE, TILE)
+        if span.is_branched:
+            masks = tuple(map(tensor, _tiles(span.mask(), context, ends)))
+        else:
+            masks = tuple(causal[:, longest + TILE - tile_end :] for tile_end in ends)
         blocks = np.stack([table[: -(-context // block_size)] for table in tables[at:end]])
-        yield PrefillGroup(start, end - at, length, context, tensor(blocks), tensor(span.positions()), mask)
+        yield PrefillGroup(start, end - at, length, context, tensor(blocks), tensor(span.positions()), masks)
         start += (end - at) * length
         at = end
+
+
+def _tiles(mask: NDArray[np.bool_], context: int, ends: range) -> Iterator[NDArray[np.bool_]]:
+    """The mask [length, context + length] of a span in the tiles that end at `ends`."""
+    front = context % TILE
+    whole = np.zeros((len(ends) * TILE, ends[-1]), dtype=bool)
+    whole[front : front + len(mask), : mask.shape[1]] = mask
+    for i, end in enumerate(ends):
+        yield whole[i * TILE : (i + 1) * TILE, :end]
 
 
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, pairs: DecodePairs, scale: float) -> Tensor:
@@ -367,7 +396,15 @@ class Attention(nn.Module):
             k = self._keys(second_half(self.k_proj, k.squeeze(2)), rotary, group.positions)
         if values_latent:
             v = self._split(second_half(self.v_proj, v.squeeze(2)))
-        return self._attend(q, k, v, group.mask).flatten(0, 1)
+        before, behind = group.padding
+        q = _pad_tokens(q, before, behind)
+        k, v = _pad_tokens(k, 0, behind), _pad_tokens(v, 0, behind)
+        tiles = [
+            self._attend(rows, k[:, : mask.shape[1]], v[:, : mask.shape[1]], mask)
+            for rows, mask in zip(q.split(TILE, dim=1), group.masks, strict=True)
+        ]
+        out = tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
+        return out[:, before : before + group.length].flatten(0, 1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q [batch, Tq, H, dh], k and v [batch, Tk, H_kv, dh] -> [batch, Tq, H, dh]; causal without a mask."""
@@ -398,6 +435,11 @@ class Attention(nn.Module):
     def _up(layer: nn.Linear | LowRankLinear) -> nn.Linear:
         assert isinstance(layer, LowRankLinear), "only a low-rank projection is cached as a latent"
         return layer.up
+
+
+def _pad_tokens(x: Tensor, before: int, behind: int) -> Tensor:
+    """x [batch, T, heads, width] with rows of zeros around it."""
+    return F.pad(x, (0, 0, 0, 0, before, behind)) if before or behind else x
 
 
 def _per_kv_head(x: Tensor, weight: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lpa_model.attention import AttentionMetadata, Span, decode_attention, decode_attention_reference
+from lpa_model.attention import TILE, AttentionMetadata, Span, decode_attention, decode_attention_reference
 from lpa_model.cache import LatentCache
 from lpa_model.config import Architecture, CacheLayout
 from lpa_model.model import LPAForCausalLM
@@ -195,10 +195,12 @@ def test_metadata_of_a_mixed_batch() -> None:
     assert meta.slots[1].tolist() == [1, *range(5), *range(5), 4, 5, 6, 7, 0, 1]
     assert meta.num_decode == 1
     first, second = meta.groups
-    assert (first.rows, first.batch, first.mask) == (slice(1, 11), 2, None)
+    assert (first.rows, first.batch, first.padding) == (slice(1, 11), 2, (0, TILE - 5))
     assert (second.rows, second.context, second.blocks.tolist()) == (slice(11, 17), 4, [[5]])
-    assert second.mask is not None
-    assert second.mask.sum(1).tolist() == [5, 6, 7, 8, 9, 10]
+    assert second.padding == (4, TILE - 10)
+    for group in meta.groups:  # padding rows too see what is before them
+        (mask,) = group.masks
+        assert mask.sum(1).tolist() == [*range(1, TILE + 1)]
 
 
 def test_shared_blocks_are_read_in_place_once_for_all_queries() -> None:
