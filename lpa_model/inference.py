@@ -49,8 +49,9 @@ class PackedSwiGLU(nn.Module):
 def prepare_for_inference(model: LPAForCausalLM) -> None:
     """Change a loaded model in place: rotary pairs side by side, and one product for the A of q, k and v.
 
-    Where the processor multiplies bfloat16 and torch has oneDNN, weights are laid out for it too, the feed-forward
-    layers are fused, and the tensors as they were loaded are let go.
+    Where torch has oneDNN (and the processor multiplies bfloat16, if the weights are), weights are laid out for it too,
+    the feed-forward layers are fused, and the tensors as they were loaded are let go. In float32 a row's product is
+    then the same to the bit in any number of rows above one; plain products differ from 12 rows to 16.
     """
     for module in model.modules():
         if isinstance(module, Attention):
@@ -97,12 +98,14 @@ def _replace(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
 def can_pack(model: LPAForCausalLM) -> bool:
     """Whether oneDNN's products with weights in its own layout are there for this model's dtype and device."""
     weight = model.embed_tokens.weight
-    if weight.device.type != "cpu" or weight.dtype is not torch.bfloat16 or not torch.backends.mkldnn.is_available():
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     operators = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")  # private ones
     if not all(hasattr(torch.ops.mkldnn, name) for name in operators):
         return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if weight.dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype is torch.float32
 
 
 def _pack(model: LPAForCausalLM) -> None:
