@@ -85,13 +85,16 @@ async def _measure(urls: list[str], rounds: list[list[dict[str, Any]]]) -> list[
     """For each round, (seconds, answer) of each server to its body; who goes first changes from round to round."""
     clients = [Client(url) for url in urls]
     found: list[list[tuple[float, Any]]] = []
-    for number, bodies in enumerate(rounds):
-        of_round: dict[int, tuple[float, Any]] = {}
-        for i in sorted(range(len(clients)), reverse=bool(number % 2)):
-            began = time.perf_counter()
-            answer = await clients[i].json("POST", "/v1/loglikelihood", bodies[i])
-            of_round[i] = (time.perf_counter() - began, answer)
-        found.append([of_round[i] for i in range(len(clients))])
-    for client in clients:
-        await client.close()
+    try:
+        for number, bodies in enumerate(rounds):
+            of_round: dict[int, tuple[float, Any]] = {}
+            for i in sorted(range(len(clients)), reverse=bool(number % 2)):
+                began = time.perf_counter()
+                answer = await clients[i].json("POST", "/v1/loglikelihood", bodies[i])
+                of_round[i] = (time.perf_counter() - began, answer)
+            found.append([of_round[i] for i in range(len(clients))])
+    finally:
+        for client in clients:
+            await client.close()
+        await asyncio.sleep(0)  # a connection whose answer was a refusal closes in the loop's next turn
     return found
