@@ -363,6 +363,22 @@ def test_overhead_finds_the_steps_in_which_all_stream(tmp_path: Path) -> None:
     assert "no two steps in a row had all 3" in too_short.stderr
 
 
+def test_loglikelihood_compares_sets_with_pairs_one_by_one(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m", tiny_config())
+    sizes = ["--sets", 3, "--context-len", 40, "--continuation-len", 5, "--rounds", 2, "--dtype", "float32"]
+    result = lpa("loglikelihood", folder, *sizes, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert len(found["shared_s"]) == len(found["separate_s"]) == 2
+    ratios = sorted(b / a for a, b in zip(found["shared_s"], found["separate_s"], strict=True))
+    assert found["speedup"] == {"median": pytest.approx(sum(ratios) / 2), "low": ratios[0], "high": ratios[1]}
+    assert found["bound"] == 4 * 45 / (40 + 4 * 5)
+    assert 0 <= found["difference"] < 1e-3
+    assert "3 contexts of 40 tokens with 4 continuations of 5" in lpa("loglikelihood", folder, *sizes).stdout
+    too_long = lpa("loglikelihood", folder, "--context-len", 200, "--dtype", "float32")
+    assert (too_long.exit_code, "model's is 128 tokens" in too_long.stderr) == (2, True)
+
+
 def test_a_stopwatch_leaves_what_it_watched_as_it_was() -> None:
     class Thing:
         def work(self, n: int) -> int:

@@ -259,7 +259,7 @@ def loglikelihood(
     dtype: Dtype = None,
     as_json: AsJson = False,
 ) -> None:
-    """Multiple choice: continuations of shared contexts, with the prefix cache and without it."""
+    """Multiple choice: continuations of shared contexts as sets, and one by one without a prefix cache."""
     from server.bench.client import RequestFailed
     from server.bench.loglikelihood import bench_loglikelihood
     from server.settings import load_settings
@@ -282,7 +282,7 @@ def loglikelihood(
         return
     speedup = found["speedup"]
     typer.echo(
-        f"{sets} contexts of {context_len} tokens with {continuations} continuations of {continuation_len}: sharing is "
-        f"{speedup['median']:.2f}x as fast ({speedup['low']:.2f} to {speedup['high']:.2f}; {found['bound']:.2f} at "
-        f"most); {found['cached']:.0%} of the tokens came from the cache; sums differ by {found['difference']:.1e} nats"
+        f"{sets} contexts of {context_len} tokens with {continuations} continuations of {continuation_len}: sets are "
+        f"{speedup['median']:.2f}x as fast as pairs one by one ({speedup['low']:.2f} to {speedup['high']:.2f}; tokens "
+        f"{found['bound']:.2f}x); sums of log-probabilities differ by {found['difference']:.1e} nats at most"
     )
