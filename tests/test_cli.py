@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import math
 import os
 import re
 import signal
@@ -153,83 +151,6 @@ def test_mistakes_with_generate_are_one_line(tiny_checkpoints: dict[Architecture
     assert_one_line(lpa("generate", "a", "--model", tmp_path / "none"), "none: no such model folder")
     assert_one_line(lpa("generate", "", *model), "prompt: is empty")
     assert_one_line(lpa("generate", "a", *model, "--max-tokens", 128), "context is 128 tokens")
-
-
-def independent_nll(architecture: Architecture, text: str) -> tuple[float, int]:
-    """Float64 sum over one forward of the same weights."""
-    model = random_model(tiny_config(architecture))
-    ids = torch.tensor(byte_tokenizer().encode(text).ids)
-    logits = model.logits(model(ids[None]))[0, :-1].double()
-    return -logits.log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]].sum().item(), len(ids) - 1
-
-
-def test_score_gives_the_sums_of_each_file_and_of_all(
-    tiny_checkpoint: Path, architecture: Architecture, tmp_path: Path
-) -> None:
-    plain, packed = tmp_path / "plain.txt", tmp_path / "packed.txt.gz"
-    texts = [CORPUS[:120], "Vögel, and the sea.\r\nThe end", "the waves"]
-    plain.write_bytes(texts[0].encode())
-    packed.write_bytes(gzip.compress(texts[1].replace("\r\n", "\n").encode()))
-    texts[1] = texts[1].replace("\r\n", "\n")
-    asked = ("score", plain, packed, "-", "--model", tiny_checkpoint, "--method", "full", "--dtype", "float32")
-    answer = json.loads(succeed(*asked, "--json", stdin=texts[2]))
-    assert [entry["file"] for entry in answer["data"]] == [str(plain), str(packed), "-"]
-    assert (answer["method"], answer["max_length"], answer["dtype"]) == ("full", 128, "float32")
-    expected = [(*independent_nll(architecture, text), len(text.encode())) for text in texts]
-    total = [sum(column) for column in zip(*expected, strict=True)]
-    for entry, (nll, tokens, size) in zip([*answer["data"], answer["aggregate"]], [*expected, total], strict=True):
-        assert entry["nll_sum"] == pytest.approx(nll, rel=1e-5)
-        assert (entry["num_tokens"], entry["num_bytes"]) == (tokens, size)
-        assert entry["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-5)
-        assert entry["bits_per_byte"] == pytest.approx(nll / math.log(2) / size, rel=1e-5)
-    table = succeed(*asked, stdin=texts[2])
-    assert re.search(
-        rf"total .*{answer['aggregate']['perplexity']:.4f} .*{answer['aggregate']['bits_per_byte']:.4f}", table
-    )
-
-
-def test_score_slides_over_a_long_text_by_default(tiny_checkpoints: dict[Architecture, Path], tmp_path: Path) -> None:
-    text = tmp_path / "long.txt"
-    text.write_text(CORPUS * 2)
-    answer = json.loads(succeed("score", text, "--model", tiny_checkpoints["setting2"], "--json"))
-    assert (answer["method"], answer["max_length"], answer["stride"]) == ("sliding", 128, 64)
-    assert answer["aggregate"]["num_tokens"] == len(byte_tokenizer().encode(CORPUS * 2).ids) - 1
-    shorter = json.loads(succeed("score", text, "--model", tiny_checkpoints["setting2"], "--json", "--max-length", 20))
-    assert (shorter["max_length"], shorter["stride"]) == (20, 10)
-    assert shorter["aggregate"]["num_tokens"] == answer["aggregate"]["num_tokens"]
-    assert shorter["aggregate"]["nll_sum"] != answer["aggregate"]["nll_sum"]
-
-
-def test_a_text_without_scored_tokens_has_no_perplexity(
-    tiny_checkpoints: dict[Architecture, Path], tmp_path: Path
-) -> None:
-    empty = tmp_path / "empty.txt"
-    empty.write_text("")
-    answer = json.loads(succeed("score", empty, "--model", tiny_checkpoints["setting2"], "--json"))
-    assert answer["data"][0] == {
-        "file": str(empty),
-        "num_tokens": 0,
-        "num_bytes": 0,
-        "nll_sum": 0.0,
-        "perplexity": None,
-        "bits_per_byte": None,
-    }
-
-
-def test_mistakes_with_score_are_one_line(tiny_checkpoints: dict[Architecture, Path], tmp_path: Path) -> None:
-    def score(name: str, content: bytes, *more: object) -> Result:
-        (tmp_path / name).write_bytes(content)
-        return lpa("score", tmp_path / name, "--model", tiny_checkpoints["setting2"], *more)
-
-    assert_one_line(score("latin.txt", b"caf\xe9"), "latin.txt: not UTF-8 at byte 3")
-    assert_one_line(score("cut.gz", gzip.compress(b"text" * 999)[:-12]), "cut.gz: .*end-of-stream")
-    assert_one_line(score("not.gz", b"plain text"), "not.gz: Not a gzipped file")
-    long = CORPUS.encode()
-    assert_one_line(score("long.txt", long, "--method", "full"), r"long.txt: has .* at most 128;")
-    assert_one_line(score("a.txt", b"abc", "--max-length", 129), "a.txt: max_length: 129 .* context of 128")
-    assert_one_line(score("a.txt", b"abc", "--stride", 128), "a.txt: stride: 128 .* 127")
-    assert_one_line(score("a.txt", b"abc", "--stride", 0), "a.txt: stride: 0 ")
-    assert_one_line(lpa("score", tmp_path / "none.txt"), "none.txt: No such file or directory")
 
 
 @pytest.fixture

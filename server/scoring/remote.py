@@ -79,11 +79,13 @@ async def _answers(
     try:
         async with aclosing(_exchange(url, f"POST /v1/perplexity?{urlencode(query)}", api_key, lines())) as pieces:
             async for answer in _lines(pieces):
-                line = json.loads(answer)
+                line = _parse(answer, url)
                 if "error" in line:
                     raise RequestFailed(line["error"]["message"])
                 complete = line["object"] == "perplexity"
                 if not complete:
+                    if not waiting:
+                        raise RequestFailed(f"{url}: the answer has more texts than were sent")
                     place = waiting.popleft()
                     count += 1
                     advance(place.size, line["num_tokens"])
@@ -99,6 +101,16 @@ async def _answers(
         raise
     if not complete:
         raise RequestFailed(f"{url}: the answer ended before its last line")
+
+
+def _parse(line: bytes, url: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not found.keys() & {"object", "error"}:
+        raise RequestFailed(f"{url}: not an answer of /v1/perplexity: {line[:200].decode(errors='replace')}")
+    return found
 
 
 async def _first_model(url: str, api_key: str | None) -> str:
@@ -193,7 +205,9 @@ async def _exchange(
         if sending is not None:
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
-        writer.close()
+        writer.transport.abort()  # what is not sent is wanted no more
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
 
 
 async def _read(reader: asyncio.StreamReader) -> bytes:

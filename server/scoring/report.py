@@ -47,7 +47,7 @@ def print_table(lines: Iterable[dict[str, Any]], extra: dict[str, Any]) -> None:
     table = Table(title=f"the {SHOWN} worst of {count:,} texts" if count > SHOWN else None, caption=_how(total, extra))
     table.add_column("text", overflow="fold")
     for name in ("tokens", "NLL sum (nats)", "perplexity", "bits per byte"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for _, _, row in worst:
         name = row["file"] if row["line"] is None else f"{row['file']}:{row['line']}"
         table.add_row(name, *_cells(row))
@@ -62,7 +62,7 @@ def print_comparison(found: dict[str, Any]) -> None:
     table = Table(caption=_how(found, {"dtype": found["dtype"]}))
     table.add_column("model", overflow="fold")
     for name in ("tokens", "NLL sum (nats)", "perplexity", "bits per byte"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for side in ("a", "b"):
         table.add_row(f"{side.upper()}: {found[side]['model']}", *_cells(found[side]))
     pairs = found["comparison"]
