@@ -21,6 +21,10 @@ from lpa_model.cache import LatentCache
 from lpa_model.config import PROJECTIONS, LPAConfig, Projection
 from lpa_model.layers import LowRankLinear, RotaryEmbedding, first_half, projection, second_half
 
+# torch's attention takes two thirds longer over 511 keys than over 512
+KEY_TILE = 16
+PADDED_KEYS = 256  # fewer keys are not worth the copy
+
 
 class Span(NamedTuple):
     """Tokens of one request in a step: `length` new ones after `context` tokens that are in the cache."""
@@ -90,7 +94,8 @@ class PrefillGroup:
     context: int
     blocks: Tensor  # [batch, blocks of the context] int64
     positions: Tensor  # [context + length] int64
-    mask: Tensor | None  # [length, context + length] bool, True where visible; None for causal without context
+    mask: Tensor | None  # [length, keys + padding] bool, True where visible; None for causal without context
+    padding: int  # keys after the last one, context + length, which no query sees
 
     @property
     def rows(self) -> slice:
@@ -191,9 +196,12 @@ def _prefill_groups(
         end = at + 1
         while end < len(spans) and spans[end].shape == span.shape:
             end += 1
-        mask = tensor(span.mask()) if context or span.is_branched else None
+        keys = context + length
+        padding = -keys % KEY_TILE if keys >= PADDED_KEYS else 0
+        masked = context > 0 or span.is_branched
+        mask = tensor(np.pad(span.mask(), ((0, 0), (0, padding)))) if masked else None
         blocks = np.stack([table[: -(-context // block_size)] for table in tables[at:end]])
-        yield PrefillGroup(start, end - at, length, context, tensor(blocks), tensor(span.positions()), mask)
+        yield PrefillGroup(start, end - at, length, context, tensor(blocks), tensor(span.positions()), mask, padding)
         start += (end - at) * length
         at = end
 
@@ -367,6 +375,8 @@ class Attention(nn.Module):
             k = self._keys(second_half(self.k_proj, k.squeeze(2)), rotary, group.positions)
         if values_latent:
             v = self._split(second_half(self.v_proj, v.squeeze(2)))
+        if group.padding:
+            k, v = (F.pad(x, (0, 0, 0, 0, 0, group.padding)) for x in (k, v))
         return self._attend(q, k, v, group.mask).flatten(0, 1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
