@@ -6,6 +6,9 @@ block tables and slots come with every call (slot = block * block_size + offset 
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -37,8 +40,7 @@ class LatentCache:
 
         def pool(layer: int, latent: bool, rank: int | None) -> Tensor:
             heads, width = (1, rank or 0) if latent else (config.kv_heads, config.head_size)
-            # not filled: memory that no block has used yet is not resident, and blocks are cleared when allocated
-            return torch.empty(num_blocks, heads, block_size, width, dtype=dtype, device=device)
+            return _zeros((num_blocks, heads, block_size, width), dtype, device)
 
         self.keys = [pool(i, self.forms[i][0], config.rank("k", i)) for i in layers]
         self.values = [pool(i, self.forms[i][1], config.rank("v", i)) for i in layers]
@@ -66,6 +68,15 @@ class LatentCache:
         _, heads, block_size, width = pool.shape
         tokens = pool[blocks].transpose(2, 3).reshape(batch, blocks.shape[1] * block_size, heads, width)
         return tokens[:, :length]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch.zeros`; on a CPU, pages that the system hands out when they are first touched, so that no block that has
+    never been used takes memory."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def bytes_per_token(config: LPAConfig, layout: CacheLayout, dtype: torch.dtype) -> int:

@@ -61,8 +61,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., size] float32 -> [..., size]."""
-        normed: Tensor = F.rms_norm(x.float(), self.weight.shape, eps=self.eps)
-        return normed.to(self.weight.dtype) * self.weight
+        x = x.float()
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # one pass, where F.rms_norm writes the squares down
+        scale: Tensor = (norm.square() / x.shape[-1] + self.eps).rsqrt()
+        return (x * scale).to(self.weight.dtype) * self.weight
 
 
 class LayerNorm(nn.Module):

@@ -64,9 +64,10 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> StepResult:
         """Compute a step. The cache holds the batch's keys and values afterwards."""
-        if batch.new_blocks:
-            self.cache.zero(torch.tensor(batch.new_blocks, device=self.device))
         items = batch.items
+        filled = {block for item in items for block in _filled_blocks(item, self.cache.block_size)}
+        if partial := [block for block in batch.new_blocks if block not in filled]:
+            self.cache.zero(torch.tensor(partial, device=self.device))
         self._start_masks(items)
         ids = [t for item in items for t in _input_ids(item)]
         padding = max(0, MIN_ROWS - len(ids))
@@ -204,6 +205,12 @@ class ModelRunner:
                 own.ranks.append(columns.ranks[i])
                 own.top_ids.append(columns.top_ids[i][:top])
                 own.top_logprobs.append(columns.top_logprobs[i][:top])
+
+
+def _filled_blocks(item: ScheduledRequest, block_size: int) -> list[int]:
+    """Blocks that the step writes from their first token to their last."""
+    start = item.request.num_computed_tokens
+    return item.request.block_table[-(-start // block_size) : (start + item.num_tokens) // block_size]
 
 
 def _input_ids(item: ScheduledRequest) -> list[int]:

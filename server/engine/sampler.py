@@ -247,7 +247,7 @@ def score(logits: Tensor, targets: Tensor, top: int) -> Logprobs:
     best when it is among them. Ties are broken towards the lower id, in `rank` and in the list.
     """
     parts = [
-        (_score_best if top <= 1 else _score_top)(few.float(), wanted, top)
+        (_score_best if top <= 1 else _score_top)(few.to(torch.float32, copy=True), wanted, top)
         for few, wanted in zip(logits.split(SCORE_ROWS), targets.split(SCORE_ROWS), strict=True)
     ]
     own, values, ids, ranks = zip(*parts, strict=True)
@@ -260,11 +260,11 @@ def score(logits: Tensor, targets: Tensor, top: int) -> Logprobs:
 
 
 def _score_best(logits: Tensor, targets: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """`_score_top` for one alternative or none: without a table of all log-probabilities."""
+    """`_score_top` for one alternative or none, without a table of all log-probabilities; overwrites the logits."""
     best = _argmax(logits)[:, None]
     own, peak = logits.gather(1, targets[:, None]), logits.gather(1, best)
     ranks = _ranks(logits, own, targets)
-    norm = (logits - peak).exp_().sum(-1, keepdim=True).log_()
+    norm = logits.sub_(peak).exp_().sum(-1, keepdim=True).log_()
     return (own - peak - norm)[:, 0], (peak - peak - norm)[:, :top], best[:, :top], ranks
 
 
