@@ -64,15 +64,16 @@ def test_the_numbers_are_those_of_this_process(
     assert (here.pop("model"), there.pop("model")) == ("setting2", "tiny")
     pairs = [(here.pop("aggregate"), there.pop("aggregate")), *zip(here.pop("data"), there.pop("data"), strict=True)]
     assert here == there
+    told = f"{pairs[0][1]['perplexity']:.4f}"
     for own, other in pairs:
-        assert other["nll_sum"] == pytest.approx(own["nll_sum"], rel=1e-8)  # a cache's attention rounds otherwise
+        assert other["nll_sum"] == pytest.approx(own["nll_sum"], rel=1e-7)  # a cache's attention rounds otherwise
         for name, value in own.items():
             assert other.pop(name) == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value)
         assert other == {}
     assert [row | {"logprob": None} for row in rows[0]] == [row | {"logprob": None} for row in rows[1]]
     assert [row["logprob"] for row in rows[1]] == pytest.approx([row["logprob"] for row in rows[0]], abs=1e-5)
     table = succeed("score", path, "--field", "text", "--url", served.url, "--api-key", KEY, "--model", "tiny", *flags)
-    assert f"{pairs[0][0]['perplexity']:.4f}" in table
+    assert told in table
     assert "dtype" not in table
 
 
