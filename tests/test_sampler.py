@@ -6,7 +6,9 @@ import itertools
 import math
 import random
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ PROMPT = [3, 5, 5, 9]
 
 def row(draw: float = 0.5, **keys: Any) -> SamplingRow:
     """A row without a past."""
-    return SamplingRow(params=SamplingParams(**keys), uniform=draw)
+    return SamplingRow(params=SamplingParams(**keys), draws=lambda attempt: draw)
 
 
 def row_after(generated: list[int], draw: float, eos: int | None = 0, **keys: Any) -> SamplingRow:
@@ -36,7 +38,7 @@ def row_after(generated: list[int], draw: float, eos: int | None = 0, **keys: An
     for token in generated:
         state.row(request)
         request.token_ids.append(token)
-    return replace(state.row(request), uniform=draw)
+    return replace(state.row(request), draws=lambda attempt: draw)
 
 
 def mask_of(tokens: set[int]) -> np.ndarray:
@@ -80,19 +82,19 @@ def distribution(steered: list[float], params: SamplingParams) -> dict[int, floa
     weights = {t: math.exp((x - best) / params.temperature) for t, x in enumerate(steered)}
     weights = {t: w for t, w in weights.items() if w >= params.min_p and w > 0}
     order = sorted(weights, key=lambda t: (-steered[t], t))[: params.top_k or None]
-    total, kept, mass = sum(weights[t] for t in order), {}, 0.0
-    for t in order:
-        if params.top_p < 1 and mass >= params.top_p * total:
-            break
-        kept[t] = weights[t]
-        mass += weights[t]
-    return {t: w / mass for t, w in kept.items()}
+    total = sum(weights[t] for t in order)
+    better = {t: sum(weights[o] for o in order if steered[o] > steered[t]) for t in order}
+    kept = [t for t in order if params.top_p == 1 or better[t] < params.top_p * total or better[t] == 0]
+    mass = sum(weights[t] for t in kept)
+    return {t: weights[t] / mass for t in kept}
 
 
-def hits(probabilities: dict[int, float], token: int, draw: float, slack: float) -> bool:
-    """Whether the inverse distribution in the order of the ids has the token at the draw, but for rounding."""
-    start = sum(p for t, p in probabilities.items() if t < token)
-    return token in probabilities and start - slack <= draw <= start + probabilities[token] + slack
+def hits(probabilities: dict[int, float], order: list[int], token: int, draw: float, slack: float) -> bool:
+    """Whether the inverse distribution in the given order has the token at the draw, but for rounding."""
+    if token not in probabilities:
+        return False
+    start = sum(probabilities.get(t, 0.0) for t in order[: order.index(token)])
+    return start - slack <= draw <= start + probabilities[token] + slack
 
 
 tokens = st.integers(0, VOCAB - 1)
@@ -147,7 +149,12 @@ def test_every_parameter_equals_its_definition(
         replace(params, top_p=params.top_p * (1 + slack) if params.top_p < 1 else 1.0, min_p=params.min_p * (1 - slack))
         for slack in (-1e-5, 0.0, 1e-5)
     ]
-    assert any(hits(distribution(steered, p), token, draw, 1e-4) for p in near if p.min_p <= 1)
+    allowed = [distribution(steered, p) for p in near if p.min_p <= 1]
+    assert any(token in probabilities for probabilities in allowed)
+    if params.top_k:
+        assert any(hits(probabilities, [*probabilities], token, draw, 1e-4) for probabilities in allowed)
+    elif params.top_p == 1:
+        assert any(hits(probabilities, sorted(probabilities), token, draw, 1e-4) for probabilities in allowed)
 
 
 @settings(max_examples=60, deadline=None)
@@ -165,44 +172,50 @@ def test_a_row_does_not_depend_on_its_company(
     assert together[::-1] == sample(logits.flip(0), rows[::-1])
 
 
-def test_weights_and_scores_of_a_row_are_the_same_bits_in_any_batch() -> None:
-    """A vocabulary that is no multiple of anything, and enough rows for several threads."""
-    vocab = 4099
-    logits = torch.randn(33, vocab, generator=torch.Generator().manual_seed(0)).bfloat16().float()
-    params = [SamplingParams(temperature=0.7, top_p=0.9, top_k=k, min_p=0.01) for k in range(300, 333)]
-    scaled = (logits - logits.amax(-1, keepdim=True)) / 0.7
-    weights = sampler._filter(scaled, params)
-    for i in (0, 1, 16, 32):
-        assert torch.equal(weights[i], sampler._filter(scaled[i : i + 1], params[i : i + 1])[0])
-        assert torch.equal(weights[i], sampler._filter(scaled[[i, 3]], [params[i], params[3]])[0])
-    targets = torch.arange(33) * 7
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_sums_and_scores_of_a_row_are_the_same_bits_in_any_batch(two_threads: None) -> None:
+    """A vocabulary that is no multiple of anything, and enough of it for one row's sum to be split among threads."""
+    logits = torch.randn(17, 70001, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    sums = sampler._block_sums(weights).sum(-1)
+    targets = torch.arange(17) * 7
     whole = score(logits, targets, 5)
-    for i in (0, 1, 16, 32):
+    for i in (0, 1, 16):
+        assert torch.equal(sums[i : i + 1], sampler._block_sums(weights[i : i + 1]).sum(-1))
         one = score(logits[i : i + 1], targets[i : i + 1], 5)
         assert (one.logprobs[0], one.ranks[0]) == (whole.logprobs[i], whole.ranks[i])
         assert (one.top_ids[0], one.top_logprobs[0]) == (whole.top_ids[i], whole.top_logprobs[i])
+    for top in (0, 1):
+        assert score(logits, targets, top).logprobs == whole.logprobs
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.001, 1.0, 30.0])
 @pytest.mark.parametrize("coarse", [False, True])
-def test_filters_keep_what_sorting_would_keep(scale: float, coarse: bool) -> None:
-    """Over a real vocabulary, from all tokens equal to one that has it all."""
-    logits = torch.randn(8, 5000, generator=torch.Generator().manual_seed(3)) * scale
+def test_draws_of_a_large_vocabulary_are_what_sorting_would_keep(scale: float, coarse: bool) -> None:
+    """From all tokens equal to one that has it all; and draws reach into every part of what is kept."""
+    logits = torch.randn(5000, generator=torch.Generator().manual_seed(3)) * scale
     logits = logits.bfloat16().float() if coarse else logits
-    asked = [(1, 1.0), (17, 1.0), (2500, 1.0), (9999, 1.0), (0, 0.5), (0, 0.999), (1000, 0.8), (3, 0.01)]
-    params = [SamplingParams(top_k=k, top_p=p) for k, p in asked]
-    scaled = logits - logits.amax(-1, keepdim=True)
-    weights = sampler._filter(scaled, params)
-    for i, (k, p) in enumerate(asked):
-        order = scaled[i].sort(descending=True, stable=True).indices
-        exact = scaled[i].exp()[order].double()
-        exact[k or len(exact) :] = 0
-        before = exact.cumsum(0) - exact
-        sure = (exact > 0) & (before < (p - 1e-6) * exact.sum()) if p < 1 else exact > 0
-        possible = (exact > 0) & (before < (p + 1e-6) * exact.sum()) if p < 1 else exact > 0
-        kept = weights[i][order] > 0
-        assert bool((kept | ~sure).all()) and bool((possible | ~kept).all())
-        assert torch.equal(weights[i][order][kept], scaled[i].exp()[order][kept])
+    weights, order = (logits - logits.max()).exp().double().sort(descending=True, stable=True)
+    for top_k, top_p in [(1, 1.0), (17, 1.0), (2500, 1.0), (9999, 1.0), (0, 0.5), (0, 0.999), (1000, 0.8), (3, 0.01)]:
+        params = SamplingParams(top_k=top_k, top_p=top_p)
+        rows = [SamplingRow(params=params, draws=partial(uniform, 1, 0, i)) for i in range(300)]
+        drawn = torch.tensor(sample(logits.expand(300, -1), rows))
+        mine = weights[:top_k] if top_k else weights
+        first = torch.searchsorted(-mine, -mine)  # of those that are equal
+        before = (mine.cumsum(0) - mine)[first]
+        kept = int((before < (top_p + 1e-6) * mine.sum()).sum()) if top_p < 1 else len(mine)
+        ranks = torch.empty_like(order).scatter_(0, order, torch.arange(5000))[drawn]
+        assert int(ranks.max()) < kept
+        mine = mine[:kept] / mine[:kept].sum()
+        share = mine.cumsum(0)
+        assert float(share[ranks].max()) > 0.97 and float((share - mine)[ranks].min()) < 0.03
 
 
 @pytest.mark.parametrize(
@@ -210,7 +223,6 @@ def test_filters_keep_what_sorting_would_keep(scale: float, coarse: bool) -> Non
     [
         {"temperature": 1.0},
         {"temperature": 0.5, "logit_bias": ((1, 3.0), (2, -100.0))},
-        {"temperature": 1.0, "top_p": 0.7},
         {"temperature": 2.0, "top_p": 0.8, "top_k": 5},
         {"temperature": 1.0, "min_p": 0.2},
     ],
@@ -227,14 +239,35 @@ def test_frequencies_follow_the_distribution(keys: dict[str, Any]) -> None:
         assert counts[token] / count == pytest.approx(probability, abs=1.5 / count)
 
 
-def test_hashed_draws_pass_a_chi_square_test() -> None:
+# the values that chi-square passes once in a thousand, by degrees of freedom
+CHI_SQUARE = {1: 10.8, 2: 13.8, 3: 16.3, 4: 18.5, 5: 20.5, 6: 22.5, 7: 24.3, 8: 26.1, 9: 27.9, 10: 29.6, 11: 31.3}
+
+
+@pytest.mark.parametrize("step", [0.0, 1.0])  # 1: many equal logits
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"top_p": 0.95},
+        {"top_p": 0.6},
+        {"top_p": 0.2},
+        {"top_p": 0.7, "min_p": 0.1},
+        {"top_k": 5},
+        {"top_k": 6, "top_p": 0.8},
+    ],
+)
+def test_hashed_draws_pass_a_chi_square_test(keys: dict[str, Any], step: float) -> None:
     logits = torch.randn(12, generator=torch.Generator().manual_seed(2))
-    count = 20000
-    rows = [row(uniform(7, 0, i)) for i in range(count)]
+    logits = logits.round() if step else logits
+    count = 6000
+    params = SamplingParams(**keys)
+    rows = [SamplingRow(params=params, draws=partial(uniform, 7, 0, i)) for i in range(count)]
     counts = Counter(sample(logits.expand(count, -1), rows))
-    expected = [float(p) * count for p in logits.double().softmax(-1)]
-    statistic = sum((counts[t] - e) ** 2 / e for t, e in enumerate(expected))
-    assert statistic < 31.3  # 99.9 % of 11 degrees of freedom
+    expected = distribution(logits.tolist(), params)
+    assert set(counts) <= set(expected)
+    if len(expected) > 1:
+        statistic = sum((counts[t] - p * count) ** 2 / (p * count) for t, p in expected.items())
+        assert statistic < CHI_SQUARE[len(expected) - 1]
 
 
 def test_tiny_temperatures_and_non_finite_logits_stay_within_the_vocabulary() -> None:
@@ -282,7 +315,7 @@ def test_counts_are_kept_up(generated: list[int], unasked: int) -> None:
 
 def test_uniform_is_stateless_and_even() -> None:
     assert uniform(1, 2, 3) == uniform(1, 2, 3)
-    assert len({uniform(s, c, p) for s in range(5) for c in range(5) for p in range(5)}) == 125
+    assert len({uniform(s, c, p, a) for s in range(4) for c in range(4) for p in range(4) for a in range(4)}) == 256
     numbers = [uniform(9, 0, p) for p in range(4000)]
     assert all(0 <= u < 1 for u in numbers)
     assert sum(numbers) / 4000 == pytest.approx(0.5, abs=0.02)

@@ -5,15 +5,20 @@ and presence penalties; temperature; min_p; top_k; top_p. Whatever is forbidden 
 so that no bias brings it back. If nothing is left, all but the grammar is waived for that row, and its best token
 is taken. Log-probabilities are scored from the untouched logits.
 
-Random numbers are stateless: a row's one uniform number is a hash of (seed, choice, position), so that neither
-batching nor preemption changes what is drawn. Every operation works on each row by itself, so that a row's result
-depends on its own logits and parameters alone, to the bit.
+top_k keeps exactly k tokens, of equal ones those of lower id; they alone are sorted. top_p keeps a token if those
+strictly more probable have less than top_p of the mass that min_p and top_k left. Without top_k it sorts nothing:
+a token is drawn from all and taken if it is among the kept ones; if not, neither is anything less probable, and the
+next one is drawn from the rest.
+
+Random numbers are stateless: hashes of (seed, choice, position, attempt), so that neither batching nor preemption
+changes what is drawn. Every operation works on each row by itself, so that a row's result depends on its own logits
+and parameters alone, to the bit.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,12 +31,8 @@ from server.engine.request import Logprobs, SamplingParams
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
-SCORE_ROWS = 8  # rows scored at once, so that they stay in the processor's cache between the passes over them
-
-# Tokens are bucketed by their distance to the best: powers of two from 2**-20 to 2**20, each in 64 steps.
-BUCKET_SHIFT = 17  # of float32's 23 bits of mantissa, six remain
-FIRST_BUCKET = (127 - 20) << 6
-NUM_BUCKETS = 40 << 6
+CACHED_ROWS = 8  # drawn or scored at once, so that they stay in the processor's cache between the passes over them
+TINY = 1e-200  # a top_p of 0 keeps the best token
 BLOCK = 128  # tokens whose weights are summed before their sums are
 
 
@@ -40,7 +41,7 @@ class SamplingRow:
     """How one row of logits is sampled; ids are distinct within each array."""
 
     params: SamplingParams
-    uniform: float = 0.0  # in [0, 1)
+    draws: Callable[[int], float] = lambda attempt: 0.0  # numbers in [0, 1), each used once
     grammar_mask: npt.NDArray[np.uint8] | None = None  # a bit per token, lowest first; 0: not allowed
     allowed: Ids | None = None
     banned: Sequence[int] = ()
@@ -50,26 +51,37 @@ class SamplingRow:
     counts: Floats | None = None  # how often each of them was generated; 0: it is in the prompt only
 
 
-def uniform(seed: int, choice: int, position: int) -> float:
-    """A number in [0, 1) with 53 random bits from (seed, choice, position)."""
-    key = f"{seed}:{choice}:{position}".encode()
+def uniform(seed: int, choice: int, position: int, attempt: int = 0) -> float:
+    """A number in [0, 1) with 53 random bits from (seed, choice, position, attempt)."""
+    key = f"{seed}:{choice}:{position}:{attempt}".encode()
     return (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 11) * 2.0**-53
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     """One token per row of float32 logits [rows, vocab]: greedy at temperature 0, else by inverse distribution."""
     steered = _penalize(_constrain(logits, rows), logits, rows)
-    best, tokens = steered.max(-1)
-    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
-    if bool((best == -torch.inf).any()):
-        stuck = (best == -torch.inf).nonzero()[:, 0].tolist()
+    best = steered.amax(-1)
+    tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+    stuck = [i for i, value in enumerate(best.tolist()) if value == -torch.inf]
+    if stuck:
         fallback = [SamplingRow(params=rows[i].params, grammar_mask=rows[i].grammar_mask) for i in stuck]
-        tokens[stuck] = _constrain(logits[stuck], fallback).argmax(-1)
-        drawn = [i for i in drawn if i not in set(stuck)]
-    if drawn:
-        tokens[drawn] = _draw(_take(steered, drawn), _take(best, drawn), [rows[i] for i in drawn])
+        tokens[stuck] = _argmax(_constrain(logits[stuck], fallback))
+    free = [i for i in range(len(rows)) if i not in set(stuck)]
+    greedy = [i for i in free if rows[i].params.temperature == 0]
+    if greedy:
+        tokens[greedy] = _argmax(_take(steered, greedy))
+    drawn = [i for i in free if rows[i].params.temperature > 0]
+    ranked = sorted((i for i in drawn if rows[i].params.top_k), key=lambda i: rows[i].params.top_k)
+    for some in _batches(ranked):
+        tokens[some] = _draw_ranked(_take(steered, some), [rows[i] for i in some])
+    for some in _batches([i for i in drawn if not rows[i].params.top_k]):
+        tokens[some] = _draw(_take(steered, some), _take(best, some), [rows[i] for i in some])
     found: list[int] = tokens.tolist()
     return found
+
+
+def _batches(rows: list[int]) -> Iterator[list[int]]:
+    return (rows[at : at + CACHED_ROWS] for at in range(0, len(rows), CACHED_ROWS))
 
 
 def _constrain(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -131,86 +143,73 @@ def _flat_index(ids: Sequence[tuple[int, Ids]], logits: Tensor) -> Tensor:
 
 
 def _take(tensor: Tensor, rows: list[int]) -> Tensor:
-    """The given rows; no copy if that is all of them."""
-    return tensor if len(rows) == len(tensor) else tensor[rows]
+    """The given rows; no copy if they are neighbours."""
+    first, last = rows[0], rows[-1]
+    return tensor[first : last + 1] if rows == list(range(first, last + 1)) else tensor[rows]
+
+
+def _column(values: list[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=like.device)[:, None]
 
 
 def _draw(logits: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """logits [n, vocab] with their maxima [n] -> int64 [n]."""
-    temperature = torch.tensor([[row.params.temperature] for row in rows], device=logits.device)
-    # subtracting the maximum first keeps tiny temperatures finite; the best token's weight is 1
-    scaled = (logits - best[:, None]).div_(temperature)
-    filtered = [i for i, row in enumerate(rows) if row.params.top_k or row.params.top_p < 1 or row.params.min_p > 0]
-    if filtered:
-        kept = _filter(_take(scaled, filtered), [rows[i].params for i in filtered])
-        if len(filtered) == len(rows):
-            weights = kept
-        else:
-            weights = scaled.exp_()
-            weights[filtered] = kept
-    else:
-        weights = scaled.exp_()
-    draws = torch.tensor([[row.uniform] for row in rows], dtype=torch.float64, device=logits.device)
-    return _inverse(weights, draws)
-
-
-def _filter(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """exp(scaled) [n, vocab], 0 for what min_p, top_k and top_p take out."""
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=scaled.device)[:, None]
-
-    weights = scaled.exp()
+    """Without top_k: logits [n, vocab] with their maxima [n] -> int64 [n]."""
+    params = [row.params for row in rows]
+    # subtracting from the maximum first keeps tiny temperatures finite; the best token's distance is 0, its weight 1
+    distances = (best[:, None] - logits).div_(_column([p.temperature for p in params], logits))
+    weights = distances.neg().exp_()
     if any(p.min_p for p in params):
-        weights.masked_fill_(weights < column([p.min_p for p in params]).float(), 0)
-    cut_k, cut_p = any(p.top_k for p in params), any(p.top_p < 1 for p in params)
-    if not (cut_k or cut_p):
-        return weights
-    buckets = _buckets(scaled)
-    if cut_k:
-        ones = torch.ones(1, 1, device=scaled.device).expand_as(scaled)
-        _keep_best(weights, scaled, buckets, ones, column([p.top_k or torch.inf for p in params]))
-    if cut_p:
-        top_p = column([p.top_p for p in params])
-        mass = weights.sum(-1, keepdim=True)
-        _keep_best(weights, scaled, buckets, weights, torch.where(top_p < 1, mass * top_p, torch.inf))
-    return weights
+        weights = _where(torch.ge, weights, _column([p.min_p for p in params], logits), weights)
+    tokens = _inverse(weights, _column([row.draws(0) for row in rows], logits, torch.float64))
+    pending = [i for i, p in enumerate(params) if p.top_p < 1]
+    top_p = _column([max(p.top_p, TINY) for p in params], logits, torch.float64)
+    limits = _block_sums(weights).sum(-1, keepdim=True) * top_p
+    weights, attempt = _take(weights, pending) if pending else weights, 0
+    while pending:
+        attempt += 1
+        mine = distances[pending, tokens[pending]][:, None]
+        better = _where(torch.lt, _take(distances, pending), mine, weights)
+        mass = _block_sums(better).sum(-1, keepdim=True)
+        out = (mass >= limits[pending])[:, 0].nonzero()[:, 0].tolist()
+        pending = [pending[i] for i in out]
+        if pending:
+            weights = _take(better, out)
+            draws = _column([rows[i].draws(attempt) for i in pending], logits, torch.float64)
+            tokens[pending] = _inverse(weights, draws)
+    return tokens
 
 
-def _buckets(scaled: Tensor) -> Tensor:
-    """Distances to the best token, [n, vocab] of at most 0 -> int64 [n, vocab] that does not fall as they grow.
+def _draw_ranked(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """With top_k: logits [n, vocab] -> int64 [n]."""
+    params = [row.params for row in rows]
+    top_k = _column([p.top_k for p in params], logits)
+    values, ids = _top(logits, min(max(p.top_k for p in params), logits.shape[1]))
+    distances = (values[:, :1] - values) / _column([p.temperature for p in params], logits)
+    weights = distances.neg().exp_().double()
+    weights *= torch.arange(values.shape[1], device=logits.device) < top_k
+    weights *= weights >= _column([p.min_p for p in params], logits)
+    cumulative = weights.cumsum(-1)  # to be added up in order, whatever follows
+    total = cumulative[:, -1:]
+    top_p = _column([max(p.top_p, TINY) for p in params], logits, torch.float64)
+    equal = torch.searchsorted(distances, distances).clamp_max(values.shape[1] - 1)  # the first one; more for NaN
+    before = (cumulative - weights).gather(1, equal)
+    weights *= (before < top_p * total) | (top_p == 1)
+    draws = _column([row.draws(0) for row in rows], logits, torch.float64)
+    index, _ = _pass(weights, draws * weights.cumsum(-1)[:, -1:])
+    return ids.gather(1, index)[:, 0]
 
-    A positive float's bits grow with it. The best token's -0.0 is a negative number of bits, and goes to bucket 0;
-    so or to the last one does NaN.
-    """
-    bits = (-scaled).view(torch.int32) >> BUCKET_SHIFT
-    return bits.sub_(FIRST_BUCKET).clamp_(0, NUM_BUCKETS - 1).long()
+
+def _where(compare: Callable[..., Tensor], values: Tensor, bounds: Tensor, weights: Tensor) -> Tensor:
+    """The weights where the comparison holds, else 0. Not torch.where or masked_fill: on a CPU these guess wrongly at
+    every other element, and cost eight times as much as a product with 0 and 1."""
+    return compare(values, bounds, out=torch.empty_like(weights)).mul_(weights)
 
 
-def _keep_best(weights: Tensor, scaled: Tensor, buckets: Tensor, measure: Tensor, limits: Tensor) -> None:
-    """Zero all `weights` [n, vocab] but the fewest best tokens whose `measure` [n, vocab] adds up to `limits` [n, 1].
-
-    Equal tokens go by their id. Nothing is sorted but the one bucket per row in which the limit is reached.
-    """
-    n = len(weights)
-    sums = torch.zeros(n, NUM_BUCKETS, device=weights.device).scatter_add_(1, buckets, measure)
-    cumulative = sums.double().cumsum(-1)
-    limits = torch.where(limits < torch.inf, limits.minimum(cumulative[:, -1:]), limits).clamp_min(1e-30)
-    edge = torch.searchsorted(cumulative, limits).clamp_max(NUM_BUCKETS - 1)
-    before = cumulative.gather(1, edge) - sums.gather(1, edge)
-    weights.masked_fill_(buckets > edge, 0)
-    # the edge's tokens of each row side by side, [n, widest]
-    row, column = (buckets == edge).nonzero(as_tuple=True)
-    place, widest = _places(row, n)
-    padded = torch.full((n, widest), -torch.inf, device=row.device)
-    padded[row, place] = scaled[row, column]
-    order = padded.argsort(dim=-1, descending=True, stable=True)
-    inside = torch.zeros(padded.shape, dtype=torch.float64, device=row.device)
-    inside[row, place] = measure[row, column].double()
-    inside = inside.gather(1, order)
-    late = before + inside.cumsum(-1) - inside >= limits
-    drop = torch.zeros_like(late).scatter_(1, order, late)[row, place]
-    weights[row[drop], column[drop]] = 0
+def _equal(values: Tensor, wanted: Tensor) -> Tensor:
+    """Positions in values.view(-1), [n, vocab], of what equals its row's `wanted` [n, 1]; int64, ascending."""
+    if values.device.type == "cpu":  # NumPy compares and searches several times faster
+        return torch.from_numpy(np.flatnonzero(values.numpy() == wanted.numpy()))
+    return (values == wanted).view(-1).nonzero()[:, 0]
 
 
 def _places(row: Tensor, n: int) -> tuple[Tensor, int]:
@@ -219,16 +218,24 @@ def _places(row: Tensor, n: int) -> tuple[Tensor, int]:
     return torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row], int(count.max())
 
 
+def _block_sums(weights: Tensor) -> Tensor:
+    """[n, m] float32 -> float64 [n, m / BLOCK]; a row's bits do not depend on n, as those of one long sum do."""
+    padding = -weights.shape[1] % BLOCK
+    padded = torch.nn.functional.pad(weights, (0, padding)) if padding else weights
+    return padded.view(len(weights), -1, BLOCK).sum(-1).double()
+
+
 def _inverse(weights: Tensor, draws: Tensor) -> Tensor:
     """The first index at which the cumulative weight passes draw · total: [n, m], [n, 1] -> int64 [n].
 
     In two steps, first among sums of BLOCK weights; never an index of weight 0 unless all are.
     """
-    n, size = weights.shape
-    blocks = torch.nn.functional.pad(weights, (0, -size % BLOCK)).view(n, -1, BLOCK)
-    sums = blocks.sum(-1).double()
+    size = weights.shape[1]
+    sums = _block_sums(weights)
     block, rest = _pass(sums, draws * sums.sum(-1, keepdim=True))
-    index, _ = _pass(blocks[torch.arange(n, device=block.device), block[:, 0]].double(), rest)
+    inside = block * BLOCK + torch.arange(BLOCK, device=block.device)
+    members = weights.gather(1, inside.clamp_max(size - 1)).double() * (inside < size)
+    index, _ = _pass(members, rest)
     return (block * BLOCK + index)[:, 0].clamp_max(size - 1)
 
 
@@ -244,11 +251,12 @@ def score(logits: Tensor, targets: Tensor, top: int) -> Logprobs:
     """Log-probabilities of `targets` (int64 [rows]) under logits [rows, vocab], with the `top` best tokens.
 
     Logits that are not float32 become so a few rows at a time. The target's number is the very one in the list of the
-    best when it is among them. Ties are broken towards the lower id, in `rank` and in the list.
+    best when it is among them, and does not depend on `top`. Ties are broken towards the lower id, in `rank` and in
+    the list.
     """
     parts = [
-        (_score_best if top <= 1 else _score_top)(few.to(torch.float32, copy=True), wanted, top)
-        for few, wanted in zip(logits.split(SCORE_ROWS), targets.split(SCORE_ROWS), strict=True)
+        _score(few.to(torch.float32, copy=True), wanted, min(top, logits.shape[1]))
+        for few, wanted in zip(logits.split(CACHED_ROWS), targets.split(CACHED_ROWS), strict=True)
     ]
     own, values, ids, ranks = zip(*parts, strict=True)
     return Logprobs(
@@ -259,20 +267,18 @@ def score(logits: Tensor, targets: Tensor, top: int) -> Logprobs:
     )
 
 
-def _score_best(logits: Tensor, targets: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """`_score_top` for one alternative or none, without a table of all log-probabilities; overwrites the logits."""
-    best = _argmax(logits)[:, None]
-    own, peak = logits.gather(1, targets[:, None]), logits.gather(1, best)
+def _score(logits: Tensor, targets: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Log-probabilities of targets [n], those and the ids of the best [n, top], and the targets' ranks; without a
+    table of all log-probabilities. Overwrites the logits."""
+    if top > 1:
+        values, ids = _top(logits, top)
+    else:
+        ids = _argmax(logits)[:, None]
+        values = logits.gather(1, ids)
+    own, peak = logits.gather(1, targets[:, None]), values[:, :1]
     ranks = _ranks(logits, own, targets)
-    norm = logits.sub_(peak).exp_().sum(-1, keepdim=True).log_()
-    return (own - peak - norm)[:, 0], (peak - peak - norm)[:, :top], best[:, :top], ranks
-
-
-def _score_top(logits: Tensor, targets: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Log-probabilities of targets [n], those and the ids of the best [n, top], and the targets' ranks."""
-    logprobs = logits.log_softmax(-1)
-    mine = logprobs.gather(1, targets[:, None])
-    return mine[:, 0], *_top(logprobs, min(top, logits.shape[1])), _ranks(logprobs, mine, targets)
+    norm = _block_sums(logits.sub_(peak).exp_()).sum(-1, keepdim=True).log().float()
+    return (own - peak - norm)[:, 0], (values - peak - norm)[:, :top], ids[:, :top], ranks
 
 
 def _argmax(logits: Tensor) -> Tensor:
@@ -282,30 +288,29 @@ def _argmax(logits: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
-def _top(logprobs: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best of each row [n, k] and their ids, best first, equal ones by id; topk leaves the latter open."""
-    values, ids = logprobs.topk(k, -1)
-    if not k:
-        return values, ids
+    values, ids = logits.topk(k, -1)
     last = values[:, -1:]
-    row, column = (logprobs == last).nonzero(as_tuple=True)
+    found = _equal(logits, last)
+    row = found // logits.shape[1]
     place = (values > last).sum(-1)[row] + _places(row, len(values))[0]
     fits = place < k
-    ids[row[fits], place[fits]] = column[fits]
+    ids[row[fits], place[fits]] = (found % logits.shape[1])[fits]
     order = ids.argsort(-1)
     order = order.gather(1, values.gather(1, order).argsort(dim=-1, descending=True, stable=True))
     return values.gather(1, order), ids.gather(1, order)
 
 
-def _ranks(logprobs: Tensor, mine: Tensor, targets: Tensor) -> list[int]:
-    """1 + how many tokens are before the target, by probability, then by id."""
-    if logprobs.device.type == "cpu":  # NumPy counts a row of booleans many times faster
-        table, own = logprobs.numpy(), mine.numpy()
+def _ranks(logits: Tensor, mine: Tensor, targets: Tensor) -> list[int]:
+    """1 + how many tokens are before the target, by logit, then by id."""
+    if logits.device.type == "cpu":  # NumPy counts a row of booleans many times faster
+        table, own = logits.numpy(), mine.numpy()
         return [
             1 + int(np.count_nonzero(row[:t] >= p) + np.count_nonzero(row[t:] > p))
             for row, p, t in zip(table, own, targets.tolist(), strict=True)
         ]
-    ids = torch.arange(logprobs.shape[1], device=logprobs.device)
-    before = (logprobs > mine) | ((logprobs == mine) & (ids < targets[:, None]))
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    before = (logits > mine) | ((logits == mine) & (ids < targets[:, None]))
     ranks: list[int] = (1 + before.sum(-1)).tolist()
     return ranks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import numpy.typing as npt
 
@@ -47,10 +49,9 @@ class SamplingState:
         if self._penalizes:
             self._follow(request)
         used = len(self._places)
-        draw = uniform(request.seed, request.choice, len(request.token_ids)) if params.temperature > 0 else 0.0
         return SamplingRow(
             params=params,
-            uniform=draw,
+            draws=partial(uniform, request.seed, request.choice, len(request.token_ids)),
             grammar_mask=grammar_mask,
             allowed=self._allowed,
             banned=self._bans(request),
