@@ -287,6 +287,7 @@ def test_prompt_logprobs_are_vllms(served: Served, model: LPAForCausalLM, tokeni
             assert entry[str(token)]["logprob"] == pytest.approx(float(rows[place, token]), abs=1e-4)
             assert entry[str(token)]["rank"] == int((rows[place] > rows[place, token]).sum()) + 1
             assert {int(i) for i in entry} == {token, *rows[place].topk(2).indices.tolist()}
+            assert next(iter(entry)) == str(token)  # clients such as Inspect AI take the first for the prompt's own
             assert sorted(e["rank"] for e in entry.values())[:2] == [1, 2]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,15 @@ def fail(message: object) -> NoReturn:
     """One line on stderr, exit status 2."""
     typer.echo(f"lpa: {' '.join(str(message).split())}", err=True)
     raise typer.Exit(2)
+
+
+def sleep_while_waiting() -> None:
+    """Let torch's threads sleep while they wait for one another; to be called before torch is imported.
+
+    They spin otherwise, for milliseconds at every product, which starves the very thread that is waited for where other
+    programs compute on the same processors.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
-from server.cli.command import Dtype, user_errors
+from server.cli.command import Dtype, sleep_while_waiting, user_errors
 
 if TYPE_CHECKING:
     from server.scoring.texts import Advance, OnTokens, Place
@@ -94,8 +93,7 @@ def score(
     from server.scoring import report
     from server.scoring.texts import find_files, read_texts, total_size
 
-    # threads that spin at every wait starve one another where others compute too
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    sleep_while_waiting()
     asked = {"method": method, "max_length": max_length, "stride": stride, "add_bos": add_bos}
     with user_errors(), ExitStack() as stack:
         _check_together("url", url, compare=compare, dtype=dtype, threads=threads)
