@@ -14,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from lpa_model import perplexity
+from lpa_model import scoring
 from lpa_model.checkpoint import save_checkpoint
 from lpa_model.compare import Comparison, Pair, measure_pairs
 from lpa_model.config import Architecture
 from lpa_model.model import LPAForCausalLM
-from lpa_model.perplexity import measure_windows, windows
+from lpa_model.perplexity import windows
+from lpa_model.scoring import measure_windows
 from tests.conftest import CORPUS, byte_tokenizer, random_model, tiny_config, write_checkpoint
 from tests.test_cli import assert_one_line, lpa, succeed
 from tests.test_perplexity import convention
@@ -63,7 +64,7 @@ def nudged(model: LPAForCausalLM, amount: float) -> LPAForCausalLM:
 
 @pytest.mark.parametrize("amount", [1e-3, 0.05])
 def test_a_comparison_is_its_loop(architecture: Architecture, amount: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(perplexity, "LOGIT_ROWS", 7)
+    monkeypatch.setattr(scoring, "LOGIT_ROWS", 7)
     a = random_model(tiny_config(architecture))
     b = nudged(random_model(tiny_config(architecture)), amount)
     texts = [byte_tokenizer().encode(text).ids for text in (CORPUS[:160], CORPUS[160:230])]

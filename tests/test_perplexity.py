@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from lpa_model import perplexity as module
+from lpa_model import scoring as module
 from lpa_model.config import Architecture
 from lpa_model.model import LPAForCausalLM
 from lpa_model.perplexity import (
@@ -26,10 +26,9 @@ from lpa_model.perplexity import (
     adds_bos,
     own_tokens,
     resolve_convention,
-    score,
-    score_windows,
     windows,
 )
+from lpa_model.scoring import score, score_windows
 from tests.conftest import CORPUS, VOCAB_SIZE, byte_tokenizer, random_model, tiny_config
 
 BOS, EOS = 7, 0

@@ -18,7 +18,8 @@ from typer.testing import Result
 
 from lpa_model.checkpoint import save_checkpoint
 from lpa_model.config import Architecture
-from lpa_model.perplexity import LOOK_AHEAD, TOKEN_BUDGET, Method
+from lpa_model.perplexity import Method
+from lpa_model.scoring import LOOK_AHEAD, TOKEN_BUDGET
 from server.scoring import local, models
 from server.scoring.texts import Place, find_files, read_texts, total_size
 from server.settings import load_settings

@@ -12,7 +12,8 @@ import torch
 
 from lpa_model.compare import Comparison, measure_pairs
 from lpa_model.model import LPAForCausalLM
-from lpa_model.perplexity import Convention, Tally, Window, measure_windows, own_tokens, windows
+from lpa_model.perplexity import Convention, Tally, Window, own_tokens, windows
+from lpa_model.scoring import measure_windows
 from server.engine import sampler
 from server.engine.request import Logprobs
 from server.engine.tokenizer import Tokenizer
