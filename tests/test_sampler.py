@@ -345,8 +345,13 @@ def test_ranks_and_best_equal_a_stable_sort(seed: int, rows: int, top: int, step
         assert columns.ranks[i] == rank
         if rank <= top:
             assert columns.top_logprobs[i][rank - 1] == columns.logprobs[i]
-    logprobs = logits.log_softmax(-1)
-    ids = torch.arange(50)
-    mine = logprobs.gather(1, targets[:, None])
-    plain = (logprobs > mine) | ((logprobs == mine) & (ids < targets[:, None]))
-    assert columns.ranks == (1 + plain.sum(-1)).tolist()
+
+
+def test_what_numpy_does_on_a_cpu_torch_does_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(20, VOCAB, generator=torch.Generator().manual_seed(5)).round()  # many equal ones
+    targets = torch.arange(20)
+    asked: list[dict[str, Any]] = [{"temperature": 0.0}, {"top_k": 3}, {"top_k": 7, "top_p": 0.5}, {"top_p": 0.5}]
+    rows = [row(i / 20, **asked[i % 4]) for i in range(20)]
+    expected = sample(logits, rows), score(logits, targets, 0), score(logits, targets, 6)
+    monkeypatch.setattr(sampler, "_in_numpy", lambda tensor: False)
+    assert (sample(logits, rows), score(logits, targets, 0), score(logits, targets, 6)) == expected
