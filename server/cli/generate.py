@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli.command import Dtype, Model, sleep_while_waiting, user_errors
+from server.cli.command import Dtype, Model, user_errors
 
 
 def generate(
@@ -22,7 +22,6 @@ def generate(
     dtype: Dtype = None,
 ) -> None:
     """Continue a text; the continuation streams to the terminal."""
-    sleep_while_waiting()
     from server.engine.engine import build_engine
     from server.engine.request import Request, SamplingParams
     from server.settings import load_settings

@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
-from server.cli.command import Dtype, sleep_while_waiting, user_errors
+from server.cli.command import Dtype, user_errors
 
 if TYPE_CHECKING:
     from server.scoring.texts import Advance, OnTokens, Place
@@ -93,7 +93,6 @@ def score(
     from server.scoring import report
     from server.scoring.texts import find_files, read_texts, total_size
 
-    sleep_while_waiting()
     asked = {"method": method, "max_length": max_length, "stride": stride, "add_bos": add_bos}
     with user_errors(), ExitStack() as stack:
         _check_together("url", url, compare=compare, dtype=dtype, threads=threads)
