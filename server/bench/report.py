@@ -76,7 +76,7 @@ def print_report(report: dict[str, Any], title: str) -> None:
             ratio = report["ratio"].get(name)
             row.append("" if ratio is None else f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})")
         table.add_row(*row)
-    Console().print(table)
+    stdout_console().print(table)
     for server in servers:
         for error in server["errors"][:1]:
             Console(stderr=True).print(f"{server['url']}: {error}", highlight=False)
@@ -88,3 +88,11 @@ def _cell(value: Any) -> str:
     if isinstance(value, dict):
         return f"{value['median']:.1f} (p90 {value['p90']:.1f}, p99 {value['p99']:.1f})"
     return f"{value:,.4f}" if value < 100 else f"{value:,.1f}"
+
+
+def stdout_console() -> Console:
+    """Standard output; wide enough for a table where it is a file or a pipe."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
+    return console

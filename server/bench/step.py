@@ -8,6 +8,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -91,7 +92,10 @@ def bench_steps(
         machine = machine or measure_machine(config, weights)
         for batch in batches:
             for context in contexts:
-                yield from _bench_case(engine, machine, layout, batch, context, steps, weights)
+                # in a thread of its own, as in the server: OpenMP's threads wait otherwise in the first one
+                with ThreadPoolExecutor(1) as engine_thread:
+                    case = _bench_case(engine, machine, layout, batch, context, steps, weights)
+                    yield from engine_thread.submit(list, case).result()
 
 
 def _bench_case(
@@ -147,7 +151,7 @@ def _watching(engine: Engine) -> Iterator[Stopwatch]:
     with (
         watch.watch(runner, "run", "run"),
         watch.watch(runner.model, "forward", "forward"),
-        watch.watch(runner.model, "logits", "head"),
+        watch.watch(runner.model, "head", "head"),
         watch.watch(Detokenizer, "append", "detokenization"),
     ):
         yield watch
@@ -176,17 +180,19 @@ def _row(case: Case, config: LPAConfig, machine: Machine, dtype: Any, runs: list
 
 def print_rows(rows: Iterator[dict[str, Any]]) -> None:
     """A table, its rows shown under a spinner until the last is there."""
-    from rich.console import Console
     from rich.live import Live
     from rich.table import Table
 
+    from server.bench.report import stdout_console
+
     table = Table()
-    table.add_column("kind")
-    table.add_column("layout")
+    console = stdout_console()
+    table.add_column("kind", no_wrap=True)
+    table.add_column("layout", no_wrap=True)
     for name in ("batch", "context", "ms", "tokens/s", "floor ms", "gap", "% by part"):
         table.add_column(name, justify="right", no_wrap=True)
     first = row = next(rows)  # a mistake shows before the table does
-    with Live(table, console=Console()):
+    with Live(table, console=console):
         for row in itertools.chain([first], rows):
             table.add_row(
                 row["kind"],
@@ -197,7 +203,7 @@ def print_rows(rows: Iterator[dict[str, Any]]) -> None:
                 f"{row['gap']:.1f}x",
                 "/".join(f"{100 * row['parts_ms'][part] / row['ms']:.0f}" for part in PARTS),
             )
-    Console().print(
+    console.print(
         f"Parts: {', '.join(PARTS)}. This run's floors: {row['bandwidth_gb_per_s']:.1f} GB/s, "
         f"{row['gemm_gflops']:,.0f} GFLOP/s.",
         highlight=False,
