@@ -286,7 +286,6 @@ def test_step_times_every_kind_of_work_and_its_parts_add_up(
         tokens = row["batch"] * (1 if row["kind"] == "decode" else 20)
         assert row["tokens_per_s"] == pytest.approx(1e3 * tokens / row["ms"])
         assert row["gap"] == pytest.approx(row["ms"] / row["floor_ms"])
-        assert row["gap"] > 1
         assert set(row["parts_ms"]) == {"forward", "head", "sampling", "scheduling", "detokenization"}
         assert all(part >= 0 for part in row["parts_ms"].values())
         assert row["parts_ms"]["forward"] > 0

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from lpa_model.config import PROJECTIONS, CacheLayout, LPAConfig
 
-REPEATS = 7
+REPEATS = 20
 GEMM_ROWS = 1024
 
 

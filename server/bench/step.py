@@ -89,11 +89,11 @@ def bench_steps(
                 enable_prefix_caching=False,
             ),
         )
-        machine = machine or measure_machine(config, weights)
-        for batch in batches:
-            for context in contexts:
-                # in a thread of its own, as in the server: OpenMP's threads wait otherwise in the first one
-                with ThreadPoolExecutor(1) as engine_thread:
+        # in a thread of its own, as in the server: OpenMP's threads wait otherwise in the first one
+        with ThreadPoolExecutor(1) as engine_thread:
+            machine = machine or engine_thread.submit(measure_machine, config, weights).result()
+            for batch in batches:
+                for context in contexts:
                     case = _bench_case(engine, machine, layout, batch, context, steps, weights)
                     yield from engine_thread.submit(list, case).result()
 
