@@ -22,7 +22,7 @@ from server.engine.waiting_queue import WaitingQueue, by_order, insert, remove
 
 # Of the time of a step's decodes alone: a stream's median latency at most doubles while a corpus is scored, and its
 # 99th percentile stays within three times its median while a long prompt arrives; the rest is margin for noise.
-SCORING_SHARE = 0.9
+SCORING_SHARE = 0.8
 PROMPT_SHARE = 1.6
 
 
