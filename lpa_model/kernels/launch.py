@@ -1,0 +1,161 @@
+"""Decode attention by the compiled kernel, on torch's tensors and in torch's threads."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+TILE_TOKENS = 128  # at most, in whole blocks: what one thread attends to at a time
+SERIAL_BYTES = 1 << 15  # of cache to read: less is not worth a second thread
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """Queries of a step and the cache blocks that each attends to, cut into tiles at multiples of a fixed length."""
+
+    positions: NDArray[np.int64]  # [rows]
+    lengths: NDArray[np.int64]  # [rows]: tokens to attend to, the query's own included
+    tables: NDArray[np.int64]  # the rows' blocks, one row after another
+    table_starts: NDArray[np.int64]  # [rows]
+    item_rows: NDArray[np.int64]  # [items]
+    first_items: NDArray[np.int64]  # [rows + 1]
+    block_size: int
+    tile_blocks: int
+
+    @classmethod
+    def build(
+        cls, positions: NDArray[np.int64], lengths: NDArray[np.int64], tables: Sequence[Sequence[int]], block_size: int
+    ) -> DecodeRows:
+        """`tables` cover `lengths` tokens, or more."""
+        tile_blocks = max(1, TILE_TOKENS // block_size)
+        items = -(-lengths // (tile_blocks * block_size))
+        sizes = np.array([len(table) for table in tables])
+        return cls(
+            positions=positions,
+            lengths=lengths,
+            tables=np.concatenate([np.asarray(table, dtype=np.int64) for table in tables]),
+            table_starts=np.cumsum(sizes) - sizes,
+            item_rows=np.repeat(np.arange(len(lengths)), items),
+            first_items=np.concatenate(([0], np.cumsum(items))),
+            block_size=block_size,
+            tile_blocks=tile_blocks,
+        )
+
+
+def decode_attention(
+    q: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: DecodeRows,
+    scale: float,
+    *,
+    turns: Tensor | None = None,
+    up: Tensor | None = None,
+    up_bias: Tensor | None = None,
+) -> Tensor:
+    """Write the step's own keys and values into the cache, and attend to all that is there.
+
+    A row's result depends on nothing but the row: not on the others, nor on the number of threads.
+
+    Args:
+        q: [rows, H, key width], in the cache's dtype like all that follow; contiguous.
+        new_keys: [rows, key heads * key width]; a slice of a wider tensor will do.
+        new_values: [rows, value heads * value width]; likewise.
+        keys: the pool [blocks, key heads, block_size, key width]; query heads are consecutive per key head.
+        values: the pool [blocks, value heads, block_size, value width].
+        rows: where each query stands.
+        scale: factor on the scores, 1/sqrt(dh).
+        turns: complex64 [positions, key width / 2], cos + i sin of rotary positions whose pairs are neighbours;
+            applied to queries and new keys.
+        up: [up heads, out, value width], multiplied into the outputs; query heads are consecutive per up head.
+        up_bias: [up heads * out], added after `up`.
+
+    Returns:
+        [rows, H, out, or value width without `up`]; computed in float32, rounded once.
+    """
+    count, heads, key_width = q.shape
+    value_heads, value_width = values.shape[1], values.shape[3]
+    up_heads, up_width = (up.shape[0], up.shape[1]) if up is not None else (0, 0)
+    out = q.new_empty(count, heads, up_width or value_width)
+    items = len(rows.item_rows)
+    partial = np.empty(items * heads * (value_width + 2), dtype=np.float32)
+    counters = np.zeros(1 + count, dtype=np.int64)
+    call = np.array(
+        (
+            q.data_ptr(),
+            new_keys.data_ptr(),
+            new_values.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            0 if up is None else up.data_ptr(),
+            0 if up_bias is None else up_bias.data_ptr(),
+            out.data_ptr(),
+            0 if turns is None else turns.data_ptr(),
+            partial.ctypes.data,
+            partial.ctypes.data + 4 * items * heads * value_width,
+            rows.positions.ctypes.data,
+            rows.lengths.ctypes.data,
+            rows.tables.ctypes.data,
+            8 * 0 + rows.table_starts.ctypes.data,
+            rows.item_rows.ctypes.data,
+            rows.first_items.ctypes.data,
+            counters.ctypes.data,
+            count,
+            items,
+            heads,
+            keys.shape[1],
+            value_heads,
+            up_heads,
+            key_width,
+            value_width,
+            up_width,
+            new_keys.stride(0),
+            new_values.stride(0),
+            rows.block_size,
+            rows.tile_blocks,
+            scale,
+        ),
+        dtype=compiled().CALL,
+    )
+    _start(compiled_for(q.dtype), call.ctypes.data, items)
+    return out
+
+
+@cache
+def compiled() -> ModuleType:
+    from lpa_model.kernels import compiled
+
+    return compiled
+
+
+@cache
+def compiled_for(dtype: torch.dtype) -> Any:
+    name = {torch.bfloat16: "decode_bfloat16", torch.float32: "decode_float32"}[dtype]
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(getattr(compiled(), name).address)
+
+
+@cache
+def _openmp() -> Any:
+    """The OpenMP library that torch itself runs on, whose threads are awake already; None if there is none."""
+    return getattr(ctypes.CDLL(None), "GOMP_parallel", None) if sys.platform == "linux" else None
+
+
+def _start(kernel: Any, call: int, items: int) -> None:
+    threads = torch.get_num_threads() if items > 1 else 1
+    parallel = _openmp()
+    if threads == 1 or parallel is None:
+        kernel(call)
+    else:
+        parallel(kernel, ctypes.c_void_p(call), threads, 0)
