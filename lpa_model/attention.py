@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 
 from lpa_model.cache import LatentCache
 from lpa_model.config import PROJECTIONS, LPAConfig, Projection
+from lpa_model.decode import DecodePairs, decode_attention, decode_pairs
+from lpa_model.kernels.launch import DecodeRows
+from lpa_model.kernels.launch import decode_attention as compiled_decode_attention
 from lpa_model.layers import LowRankLinear, RotaryEmbedding, first_half, projection, second_half
 
 TILE = 64  # tokens
@@ -67,22 +71,6 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DecodePairs:
-    """Decode queries spread over (request, block) pairs; pair i belongs to query row `row[i]`.
-
-    The cache is read as `pool[blocks]`: a view of the pool's low end where most of it is in use, else a copy of
-    the blocks named. Each of those n blocks meets `multiplicity` query slots; pair i is at `slot[i]` of n·m.
-    """
-
-    row: Tensor  # [pairs] int64
-    slot: Tensor  # [pairs] int64
-    blocks: slice | Tensor
-    multiplicity: int
-    beyond: Tensor  # [n·m, 1, block_size] bool: keys of the block that the query must not see
-    positions: Tensor  # [n, block_size] int64: absolute positions of the keys in each block that queries see
-
-
-@dataclass(frozen=True)
 class PrefillGroup:
     """Consecutive prompt spans of equal shape, attended together: rows start..start + batch·length.
 
@@ -114,10 +102,11 @@ class PrefillGroup:
 class AttentionMetadata:
     """Where each token of a flat batch stands: decode rows first, then prompt rows, then padding rows."""
 
+    spans: Sequence[Span]
+    block_size: int
     positions: Tensor  # [rows, padding included] int64
-    slots: tuple[Tensor, Tensor]  # (blocks, offsets) of the real rows, int64
     num_decode: int
-    pairs: DecodePairs | None
+    num_rows: int  # without padding
     groups: tuple[PrefillGroup, ...]
 
     @classmethod
@@ -126,68 +115,52 @@ class AttentionMetadata:
         num_decode = sum(span.decode for span in spans)
         decodes, prompts = spans[:num_decode], spans[num_decode:]
         assert all(span.decode and span.length == 1 for span in decodes), "decode spans come first, one token each"
-        index = np.concatenate([np.arange(s.context, s.context + s.length) for s in spans])
-        positions = index
-        if any(span.is_branched for span in spans):
-            positions = np.concatenate([s.positions()[s.context :] for s in spans])
-        tables = [np.asarray(s.block_table, dtype=np.int64) for s in spans]
-        blocks = np.concatenate(
-            [
-                table[np.arange(s.context, s.context + s.length) // block_size]
-                for s, table in zip(spans, tables, strict=True)
-            ]
-        )
+        positions = np.concatenate([s.positions()[s.context :] for s in spans])
+        tables = [np.asarray(s.block_table, dtype=np.int64) for s in prompts]
 
         def tensor(array: NDArray[Any]) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
         return cls(
+            spans=spans,
+            block_size=block_size,
             positions=tensor(np.pad(positions, (0, padding))),
-            slots=(tensor(blocks), tensor(index % block_size)),
             num_decode=num_decode,
-            pairs=_decode_pairs(decodes, tables[:num_decode], block_size, tensor) if num_decode else None,
-            groups=tuple(_prefill_groups(prompts, tables[num_decode:], num_decode, block_size, tensor)),
+            num_rows=len(positions),
+            groups=tuple(_prefill_groups(prompts, tables, num_decode, block_size, tensor)),
         )
+
+    # what only some of the ways through a layer need, once for all layers
+
+    @cached_property
+    def slots(self) -> tuple[Tensor, Tensor]:
+        """(blocks, offsets) of the real rows, int64."""
+        index = np.concatenate([np.arange(s.context, s.context + s.length) for s in self.spans])
+        blocks = np.concatenate(
+            [
+                np.asarray(s.block_table)[np.arange(s.context, s.context + s.length) // self.block_size]
+                for s in self.spans
+            ]
+        )
+        device = self.positions.device
+        return torch.from_numpy(blocks).to(device), torch.from_numpy(index % self.block_size).to(device)
+
+    @cached_property
+    def pairs(self) -> DecodePairs:
+        """The decode rows for `decode_attention`."""
+        return decode_pairs(*self._decodes(), self.block_size, self.positions.device)
+
+    @cached_property
+    def decode_rows(self) -> DecodeRows:
+        """The decode rows for the compiled kernel."""
+        return DecodeRows.build(self.positions[: self.num_decode].numpy(), *self._decodes(), self.block_size)
+
+    def _decodes(self) -> tuple[NDArray[np.int64], list[Sequence[int]]]:
+        spans = self.spans[: self.num_decode]
+        return np.array([span.context + 1 for span in spans]), [span.block_table for span in spans]
 
 
 ToTensor = Callable[[NDArray[Any]], Tensor]
-
-
-def _decode_pairs(
-    spans: Sequence[Span], tables: Sequence[NDArray[np.int64]], block_size: int, tensor: ToTensor
-) -> DecodePairs:
-    tokens = np.array([span.context + 1 for span in spans])
-    per_row = -(-tokens // block_size)  # blocks of each request
-    row = np.repeat(np.arange(len(spans)), per_row)
-    block = np.concatenate([table[:n] for table, n in zip(tables, per_row, strict=True)])
-    start = (np.arange(len(row)) - np.repeat(np.cumsum(per_row) - per_row, per_row)) * block_size
-    valid = np.minimum(block_size, tokens[row] - start)
-
-    width, multiplicity = int(block.max()) + 1, int(np.bincount(block).max())
-    where: slice | Tensor
-    if width * multiplicity <= 2 * len(row):  # passing over unused blocks is cheaper than copying the used ones
-        order = np.argsort(block, kind="stable")
-        by_block = block[order]
-        rank = np.empty_like(order)  # how many earlier pairs share the block
-        rank[order] = np.arange(len(order)) - np.searchsorted(by_block, by_block)
-        slot, where = block * multiplicity + rank, slice(0, width)
-        count = np.full(width * multiplicity, block_size)
-        count[slot] = valid
-        starts = np.zeros(width, dtype=np.int64)
-        starts[block] = start
-    else:
-        multiplicity, slot, where = 1, np.arange(len(row)), tensor(block)
-        count, starts = valid, start
-    offsets = np.arange(block_size)
-    return DecodePairs(
-        row=tensor(row),
-        slot=tensor(slot),
-        blocks=where,
-        multiplicity=multiplicity,
-        beyond=tensor(offsets >= count[:, None])[:, None],
-        # no query sees a key past the longest one; its position may lie beyond the model's last
-        positions=tensor(np.minimum(starts[:, None] + offsets, tokens.max() - 1)),
-    )
 
 
 def _prefill_groups(
@@ -227,69 +200,6 @@ def _tiles(mask: NDArray[np.bool_], context: int, ends: range) -> Iterator[NDArr
         yield whole[i * TILE : (i + 1) * TILE, :end]
 
 
-def decode_attention(q: Tensor, keys: Tensor, values: Tensor, pairs: DecodePairs, scale: float) -> Tensor:
-    """Attention of single queries over paged keys and values, without a copy of either.
-
-    The queries are gathered to (request, block) pairs, one product over the blocks gives every pair its own
-    softmax, and the pairs of a request are merged by their maxima and sums in the order of the blocks.
-
-    Args:
-        q: [requests, H, key width], in the cache's dtype.
-        keys: [n, key heads, block_size, key width], `pool[pairs.blocks]`; query heads are consecutive per key head.
-        values: [n, value heads, block_size, value width].
-        pairs: where each query meets which block.
-        scale: factor on the scores, 1/sqrt(dh).
-
-    Returns:
-        [requests, H, value width] in q's dtype; softmax and merge are float32.
-    """
-    requests, heads, _ = q.shape
-    n, m = keys.shape[0], pairs.multiplicity
-    queries = q.new_zeros(n * m, heads, q.shape[2])
-    queries[pairs.slot] = q[pairs.row]
-    scores = _slots(_heads(queries, n, keys.shape[1]) @ keys.transpose(2, 3), m)  # [n·m, H, block_size]
-    scores = (scores.float() * scale).masked_fill(pairs.beyond, -torch.inf)
-    peak = scores.amax(-1)  # [n·m, H]
-    weights = (scores - peak[..., None]).exp()
-    partial = _slots(_heads(weights.to(values.dtype), n, values.shape[1]) @ values, m)  # [n·m, H, value width]
-
-    peak, total = peak[pairs.slot], weights.sum(-1)[pairs.slot]  # [pairs, H]
-    top = peak.new_full((requests, heads), -torch.inf)
-    top = top.scatter_reduce(0, pairs.row[:, None].expand_as(peak), peak, "amax")
-    share = (peak - top[pairs.row]).exp()
-    denominator = torch.zeros_like(top).index_add(0, pairs.row, total * share)
-    output = q.new_zeros(requests, heads, values.shape[3], dtype=torch.float32)
-    output.index_add_(0, pairs.row, partial[pairs.slot].float() * share[..., None])
-    return (output / denominator[..., None]).to(q.dtype)
-
-
-def _heads(x: Tensor, n: int, heads: int) -> Tensor:
-    """[n·m, H, width] -> [n, heads, m·H/heads, width]: the rows that meet each of the pool's heads."""
-    m, group = x.shape[0] // n, x.shape[1] // heads
-    return x.view(n, m, heads, group, -1).transpose(1, 2).reshape(n, heads, m * group, -1)
-
-
-def _slots(x: Tensor, m: int) -> Tensor:
-    """The inverse of `_heads`: [n, heads, m·group, width] -> [n·m, H, width]."""
-    n, heads, rows, width = x.shape
-    return x.view(n, heads, m, rows // m, width).transpose(1, 2).reshape(n * m, -1, width)
-
-
-def decode_attention_reference(q: Tensor, keys: Tensor, values: Tensor, pairs: DecodePairs, scale: float) -> Tensor:
-    """`decode_attention` one query at a time, for the tests: gather its keys, one softmax, float32 throughout."""
-    outputs = []
-    for request in range(q.shape[0]):
-        mine = pairs.slot[pairs.row == request]
-        seen = ~pairs.beyond[mine, 0].flatten()  # [tokens of this request's blocks]
-        k, v = (
-            pool[mine // pairs.multiplicity].transpose(0, 1).flatten(1, 2)[:, seen].float() for pool in (keys, values)
-        )
-        rows = q[request].float().view(keys.shape[1], -1, q.shape[2])  # [key heads, group, width]
-        weights = (rows @ k.transpose(1, 2) * scale).softmax(-1).flatten(0, 1)  # [H, tokens]
-        outputs.append((weights.view(values.shape[1], -1, weights.shape[1]) @ v).flatten(0, 1))
-    return torch.stack(outputs).to(q.dtype)
-
-
 class Attention(nn.Module):
     """Low-dimensional projected attention: q, k, v and o are each low-rank or dense (LPA paper, section 3)."""
 
@@ -315,6 +225,7 @@ class Attention(nn.Module):
         # A of q, k and v as one product: set by `prepare_for_inference`
         self.joint_down: nn.Module | None = None
         self.joint_ranks: list[int] = []
+        self.compiled = False  # whether decode rows take the compiled kernel: likewise
 
     def forward(
         self, x: Tensor, rotary: RotaryEmbedding | None, meta: AttentionMetadata | None, cache: LatentCache | None
@@ -322,18 +233,27 @@ class Attention(nn.Module):
         """x [rows, d] with `meta` and `cache`, or [batch, T, d] without either (causal, no cache) -> same shape."""
         if meta is None or cache is None:
             return self._plain(x, rotary)
-        real = len(meta.slots[0])
         q, k, v = self._first_halves(x)
         q = self._split(second_half(self.q_proj, q))
-        if rotary is not None:
-            q = rotary(q, meta.positions)
         keys_latent, values_latent = cache.forms[self.layer]
-        k = k.unsqueeze(1) if keys_latent else self._keys(second_half(self.k_proj, k), rotary, meta.positions)
-        v = v.unsqueeze(1) if values_latent else self._split(second_half(self.v_proj, v))
-        cache.write(self.layer, meta.slots, k[:real], v[:real])
+        if not keys_latent:
+            k = second_half(self.k_proj, k)
+        if not values_latent:
+            v = second_half(self.v_proj, v)
 
         parts = []  # in the order of the rows
-        if meta.pairs is not None:
+        done, real = 0, meta.num_rows
+        if meta.num_decode and self.compiled and not (keys_latent and rotary is not None):
+            done = meta.num_decode
+            parts.append(self._decode_compiled(q[:done], k[:done], v[:done], rotary, meta.decode_rows, cache))
+        if done < real:
+            if rotary is not None:
+                q = rotary(q, meta.positions)
+            k = k.unsqueeze(1) if keys_latent else self._keys(k, rotary, meta.positions)
+            v = v.unsqueeze(1) if values_latent else self._split(v)
+            blocks, offsets = meta.slots
+            cache.write(self.layer, (blocks[done:], offsets[done:]), k[done:real], v[done:real])
+        if done < meta.num_decode:
             parts.append(self._decode(q[: meta.num_decode], rotary, meta.pairs, cache))
         for group in meta.groups:
             parts.append(self._expanded(q[group.rows], k[group.rows], v[group.rows], rotary, group, cache))
@@ -376,6 +296,27 @@ class Attention(nn.Module):
             if up.bias is not None:  # attention weights sum to 1, so the values' bias comes through whole
                 out = out + self._split(up.bias).repeat_interleave(self.heads // self.kv_heads, 0)
         return out
+
+    def _decode_compiled(
+        self, q: Tensor, k: Tensor, v: Tensor, rotary: RotaryEmbedding | None, rows: DecodeRows, cache: LatentCache
+    ) -> Tensor:
+        """`_decode` with rotary turns and the cache's new entries inside: k and v as the projections leave them."""
+        keys_latent, values_latent = cache.forms[self.layer]
+        if keys_latent:
+            q = _per_kv_head(q, self._by_head(self._up(self.k_proj).weight)).contiguous()
+        up = self._up(self.v_proj) if values_latent else None
+        return compiled_decode_attention(
+            q,
+            k,
+            v,
+            cache.keys[self.layer],
+            cache.values[self.layer],
+            rows,
+            self.scale,
+            turns=None if rotary is None else rotary.turns,
+            up=None if up is None else self._by_head(up.weight),
+            up_bias=None if up is None else up.bias,
+        )
 
     def _expanded(
         self,

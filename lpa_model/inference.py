@@ -5,10 +5,13 @@ Nothing here touches checkpoints or training; a model that has been prepared can
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor, nn
 
 from lpa_model.attention import Attention
+from lpa_model.kernels.launch import KERNEL_DTYPES
 from lpa_model.layers import LowRankLinear, SwiGLU
 from lpa_model.model import LPAForCausalLM
 
@@ -58,6 +61,7 @@ def prepare_for_inference(model: LPAForCausalLM) -> None:
             if model.rotary is not None:
                 _interleave(module)
             _join_down(module)
+            module.compiled = can_compile(model)
     if model.rotary is not None:
         model.rotary.turns = torch.complex(model.rotary.cos, model.rotary.sin)
     if can_pack(model):
@@ -106,6 +110,12 @@ def can_pack(model: LPAForCausalLM) -> bool:
     if weight.dtype is torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return weight.dtype is torch.float32
+
+
+def can_compile(model: LPAForCausalLM) -> bool:
+    """Whether decode attention has a compiled kernel for this model's dtype and device."""
+    weight = model.embed_tokens.weight
+    return weight.device.type == "cpu" and weight.dtype in KERNEL_DTYPES and find_spec("numba") is not None
 
 
 def _pack(model: LPAForCausalLM) -> None:

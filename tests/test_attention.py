@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lpa_model.attention import TILE, AttentionMetadata, Span, decode_attention, decode_attention_reference
+from lpa_model.attention import TILE, AttentionMetadata, Span
 from lpa_model.cache import LatentCache
 from lpa_model.config import Architecture, CacheLayout
+from lpa_model.decode import decode_attention, decode_attention_reference
 from lpa_model.model import LPAForCausalLM
 from tests.conftest import random_model, tiny_config
 
@@ -165,7 +166,7 @@ def step(
         text.rows.append(logits[at : at + span.length])
         text.computed += span.length
         at += span.length
-    if meta.pairs is not None:
+    if meta.num_decode:
         in_place = isinstance(meta.pairs.blocks, slice)
         seen.in_place += in_place
         seen.gathered += not in_place
@@ -205,7 +206,6 @@ def test_metadata_of_a_mixed_batch() -> None:
 
 def test_shared_blocks_are_read_in_place_once_for_all_queries() -> None:
     pairs = spans_meta([Span(17, 1, [0, 1, 2], True), Span(20, 1, [0, 1, 3], True)]).pairs
-    assert pairs is not None
     assert pairs.blocks == slice(0, 4)
     assert pairs.multiplicity == 2
     assert len(set(pairs.slot.tolist())) == len(pairs.row) == 6
@@ -215,13 +215,12 @@ def test_positions_stay_below_the_longest_query() -> None:
     """A model has no rotary position past its context, which need not be a multiple of the block size."""
     for table in ([0, 1], [90, 91]):
         pairs = spans_meta([Span(9, 1, table, True)]).pairs
-        assert pairs is not None
         assert pairs.positions.tolist() == [list(range(8)), [8, *[9] * 7]]
 
 
 def test_far_blocks_are_gathered() -> None:
     pairs = spans_meta([Span(17, 1, [40, 7, 90], True)]).pairs
-    assert pairs is not None and isinstance(pairs.blocks, Tensor)
+    assert isinstance(pairs.blocks, Tensor)
     assert pairs.blocks.tolist() == [40, 7, 90]
     assert pairs.multiplicity == 1
 
@@ -274,7 +273,6 @@ def test_decode_attention(case: dict[str, Any]) -> None:
     keys, values = pool(case["key_heads"], case["key_width"]), pool(case["value_heads"], case["value_width"])
     q = torch.randn(len(spans), heads, case["key_width"], generator=generator) * case["size"]
     pairs = spans_meta(spans, block_size).pairs
-    assert pairs is not None
     scale = 0.7
     arguments = (q, keys[pairs.blocks], values[pairs.blocks], pairs, scale)
     found = decode_attention(*arguments)

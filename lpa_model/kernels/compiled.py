@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import carray, cfunc, from_dtype, njit, types
+from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
 CALL = np.dtype(
@@ -120,6 +121,28 @@ def _as_float(typing: Any, bits: Any) -> Any:
     return types.float32(types.int32), build
 
 
+@intrinsic
+def _prefetch(typing: Any, address: Any) -> Any:
+    """Have the line at `address`, which need not be anything's, come to the second-level cache."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        integer, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, integer, integer, integer])
+        prefetch = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        numbers = [ir.Constant(integer, n) for n in (0, 2, 1)]  # to read, second level, data
+        builder.call(prefetch, [builder.inttoptr(arguments[0], pointer), *numbers])
+        return context.get_dummy_value()
+
+    return types.void(address), build
+
+
+@njit
+def _prefetch_rows(ahead, row, count, size):  # type: ignore[no-untyped-def]
+    """Rows `row` to `row + count` of `size` bytes each at the address `ahead`."""
+    for line in range(row * size, (row + count) * size, 64):
+        _prefetch(ahead + line)
+
+
 @njit(fastmath=FAST)
 def _exp(x):  # type: ignore[no-untyped-def]
     """e^x for x <= 0, to 2 units in the last place."""
@@ -137,10 +160,11 @@ def _exp(x):  # type: ignore[no-untyped-def]
 
 
 @njit(fastmath=FAST)
-def _scores(q, keys, tokens, out):  # type: ignore[no-untyped-def]
-    """q [width] . keys[:tokens] [.., width] -> out[:tokens]."""
+def _scores(q, keys, tokens, out, ahead):  # type: ignore[no-untyped-def]
+    """q [width] . keys[:tokens] [.., width] -> out[:tokens]; `ahead` is the address of what is read next."""
     t = 0
     while t + 4 <= tokens:
+        _prefetch_rows(ahead, t, 4, keys.strides[0])
         k0, k1, k2, k3 = keys[t], keys[t + 1], keys[t + 2], keys[t + 3]
         s0, s1, s2, s3 = ZERO, ZERO, ZERO, ZERO
         for i in range(q.shape[0]):
@@ -159,11 +183,12 @@ def _scores(q, keys, tokens, out):  # type: ignore[no-untyped-def]
 
 
 @njit(fastmath=FAST)
-def _scores_of_four(q, keys, tokens, out, at):  # type: ignore[no-untyped-def]
+def _scores_of_four(q, keys, tokens, out, at, ahead):  # type: ignore[no-untyped-def]
     """q [4, width] . keys[:tokens] [.., width] -> out[:, at : at + tokens]: every key is widened once for all four."""
     q0, q1, q2, q3 = q[0], q[1], q[2], q[3]
     t = 0
     while t + 2 <= tokens:
+        _prefetch_rows(ahead, t, 2, keys.strides[0])
         k0, k1 = keys[t], keys[t + 1]
         a0, a1, a2, a3 = ZERO, ZERO, ZERO, ZERO
         b0, b1, b2, b3 = ZERO, ZERO, ZERO, ZERO
@@ -182,14 +207,15 @@ def _scores_of_four(q, keys, tokens, out, at):  # type: ignore[no-untyped-def]
         t += 2
     if t < tokens:
         for h in range(4):
-            _scores(q[h], keys[t:], 1, out[h, at + t :])
+            _scores(q[h], keys[t:], 1, out[h, at + t :], ahead)
 
 
 @njit(fastmath=FAST)
-def _mix(weights, values, tokens, out):  # type: ignore[no-untyped-def]
+def _mix(weights, values, tokens, out, ahead):  # type: ignore[no-untyped-def]
     """out [width] += weights[:tokens] . values[:tokens] [.., width]."""
     t = 0
     while t + 4 <= tokens:
+        _prefetch_rows(ahead, t, 4, values.strides[0])
         v0, v1, v2, v3 = values[t], values[t + 1], values[t + 2], values[t + 3]
         w0, w1, w2, w3 = weights[t], weights[t + 1], weights[t + 2], weights[t + 3]
         for i in range(out.shape[0]):
@@ -203,11 +229,12 @@ def _mix(weights, values, tokens, out):  # type: ignore[no-untyped-def]
 
 
 @njit(fastmath=FAST)
-def _mix_of_four(weights, at, values, tokens, out):  # type: ignore[no-untyped-def]
+def _mix_of_four(weights, at, values, tokens, out, ahead):  # type: ignore[no-untyped-def]
     """out [4, width] += weights[:, at : at + tokens] . values[:tokens] [.., width]: a value is widened once for all."""
     o0, o1, o2, o3 = out[0], out[1], out[2], out[3]
     t = 0
     while t + 4 <= tokens:
+        _prefetch_rows(ahead, t, 4, values.strides[0])
         v0, v1, v2, v3 = values[t], values[t + 1], values[t + 2], values[t + 3]
         w = weights[:, at + t :]
         a0, a1, a2, a3 = w[0, 0], w[0, 1], w[0, 2], w[0, 3]
@@ -223,7 +250,7 @@ def _mix_of_four(weights, at, values, tokens, out):  # type: ignore[no-untyped-d
         t += 4
     if t < tokens:
         for h in range(4):
-            _mix(weights[h, at + t :], values[t:], tokens - t, out[h])
+            _mix(weights[h, at + t :], values[t:], tokens - t, out[h], ahead)
 
 
 @njit(fastmath=FAST)
@@ -297,11 +324,17 @@ def _attend(call, item, q, scores, like):  # type: ignore[no-untyped-def]
         for k in range(key_heads):
             h = k * group
             block_keys = keys[table[first_block + b], k]
+            if k + 1 < key_heads:
+                ahead = block_keys.ctypes.data + keys.strides[1]
+            elif b + 1 < blocks:
+                ahead = call.keys + table[first_block + b + 1] * keys.strides[0]
+            else:
+                ahead = call.values + table[first_block] * values.strides[0]
             while h + 4 <= (k + 1) * group:
-                _scores_of_four(q[h : h + 4], block_keys, count, scores[h : h + 4], at)
+                _scores_of_four(q[h : h + 4], block_keys, count, scores[h : h + 4], at, ahead)
                 h += 4
             while h < (k + 1) * group:
-                _scores(q[h], block_keys, count, scores[h, at:])
+                _scores(q[h], block_keys, count, scores[h, at:], ahead)
                 h += 1
     for h in range(heads):
         stats[0, h], stats[1, h] = _soften(scores[h], tokens)
@@ -314,11 +347,17 @@ def _attend(call, item, q, scores, like):  # type: ignore[no-untyped-def]
         for k in range(value_heads):
             h = k * group
             block_values = values[table[first_block + b], k]
+            if k + 1 < value_heads:
+                ahead = block_values.ctypes.data + values.strides[1]
+            elif b + 1 < blocks:
+                ahead = call.values + table[first_block + b + 1] * values.strides[0]
+            else:
+                ahead = call.up
             while h + 4 <= (k + 1) * group:
-                _mix_of_four(scores[h : h + 4], at, block_values, count, out[h : h + 4])
+                _mix_of_four(scores[h : h + 4], at, block_values, count, out[h : h + 4], ahead)
                 h += 4
             while h < (k + 1) * group:
-                _mix(scores[h, at:], block_values, count, out[h])
+                _mix(scores[h, at:], block_values, count, out[h], ahead)
                 h += 1
     return row
 
@@ -351,7 +390,7 @@ def _merge(call, row, like):  # type: ignore[no-untyped-def]
         if call.up:
             out = carray(_address(call.out, like), (call.rows, heads, call.up_width))[row, h]
             g = h // (heads // call.up_heads)
-            _scores(mean, up[g], call.up_width, rebuilt)
+            _scores(mean, up[g], call.up_width, rebuilt, call.up + (g + 1) * up.strides[0])
             for i in range(call.up_width):
                 bias = _widen(up_bias[g, i]) if call.up_bias else ZERO
                 out[i] = _narrow(rebuilt[i] + bias, like)

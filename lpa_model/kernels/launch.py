@@ -6,8 +6,8 @@ import ctypes
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from types import ModuleType
+from functools import cache, cached_property
+from struct import Struct
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 TILE_TOKENS = 128  # at most, in whole blocks: what one thread attends to at a time
-SERIAL_BYTES = 1 << 15  # of cache to read: less is not worth a second thread
+CALL = Struct("31qd")  # `compiled.CALL`
+KERNEL_DTYPES = {torch.bfloat16: "decode_bfloat16", torch.float32: "decode_float32"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,21 @@ class DecodeRows:
     first_items: NDArray[np.int64]  # [rows + 1]
     block_size: int
     tile_blocks: int
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Of the arrays, in the order above."""
+        arrays = (self.positions, self.lengths, self.tables, self.table_starts, self.item_rows, self.first_items)
+        return tuple(array.ctypes.data for array in arrays)
+
+    @cached_property
+    def counters(self) -> NDArray[np.int64]:
+        """[1 + rows]: scratch of one call after another."""
+        return np.empty(1 + len(self.lengths), dtype=np.int64)
+
+    @cached_property
+    def counters_address(self) -> int:
+        return self.counters.ctypes.data
 
     @classmethod
     def build(
@@ -86,64 +102,54 @@ def decode_attention(
         [rows, H, out, or value width without `up`]; computed in float32, rounded once.
     """
     count, heads, key_width = q.shape
-    value_heads, value_width = values.shape[1], values.shape[3]
-    up_heads, up_width = (up.shape[0], up.shape[1]) if up is not None else (0, 0)
-    out = q.new_empty(count, heads, up_width or value_width)
+    _, key_heads, block_size, _ = keys.shape
+    _, value_heads, _, value_width = values.shape
+    up_heads, up_width = (0, 0) if up is None else up.shape[:2]
+    assert q.is_contiguous() and keys.is_contiguous() and values.is_contiguous()
+    out = torch.empty(count, heads, up_width or value_width, dtype=q.dtype)
     items = len(rows.item_rows)
-    partial = np.empty(items * heads * (value_width + 2), dtype=np.float32)
-    counters = np.zeros(1 + count, dtype=np.int64)
-    call = np.array(
-        (
-            q.data_ptr(),
-            new_keys.data_ptr(),
-            new_values.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            0 if up is None else up.data_ptr(),
-            0 if up_bias is None else up_bias.data_ptr(),
-            out.data_ptr(),
-            0 if turns is None else turns.data_ptr(),
-            partial.ctypes.data,
-            partial.ctypes.data + 4 * items * heads * value_width,
-            rows.positions.ctypes.data,
-            rows.lengths.ctypes.data,
-            rows.tables.ctypes.data,
-            8 * 0 + rows.table_starts.ctypes.data,
-            rows.item_rows.ctypes.data,
-            rows.first_items.ctypes.data,
-            counters.ctypes.data,
-            count,
-            items,
-            heads,
-            keys.shape[1],
-            value_heads,
-            up_heads,
-            key_width,
-            value_width,
-            up_width,
-            new_keys.stride(0),
-            new_values.stride(0),
-            rows.block_size,
-            rows.tile_blocks,
-            scale,
-        ),
-        dtype=compiled().CALL,
+    partial = torch.empty(items * heads * (value_width + 2), dtype=torch.float32)  # and stats behind it
+    scratch = partial.data_ptr()
+    rows.counters.fill(0)
+    call = CALL.pack(
+        q.data_ptr(),
+        new_keys.data_ptr(),
+        new_values.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        0 if up is None else up.data_ptr(),
+        0 if up_bias is None else up_bias.data_ptr(),
+        out.data_ptr(),
+        0 if turns is None else turns.data_ptr(),
+        scratch,
+        scratch + 4 * items * heads * value_width,
+        *rows.addresses,
+        rows.counters_address,
+        count,
+        items,
+        heads,
+        key_heads,
+        value_heads,
+        up_heads,
+        key_width,
+        value_width,
+        up_width,
+        new_keys.stride(0),
+        new_values.stride(0),
+        block_size,
+        rows.tile_blocks,
+        scale,
     )
-    _start(compiled_for(q.dtype), call.ctypes.data, items)
+    _start(compiled_for(q.dtype), call, items)
     return out
 
 
 @cache
-def compiled() -> ModuleType:
+def compiled_for(dtype: torch.dtype) -> Any:
+    """The kernel as a function of the address of a call; compiling it takes seconds unless numba has it in a cache."""
     from lpa_model.kernels import compiled
 
-    return compiled
-
-
-@cache
-def compiled_for(dtype: torch.dtype) -> Any:
-    name = {torch.bfloat16: "decode_bfloat16", torch.float32: "decode_float32"}[dtype]
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(getattr(compiled(), name).address)
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(getattr(compiled, KERNEL_DTYPES[dtype]).address)
 
 
 @cache
@@ -152,10 +158,10 @@ def _openmp() -> Any:
     return getattr(ctypes.CDLL(None), "GOMP_parallel", None) if sys.platform == "linux" else None
 
 
-def _start(kernel: Any, call: int, items: int) -> None:
+def _start(kernel: Any, call: bytes, items: int) -> None:
     threads = torch.get_num_threads() if items > 1 else 1
     parallel = _openmp()
     if threads == 1 or parallel is None:
         kernel(call)
     else:
-        parallel(kernel, ctypes.c_void_p(call), threads, 0)
+        parallel(kernel, call, threads, 0)
