@@ -8,6 +8,7 @@ where it lies and, where positions allow it, never rebuilds a key or a value (LP
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 from lpa_model.cache import LatentCache
 from lpa_model.config import PROJECTIONS, LPAConfig, Projection
 from lpa_model.decode import DecodePairs, decode_attention, decode_pairs
-from lpa_model.kernels.launch import DecodeRows
-from lpa_model.kernels.launch import decode_attention as compiled_decode_attention
+from lpa_model.kernels.attention import DecodeRows
+from lpa_model.kernels.attention import decode_attention as compiled_decode_attention
+from lpa_model.kernels.launch import Kernel
 from lpa_model.layers import LowRankLinear, RotaryEmbedding, first_half, projection, second_half
 
 TILE = 64  # tokens
@@ -225,7 +227,7 @@ class Attention(nn.Module):
         # A of q, k and v as one product: set by `prepare_for_inference`
         self.joint_down: nn.Module | None = None
         self.joint_ranks: list[int] = []
-        self.compiled = False  # whether decode rows take the compiled kernel: likewise
+        self.kernel: Future[Kernel | None] | None = None  # what decode rows take where there is one: likewise
 
     def forward(
         self, x: Tensor, rotary: RotaryEmbedding | None, meta: AttentionMetadata | None, cache: LatentCache | None
@@ -243,9 +245,11 @@ class Attention(nn.Module):
 
         parts = []  # in the order of the rows
         done, real = 0, meta.num_rows
-        if meta.num_decode and self.compiled and not (keys_latent and rotary is not None):
+        # keys that have to be rebuilt and turned are none of the kernel's business
+        rebuilds = keys_latent and rotary is not None
+        if meta.num_decode and not rebuilds and self.kernel is not None and (kernel := self.kernel.result()):
             done = meta.num_decode
-            parts.append(self._decode_compiled(q[:done], k[:done], v[:done], rotary, meta.decode_rows, cache))
+            parts.append(self._decode_compiled(kernel, q[:done], k[:done], v[:done], rotary, meta.decode_rows, cache))
         if done < real:
             if rotary is not None:
                 q = rotary(q, meta.positions)
@@ -298,7 +302,14 @@ class Attention(nn.Module):
         return out
 
     def _decode_compiled(
-        self, q: Tensor, k: Tensor, v: Tensor, rotary: RotaryEmbedding | None, rows: DecodeRows, cache: LatentCache
+        self,
+        kernel: Kernel,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: RotaryEmbedding | None,
+        rows: DecodeRows,
+        cache: LatentCache,
     ) -> Tensor:
         """`_decode` with rotary turns and the cache's new entries inside: k and v as the projections leave them."""
         keys_latent, values_latent = cache.forms[self.layer]
@@ -306,6 +317,7 @@ class Attention(nn.Module):
             q = _per_kv_head(q, self._by_head(self._up(self.k_proj).weight)).contiguous()
         up = self._up(self.v_proj) if values_latent else None
         return compiled_decode_attention(
+            kernel,
             q,
             k,
             v,

@@ -5,14 +5,13 @@ Nothing here touches checkpoints or training; a model that has been prepared can
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor, nn
 
 from lpa_model.attention import Attention
-from lpa_model.kernels.launch import KERNEL_DTYPES
-from lpa_model.layers import LowRankLinear, SwiGLU
+from lpa_model.kernels import attention, rms_norm
+from lpa_model.kernels.launch import compile_kernel
+from lpa_model.layers import LowRankLinear, RMSNorm, SwiGLU
 from lpa_model.model import LPAForCausalLM
 
 
@@ -32,6 +31,23 @@ class PackedLinear(nn.Module):
         """x [..., in] -> [..., out]; `activation` is one of oneDNN's, applied before the result is rounded."""
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, activation, [], "")
         return y
+
+
+class CompiledRMSNorm(nn.Module):
+    """`RMSNorm` in one pass where its kernel can be compiled, else as it was."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.norm = norm
+        self.kernel = compile_kernel(rms_norm.KERNEL)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [rows, size] float32 -> [rows, size] bfloat16."""
+        kernel = self.kernel.result()
+        if kernel is None or x.dim() != 2:
+            y: Tensor = self.norm(x)
+            return y
+        return rms_norm.rms_norm(kernel, x, self.norm.weight, self.norm.eps)
 
 
 class PackedSwiGLU(nn.Module):
@@ -61,9 +77,9 @@ def prepare_for_inference(model: LPAForCausalLM) -> None:
             if model.rotary is not None:
                 _interleave(module)
             _join_down(module)
-            module.compiled = can_compile(model)
     if model.rotary is not None:
         model.rotary.turns = torch.complex(model.rotary.cos, model.rotary.sin)
+    _compile(model)
     if can_pack(model):
         _pack(model)
 
@@ -112,10 +128,16 @@ def can_pack(model: LPAForCausalLM) -> bool:
     return weight.dtype is torch.float32
 
 
-def can_compile(model: LPAForCausalLM) -> bool:
-    """Whether decode attention has a compiled kernel for this model's dtype and device."""
+def _compile(model: LPAForCausalLM) -> None:
+    """Have kernels compiled where there are some for this model's dtype and device."""
     weight = model.embed_tokens.weight
-    return weight.device.type == "cpu" and weight.dtype in KERNEL_DTYPES and find_spec("numba") is not None
+    if weight.device.type != "cpu" or weight.dtype not in attention.KERNELS:
+        return
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Attention):
+            module.kernel = compile_kernel(attention.KERNELS[weight.dtype])
+        if isinstance(module, RMSNorm) and weight.dtype is torch.bfloat16:
+            model.set_submodule(name, CompiledRMSNorm(module))
 
 
 def _pack(model: LPAForCausalLM) -> None:

@@ -1,167 +1,100 @@
-"""Decode attention by the compiled kernel, on torch's tensors and in torch's threads."""
+"""Kernels compiled beside everything else, and run in the threads that torch runs in.
+
+Nothing here or in what calls it imports numba but the thread that compiles: the import takes time, and may fail.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import importlib
+import logging
+import os
+import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
-from struct import Struct
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-TILE_TOKENS = 128  # at most, in whole blocks: what one thread attends to at a time
-CALL = Struct("31qd")  # `compiled.CALL`
-KERNEL_DTYPES = {torch.bfloat16: "decode_bfloat16", torch.float32: "decode_float32"}
+logger = logging.getLogger(__name__)
 
+Kernel = Callable[[bytes, int], None]
+"""Takes the bytes of a call, and into how many pieces its work falls: it returns when all are done."""
 
-@dataclass(frozen=True)
-class DecodeRows:
-    """Queries of a step and the cache blocks that each attends to, cut into tiles at multiples of a fixed length."""
-
-    positions: NDArray[np.int64]  # [rows]
-    lengths: NDArray[np.int64]  # [rows]: tokens to attend to, the query's own included
-    tables: NDArray[np.int64]  # the rows' blocks, one row after another
-    table_starts: NDArray[np.int64]  # [rows]
-    item_rows: NDArray[np.int64]  # [items]
-    first_items: NDArray[np.int64]  # [rows + 1]
-    block_size: int
-    tile_blocks: int
-
-    @cached_property
-    def addresses(self) -> tuple[int, ...]:
-        """Of the arrays, in the order above."""
-        arrays = (self.positions, self.lengths, self.tables, self.table_starts, self.item_rows, self.first_items)
-        return tuple(array.ctypes.data for array in arrays)
-
-    @cached_property
-    def counters(self) -> NDArray[np.int64]:
-        """[1 + rows]: scratch of one call after another."""
-        return np.empty(1 + len(self.lengths), dtype=np.int64)
-
-    @cached_property
-    def counters_address(self) -> int:
-        return self.counters.ctypes.data
-
-    @classmethod
-    def build(
-        cls, positions: NDArray[np.int64], lengths: NDArray[np.int64], tables: Sequence[Sequence[int]], block_size: int
-    ) -> DecodeRows:
-        """`tables` cover `lengths` tokens, or more."""
-        tile_blocks = max(1, TILE_TOKENS // block_size)
-        items = -(-lengths // (tile_blocks * block_size))
-        sizes = np.array([len(table) for table in tables])
-        return cls(
-            positions=positions,
-            lengths=lengths,
-            tables=np.concatenate([np.asarray(table, dtype=np.int64) for table in tables]),
-            table_starts=np.cumsum(sizes) - sizes,
-            item_rows=np.repeat(np.arange(len(lengths)), items),
-            first_items=np.concatenate(([0], np.cumsum(items))),
-            block_size=block_size,
-            tile_blocks=tile_blocks,
-        )
-
-
-def decode_attention(
-    q: Tensor,
-    new_keys: Tensor,
-    new_values: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    rows: DecodeRows,
-    scale: float,
-    *,
-    turns: Tensor | None = None,
-    up: Tensor | None = None,
-    up_bias: Tensor | None = None,
-) -> Tensor:
-    """Write the step's own keys and values into the cache, and attend to all that is there.
-
-    A row's result depends on nothing but the row: not on the others, nor on the number of threads.
-
-    Args:
-        q: [rows, H, key width], in the cache's dtype like all that follow; contiguous.
-        new_keys: [rows, key heads * key width]; a slice of a wider tensor will do.
-        new_values: [rows, value heads * value width]; likewise.
-        keys: the pool [blocks, key heads, block_size, key width]; query heads are consecutive per key head.
-        values: the pool [blocks, value heads, block_size, value width].
-        rows: where each query stands.
-        scale: factor on the scores, 1/sqrt(dh).
-        turns: complex64 [positions, key width / 2], cos + i sin of rotary positions whose pairs are neighbours;
-            applied to queries and new keys.
-        up: [up heads, out, value width], multiplied into the outputs; query heads are consecutive per up head.
-        up_bias: [up heads * out], added after `up`.
-
-    Returns:
-        [rows, H, out, or value width without `up`]; computed in float32, rounded once.
-    """
-    count, heads, key_width = q.shape
-    _, key_heads, block_size, _ = keys.shape
-    _, value_heads, _, value_width = values.shape
-    up_heads, up_width = (0, 0) if up is None else up.shape[:2]
-    assert q.is_contiguous() and keys.is_contiguous() and values.is_contiguous()
-    out = torch.empty(count, heads, up_width or value_width, dtype=q.dtype)
-    items = len(rows.item_rows)
-    partial = torch.empty(items * heads * (value_width + 2), dtype=torch.float32)  # and stats behind it
-    scratch = partial.data_ptr()
-    rows.counters.fill(0)
-    call = CALL.pack(
-        q.data_ptr(),
-        new_keys.data_ptr(),
-        new_values.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        0 if up is None else up.data_ptr(),
-        0 if up_bias is None else up_bias.data_ptr(),
-        out.data_ptr(),
-        0 if turns is None else turns.data_ptr(),
-        scratch,
-        scratch + 4 * items * heads * value_width,
-        *rows.addresses,
-        rows.counters_address,
-        count,
-        items,
-        heads,
-        key_heads,
-        value_heads,
-        up_heads,
-        key_width,
-        value_width,
-        up_width,
-        new_keys.stride(0),
-        new_values.stride(0),
-        block_size,
-        rows.tile_blocks,
-        scale,
-    )
-    _start(compiled_for(q.dtype), call, items)
-    return out
+_one_at_a_time = threading.Lock()
 
 
 @cache
-def compiled_for(dtype: torch.dtype) -> Any:
-    """The kernel as a function of the address of a call; compiling it takes seconds unless numba has it in a cache."""
-    from lpa_model.kernels import compiled
+def compile_kernel(name: str) -> Future[Kernel | None]:
+    """Start to compile `module.function`, or to load it from numba's cache; None in the end if that is not possible.
 
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(getattr(compiled, KERNEL_DTYPES[dtype]).address)
+    It takes seconds without a cache. Whoever needs the kernel waits for it, so that results do not depend on when it
+    was ready.
+    """
+    future: Future[Kernel | None] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(_load(name))
+        except Exception as error:  # whatever numba cannot do here, torch can
+            logger.warning("%s: not compiled, so that plain torch does its work: %s", name, error)
+            future.set_result(None)
+
+    if find_spec("numba") is None:
+        future.set_result(None)
+    else:
+        threading.Thread(target=run, name=f"compile {name}", daemon=True).start()
+    return future
+
+
+def _load(name: str) -> Kernel:
+    module_name, function = name.rsplit(".", 1)
+    with _one_at_a_time:
+        import numba
+
+        numba.config.CACHE_DIR = str(_cache_folder())
+        module = importlib.import_module(module_name)
+        compiled = numba.cfunc(module.SIGNATURE, cache=True)(getattr(module, function))
+    kernel = compiled.ctypes  # holds on to the code
+    kernel.argtypes = [ctypes.c_void_p]
+    parallel = _openmp()
+
+    def start(call: bytes, pieces: int) -> None:
+        threads = torch.get_num_threads()
+        if pieces == 1 or threads == 1 or parallel is None:
+            kernel(call)
+        else:
+            parallel(kernel, call, threads, 0)
+
+    return start
+
+
+@cache
+def _cache_folder() -> Path:
+    """Where numba keeps what it has compiled: it is told apart by all of the kernels' source, and can be written to."""
+    here = Path(__file__).parent
+    source = b"".join(path.read_bytes() for path in sorted(here.glob("*.py")))
+    folder = Path(os.environ.get("NUMBA_CACHE_DIR") or here / "__pycache__") / hashlib.sha256(source).hexdigest()[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:  # numba reads nothing where it may not write: what was compiled at installation is copied
+        copy = Path(tempfile.mkdtemp(prefix="lpa-kernels-"))
+        return Path(shutil.copytree(folder, copy, dirs_exist_ok=True)) if folder.is_dir() else copy
+    return folder
 
 
 @cache
 def _openmp() -> Any:
-    """The OpenMP library that torch itself runs on, whose threads are awake already; None if there is none."""
+    """The start of a parallel region in the OpenMP library that torch runs on; None if there is none to be found.
+
+    Its threads are there already, and two libraries' threads would get into each other's way.
+    """
     return getattr(ctypes.CDLL(None), "GOMP_parallel", None) if sys.platform == "linux" else None
-
-
-def _start(kernel: Any, call: bytes, items: int) -> None:
-    threads = torch.get_num_threads() if items > 1 else 1
-    parallel = _openmp()
-    if threads == 1 or parallel is None:
-        kernel(call)
-    else:
-        parallel(kernel, call, threads, 0)

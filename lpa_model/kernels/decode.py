@@ -1,18 +1,14 @@
 """Decode attention as machine code: single queries over a paged cache of keys and values, full or latent.
 
-Plain loops that LLVM vectorises. bfloat16 numbers travel as uint16 and are widened to float32, in which everything is
-computed. Only `launch` imports this file, because importing numba takes time and may fail.
+Plain loops that LLVM vectorises. The cache's numbers are widened to float32, in which everything is computed.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
-from numba import carray, cfunc, from_dtype, njit, types
-from numba.core.cgutils import get_or_insert_function
-from numba.extending import intrinsic
+from numba import carray, from_dtype, types
+
+from lpa_model.kernels.machine import ZERO, address, compiled, exp, fetch_add, narrow, prefetch_rows, widen
 
 CALL = np.dtype(
     [
@@ -58,142 +54,42 @@ CALL = np.dtype(
     + [("scale", np.float64)]
 )
 
-# sums may be taken in any order, so that they are vectors; nothing is assumed about infinities and NaN
-FAST = {"reassoc", "contract", "nsz", "arcp"}
-ZERO = np.float32(0)
 
-
-@intrinsic
-def _address(typing: Any, address: Any, like: Any) -> Any:
-    """A pointer to numbers of the type of `like`."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(like)(address, like), build
-
-
-@intrinsic
-def _fetch_add(typing: Any, address: Any) -> Any:
-    """Add 1 to the int64 at `address` for all threads to see; returns what was there."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "acq_rel")
-
-    return types.int64(address), build
-
-
-@intrinsic
-def _widen(typing: Any, x: Any) -> Any:
-    """A cached number as float32."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if x == types.float32:
-            return arguments[0]
-        bits = builder.zext(arguments[0], ir.IntType(32))
-        return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, 16)), ir.FloatType())
-
-    return types.float32(x), build
-
-
-@intrinsic
-def _narrow(typing: Any, x: Any, like: Any) -> Any:
-    """A float32 as a cached number, rounded to nearest even."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if like == types.float32:
-            return arguments[0]
-        bits = builder.bitcast(arguments[0], ir.IntType(32))
-        sixteen, one = ir.Constant(bits.type, 16), ir.Constant(bits.type, 1)
-        odd = builder.and_(builder.lshr(bits, sixteen), one)
-        bits = builder.add(bits, builder.add(odd, ir.Constant(bits.type, 0x7FFF)))
-        return builder.trunc(builder.lshr(bits, sixteen), ir.IntType(16))
-
-    return like(types.float32, like), build
-
-
-@intrinsic
-def _as_float(typing: Any, bits: Any) -> Any:
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.FloatType())
-
-    return types.float32(types.int32), build
-
-
-@intrinsic
-def _prefetch(typing: Any, address: Any) -> Any:
-    """Have the line at `address`, which need not be anything's, come to the second-level cache."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        integer, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer, integer, integer, integer])
-        prefetch = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        numbers = [ir.Constant(integer, n) for n in (0, 2, 1)]  # to read, second level, data
-        builder.call(prefetch, [builder.inttoptr(arguments[0], pointer), *numbers])
-        return context.get_dummy_value()
-
-    return types.void(address), build
-
-
-@njit
-def _prefetch_rows(ahead, row, count, size):  # type: ignore[no-untyped-def]
-    """Rows `row` to `row + count` of `size` bytes each at the address `ahead`."""
-    for line in range(row * size, (row + count) * size, 64):
-        _prefetch(ahead + line)
-
-
-@njit(fastmath=FAST)
-def _exp(x):  # type: ignore[no-untyped-def]
-    """e^x for x <= 0, to 2 units in the last place."""
-    power = max(x * np.float32(1.4426950408889634), np.float32(-126))
-    whole = np.floor(power)
-    y = power - whole
-    # 2^y on [0, 1), a minimax polynomial
-    series = np.float32(1.8775767e-3)
-    series = series * y + np.float32(8.9893397e-3)
-    series = series * y + np.float32(5.5826318e-2)
-    series = series * y + np.float32(2.4015361e-1)
-    series = series * y + np.float32(6.9315308e-1)
-    series = series * y + np.float32(0.99999994)
-    return series * _as_float((np.int32(whole) + np.int32(127)) << np.int32(23))
-
-
-@njit(fastmath=FAST)
-def _scores(q, keys, tokens, out, ahead):  # type: ignore[no-untyped-def]
+@compiled
+def _scores(q, keys, tokens, out, ahead):
     """q [width] . keys[:tokens] [.., width] -> out[:tokens]; `ahead` is the address of what is read next."""
     t = 0
     while t + 4 <= tokens:
-        _prefetch_rows(ahead, t, 4, keys.strides[0])
+        prefetch_rows(ahead, t, 4, keys.strides[0])
         k0, k1, k2, k3 = keys[t], keys[t + 1], keys[t + 2], keys[t + 3]
         s0, s1, s2, s3 = ZERO, ZERO, ZERO, ZERO
         for i in range(q.shape[0]):
-            s0 += q[i] * _widen(k0[i])
-            s1 += q[i] * _widen(k1[i])
-            s2 += q[i] * _widen(k2[i])
-            s3 += q[i] * _widen(k3[i])
+            s0 += q[i] * widen(k0[i])
+            s1 += q[i] * widen(k1[i])
+            s2 += q[i] * widen(k2[i])
+            s3 += q[i] * widen(k3[i])
         out[t], out[t + 1], out[t + 2], out[t + 3] = s0, s1, s2, s3
         t += 4
     while t < tokens:
         k0, s0 = keys[t], ZERO
         for i in range(q.shape[0]):
-            s0 += q[i] * _widen(k0[i])
+            s0 += q[i] * widen(k0[i])
         out[t] = s0
         t += 1
 
 
-@njit(fastmath=FAST)
-def _scores_of_four(q, keys, tokens, out, at, ahead):  # type: ignore[no-untyped-def]
+@compiled
+def _scores_of_four(q, keys, tokens, out, at, ahead):
     """q [4, width] . keys[:tokens] [.., width] -> out[:, at : at + tokens]: every key is widened once for all four."""
     q0, q1, q2, q3 = q[0], q[1], q[2], q[3]
     t = 0
     while t + 2 <= tokens:
-        _prefetch_rows(ahead, t, 2, keys.strides[0])
+        prefetch_rows(ahead, t, 2, keys.strides[0])
         k0, k1 = keys[t], keys[t + 1]
         a0, a1, a2, a3 = ZERO, ZERO, ZERO, ZERO
         b0, b1, b2, b3 = ZERO, ZERO, ZERO, ZERO
         for i in range(q0.shape[0]):
-            a, b = _widen(k0[i]), _widen(k1[i])
+            a, b = widen(k0[i]), widen(k1[i])
             a0 += q0[i] * a
             a1 += q1[i] * a
             a2 += q2[i] * a
@@ -207,34 +103,34 @@ def _scores_of_four(q, keys, tokens, out, at, ahead):  # type: ignore[no-untyped
         t += 2
     if t < tokens:
         for h in range(4):
-            _scores(q[h], keys[t:], 1, out[h, at + t :], ahead)
+            _scores(q[h], keys[t:], tokens - t, out[h, at + t :], ahead)
 
 
-@njit(fastmath=FAST)
-def _mix(weights, values, tokens, out, ahead):  # type: ignore[no-untyped-def]
+@compiled
+def _mix(weights, values, tokens, out, ahead):
     """out [width] += weights[:tokens] . values[:tokens] [.., width]."""
     t = 0
     while t + 4 <= tokens:
-        _prefetch_rows(ahead, t, 4, values.strides[0])
+        prefetch_rows(ahead, t, 4, values.strides[0])
         v0, v1, v2, v3 = values[t], values[t + 1], values[t + 2], values[t + 3]
         w0, w1, w2, w3 = weights[t], weights[t + 1], weights[t + 2], weights[t + 3]
         for i in range(out.shape[0]):
-            out[i] += w0 * _widen(v0[i]) + w1 * _widen(v1[i]) + w2 * _widen(v2[i]) + w3 * _widen(v3[i])
+            out[i] += w0 * widen(v0[i]) + w1 * widen(v1[i]) + w2 * widen(v2[i]) + w3 * widen(v3[i])
         t += 4
     while t < tokens:
         v0, w0 = values[t], weights[t]
         for i in range(out.shape[0]):
-            out[i] += w0 * _widen(v0[i])
+            out[i] += w0 * widen(v0[i])
         t += 1
 
 
-@njit(fastmath=FAST)
-def _mix_of_four(weights, at, values, tokens, out, ahead):  # type: ignore[no-untyped-def]
+@compiled
+def _mix_of_four(weights, at, values, tokens, out, ahead):
     """out [4, width] += weights[:, at : at + tokens] . values[:tokens] [.., width]: a value is widened once for all."""
     o0, o1, o2, o3 = out[0], out[1], out[2], out[3]
     t = 0
     while t + 4 <= tokens:
-        _prefetch_rows(ahead, t, 4, values.strides[0])
+        prefetch_rows(ahead, t, 4, values.strides[0])
         v0, v1, v2, v3 = values[t], values[t + 1], values[t + 2], values[t + 3]
         w = weights[:, at + t :]
         a0, a1, a2, a3 = w[0, 0], w[0, 1], w[0, 2], w[0, 3]
@@ -242,7 +138,7 @@ def _mix_of_four(weights, at, values, tokens, out, ahead):  # type: ignore[no-un
         c0, c1, c2, c3 = w[2, 0], w[2, 1], w[2, 2], w[2, 3]
         d0, d1, d2, d3 = w[3, 0], w[3, 1], w[3, 2], w[3, 3]
         for i in range(o0.shape[0]):
-            x0, x1, x2, x3 = _widen(v0[i]), _widen(v1[i]), _widen(v2[i]), _widen(v3[i])
+            x0, x1, x2, x3 = widen(v0[i]), widen(v1[i]), widen(v2[i]), widen(v3[i])
             o0[i] += a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
             o1[i] += b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
             o2[i] += c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3
@@ -253,61 +149,64 @@ def _mix_of_four(weights, at, values, tokens, out, ahead):  # type: ignore[no-un
             _mix(weights[h, at + t :], values[t:], tokens - t, out[h], ahead)
 
 
-@njit(fastmath=FAST)
-def _soften(scores, tokens):  # type: ignore[no-untyped-def]
+@compiled
+def _soften(scores, tokens):
     """scores[:tokens] become e^(score - maximum); returns the maximum and the sum."""
     peak = scores[0]
     for t in range(1, tokens):
         peak = max(peak, scores[t])
     total = ZERO
     for t in range(tokens):
-        weight = _exp(scores[t] - peak)
+        weight = exp(scores[t] - peak)
         scores[t] = weight
         total += weight
     return peak, total
 
 
-@njit(fastmath=FAST)
-def _turn(x, turns, out, like):  # type: ignore[no-untyped-def]
+@compiled
+def _turn(x, turns, out, like):
     """Rotary position: neighbours x[2i], x[2i + 1] turn by turns [width] = (cos, sin, cos, sin, ...)."""
     for i in range(x.shape[0] // 2):
-        a, b = _widen(x[2 * i]), _widen(x[2 * i + 1])
+        a, b = widen(x[2 * i]), widen(x[2 * i + 1])
         cos, sin = turns[2 * i], turns[2 * i + 1]
-        out[2 * i] = _narrow(a * cos - b * sin, like)
-        out[2 * i + 1] = _narrow(b * cos + a * sin, like)
+        out[2 * i] = narrow(a * cos - b * sin, like)
+        out[2 * i + 1] = narrow(b * cos + a * sin, like)
 
 
-@njit(fastmath=FAST)
-def _attend(call, item, q, scores, like):  # type: ignore[no-untyped-def]
-    """One item: its maximum, sum and weighted values, not normalised, go to `stats` and `partial`."""
+@compiled
+def _attend(call, item, q, scores, like):
+    """One item: its maximum, sum and weighted values, not normalised, go to `stats` and `partial`. Returns its row.
+
+    What is read next is asked for a block or a head ahead: the processor's own guesses end at every page.
+    """
     heads, key_heads, value_heads = call.heads, call.key_heads, call.value_heads
-    row = carray(_address(call.item_rows, 0), (call.items,))[item]
-    first = carray(_address(call.first_items, 0), (call.rows + 1,))[row]
-    length = carray(_address(call.lengths, 0), (call.rows,))[row]
-    table = carray(_address(call.tables + 8 * carray(_address(call.table_starts, 0), (call.rows,))[row], 0), (1 << 30,))
+    row = carray(address(call.item_rows, 0), (call.items,))[item]
+    first = carray(address(call.first_items, 0), (call.rows + 1,))[row]
+    length = carray(address(call.lengths, 0), (call.rows,))[row]
+    table = carray(address(call.tables + 8 * carray(address(call.table_starts, 0), (call.rows,))[row], 0), (1 << 30,))
     first_block = (item - first) * call.tile_blocks
     blocks = min(call.tile_blocks, -(-length // call.block_size) - first_block)
     tokens = min(call.tile_blocks * call.block_size, length - first_block * call.block_size)
-    keys = carray(_address(call.keys, like), (1 << 30, key_heads, call.block_size, call.key_width))
-    values = carray(_address(call.values, like), (1 << 30, value_heads, call.block_size, call.value_width))
-    out = carray(_address(call.partial, ZERO), (call.items, heads, call.value_width))[item]
-    stats = carray(_address(call.stats, ZERO), (call.items, 2, heads))[item]
+    keys = carray(address(call.keys, like), (1 << 30, key_heads, call.block_size, call.key_width))
+    values = carray(address(call.values, like), (1 << 30, value_heads, call.block_size, call.value_width))
+    out = carray(address(call.partial, ZERO), (call.items, heads, call.value_width))[item]
+    stats = carray(address(call.stats, ZERO), (call.items, 2, heads))[item]
 
-    raw = carray(_address(call.q, like), (call.rows, heads, call.key_width))[row]
-    position = carray(_address(call.positions, 0), (call.rows,))[row]
-    turns = carray(_address(call.turns + 4 * position * call.key_width, ZERO), (call.key_width,))
+    raw = carray(address(call.q, like), (call.rows, heads, call.key_width))[row]
+    position = carray(address(call.positions, 0), (call.rows,))[row]
+    turns = carray(address(call.turns + 4 * position * call.key_width, ZERO), (call.key_width,))
     for h in range(heads):
         if call.turns:
             _turn(raw[h], turns, q[h], ZERO)
         else:
             for i in range(call.key_width):
-                q[h, i] = _widen(raw[h, i])
+                q[h, i] = widen(raw[h, i])
         for i in range(call.key_width):
             q[h, i] *= np.float32(call.scale)
     if first_block * call.block_size + tokens == length:  # the new token is one of these
         block, offset = table[(length - 1) // call.block_size], (length - 1) % call.block_size
-        new_keys = carray(_address(call.new_keys, like), (call.rows, call.key_stride))[row]
-        new_values = carray(_address(call.new_values, like), (call.rows, call.value_stride))[row]
+        new_keys = carray(address(call.new_keys, like), (call.rows, call.key_stride))[row]
+        new_values = carray(address(call.new_values, like), (call.rows, call.value_stride))[row]
         for h in range(key_heads):
             new = new_keys[h * call.key_width : (h + 1) * call.key_width]
             if call.turns:
@@ -362,16 +261,16 @@ def _attend(call, item, q, scores, like):  # type: ignore[no-untyped-def]
     return row
 
 
-@njit(fastmath=FAST)
-def _merge(call, row, like):  # type: ignore[no-untyped-def]
+@compiled
+def _merge(call, row, like):
     """The items of a row, all finished, become its output, in the order of their tokens."""
     heads, width = call.heads, call.value_width
-    first_items = carray(_address(call.first_items, 0), (call.rows + 1,))
+    first_items = carray(address(call.first_items, 0), (call.rows + 1,))
     first, end = first_items[row], first_items[row + 1]
-    partial = carray(_address(call.partial, ZERO), (call.items, heads, width))
-    stats = carray(_address(call.stats, ZERO), (call.items, 2, heads))
-    up = carray(_address(call.up, like), (call.up_heads, call.up_width, width))
-    up_bias = carray(_address(call.up_bias, like), (call.up_heads, call.up_width))
+    partial = carray(address(call.partial, ZERO), (call.items, heads, width))
+    stats = carray(address(call.stats, ZERO), (call.items, 2, heads))
+    up = carray(address(call.up, like), (call.up_heads, call.up_width, width))
+    up_bias = carray(address(call.up_bias, like), (call.up_heads, call.up_width))
     mean, rebuilt = np.empty(width, np.float32), np.empty(call.up_width, np.float32)
     for h in range(heads):
         peak = stats[first, 0, h]
@@ -379,7 +278,7 @@ def _merge(call, row, like):  # type: ignore[no-untyped-def]
             peak = max(peak, stats[item, 0, h])
         total = ZERO
         for item in range(first, end):
-            share = _exp(stats[item, 0, h] - peak)
+            share = exp(stats[item, 0, h] - peak)
             stats[item, 0, h] = share
             total += share * stats[item, 1, h]
         mean[:] = ZERO
@@ -388,38 +287,39 @@ def _merge(call, row, like):  # type: ignore[no-untyped-def]
             for i in range(width):
                 mean[i] += share * partial[item, h, i]
         if call.up:
-            out = carray(_address(call.out, like), (call.rows, heads, call.up_width))[row, h]
+            out = carray(address(call.out, like), (call.rows, heads, call.up_width))[row, h]
             g = h // (heads // call.up_heads)
             _scores(mean, up[g], call.up_width, rebuilt, call.up + (g + 1) * up.strides[0])
             for i in range(call.up_width):
-                bias = _widen(up_bias[g, i]) if call.up_bias else ZERO
-                out[i] = _narrow(rebuilt[i] + bias, like)
+                bias = widen(up_bias[g, i]) if call.up_bias else ZERO
+                out[i] = narrow(rebuilt[i] + bias, like)
         else:
-            out = carray(_address(call.out, like), (call.rows, heads, width))[row, h]
+            out = carray(address(call.out, like), (call.rows, heads, width))[row, h]
             for i in range(width):
-                out[i] = _narrow(mean[i], like)
+                out[i] = narrow(mean[i], like)
 
 
-@njit
-def _work(call, like):  # type: ignore[no-untyped-def]
+@compiled
+def _work(call, like):
     """Take items until none is left; the thread that ends a row's last item merges the row."""
-    first_items = carray(_address(call.first_items, 0), (call.rows + 1,))
+    first_items = carray(address(call.first_items, 0), (call.rows + 1,))
     q = np.empty((call.heads, call.key_width), np.float32)
     scores = np.empty((call.heads, call.tile_blocks * call.block_size), np.float32)
     while True:
-        item = _fetch_add(call.counters)
+        item = fetch_add(call.counters)
         if item >= call.items:
             return
         row = _attend(call, item, q, scores, like)
-        if _fetch_add(call.counters + 8 * (1 + row)) + 1 == first_items[row + 1] - first_items[row]:
+        if fetch_add(call.counters + 8 * (1 + row)) + 1 == first_items[row + 1] - first_items[row]:
             _merge(call, row, like)
 
 
-@cfunc(types.void(types.CPointer(from_dtype(CALL))), cache=True)
-def decode_bfloat16(call):  # type: ignore[no-untyped-def]
+SIGNATURE = types.void(types.CPointer(from_dtype(CALL)))
+
+
+def decode_bfloat16(call):
     _work(carray(call, (1,))[0], np.uint16(0))
 
 
-@cfunc(types.void(types.CPointer(from_dtype(CALL))), cache=True)
-def decode_float32(call):  # type: ignore[no-untyped-def]
+def decode_float32(call):
     _work(carray(call, (1,))[0], ZERO)

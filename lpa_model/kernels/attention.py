@@ -1,0 +1,148 @@
+"""Decode attention by the compiled kernel, on torch's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from struct import Struct
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lpa_model.kernels.launch import Kernel
+
+KERNELS = {
+    torch.bfloat16: "lpa_model.kernels.decode.decode_bfloat16",
+    torch.float32: "lpa_model.kernels.decode.decode_float32",
+}
+TILE_TOKENS = 128  # at most, in whole blocks: what one thread attends to at a time
+CALL = Struct("31qd")  # `decode.CALL`
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """Queries of a step and the cache blocks that each attends to, cut into tiles at multiples of a fixed length."""
+
+    positions: NDArray[np.int64]  # [rows]
+    lengths: NDArray[np.int64]  # [rows]: tokens to attend to, the query's own included
+    tables: NDArray[np.int64]  # the rows' blocks, one row after another
+    table_starts: NDArray[np.int64]  # [rows]
+    item_rows: NDArray[np.int64]  # [items]
+    first_items: NDArray[np.int64]  # [rows + 1]
+    block_size: int
+    tile_blocks: int
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Of the arrays, in the order above."""
+        arrays = (self.positions, self.lengths, self.tables, self.table_starts, self.item_rows, self.first_items)
+        return tuple(array.ctypes.data for array in arrays)
+
+    @cached_property
+    def counters(self) -> NDArray[np.int64]:
+        """[1 + rows]: scratch of one call after another."""
+        return np.empty(1 + len(self.lengths), dtype=np.int64)
+
+    @cached_property
+    def counters_address(self) -> int:
+        return self.counters.ctypes.data
+
+    @classmethod
+    def build(
+        cls, positions: NDArray[np.int64], lengths: NDArray[np.int64], tables: Sequence[Sequence[int]], block_size: int
+    ) -> DecodeRows:
+        """`tables` cover `lengths` tokens, or more."""
+        tile_blocks = max(1, TILE_TOKENS // block_size)
+        items = -(-lengths // (tile_blocks * block_size))
+        sizes = np.array([len(table) for table in tables])
+        return cls(
+            positions=positions,
+            lengths=lengths,
+            tables=np.concatenate([np.asarray(table, dtype=np.int64) for table in tables]),
+            table_starts=np.cumsum(sizes) - sizes,
+            item_rows=np.repeat(np.arange(len(lengths)), items),
+            first_items=np.concatenate(([0], np.cumsum(items))),
+            block_size=block_size,
+            tile_blocks=tile_blocks,
+        )
+
+
+def decode_attention(
+    kernel: Kernel,
+    q: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: DecodeRows,
+    scale: float,
+    *,
+    turns: Tensor | None = None,
+    up: Tensor | None = None,
+    up_bias: Tensor | None = None,
+) -> Tensor:
+    """Write the step's own keys and values into the cache, and attend to all that is there.
+
+    A row's result depends on nothing but the row: not on the others, nor on the number of threads.
+
+    Args:
+        kernel: `KERNELS` of the cache's dtype, compiled.
+        q: [rows, H, key width], in the cache's dtype like all that follow; contiguous.
+        new_keys: [rows, key heads * key width]; a slice of a wider tensor will do.
+        new_values: [rows, value heads * value width]; likewise.
+        keys: the pool [blocks, key heads, block_size, key width]; query heads are consecutive per key head.
+        values: the pool [blocks, value heads, block_size, value width].
+        rows: where each query stands.
+        scale: factor on the scores, 1/sqrt(dh).
+        turns: complex64 [positions, key width / 2], cos + i sin of rotary positions whose pairs are neighbours;
+            applied to queries and new keys.
+        up: [up heads, out, value width], multiplied into the outputs; query heads are consecutive per up head.
+        up_bias: [up heads * out], added after `up`.
+
+    Returns:
+        [rows, H, out, or value width without `up`]; computed in float32, rounded once.
+    """
+    count, heads, key_width = q.shape
+    _, key_heads, block_size, _ = keys.shape
+    _, value_heads, _, value_width = values.shape
+    up_heads, up_width = (0, 0) if up is None else up.shape[:2]
+    assert q.is_contiguous() and keys.is_contiguous() and values.is_contiguous()
+    out = torch.empty(count, heads, up_width or value_width, dtype=q.dtype)
+    items = len(rows.item_rows)
+    partial = torch.empty(items * heads * (value_width + 2), dtype=torch.float32)  # and stats behind it
+    scratch = partial.data_ptr()
+    rows.counters.fill(0)
+    call = CALL.pack(
+        q.data_ptr(),
+        new_keys.data_ptr(),
+        new_values.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        0 if up is None else up.data_ptr(),
+        0 if up_bias is None else up_bias.data_ptr(),
+        out.data_ptr(),
+        0 if turns is None else turns.data_ptr(),
+        scratch,
+        scratch + 4 * items * heads * value_width,
+        *rows.addresses,
+        rows.counters_address,
+        count,
+        items,
+        heads,
+        key_heads,
+        value_heads,
+        up_heads,
+        key_width,
+        value_width,
+        up_width,
+        new_keys.stride(0),
+        new_values.stride(0),
+        block_size,
+        rows.tile_blocks,
+        scale,
+    )
+    kernel(call, items)
+    return out

@@ -1,0 +1,114 @@
+"""What the kernels are written in: numba's decorator, and the machine's operations that Python has no word for.
+
+bfloat16 numbers travel as uint16. Arguments named `like` are there for their type only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core.cgutils import get_or_insert_function
+from numba.extending import intrinsic
+
+# sums may be taken in any order, so that they are vectors; nothing is assumed about infinities and NaN
+compiled = njit(fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy")
+ZERO = np.float32(0)
+
+
+@intrinsic
+def address(typing: Any, address: Any, like: Any) -> Any:
+    """A pointer to numbers of the type of `like`."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like)(address, like), build
+
+
+@intrinsic
+def fetch_add(typing: Any, address: Any) -> Any:
+    """Add 1 to the int64 at `address` for all threads to see; returns what was there."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "acq_rel")
+
+    return types.int64(address), build
+
+
+@intrinsic
+def widen(typing: Any, x: Any) -> Any:
+    """A cached number as float32."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if x == types.float32:
+            return arguments[0]
+        bits = builder.zext(arguments[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, 16)), ir.FloatType())
+
+    return types.float32(x), build
+
+
+@intrinsic
+def narrow(typing: Any, x: Any, like: Any) -> Any:
+    """A float32 as a cached number, rounded to nearest even."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if like == types.float32:
+            return arguments[0]
+        bits = builder.bitcast(arguments[0], ir.IntType(32))
+        sixteen, one = ir.Constant(bits.type, 16), ir.Constant(bits.type, 1)
+        odd = builder.and_(builder.lshr(bits, sixteen), one)
+        bits = builder.add(bits, builder.add(odd, ir.Constant(bits.type, 0x7FFF)))
+        return builder.trunc(builder.lshr(bits, sixteen), ir.IntType(16))
+
+    return like(types.float32, like), build
+
+
+@intrinsic
+def as_float(typing: Any, bits: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), build
+
+
+@intrinsic
+def prefetch(typing: Any, address: Any) -> Any:
+    """Have the line at `address`, which need not be anything's, come to the second-level cache."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        integer, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, integer, integer, integer])
+        prefetch = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        numbers = [ir.Constant(integer, n) for n in (0, 2, 1)]  # to read, second level, data
+        builder.call(prefetch, [builder.inttoptr(arguments[0], pointer), *numbers])
+        return context.get_dummy_value()
+
+    return types.void(address), build
+
+
+@compiled
+def prefetch_rows(ahead, row, count, size):
+    """Rows `row` to `row + count` of `size` bytes each at the address `ahead`."""
+    for line in range(row * size, (row + count) * size, 64):
+        prefetch(ahead + line)
+
+
+@compiled
+def exp(x):
+    """e^x for x <= 0, to 2 units in the last place."""
+    power = max(x * np.float32(1.4426950408889634), np.float32(-126))
+    whole = np.floor(power)
+    y = power - whole
+    # 2^y on [0, 1), a minimax polynomial
+    series = np.float32(1.8775767e-3)
+    series = series * y + np.float32(8.9893397e-3)
+    series = series * y + np.float32(5.5826318e-2)
+    series = series * y + np.float32(2.4015361e-1)
+    series = series * y + np.float32(6.9315308e-1)
+    series = series * y + np.float32(0.99999994)
+    return series * as_float((np.int32(whole) + np.int32(127)) << np.int32(23))
