@@ -131,11 +131,12 @@ def can_pack(model: LPAForCausalLM) -> bool:
 def _compile(model: LPAForCausalLM) -> None:
     """Have kernels compiled where there are some for this model's dtype and device."""
     weight = model.embed_tokens.weight
-    if weight.device.type != "cpu" or weight.dtype not in attention.KERNELS:
+    decode_kernel = attention.kernel_name(weight.dtype)
+    if weight.device.type != "cpu" or decode_kernel is None:
         return
     for name, module in list(model.named_modules()):
         if isinstance(module, Attention):
-            module.kernel = compile_kernel(attention.KERNELS[weight.dtype])
+            module.kernel = compile_kernel(decode_kernel)
         if isinstance(module, RMSNorm) and weight.dtype is torch.bfloat16:
             model.set_submodule(name, CompiledRMSNorm(module))
 

@@ -18,8 +18,20 @@ KERNELS = {
     torch.bfloat16: "lpa_model.kernels.decode.decode_bfloat16",
     torch.float32: "lpa_model.kernels.decode.decode_float32",
 }
+TILES_KERNEL = "lpa_model.kernels.decode.decode_bfloat16_tiles"  # for processors with AMX
 TILE_TOKENS = 128  # at most, in whole blocks: what one thread attends to at a time
-CALL = Struct("31qd")  # `decode.CALL`
+CALL = Struct("33qd")  # `decode.CALL`
+
+
+def kernel_name(dtype: torch.dtype) -> str | None:
+    """The kernel for a cache of `dtype` on this processor."""
+    return TILES_KERNEL if dtype is torch.bfloat16 and has_tiles() else KERNELS.get(dtype)
+
+
+def has_tiles() -> bool:
+    """Whether the processor multiplies tiles of bfloat16; if so, the process may use them from here on."""
+    ask = getattr(torch.cpu, "_init_amx", None)  # a private function
+    return bool(ask()) if ask is not None else False
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,7 @@ def decode_attention(
     A row's result depends on nothing but the row: not on the others, nor on the number of threads.
 
     Args:
-        kernel: `KERNELS` of the cache's dtype, compiled.
+        kernel: the one of the cache's dtype, compiled.
         q: [rows, H, key width], in the cache's dtype like all that follow; contiguous.
         new_keys: [rows, key heads * key width]; a slice of a wider tensor will do.
         new_values: [rows, value heads * value width]; likewise.
@@ -110,6 +122,7 @@ def decode_attention(
     _, value_heads, _, value_width = values.shape
     up_heads, up_width = (0, 0) if up is None else up.shape[:2]
     assert q.is_contiguous() and keys.is_contiguous() and values.is_contiguous()
+    fits_tiles = heads <= 16 and block_size % 64 == 0
     out = torch.empty(count, heads, up_width or value_width, dtype=q.dtype)
     items = len(rows.item_rows)
     partial = torch.empty(items * heads * (value_width + 2), dtype=torch.float32)  # and stats behind it
@@ -142,6 +155,8 @@ def decode_attention(
         new_values.stride(0),
         block_size,
         rows.tile_blocks,
+        fits_tiles and key_heads == 1 and key_width % 32 == 0 and turns is None,
+        fits_tiles and value_heads == 1 and value_width % 32 == 0,
         scale,
     )
     kernel(call, items)

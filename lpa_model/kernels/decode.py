@@ -5,9 +5,12 @@ Plain loops that LLVM vectorises. The cache's numbers are widened to float32, in
 
 from __future__ import annotations
 
+from collections import namedtuple
+
 import numpy as np
 from numba import carray, from_dtype, types
 
+from lpa_model.kernels import tiles
 from lpa_model.kernels.machine import ZERO, address, compiled, exp, fetch_add, narrow, prefetch_rows, widen
 
 CALL = np.dtype(
@@ -49,6 +52,9 @@ CALL = np.dtype(
             "value_stride",
             "block_size",
             "tile_blocks",
+            # whether all heads share the keys, or values, in shapes that `tiles` takes
+            "key_tiles",
+            "value_tiles",
         )
     ]
     + [("scale", np.float64)]
@@ -174,28 +180,11 @@ def _turn(x, turns, out, like):
 
 
 @compiled
-def _attend(call, item, q, scores, like):
-    """One item: its maximum, sum and weighted values, not normalised, go to `stats` and `partial`. Returns its row.
-
-    What is read next is asked for a block or a head ahead: the processor's own guesses end at every page.
-    """
-    heads, key_heads, value_heads = call.heads, call.key_heads, call.value_heads
-    row = carray(address(call.item_rows, 0), (call.items,))[item]
-    first = carray(address(call.first_items, 0), (call.rows + 1,))[row]
-    length = carray(address(call.lengths, 0), (call.rows,))[row]
-    table = carray(address(call.tables + 8 * carray(address(call.table_starts, 0), (call.rows,))[row], 0), (1 << 30,))
-    first_block = (item - first) * call.tile_blocks
-    blocks = min(call.tile_blocks, -(-length // call.block_size) - first_block)
-    tokens = min(call.tile_blocks * call.block_size, length - first_block * call.block_size)
-    keys = carray(address(call.keys, like), (1 << 30, key_heads, call.block_size, call.key_width))
-    values = carray(address(call.values, like), (1 << 30, value_heads, call.block_size, call.value_width))
-    out = carray(address(call.partial, ZERO), (call.items, heads, call.value_width))[item]
-    stats = carray(address(call.stats, ZERO), (call.items, 2, heads))[item]
-
-    raw = carray(address(call.q, like), (call.rows, heads, call.key_width))[row]
-    position = carray(address(call.positions, 0), (call.rows,))[row]
+def _prepare_queries(call, row, position, q, like):
+    """The row's queries times the scale, turned where positions are rotary."""
+    raw = carray(address(call.q, like), (call.rows, call.heads, call.key_width))[row]
     turns = carray(address(call.turns + 4 * position * call.key_width, ZERO), (call.key_width,))
-    for h in range(heads):
+    for h in range(call.heads):
         if call.turns:
             _turn(raw[h], turns, q[h], ZERO)
         else:
@@ -203,61 +192,123 @@ def _attend(call, item, q, scores, like):
                 q[h, i] = widen(raw[h, i])
         for i in range(call.key_width):
             q[h, i] *= np.float32(call.scale)
-    if first_block * call.block_size + tokens == length:  # the new token is one of these
-        block, offset = table[(length - 1) // call.block_size], (length - 1) % call.block_size
-        new_keys = carray(address(call.new_keys, like), (call.rows, call.key_stride))[row]
-        new_values = carray(address(call.new_values, like), (call.rows, call.value_stride))[row]
-        for h in range(key_heads):
-            new = new_keys[h * call.key_width : (h + 1) * call.key_width]
-            if call.turns:
-                _turn(new, turns, keys[block, h, offset], like)
-            else:
-                keys[block, h, offset, :] = new
-        for h in range(value_heads):
-            values[block, h, offset, :] = new_values[h * call.value_width : (h + 1) * call.value_width]
 
-    group = heads // key_heads
+
+@compiled
+def _pair_queries(call, row, pairs, like):
+    """The row's queries as `tiles.scores` takes them."""
+    raw = carray(address(call.q, like), (call.rows, call.heads, call.key_width))[row]
+    for h in range(call.heads):
+        for i in range(call.key_width):
+            pairs[i // 2, h, i % 2] = raw[h, i]
+
+
+@compiled
+def _write_new_token(call, row, position, keys, values, block, offset, like):
+    turns = carray(address(call.turns + 4 * position * call.key_width, ZERO), (call.key_width,))
+    new_keys = carray(address(call.new_keys, like), (call.rows, call.key_stride))[row]
+    new_values = carray(address(call.new_values, like), (call.rows, call.value_stride))[row]
+    for h in range(call.key_heads):
+        new = new_keys[h * call.key_width : (h + 1) * call.key_width]
+        if call.turns:
+            _turn(new, turns, keys[block, h, offset], like)
+        else:
+            keys[block, h, offset, :] = new
+    for h in range(call.value_heads):
+        values[block, h, offset, :] = new_values[h * call.value_width : (h + 1) * call.value_width]
+
+
+@compiled
+def _scores_by_head(call, keys, q, tokens, scores, at, ahead):
+    """q [heads, width] . keys[:, :tokens] [key_heads, .., width] -> scores[:, at : at + tokens]."""
+    group = call.heads // call.key_heads
+    for k in range(call.key_heads):
+        h = k * group
+        soon = ahead if k + 1 == call.key_heads else keys.ctypes.data + (k + 1) * keys.strides[0]
+        while h + 4 <= (k + 1) * group:
+            _scores_of_four(q[h : h + 4], keys[k], tokens, scores[h : h + 4], at, soon)
+            h += 4
+        while h < (k + 1) * group:
+            _scores(q[h], keys[k], tokens, scores[h, at:], soon)
+            h += 1
+
+
+@compiled
+def _mix_by_head(call, weights, at, values, tokens, out, ahead):
+    """out [heads, width] += weights[:, at : at + tokens] . values[:, :tokens] [value_heads, .., width]."""
+    group = call.heads // call.value_heads
+    for k in range(call.value_heads):
+        h = k * group
+        soon = ahead if k + 1 == call.value_heads else values.ctypes.data + (k + 1) * values.strides[0]
+        while h + 4 <= (k + 1) * group:
+            _mix_of_four(weights[h : h + 4], at, values[k], tokens, out[h : h + 4], soon)
+            h += 4
+        while h < (k + 1) * group:
+            _mix(weights[h, at:], values[k], tokens, out[h], soon)
+            h += 1
+
+
+@compiled
+def _attend(call, item, q, scores, room, like):
+    """One item: its maximum, sum and weighted values, not normalised, go to `stats` and `partial`. Returns its row.
+
+    What is read next is asked for a block or a head ahead: the processor's own guesses end at every page.
+    """
+    heads, block_size = call.heads, call.block_size
+    row = carray(address(call.item_rows, 0), (call.items,))[item]
+    first = carray(address(call.first_items, 0), (call.rows + 1,))[row]
+    length = carray(address(call.lengths, 0), (call.rows,))[row]
+    position = carray(address(call.positions, 0), (call.rows,))[row]
+    start = carray(address(call.table_starts, 0), (call.rows,))[row]
+    first_block = (item - first) * call.tile_blocks
+    table = carray(address(call.tables + 8 * (start + first_block), 0), (call.tile_blocks,))
+    tokens = min(call.tile_blocks * block_size, length - first_block * block_size)
+    blocks = -(-tokens // block_size)
+    keys = carray(address(call.keys, like), (1 << 30, call.key_heads, block_size, call.key_width))
+    values = carray(address(call.values, like), (1 << 30, call.value_heads, block_size, call.value_width))
+    out = carray(address(call.partial, ZERO), (call.items, heads, call.value_width))[item]
+    stats = carray(address(call.stats, ZERO), (call.items, 2, heads))[item]
+
+    if room is None or not call.key_tiles:
+        _prepare_queries(call, row, position, q, like)
+    else:
+        _pair_queries(call, row, room.queries, like)
+    if first_block * block_size + tokens == length:  # the new token is one of these
+        block, offset = table[blocks - 1], (length - 1) % block_size
+        _write_new_token(call, row, position, keys, values, block, offset, like)
+
     for b in range(blocks):
-        at = b * call.block_size
-        count = min(call.block_size, tokens - at)
-        for k in range(key_heads):
-            h = k * group
-            block_keys = keys[table[first_block + b], k]
-            if k + 1 < key_heads:
-                ahead = block_keys.ctypes.data + keys.strides[1]
-            elif b + 1 < blocks:
-                ahead = call.keys + table[first_block + b + 1] * keys.strides[0]
-            else:
-                ahead = call.values + table[first_block] * values.strides[0]
-            while h + 4 <= (k + 1) * group:
-                _scores_of_four(q[h : h + 4], block_keys, count, scores[h : h + 4], at, ahead)
-                h += 4
-            while h < (k + 1) * group:
-                _scores(q[h], block_keys, count, scores[h, at:], ahead)
-                h += 1
+        at = b * block_size
+        count = min(block_size, tokens - at)
+        soon = call.values + table[0] * values.strides[0]
+        if b + 1 < blocks:
+            soon = call.keys + table[b + 1] * keys.strides[0]
+        if room is None or not call.key_tiles:
+            _scores_by_head(call, keys[table[b]], q, count, scores, at, soon)
+        else:
+            scale = np.float32(call.scale)
+            tiles.scores(keys[table[b], 0], room.queries, scale, scores, at, room.found, soon)
     for h in range(heads):
         stats[0, h], stats[1, h] = _soften(scores[h], tokens)
-        for i in range(call.value_width):
-            out[h, i] = ZERO
-    group = heads // value_heads
+    out[:] = ZERO
+    if room is not None and call.value_tiles:
+        room.total[:] = ZERO
+        for h in range(heads):
+            for t in range(tokens):
+                room.weights[h, t] = narrow(scores[h, t], like)
+            room.weights[h, tokens:] = 0
     for b in range(blocks):
-        at = b * call.block_size
-        count = min(call.block_size, tokens - at)
-        for k in range(value_heads):
-            h = k * group
-            block_values = values[table[first_block + b], k]
-            if k + 1 < value_heads:
-                ahead = block_values.ctypes.data + values.strides[1]
-            elif b + 1 < blocks:
-                ahead = call.values + table[first_block + b + 1] * values.strides[0]
-            else:
-                ahead = call.up
-            while h + 4 <= (k + 1) * group:
-                _mix_of_four(scores[h : h + 4], at, block_values, count, out[h : h + 4], ahead)
-                h += 4
-            while h < (k + 1) * group:
-                _mix(scores[h, at:], block_values, count, out[h], ahead)
-                h += 1
+        at = b * block_size
+        count = min(block_size, tokens - at)
+        soon = call.up
+        if b + 1 < blocks:
+            soon = call.values + table[b + 1] * values.strides[0]
+        if room is None or not call.value_tiles:
+            _mix_by_head(call, scores, at, values[table[b]], count, out, soon)
+        else:
+            tiles.mix(room.weights, at, values[table[b], 0], count, room.values, room.total, soon)
+    if room is not None and call.value_tiles:
+        out[:] = room.total[:heads]
     return row
 
 
@@ -300,7 +351,7 @@ def _merge(call, row, like):
 
 
 @compiled
-def _work(call, like):
+def _work(call, room, like):
     """Take items until none is left; the thread that ends a row's last item merges the row."""
     first_items = carray(address(call.first_items, 0), (call.rows + 1,))
     q = np.empty((call.heads, call.key_width), np.float32)
@@ -309,17 +360,35 @@ def _work(call, like):
         item = fetch_add(call.counters)
         if item >= call.items:
             return
-        row = _attend(call, item, q, scores, like)
+        row = _attend(call, item, q, scores, room, like)
         if fetch_add(call.counters + 8 * (1 + row)) + 1 == first_items[row + 1] - first_items[row]:
             _merge(call, row, like)
 
+
+Room = namedtuple("Room", ["queries", "found", "weights", "values", "total"])
+"""What one thread's products of tiles need beside the cache: see `tiles`."""
 
 SIGNATURE = types.void(types.CPointer(from_dtype(CALL)))
 
 
 def decode_bfloat16(call):
-    _work(carray(call, (1,))[0], np.uint16(0))
+    _work(carray(call, (1,))[0], None, np.uint16(0))
+
+
+def decode_bfloat16_tiles(call):
+    call = carray(call, (1,))[0]
+    heads = max(call.heads, tiles.HEADS)
+    room = Room(
+        np.zeros((call.key_width // 2, heads, 2), np.uint16),
+        np.empty((tiles.TOKENS, tiles.HEADS), np.float32),
+        np.zeros((heads, call.tile_blocks * call.block_size), np.uint16),
+        np.empty((tiles.TOKENS // 2, call.value_width), np.uint32),
+        np.empty((heads, call.value_width), np.float32),
+    )
+    tiles.configure()
+    _work(call, room, np.uint16(0))
+    tiles.release()
 
 
 def decode_float32(call):
-    _work(carray(call, (1,))[0], ZERO)
+    _work(carray(call, (1,))[0], None, ZERO)

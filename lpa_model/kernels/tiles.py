@@ -1,0 +1,158 @@
+"""Products of bfloat16 tiles (AMX): all heads that share a latent meet its tokens at once.
+
+A tile is 16 rows of 64 bytes. `tdpbf16ps` adds to a tile [16, 16] of float32 the product of a tile [16, 32] of
+bfloat16 and one [32, 16] in which rows 2i and 2i + 1 lie side by side, as [16, 16, 2].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core.cgutils import get_or_insert_function
+from numba.extending import intrinsic
+
+from lpa_model.kernels.machine import compiled, prefetch_rows
+
+HEADS = 16  # that a tile holds; rows beyond the model's are zeros
+TOKENS = 64  # a block has to be a multiple of this
+
+
+def _instruction(name: str, tiles: list[Any], kinds: list[Any]) -> Any:
+    """An x86 instruction on tiles whose numbers are literals, and an address and a stride, or neither."""
+    numbers = [ir.Constant(ir.IntType(8), tile.literal_value) for tile in tiles]
+    pointer, integer = ir.IntType(8).as_pointer(), ir.IntType(64)
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        values = list(numbers)
+        if kinds:
+            values.append(builder.inttoptr(arguments[len(tiles)], pointer))
+            values += arguments[len(tiles) + 1 :]
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8)] * len(tiles) + [pointer, integer][: len(kinds)])
+        builder.call(get_or_insert_function(builder.module, kind, f"llvm.x86.{name}"), values)
+        return context.get_dummy_value()
+
+    return types.void(*tiles, *kinds), build
+
+
+@intrinsic(prefer_literal=True)
+def load(typing: Any, tile: Any, address: Any, stride: Any) -> Any:
+    """16 rows of 64 bytes, `stride` bytes apart."""
+    return _instruction("tileloadd64", [tile], [types.int64, types.int64])
+
+
+@intrinsic(prefer_literal=True)
+def store(typing: Any, tile: Any, address: Any, stride: Any) -> Any:
+    return _instruction("tilestored64", [tile], [types.int64, types.int64])
+
+
+@intrinsic(prefer_literal=True)
+def zero(typing: Any, tile: Any) -> Any:
+    return _instruction("tilezero", [tile], [])
+
+
+@intrinsic(prefer_literal=True)
+def multiply(typing: Any, total: Any, left: Any, right: Any) -> Any:
+    """total += left . right."""
+    return _instruction("tdpbf16ps", [total, left, right], [])
+
+
+@intrinsic
+def _configure(typing: Any, address: Any) -> Any:
+    return _instruction("ldtilecfg", [], [types.int64])
+
+
+@intrinsic
+def release(typing: Any) -> Any:
+    return _instruction("tilerelease", [], [])
+
+
+@compiled
+def configure():
+    """Make this thread's tiles whole ones, until it releases them."""
+    settings = np.zeros(64, np.uint8)
+    settings[0] = 1  # the palette
+    for tile in range(8):
+        settings[16 + 2 * tile] = 64  # bytes in a row
+        settings[48 + tile] = 16  # rows
+    _configure(settings.ctypes.data)
+
+
+@compiled
+def scores(keys, pairs, scale, out, at, some, ahead):
+    """keys [tokens, width] . pairs -> out[:, at : at + tokens] [heads, ..], times `scale`.
+
+    `pairs` [width / 2, HEADS, 2] are the queries, two dimensions side by side; `some` [TOKENS, HEADS] is scratch.
+    """
+    stride = keys.strides[0]
+    queries, found = pairs.ctypes.data, some.ctypes.data
+    for first in range(0, keys.shape[0], TOKENS):
+        rows = keys.ctypes.data + first * stride
+        zero(0)
+        zero(1)
+        zero(2)
+        zero(3)
+        steps = keys.shape[1] // 32
+        for i in range(steps):
+            soon = first + TOKENS * i // steps
+            prefetch_rows(ahead, soon, first + TOKENS * (i + 1) // steps - soon, stride)
+            load(4, queries + 1024 * i, 64)
+            load(5, rows + 64 * i, stride)
+            multiply(0, 5, 4)
+            load(6, rows + 64 * i + 16 * stride, stride)
+            multiply(1, 6, 4)
+            load(5, rows + 64 * i + 32 * stride, stride)
+            multiply(2, 5, 4)
+            load(6, rows + 64 * i + 48 * stride, stride)
+            multiply(3, 6, 4)
+        store(0, found, 64)
+        store(1, found + 1024, 64)
+        store(2, found + 2048, 64)
+        store(3, found + 3072, 64)
+        for h in range(out.shape[0]):
+            for t in range(TOKENS):
+                out[h, at + first + t] = some[t, h] * scale
+
+
+@compiled
+def mix(weights, at, values, tokens, pairs, out, ahead):
+    """out [HEADS, width] += weights[:, at : at + tokens] . values[:tokens] [.., width].
+
+    `pairs` uint32 [TOKENS / 2, width] takes two tokens' values side by side; `weights` [HEADS, ..] bfloat16 are zeros
+    from `tokens` on, to the end of the last 64.
+    """
+    width = out.shape[1]
+    row, right = out.ctypes.data, pairs.ctypes.data
+    for first in range(0, tokens, TOKENS):
+        for i in range(TOKENS // 2):
+            t = first + 2 * i
+            prefetch_rows(ahead, t, 2, values.strides[0])
+            both = pairs[i]
+            if t + 1 < tokens:
+                a, b = values[t], values[t + 1]
+                for j in range(width):
+                    both[j] = np.uint32(a[j]) | (np.uint32(b[j]) << np.uint32(16))
+            elif t < tokens:
+                a = values[t]
+                for j in range(width):
+                    both[j] = a[j]
+            else:  # what nobody has written need not be a number
+                both[:] = 0
+        left = weights.ctypes.data + 2 * (at + first)
+        load(4, left, weights.strides[0])
+        load(5, left + 64, weights.strides[0])
+        for j in range(0, width, 32):
+            load(0, row + 4 * j, 4 * width)
+            load(1, row + 4 * j + 64, 4 * width)
+            load(6, right + 4 * j, 4 * width)
+            multiply(0, 4, 6)
+            load(7, right + 4 * j + 64, 4 * width)
+            multiply(1, 4, 7)
+            load(6, right + 4 * j + 64 * width, 4 * width)
+            multiply(0, 5, 6)
+            load(7, right + 4 * j + 64 + 64 * width, 4 * width)
+            multiply(1, 5, 7)
+            store(0, row + 4 * j, 4 * width)
+            store(1, row + 4 * j + 64, 4 * width)
