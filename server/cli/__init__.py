@@ -9,7 +9,7 @@ from __future__ import annotations
 import typer
 
 from server.cli.bench import bench
-from server.cli.command import PASS_THROUGH, sleep_while_waiting
+from server.cli.command import PASS_THROUGH, spin_briefly
 from server.cli.convert import convert
 from server.cli.export import export
 from server.cli.generate import generate
@@ -40,5 +40,5 @@ app.command()(info)
 
 def main() -> None:
     """The entry point of the `lpa` command."""
-    sleep_while_waiting()
+    spin_briefly()
     app()
