@@ -109,30 +109,44 @@ class AttentionMetadata:
     positions: Tensor  # [rows, padding included] int64
     num_decode: int
     num_rows: int  # without padding
-    groups: tuple[PrefillGroup, ...]
 
     @classmethod
     def build(cls, spans: Sequence[Span], block_size: int, device: torch.device, padding: int = 0) -> AttentionMetadata:
         """Lay out `spans` (decode spans first) as a flat batch followed by `padding` rows that nobody reads."""
         num_decode = sum(span.decode for span in spans)
-        decodes, prompts = spans[:num_decode], spans[num_decode:]
+        decodes = spans[:num_decode]
         assert all(span.decode and span.length == 1 for span in decodes), "decode spans come first, one token each"
         positions = np.concatenate([s.positions()[s.context :] for s in spans])
-        tables = [np.asarray(s.block_table, dtype=np.int64) for s in prompts]
-
-        def tensor(array: NDArray[Any]) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
         return cls(
             spans=spans,
             block_size=block_size,
-            positions=tensor(np.pad(positions, (0, padding))),
+            positions=torch.from_numpy(np.pad(positions, (0, padding))).to(device),
             num_decode=num_decode,
             num_rows=len(positions),
-            groups=tuple(_prefill_groups(prompts, tables, num_decode, block_size, tensor)),
+        )
+
+    def prompts(self) -> AttentionMetadata:
+        """The rows that are not decode rows, alone."""
+        return AttentionMetadata(
+            spans=self.spans[self.num_decode :],
+            block_size=self.block_size,
+            positions=self.positions[self.num_decode :],
+            num_decode=0,
+            num_rows=self.num_rows - self.num_decode,
         )
 
     # what only some of the ways through a layer need, once for all layers
+
+    @cached_property
+    def groups(self) -> tuple[PrefillGroup, ...]:
+        """The prompt rows for expanded attention."""
+
+        def tensor(array: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(self.positions.device)
+
+        prompts = self.spans[self.num_decode :]
+        tables = [np.asarray(span.block_table, dtype=np.int64) for span in prompts]
+        return tuple(_prefill_groups(prompts, tables, self.num_decode, self.block_size, tensor))
 
     @cached_property
     def slots(self) -> tuple[Tensor, Tensor]:
@@ -289,16 +303,16 @@ class Attention(nn.Module):
         keys_latent, values_latent = cache.forms[self.layer]
         keys, values = cache.keys[self.layer][pairs.blocks], cache.values[self.layer][pairs.blocks]
         if keys_latent and rotary is None:
-            q = _per_kv_head(q, self._by_head(self._up(self.k_proj).weight))
+            q = _per_kv_head(q, self.key_up())
         elif keys_latent:  # rotary keys are rebuilt block by block: rotation stands between the query and B_k
             rebuilt = second_half(self.k_proj, keys[:, 0])  # [n, block_size, H_kv·dh]
             keys = self._keys(rebuilt, rotary, pairs.positions).transpose(1, 2)
         out = decode_attention(q, keys, values, pairs, self.scale)
         if values_latent:
-            up = self._up(self.v_proj)
-            out = _per_kv_head(out, self._by_head(up.weight).transpose(1, 2))
-            if up.bias is not None:  # attention weights sum to 1, so the values' bias comes through whole
-                out = out + self._split(up.bias).repeat_interleave(self.heads // self.kv_heads, 0)
+            up, up_bias = self.value_up()
+            out = _per_kv_head(out, up.transpose(1, 2))
+            if up_bias is not None:  # attention weights sum to 1, so the values' bias comes through whole
+                out = out + self._split(up_bias).repeat_interleave(self.heads // self.kv_heads, 0)
         return out
 
     def _decode_compiled(
@@ -314,8 +328,8 @@ class Attention(nn.Module):
         """`_decode` with rotary turns and the cache's new entries inside: k and v as the projections leave them."""
         keys_latent, values_latent = cache.forms[self.layer]
         if keys_latent:
-            q = _per_kv_head(q, self._by_head(self._up(self.k_proj).weight)).contiguous()
-        up = self._up(self.v_proj) if values_latent else None
+            q = _per_kv_head(q, self.key_up()).contiguous()
+        up, up_bias = self.value_up() if values_latent else (None, None)
         return compiled_decode_attention(
             kernel,
             q,
@@ -326,8 +340,8 @@ class Attention(nn.Module):
             rows,
             self.scale,
             turns=None if rotary is None else rotary.turns,
-            up=None if up is None else self._by_head(up.weight),
-            up_bias=None if up is None else up.bias,
+            up=up,
+            up_bias=up_bias,
         )
 
     def _expanded(
@@ -383,6 +397,15 @@ class Attention(nn.Module):
     def _by_head(self, weight: Tensor) -> Tensor:
         """B [H_kv·dh, r] -> [H_kv, dh, r]."""
         return weight.view(self.kv_heads, self.head_dim, -1)
+
+    def key_up(self) -> Tensor:
+        """B_k [H_kv, dh, r] of latent keys."""
+        return self._by_head(self._up(self.k_proj).weight)
+
+    def value_up(self) -> tuple[Tensor, Tensor | None]:
+        """B_v [H_kv, dh, r] of latent values and its bias [H_kv·dh]."""
+        up = self._up(self.v_proj)
+        return self._by_head(up.weight), up.bias
 
     @staticmethod
     def _up(layer: nn.Linear | LowRankLinear) -> nn.Linear:

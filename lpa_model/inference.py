@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lpa_model.attention import Attention
-from lpa_model.kernels import attention, rms_norm
+from lpa_model.fused import FusedDecode, can_fuse
+from lpa_model.kernels import attention, programs, rms_norm
 from lpa_model.kernels.launch import compile_kernel
 from lpa_model.layers import LowRankLinear, RMSNorm, SwiGLU
 from lpa_model.model import LPAForCausalLM
@@ -134,6 +135,8 @@ def _compile(model: LPAForCausalLM) -> None:
     decode_kernel = attention.kernel_name(weight.dtype)
     if weight.device.type != "cpu" or decode_kernel is None:
         return
+    if can_fuse(model):
+        model.fused = FusedDecode(model, compile_kernel(programs.KERNEL))
     for name, module in list(model.named_modules()):
         if isinstance(module, Attention):
             module.kernel = compile_kernel(decode_kernel)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lpa_model.attention import Attention, AttentionMetadata
 from lpa_model.cache import LatentCache
 from lpa_model.config import LPAConfig
+from lpa_model.fused import FusedDecode
 from lpa_model.layers import LayerNorm, ReluFFN, RMSNorm, RotaryEmbedding, SwiGLU
 
 
@@ -71,6 +72,7 @@ class LPAForCausalLM(nn.Module):
         block = Setting1Block if config.architecture == "setting1" else Setting2Block
         self.layers = nn.ModuleList(block(config, layer) for layer in range(config.num_hidden_layers))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.fused: FusedDecode | None = None  # set by `prepare_for_inference`
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -90,6 +92,15 @@ class LPAForCausalLM(nn.Module):
         if self.rotary is None:
             positions = torch.arange(ids.shape[-1], device=ids.device) if meta is None else meta.positions
             x = x + self.embed_positions(positions).float()
+        if self.fused is not None and meta is not None and cache is not None and meta.num_decode:
+            decoded = self.fused(x[: meta.num_decode], meta, cache)
+            if decoded is not None:
+                if meta.num_decode == meta.num_rows:
+                    return decoded
+                return torch.cat((decoded, self._through_layers(x[meta.num_decode :], meta.prompts(), cache)))
+        return self._through_layers(x, meta, cache)
+
+    def _through_layers(self, x: Tensor, meta: AttentionMetadata | None, cache: LatentCache | None) -> Tensor:
         for layer in self.layers:
             x = layer(x, self.rotary, meta, cache)
         return x if self.norm is None else self.norm(x)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lpa_model.kernels.launch import Kernel
+from lpa_model.kernels.records import CALL
 
 KERNELS = {
     torch.bfloat16: "lpa_model.kernels.decode.decode_bfloat16",
@@ -20,7 +21,7 @@ KERNELS = {
 }
 TILES_KERNEL = "lpa_model.kernels.decode.decode_bfloat16_tiles"  # for processors with AMX
 TILE_TOKENS = 128  # at most, in whole blocks: what one thread attends to at a time
-CALL = Struct("33qd")  # `decode.CALL`
+CALL_BYTES = Struct(f"{len(CALL.names or ()) - 1}qd")
 
 
 def kernel_name(dtype: torch.dtype) -> str | None:
@@ -48,15 +49,22 @@ class DecodeRows:
     tile_blocks: int
 
     @cached_property
-    def addresses(self) -> tuple[int, ...]:
-        """Of the arrays, in the order above."""
-        arrays = (self.positions, self.lengths, self.tables, self.table_starts, self.item_rows, self.first_items)
-        return tuple(array.ctypes.data for array in arrays)
+    def fields(self) -> dict[str, int]:
+        """What a call says of them."""
+        names = ("positions", "lengths", "tables", "table_starts", "item_rows", "first_items")
+        addresses = {name: getattr(self, name).ctypes.data for name in names}
+        sizes = {"rows": len(self.lengths), "items": len(self.item_rows), "tile_blocks": self.tile_blocks}
+        return addresses | sizes
+
+    @property
+    def num_counters(self) -> int:
+        """int64 that a call counts in."""
+        return 1 + len(self.lengths) + 1
 
     @cached_property
     def counters(self) -> NDArray[np.int64]:
-        """[1 + rows]: scratch of one call after another."""
-        return np.empty(1 + len(self.lengths), dtype=np.int64)
+        """Scratch of one call after another."""
+        return np.empty(self.num_counters, dtype=np.int64)
 
     @cached_property
     def counters_address(self) -> int:
@@ -117,47 +125,65 @@ def decode_attention(
     Returns:
         [rows, H, out, or value width without `up`]; computed in float32, rounded once.
     """
-    count, heads, key_width = q.shape
+    count, heads, _ = q.shape
+    width = values.shape[3]
+    out = torch.empty(count, heads, up.shape[1] if up is not None else width, dtype=q.dtype)
+    layer = call_of_layer(q, new_keys, new_values, keys, values, out, scale, turns=turns, up=up, up_bias=up_bias)
+    items = len(rows.item_rows)
+    partial = torch.empty(items * heads * (width + 2), dtype=torch.float32)
+    rows.counters.fill(0)
+    step = rows.fields | scratch_of_step(partial, items * heads * width) | {"counters": rows.counters_address}
+    call = layer | step
+    kernel(CALL_BYTES.pack(*(call[name] for name in CALL.names or ())), items)
+    return out
+
+
+def call_of_layer(
+    q: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    scale: float,
+    *,
+    turns: Tensor | None,
+    up: Tensor | None,
+    up_bias: Tensor | None,
+) -> dict[str, int | float]:
+    """What a call says of a layer, with the arguments of `decode_attention` and the tensor of its result."""
+    _, heads, key_width = q.shape
     _, key_heads, block_size, _ = keys.shape
     _, value_heads, _, value_width = values.shape
     up_heads, up_width = (0, 0) if up is None else up.shape[:2]
-    assert q.is_contiguous() and keys.is_contiguous() and values.is_contiguous()
+    assert q.is_contiguous() and keys.is_contiguous() and values.is_contiguous() and out.is_contiguous()
     fits_tiles = heads <= 16 and block_size % 64 == 0
-    out = torch.empty(count, heads, up_width or value_width, dtype=q.dtype)
-    items = len(rows.item_rows)
-    partial = torch.empty(items * heads * (value_width + 2), dtype=torch.float32)  # and stats behind it
-    scratch = partial.data_ptr()
-    rows.counters.fill(0)
-    call = CALL.pack(
-        q.data_ptr(),
-        new_keys.data_ptr(),
-        new_values.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        0 if up is None else up.data_ptr(),
-        0 if up_bias is None else up_bias.data_ptr(),
-        out.data_ptr(),
-        0 if turns is None else turns.data_ptr(),
-        scratch,
-        scratch + 4 * items * heads * value_width,
-        *rows.addresses,
-        rows.counters_address,
-        count,
-        items,
-        heads,
-        key_heads,
-        value_heads,
-        up_heads,
-        key_width,
-        value_width,
-        up_width,
-        new_keys.stride(0),
-        new_values.stride(0),
-        block_size,
-        rows.tile_blocks,
-        fits_tiles and key_heads == 1 and key_width % 32 == 0 and turns is None,
-        fits_tiles and value_heads == 1 and value_width % 32 == 0,
-        scale,
-    )
-    kernel(call, items)
-    return out
+    return {
+        "q": q.data_ptr(),
+        "new_keys": new_keys.data_ptr(),
+        "new_values": new_values.data_ptr(),
+        "keys": keys.data_ptr(),
+        "values": values.data_ptr(),
+        "up": 0 if up is None else up.data_ptr(),
+        "up_bias": 0 if up_bias is None else up_bias.data_ptr(),
+        "out": out.data_ptr(),
+        "turns": 0 if turns is None else turns.data_ptr(),
+        "heads": heads,
+        "key_heads": key_heads,
+        "value_heads": value_heads,
+        "up_heads": up_heads,
+        "key_width": key_width,
+        "value_width": value_width,
+        "up_width": up_width,
+        "key_stride": new_keys.stride(0),
+        "value_stride": new_values.stride(0),
+        "block_size": block_size,
+        "key_tiles": fits_tiles and key_heads == 1 and key_width % 32 == 0 and turns is None,
+        "value_tiles": fits_tiles and value_heads == 1 and value_width % 32 == 0,
+        "scale": scale,
+    }
+
+
+def scratch_of_step(partial: Tensor, size: int) -> dict[str, int]:
+    """What a call says of its scratch float32: `size` numbers of partial results, and what belongs to them behind."""
+    return {"partial": partial.data_ptr(), "stats": partial.data_ptr() + 4 * size}

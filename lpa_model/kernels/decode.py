@@ -12,53 +12,7 @@ from numba import carray, from_dtype, types
 
 from lpa_model.kernels import tiles
 from lpa_model.kernels.machine import ZERO, address, compiled, exp, fetch_add, narrow, prefetch_rows, widen
-
-CALL = np.dtype(
-    [
-        (name, np.int64)
-        for name in (
-            # addresses of arrays that hold the cache's numbers
-            "q",  # [rows, heads, key_width]
-            "new_keys",  # [rows, key_heads, key_width], rows key_stride apart: the step's own tokens
-            "new_values",  # [rows, value_heads, value_width], rows value_stride apart
-            "keys",  # [blocks, key_heads, block_size, key_width]
-            "values",  # [blocks, value_heads, block_size, value_width]
-            "up",  # [up_heads, up_width, value_width], multiplied into the output; 0: none
-            "up_bias",  # [up_heads, up_width]; 0: none
-            "out",  # [rows, heads, up_width, or value_width without an `up`]
-            # of arrays of float32
-            "turns",  # [positions, key_width / 2] pairs (cos, sin); 0: keys and queries are not turned
-            "partial",  # [items, heads, value_width]: scratch
-            "stats",  # [items, 2, heads], maximum and sum: scratch
-            # of arrays of int64
-            "positions",  # [rows]
-            "lengths",  # [rows]: tokens to attend to, the new one included
-            "tables",  # block tables, one after another
-            "table_starts",  # [rows]
-            "item_rows",  # [items]: an item is a tile of one row's tokens, and the unit of work
-            "first_items",  # [rows + 1]
-            "counters",  # [1 + rows], zeros: the next item; finished items of each row
-            # sizes
-            "rows",
-            "items",
-            "heads",
-            "key_heads",
-            "value_heads",
-            "up_heads",
-            "key_width",
-            "value_width",
-            "up_width",
-            "key_stride",
-            "value_stride",
-            "block_size",
-            "tile_blocks",
-            # whether all heads share the keys, or values, in shapes that `tiles` takes
-            "key_tiles",
-            "value_tiles",
-        )
-    ]
-    + [("scale", np.float64)]
-)
+from lpa_model.kernels.records import CALL
 
 
 @compiled
@@ -363,10 +317,26 @@ def _work(call, room, like):
         row = _attend(call, item, q, scores, room, like)
         if fetch_add(call.counters + 8 * (1 + row)) + 1 == first_items[row + 1] - first_items[row]:
             _merge(call, row, like)
+            fetch_add(call.counters + 8 * (1 + call.rows))
 
 
 Room = namedtuple("Room", ["queries", "found", "weights", "values", "total"])
 """What one thread's products of tiles need beside the cache: see `tiles`."""
+
+
+@compiled
+def work_tiles(call, like):
+    """All of the work, by a thread whose tiles are configured."""
+    heads = max(call.heads, tiles.HEADS)
+    room = Room(
+        np.zeros((call.key_width // 2, heads, 2), np.uint16),
+        np.empty((tiles.TOKENS, tiles.HEADS), np.float32),
+        np.zeros((heads, call.tile_blocks * call.block_size), np.uint16),
+        np.empty((tiles.TOKENS // 2, call.value_width), np.uint32),
+        np.empty((heads, call.value_width), np.float32),
+    )
+    _work(call, room, like)
+
 
 SIGNATURE = types.void(types.CPointer(from_dtype(CALL)))
 
@@ -376,17 +346,8 @@ def decode_bfloat16(call):
 
 
 def decode_bfloat16_tiles(call):
-    call = carray(call, (1,))[0]
-    heads = max(call.heads, tiles.HEADS)
-    room = Room(
-        np.zeros((call.key_width // 2, heads, 2), np.uint16),
-        np.empty((tiles.TOKENS, tiles.HEADS), np.float32),
-        np.zeros((heads, call.tile_blocks * call.block_size), np.uint16),
-        np.empty((tiles.TOKENS // 2, call.value_width), np.uint32),
-        np.empty((heads, call.value_width), np.float32),
-    )
     tiles.configure()
-    _work(call, room, np.uint16(0))
+    work_tiles(carray(call, (1,))[0], np.uint16(0))
     tiles.release()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import from_dtype, njit, types
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
@@ -28,6 +28,20 @@ def address(typing: Any, address: Any, like: Any) -> Any:
     return types.CPointer(like)(address, like), build
 
 
+def pointer_to(record: Any) -> Any:
+    """A compiled function from an address to a pointer to a record."""
+    kind = types.CPointer(from_dtype(record))
+
+    @intrinsic
+    def pointer(typing: Any, address: Any) -> Any:
+        def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(kind))
+
+        return kind(address), build
+
+    return pointer
+
+
 @intrinsic
 def fetch_add(typing: Any, address: Any) -> Any:
     """Add 1 to the int64 at `address` for all threads to see; returns what was there."""
@@ -37,6 +51,29 @@ def fetch_add(typing: Any, address: Any) -> Any:
         return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "acq_rel")
 
     return types.int64(address), build
+
+
+@intrinsic
+def fetch(typing: Any, address: Any) -> Any:
+    """The int64 at `address`, as other threads last wrote it."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(pointer, "acquire", 8)
+
+    return types.int64(address), build
+
+
+@intrinsic
+def pause(typing: Any) -> Any:
+    """Some dozen nanoseconds of an x86 processor, which it leaves to whoever shares it."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [])
+        builder.call(get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), build
 
 
 @intrinsic

@@ -22,23 +22,50 @@ LOT = 16  # rows that one thread takes at a time
 
 
 @compiled
+def rms_norm_row(x, weight, out, width, eps, like):
+    """x float32 [width] -> out bfloat16 [width], given by their addresses."""
+    x = carray(address(x, ZERO), (width,))
+    weight = carray(address(weight, like), (width,))
+    out = carray(address(out, like), (width,))
+    total = ZERO
+    for i in range(width):
+        total += x[i] * x[i]
+    factor = np.float32(1) / np.sqrt(total / np.float32(width) + np.float32(eps))
+    for i in range(width):
+        normed = widen(narrow(x[i] * factor, like))  # rounded before the weight, as the plain layer does
+        out[i] = narrow(normed * widen(weight[i]), like)
+
+
+@compiled
+def add_layer_norm_row(branch, weight, bias, x, out, width, eps, like):
+    """x float32 [width] += LayerNorm(branch bfloat16 [width]); out bfloat16 [width] is x then. All are addresses."""
+    branch = carray(address(branch, like), (width,))
+    weight = carray(address(weight, like), (width,))
+    bias = carray(address(bias, like), (width,))
+    x = carray(address(x, ZERO), (width,))
+    out = carray(address(out, like), (width,))
+    total = ZERO
+    for i in range(width):
+        total += widen(branch[i])
+    mean = total / np.float32(width)
+    squares = ZERO
+    for i in range(width):
+        squares += (widen(branch[i]) - mean) * (widen(branch[i]) - mean)
+    factor = np.float32(1) / np.sqrt(squares / np.float32(width) + np.float32(eps))
+    for i in range(width):
+        x[i] += (widen(branch[i]) - mean) * factor * widen(weight[i]) + widen(bias[i])
+        out[i] = narrow(x[i], like)
+
+
+@compiled
 def _work(call, like):
-    x = carray(address(call.x, ZERO), (call.rows, call.width))
-    weight = carray(address(call.weight, like), (call.width,))
-    out = carray(address(call.out, like), (call.rows, call.width))
     while True:
         start = LOT * fetch_add(call.counter)
         if start >= call.rows:
             return
         for row in range(start, min(start + LOT, call.rows)):
-            total = ZERO
-            for i in range(call.width):
-                total += x[row, i] * x[row, i]
-            factor = np.float32(1) / np.sqrt(total / np.float32(call.width) + np.float32(call.eps))
-            for i in range(call.width):
-                # rounded before the weight, as the plain layer does
-                normed = widen(narrow(x[row, i] * factor, like))
-                out[row, i] = narrow(normed * widen(weight[i]), like)
+            at = row * call.width
+            rms_norm_row(call.x + 4 * at, call.weight, call.out + 2 * at, call.width, call.eps, like)
 
 
 SIGNATURE = types.void(types.CPointer(from_dtype(CALL)))

@@ -1,0 +1,87 @@
+"""Several operations on the rows of a step in one go: threads share out each one's pieces, and wait for its last.
+
+A thread that comes late, or never, finds that the others have done its part: nobody waits for threads, only for work.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+
+import numpy as np
+from numba import carray, from_dtype, types
+
+from lpa_model.kernels import decode, norm, product, tiles
+from lpa_model.kernels.machine import compiled, fetch, fetch_add, pause, pointer_to
+from lpa_model.kernels.records import ATTENTION, CALL, OP, PRODUCT, PROGRAM, RMS_NORM
+
+Room = namedtuple("Room", ["rows", "sums"])
+"""One thread's scratch for products."""
+
+
+_call_at = pointer_to(CALL)
+_op_at = pointer_to(OP)
+_usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
+SPINS = 1000  # about 50 microseconds
+
+
+@compiled
+def _wait_until(counter, count):
+    """Other threads finish what they have taken in microseconds, unless the system has stopped them: then they get this
+    thread's processor."""
+    spins = 0
+    while fetch(counter) < count:
+        spins += 1
+        if spins < SPINS:
+            pause()
+        else:
+            _usleep(np.uint32(20))
+
+
+@compiled
+def _work(op, rows, item, room, like):
+    if op.kind == PRODUCT:
+        product.work(op, rows, item, room, like)
+    elif op.kind == RMS_NORM:
+        x, out = op.x + item * op.x_stride, op.out + item * op.out_stride
+        norm.rms_norm_row(x, op.weight, out, op.width, op.eps, like)
+    else:
+        x, residual, out = (
+            op.x + item * op.x_stride,
+            op.residual + 2 * item * op.x_stride,
+            op.out + item * op.out_stride,
+        )
+        norm.add_layer_norm_row(x, op.weight, op.bias, residual, out, op.width, op.eps, like)
+
+
+@compiled
+def _run(program, like):
+    room = Room(np.zeros((product.ROWS, program.widest), np.uint16), np.empty((product.ROWS, product.PAIR), np.float32))
+    ops = carray(_op_at(program.ops), (program.operations,))
+    tiles.configure()
+    for i in range(program.operations):
+        op = ops[i]
+        if op.kind == ATTENTION:
+            call = carray(_call_at(op.x), (1,))[0]
+            decode.work_tiles(call, like)
+            _wait_until(call.counters + 8 * (1 + call.rows), call.rows)
+            continue
+        taken = program.counters + 16 * i
+        done = taken + 8
+        items = product.items(op, program.rows) if op.kind == PRODUCT else program.rows
+        item = fetch_add(taken)
+        if op.kind == PRODUCT and item < items:
+            product.prepare(op, program.rows, room, like)
+        while item < items:
+            _work(op, program.rows, item, room, like)
+            fetch_add(done)
+            item = fetch_add(taken)
+        if i + 1 < program.operations:
+            _wait_until(done, items)
+    tiles.release()
+
+
+SIGNATURE = types.void(types.CPointer(from_dtype(PROGRAM)))
+
+
+def run_program(program):
+    _run(carray(program, (1,))[0], np.uint16(0))
