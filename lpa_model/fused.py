@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -161,7 +161,7 @@ class FusedDecode:
     def __init__(self, model: LPAForCausalLM, kernel: Future[Kernel | None]) -> None:
         self.kernel = kernel
         self.rotary, self.norm, self.width = model.rotary, model.norm, model.config.hidden_size
-        self.layers = [FusedLayer(block) for block in model.layers]
+        self.layers = [FusedLayer(cast("Setting1Block | Setting2Block", block)) for block in model.layers]
         self.cache: LatentCache | None = None
         self.capacity = 0
 
