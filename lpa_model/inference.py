@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lpa_model.attention import Attention
-from lpa_model.kernels import attention, rms_norm
+from lpa_model.kernels import attention, rms_norm, row_scores
 from lpa_model.kernels.launch import compile_kernel
 from lpa_model.layers import LowRankLinear, RMSNorm, SwiGLU
 from lpa_model.model import LPAForCausalLM
@@ -139,6 +139,8 @@ def _compile(model: LPAForCausalLM) -> None:
             module.kernel = compile_kernel(decode_kernel)
         if isinstance(module, RMSNorm) and weight.dtype is torch.bfloat16:
             model.set_submodule(name, CompiledRMSNorm(module))
+    for dtype in {weight.dtype, torch.float32}:  # of prompts' logits, and of those that are sampled from
+        compile_kernel(row_scores.KERNELS[dtype])  # for whoever scores
 
 
 def _pack(model: LPAForCausalLM) -> None:
