@@ -77,6 +77,14 @@ def as_float(typing: Any, bits: Any) -> Any:
 
 
 @intrinsic
+def as_bits(typing: Any, x: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), build
+
+
+@intrinsic
 def order(typing: Any, x: Any) -> Any:
     """An integer of x's size that compares as x does: equal for 0 and -0, and beyond the infinities' for NaN."""
     integer = types.int32 if x == types.float32 else types.int16

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, from_dtype, types
+from numba import carray, from_dtype, njit, types
 
-from lpa_model.kernels.machine import ZERO, address, as_float, compiled, fetch_add, order, prefetch_rows, widen
+from lpa_model.kernels.machine import ZERO, address, as_bits, as_float, compiled, fetch_add, order, prefetch_rows, widen
 
 CALL = np.dtype(
     [
@@ -23,27 +23,29 @@ CALL = np.dtype(
 )
 LOT = 4  # rows that one thread takes at a time
 BLOCK = 1024  # logits at a time
+SHIFT = np.float32(3 << 22)  # added to a small number, it leaves the nearest integer in the lowest bits
 
 
-@compiled
+@njit(fastmath={"contract"}, error_model="numpy")  # not to be reordered
 def _exp(x):
-    """e^x for x <= 0, to a unit in the last place, and 1 for 0; it ends at e^-87."""
-    x = max(x, np.float32(-87))
-    whole = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
-    y = x - whole * np.float32(0.6931471805599453)
-    # (e^y - 1 - y) / y^2 on [-ln 2 / 2, ln 2 / 2], a minimax polynomial
+    """e^x for x <= 0, to a unit in the last place, and 1 for 0; it ends at e^-86."""
+    x = max(x, np.float32(-86))
+    shifted = x * np.float32(1.4426950408889634) + SHIFT
+    y = x - (shifted - SHIFT) * np.float32(0.6931471805599453)
+    # e^y on [-ln 2 / 2, ln 2 / 2], a minimax polynomial
     series = np.float32(1.38145988e-3)
     series = series * y + np.float32(8.36871658e-3)
     series = series * y + np.float32(4.1668389e-2)
     series = series * y + np.float32(1.66665211e-1)
     series = series * y + np.float32(4.9999994e-1)
-    series = series * y * y + y + np.float32(1)
-    return series * as_float((np.int32(whole) + np.int32(127)) << np.int32(23))
+    series = series * y + np.float32(1)
+    series = series * y + np.float32(1)
+    return as_float(np.int32(as_bits(series) + (as_bits(shifted) << np.int32(23))))
 
 
 @compiled
 def _find_best(row, infinity):
-    """The lowest id of the largest logit, and whether it and all others are numbers; of the first NaN if there is one."""
+    """The lowest id of the largest logit, or of NaN; and whether the row has a norm: neither is that nor infinite."""
     peak = low = order(row[0])
     home = 0
     for start in range(0, row.shape[0], BLOCK):
@@ -67,10 +69,11 @@ def _find_best(row, infinity):
 
 @compiled
 def _sum_exp(row, peak, ahead):
+    """Sum of e^(logit - peak) in float64, of which as many as a block has are added up in float32."""
     total = 0.0
     for start in range(0, row.shape[0], BLOCK):
         block = row[start : start + BLOCK]
-        prefetch_rows(ahead + start * row.itemsize, 0, 1, block.shape[0] * row.itemsize)
+        prefetch_rows(ahead, start, block.shape[0], row.itemsize)
         part = ZERO
         for i in range(block.shape[0]):
             part += _exp(widen(block[i]) - peak)
@@ -79,14 +82,25 @@ def _sum_exp(row, peak, ahead):
 
 
 @compiled
+def _norm(row, best, ahead):
+    """Log of the sum of e^(logit - best logit). The others are added up by themselves, so that a norm is as accurate
+    where they are next to nothing. The next row, at `ahead`, is asked for meanwhile."""
+    peak = widen(row[best])
+    others = _sum_exp(row[:best], peak, ahead)
+    others += _sum_exp(row[best + 1 :], peak, ahead + (best + 1) * row.itemsize)
+    return np.log1p(others)
+
+
+@compiled
 def _count_before(row, target):
     """How many tokens are before the target, by logit, then by id."""
     own = widen(row[target])
+    lower, higher = row[:target], row[target:]
     before = np.int32(0)
-    for i in range(target):
-        before += np.int32(widen(row[i]) >= own)
-    for i in range(target, row.shape[0]):
-        before += np.int32(widen(row[i]) > own)
+    for i in range(lower.shape[0]):
+        before = np.int32(before + (widen(lower[i]) >= own))
+    for i in range(higher.shape[0]):
+        before = np.int32(before + (widen(higher[i]) > own))
     return before
 
 
@@ -108,7 +122,8 @@ def _work(call, infinity):
             best[r], finite = _find_best(row, infinity)
             peaks[r] = widen(row[best[r]])
             own[r] = widen(row[targets[r]])
-            norms[r] = np.log(_sum_exp(row, peaks[r], logits.ctypes.data + (r + 1) * logits.strides[0])) if finite else np.nan
+            ahead = call.logits + (r + 1) * logits.strides[0]
+            norms[r] = _norm(row, best[r], ahead) if finite else np.nan
             ranks[r] = 1 + _count_before(row, targets[r])
 
 
