@@ -77,7 +77,7 @@ def _sum_exp(row, peak, ahead):
         part = ZERO
         for i in range(block.shape[0]):
             part += _exp(widen(block[i]) - peak)
-        total += part
+        total += float(part)
     return total
 
 
