@@ -333,9 +333,16 @@ def test_scores() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 7), st.integers(0, 60), st.sampled_from([0.5, 2.0, 100.0]))
-def test_ranks_and_best_equal_a_stable_sort(seed: int, rows: int, top: int, step: float) -> None:
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 7),
+    st.integers(0, 60),
+    st.sampled_from([0.5, 2.0, 100.0]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_ranks_and_best_equal_a_stable_sort(seed: int, rows: int, top: int, step: float, dtype: torch.dtype) -> None:
     logits = (torch.randn(rows, 50, generator=torch.Generator().manual_seed(seed)) * 5 / step).round() * step
+    logits = logits.to(dtype)
     targets = torch.tensor([random.Random(seed + i).randrange(50) for i in range(rows)])
     columns = score(logits, targets, top)
     for i in range(rows):
@@ -347,11 +354,34 @@ def test_ranks_and_best_equal_a_stable_sort(seed: int, rows: int, top: int, step
             assert columns.top_logprobs[i][rank - 1] == columns.logprobs[i]
 
 
+@pytest.mark.parametrize("top", [0, 1, 6])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_scores_without_a_kernel_are_the_same(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, top: int) -> None:
+    """Where logits are not finite too."""
+    logits = (torch.randn(20, VOCAB, generator=torch.Generator().manual_seed(5)) * 2).round()  # many equal ones
+    for i, bad in enumerate((math.nan, -math.nan, math.inf, -math.inf)):
+        logits[i, i] = logits[i + 4, 3::7] = logits[i + 8] = bad
+    logits[12, 5], logits[12, 7] = math.inf, math.nan
+    logits[13, 5:9] = torch.tensor([-math.inf, -math.nan, math.inf, math.nan])
+    targets = torch.arange(20) % 10
+    logits = logits.to(dtype)
+    compiled = score(logits, targets, top)
+    monkeypatch.setattr(sampler, "_score_kernel", lambda logits: None)
+    plain = score(logits, targets, top)
+    assert (compiled.ranks, compiled.top_ids) == (plain.ranks, plain.top_ids)
+    assert compiled.logprobs == pytest.approx(plain.logprobs, rel=1e-6, nan_ok=True)
+    for found, expected in zip(compiled.top_logprobs, plain.top_logprobs, strict=True):
+        assert found == pytest.approx(expected, rel=1e-6, nan_ok=True)
+    finite = [math.isfinite(x) for x in compiled.logprobs]
+    assert finite == [bool(row.double().softmax(-1)[t] > 0) for row, t in zip(logits, targets.tolist(), strict=True)]
+
+
 def test_what_numpy_does_on_a_cpu_torch_does_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(20, VOCAB, generator=torch.Generator().manual_seed(5)).round()  # many equal ones
     targets = torch.arange(20)
     asked: list[dict[str, Any]] = [{"temperature": 0.0}, {"top_k": 3}, {"top_k": 7, "top_p": 0.5}, {"top_p": 0.5}]
     rows = [row(i / 20, **asked[i % 4]) for i in range(20)]
+    monkeypatch.setattr(sampler, "_score_kernel", lambda logits: None)
     expected = sample(logits, rows), score(logits, targets, 0), score(logits, targets, 6)
     monkeypatch.setattr(sampler, "_in_numpy", lambda tensor: False)
     assert (sample(logits, rows), score(logits, targets, 0), score(logits, targets, 6)) == expected

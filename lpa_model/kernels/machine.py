@@ -114,6 +114,29 @@ def as_float(typing: Any, bits: Any) -> Any:
 
 
 @intrinsic
+def as_bits(typing: Any, x: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), build
+
+
+@intrinsic
+def order(typing: Any, x: Any) -> Any:
+    """An integer of x's size that compares as x does: equal for 0 and -0, and beyond the infinities' for NaN."""
+    integer = types.int32 if x == types.float32 else types.int16
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = context.get_value_type(integer)
+        bits = builder.bitcast(arguments[0], kind)
+        size = builder.and_(bits, ir.Constant(kind, (1 << (kind.width - 1)) - 1))
+        negative = builder.icmp_signed("<", bits, ir.Constant(kind, 0))
+        return builder.select(negative, builder.neg(size), size)
+
+    return integer(x), build
+
+
+@intrinsic
 def prefetch(typing: Any, address: Any) -> Any:
     """Have the line at `address`, which need not be anything's, come to the second-level cache."""
 

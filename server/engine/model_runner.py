@@ -174,37 +174,30 @@ class ModelRunner:
         targets = torch.tensor([tokens[i] for i in rows], device=logits.device)
         columns = score(logits if len(rows) == len(logits) else logits[rows], targets, max(top for _, top in scored))
         for n, (i, top) in enumerate(scored):
-            result.logprobs[sampling[i].id] = Logprobs(
-                columns.logprobs[n : n + 1],
-                columns.ranks[n : n + 1],
-                [columns.top_ids[n][:top]],
-                [columns.top_logprobs[n][:top]],
-            )
+            result.logprobs[sampling[i].id] = columns.part(n, n + 1, top)
 
     def _score_prompts(self, items: list[ScheduledRequest], hidden: Tensor, result: StepResult) -> None:
         """Log-probabilities of prompt tokens; all requests' rows meet the head together."""
         rows: list[int] = []
         targets: list[int] = []
-        owners: list[Request] = []  # of each row
+        runs: list[tuple[Request, int, int, int]] = []  # a request, its first row and the one after its last, its top
         at = 0
         for item in items:
             request, start = item.request, at - item.request.num_computed_tokens
             at += item.num_tokens
-            for token, target in request.scored(request.num_computed_tokens, item.num_tokens):
-                rows.append(start + token)
-                targets.append(request.token_ids[target])
-                owners.append(request)
+            if scored := request.scored(request.num_computed_tokens, item.num_tokens):
+                ids, first = request.token_ids, len(rows)
+                rows += [start + token for token, _ in scored]
+                targets += [ids[target] for _, target in scored]
+                runs.append((request, first, len(rows), request.params.prompt_logprobs or 0))
+        columns = Logprobs()
         for at in range(0, len(rows), LOGIT_ROWS):
             chunk = slice(at, at + LOGIT_ROWS)
-            tops = [request.params.prompt_logprobs or 0 for request in owners[chunk]]
             wanted = torch.tensor(targets[chunk], device=self.device)
-            columns = score(self._head(hidden, rows[chunk]), wanted, max(tops))
-            for i, (request, top) in enumerate(zip(owners[chunk], tops, strict=True)):
-                own = result.prompt_logprobs.setdefault(request.id, Logprobs())
-                own.logprobs.append(columns.logprobs[i])
-                own.ranks.append(columns.ranks[i])
-                own.top_ids.append(columns.top_ids[i][:top])
-                own.top_logprobs.append(columns.top_logprobs[i][:top])
+            top = max(top for _, first, end, top in runs if first < at + LOGIT_ROWS and end > at)
+            columns.extend(score(self._head(hidden, rows[chunk]), wanted, top))
+        for request, first, end, top in runs:
+            result.prompt_logprobs[request.id] = columns.part(first, end, top)
 
 
 def _filled_blocks(item: ScheduledRequest, block_size: int) -> list[int]:

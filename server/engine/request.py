@@ -90,6 +90,15 @@ class Logprobs:
         self.top_ids += other.top_ids
         self.top_logprobs += other.top_logprobs
 
+    def part(self, start: int, end: int, top: int) -> Logprobs:
+        """Entries `start` to `end`, with the `top` most probable tokens of each."""
+        return Logprobs(
+            self.logprobs[start:end],
+            self.ranks[start:end],
+            [ids[:top] for ids in self.top_ids[start:end]],
+            [logprobs[:top] for logprobs in self.top_logprobs[start:end]],
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class RequestOutput:

@@ -26,6 +26,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lpa_model.kernels.launch import Kernel, compile_kernel
+from lpa_model.kernels.row_scores import KERNELS, RowScores, row_scores
 from server.engine.request import Logprobs, SamplingParams
 
 Ids = npt.NDArray[np.int64]
@@ -255,35 +257,51 @@ def _pass(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def score(logits: Tensor, targets: Tensor, top: int) -> Logprobs:
     """Log-probabilities of `targets` (int64 [rows]) under logits [rows, vocab], with the `top` best tokens.
 
-    Logits that are not float32 become so a few rows at a time. The target's number is the very one in the list of the
-    best when it is among them, and does not depend on `top`. Ties are broken towards the lower id, in `rank` and in
-    the list.
+    Logits that are not float32 are taken as such, a few rows at a time. The target's number is the very one in the
+    list of the best when it is among them, and does not depend on `top`. Ties are broken towards the lower id, in
+    `rank` and in the list.
     """
-    parts = [
-        _score(few.to(torch.float32, copy=True), wanted, min(top, logits.shape[1]))
-        for few, wanted in zip(logits.split(CACHED_ROWS), targets.split(CACHED_ROWS), strict=True)
-    ]
-    own, values, ids, ranks = zip(*parts, strict=True)
+    kernel = _score_kernel(logits)
+    found = _row_scores(logits, targets) if kernel is None else row_scores(kernel, logits, targets)
+    if top > 1:
+        parts = [_top(few.float(), min(top, logits.shape[1])) for few in logits.split(CACHED_ROWS)]
+        values, ids = (torch.cat(column) for column in zip(*parts, strict=True))
+    else:
+        values, ids = found.peak[:, None][:, :top], found.best[:, None][:, :top]
     return Logprobs(
-        torch.cat(own).tolist(),
-        [rank for few in ranks for rank in few],
-        torch.cat(ids).tolist(),
-        torch.cat(values).tolist(),
+        _logprobs(found.own[:, None], found)[:, 0].tolist(),
+        found.rank.tolist(),
+        ids.tolist(),
+        _logprobs(values, found).tolist(),
     )
 
 
-def _score(logits: Tensor, targets: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Log-probabilities of targets [n], those and the ids of the best [n, top], and the targets' ranks; without a
-    table of all log-probabilities. Overwrites the logits."""
-    if top > 1:
-        values, ids = _top(logits, top)
-    else:
-        ids = _argmax(logits)[:, None]
-        values = logits.gather(1, ids)
-    own, peak = logits.gather(1, targets[:, None]), values[:, :1]
-    ranks = _ranks(logits, own, targets)
-    norm = _block_sums(logits.sub_(peak).exp_()).sum(-1, keepdim=True).log().float()
-    return (own - peak - norm)[:, 0], (values - peak - norm)[:, :top], ids[:, :top], ranks
+def _logprobs(logits: Tensor, rows: RowScores) -> Tensor:
+    """Some of each row's logits [rows, n] -> float32."""
+    return (logits.double() - rows.peak[:, None] - rows.norm[:, None]).float()
+
+
+def _score_kernel(logits: Tensor) -> Kernel | None:
+    name = KERNELS.get(logits.dtype)
+    if name is None or logits.device.type != "cpu" or not logits.is_contiguous():
+        return None
+    return compile_kernel(name).result()
+
+
+def _row_scores(logits: Tensor, targets: Tensor) -> RowScores:
+    """What the kernel finds, by torch; without a table of all log-probabilities."""
+    pairs = zip(logits.split(CACHED_ROWS), targets.split(CACHED_ROWS), strict=True)
+    parts = [_few_row_scores(few.to(torch.float32, copy=True), wanted) for few, wanted in pairs]
+    return RowScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _few_row_scores(logits: Tensor, targets: Tensor) -> RowScores:
+    """Overwrites the logits."""
+    best = _argmax(logits)
+    own, peak = logits.gather(1, targets[:, None]), logits.gather(1, best[:, None])
+    rank = _ranks(logits, own, targets)
+    norm = _block_sums(logits.sub_(peak).exp_()).sum(-1).log()
+    return RowScores(own[:, 0], peak[:, 0], norm, best, rank)
 
 
 def _argmax(logits: Tensor) -> Tensor:
@@ -307,15 +325,15 @@ def _top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values.gather(1, order), ids.gather(1, order)
 
 
-def _ranks(logits: Tensor, mine: Tensor, targets: Tensor) -> list[int]:
-    """1 + how many tokens are before the target, by logit, then by id."""
+def _ranks(logits: Tensor, mine: Tensor, targets: Tensor) -> Tensor:
+    """1 + how many tokens are before the target, by logit, then by id: int64 [n]."""
     if _in_numpy(logits):  # it counts a row of booleans many times faster
         table, own = logits.numpy(), mine.numpy()
-        return [
+        ranks = [
             1 + int(np.count_nonzero(row[:t] >= p) + np.count_nonzero(row[t:] > p))
             for row, p, t in zip(table, own, targets.tolist(), strict=True)
         ]
+        return torch.tensor(ranks)
     ids = torch.arange(logits.shape[1], device=logits.device)
     before = (logits > mine) | ((logits == mine) & (ids < targets[:, None]))
-    ranks: list[int] = (1 + before.sum(-1)).tolist()
-    return ranks
+    return 1 + before.sum(-1)
