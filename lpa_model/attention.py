@@ -25,6 +25,7 @@ from lpa_model.decode import DecodePairs, decode_attention, decode_pairs
 from lpa_model.kernels.attention import DecodeRows
 from lpa_model.kernels.attention import decode_attention as compiled_decode_attention
 from lpa_model.kernels.launch import Kernel
+from lpa_model.kernels.prompts import prompt_attention
 from lpa_model.layers import LowRankLinear, RotaryEmbedding, first_half, projection, second_half
 
 TILE = 64  # tokens
@@ -55,6 +56,12 @@ class Span(NamedTuple):
             starts = self._branch_starts(index)
             visible &= (index < self.branches[0]) | (starts == starts[self.context :, None])
         return visible
+
+    def hidden(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(starts, ends) [length]: each new token sees what is before it but for those."""
+        index = np.arange(self.context, self.context + self.length)
+        starts = np.minimum(index, self.branches[0])
+        return starts, np.where(index < self.branches[0], index, self._branch_starts(index))
 
     def _branch_starts(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where the branch of each token begins; for the common beginning the token itself."""
@@ -87,7 +94,24 @@ class PrefillGroup:
     context: int
     blocks: Tensor  # [batch, blocks of the context] int64
     positions: Tensor  # [context + length] int64
-    masks: tuple[Tensor, ...]  # of each tile [TILE, end of the tile] bool, True where visible
+    span: Span  # one of them
+
+    @cached_property
+    def masks(self) -> tuple[Tensor, ...]:
+        """Of each tile [TILE, end of the tile] bool, True where visible."""
+        end = self.context + self.length
+        ends = range(self.context // TILE * TILE + TILE, end + TILE, TILE)
+        device = self.positions.device
+        if self.span.is_branched:
+            return tuple(torch.from_numpy(tile).to(device) for tile in _tiles(self.span.mask(), self.context, ends))
+        # what any tile sees is the right end of this: all tokens before it, and of its own those up to each row
+        causal = torch.from_numpy(np.arange(end + TILE) <= end + np.arange(TILE)[:, None]).to(device)
+        return tuple(causal[:, end + TILE - tile_end :] for tile_end in ends)
+
+    @cached_property
+    def hidden(self) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        """(starts, ends) int64 [length] of the tokens before a row that it does not see; None if it sees them all."""
+        return self.span.hidden() if self.span.is_branched else None
 
     @property
     def rows(self) -> slice:
@@ -186,9 +210,6 @@ def _prefill_groups(
     block_size: int,
     tensor: ToTensor,
 ) -> Iterator[PrefillGroup]:
-    longest = max((span.context + span.length for span in spans), default=0)
-    # what any tile sees is the right end of this: all tokens before it, and of its own those up to each row
-    causal = tensor(np.arange(longest + TILE) <= longest + np.arange(TILE)[:, None])
     at = 0
     while at < len(spans):
         span = spans[at]
@@ -196,13 +217,8 @@ def _prefill_groups(
         end = at + 1
         while end < len(spans) and spans[end].shape == span.shape:
             end += 1
-        ends = range(context // TILE * TILE + TILE, context + length + TILE, TILE)
-        if span.is_branched:
-            masks = tuple(map(tensor, _tiles(span.mask(), context, ends)))
-        else:
-            masks = tuple(causal[:, longest + TILE - tile_end :] for tile_end in ends)
         blocks = np.stack([table[: -(-context // block_size)] for table in tables[at:end]])
-        yield PrefillGroup(start, end - at, length, context, tensor(blocks), tensor(span.positions()), masks)
+        yield PrefillGroup(start, end - at, length, context, tensor(blocks), tensor(span.positions()), span)
         start += (end - at) * length
         at = end
 
@@ -241,7 +257,9 @@ class Attention(nn.Module):
         # A of q, k and v as one product: set by `prepare_for_inference`
         self.joint_down: nn.Module | None = None
         self.joint_ranks: list[int] = []
-        self.kernel: Future[Kernel | None] | None = None  # what decode rows take where there is one: likewise
+        # what decode rows and prompt rows take where there is one: likewise
+        self.kernel: Future[Kernel | None] | None = None
+        self.prompt_kernel: Future[Kernel | None] | None = None
 
     def forward(
         self, x: Tensor, rotary: RotaryEmbedding | None, meta: AttentionMetadata | None, cache: LatentCache | None
@@ -361,6 +379,8 @@ class Attention(nn.Module):
         keys_latent, values_latent = cache.forms[self.layer]
         if keys_latent:
             k = self._keys(second_half(self.k_proj, k.squeeze(2)), rotary, group.positions)
+        if self.prompt_kernel is not None and (kernel := self.prompt_kernel.result()):
+            return self._expanded_compiled(kernel, q, k, v, group, values_latent)
         if values_latent:
             v = self._split(second_half(self.v_proj, v.squeeze(2)))
         before, behind = group.padding
@@ -372,6 +392,29 @@ class Attention(nn.Module):
         ]
         out = tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
         return out[:, before : before + group.length].flatten(0, 1)
+
+    def _expanded_compiled(
+        self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, group: PrefillGroup, values_latent: bool
+    ) -> Tensor:
+        """q [batch, length, H, dh], k [batch, T, H_kv, dh] and v [batch, T, heads, width], which may be latents."""
+        v = v.flatten(2).flatten(0, 1)
+        if values_latent:
+            up = self._up(self.v_proj)
+            values = up.weight @ v.T
+            if up.bias is not None:
+                values += up.bias[:, None]
+        else:
+            values = v.T.contiguous()
+        return prompt_attention(
+            kernel,
+            q.flatten(0, 1),
+            k.flatten(2).flatten(0, 1),
+            values,
+            group.batch,
+            group.context,
+            self.scale,
+            hidden=group.hidden,
+        )
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q [batch, Tq, H, dh], k and v [batch, Tk, H_kv, dh] -> [batch, Tq, H, dh]; causal without a mask."""

@@ -89,3 +89,34 @@ OP = np.dtype(
     ]
     + [("eps", np.float64)]
 )
+
+# a call of the prompt attention, of texts of equal length
+PROMPT = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            # addresses of bfloat16
+            "q",  # [batch * length, heads, width]
+            "keys",  # [batch * (context + length), key_heads, width]
+            "values",  # [key_heads * width, batch * (context + length)]
+            "out",  # [batch * length, heads, width]
+            # of int64
+            "shared_ends",  # [length]: a query sees no token from here ...; 0: all see all before them
+            "own_starts",  # [length]: ... to here
+            "counter",  # 0: the next piece of work
+            # strides in bytes, from row to row
+            "q_stride",
+            "key_stride",
+            "value_stride",
+            "out_stride",
+            # sizes
+            "batch",
+            "context",
+            "length",
+            "heads",
+            "key_heads",
+            "width",  # a multiple of 32
+        )
+    ]
+    + [("scale", np.float64)]
+)
