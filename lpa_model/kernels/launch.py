@@ -59,6 +59,7 @@ def _load(name: str) -> Kernel:
     with _one_at_a_time:
         import numba
 
+        logging.getLogger("numba").setLevel(logging.WARNING)  # at DEBUG it writes down every step of a compilation
         numba.config.CACHE_DIR = str(_cache_folder())
         module = importlib.import_module(module_name)
         compiled = numba.cfunc(module.SIGNATURE, cache=True)(getattr(module, function))
