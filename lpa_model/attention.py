@@ -149,16 +149,6 @@ class AttentionMetadata:
             num_rows=len(positions),
         )
 
-    def prompts(self) -> AttentionMetadata:
-        """The rows that are not decode rows, alone."""
-        return AttentionMetadata(
-            spans=self.spans[self.num_decode :],
-            block_size=self.block_size,
-            positions=self.positions[self.num_decode :],
-            num_decode=0,
-            num_rows=self.num_rows - self.num_decode,
-        )
-
     # what only some of the ways through a layer need, once for all layers
 
     @cached_property

@@ -92,15 +92,10 @@ class LPAForCausalLM(nn.Module):
         if self.rotary is None:
             positions = torch.arange(ids.shape[-1], device=ids.device) if meta is None else meta.positions
             x = x + self.embed_positions(positions).float()
-        if self.fused is not None and meta is not None and cache is not None and meta.num_decode:
+        if self.fused is not None and meta is not None and cache is not None and meta.num_decode == meta.num_rows:
             decoded = self.fused(x[: meta.num_decode], meta, cache)
             if decoded is not None:
-                if meta.num_decode == meta.num_rows:
-                    return decoded
-                return torch.cat((decoded, self._through_layers(x[meta.num_decode :], meta.prompts(), cache)))
-        return self._through_layers(x, meta, cache)
-
-    def _through_layers(self, x: Tensor, meta: AttentionMetadata | None, cache: LatentCache | None) -> Tensor:
+                return decoded
         for layer in self.layers:
             x = layer(x, self.rotary, meta, cache)
         return x if self.norm is None else self.norm(x)

@@ -64,14 +64,11 @@ class Texts:
                 meta = AttentionMetadata.build([Span(0, len(ids) - 1, table, False)], BLOCK_SIZE, CPU)
                 model(ids[:-1], meta, self.cache)
 
-    def decode(self, model: LPAForCausalLM, rows: list[int], prompt: Tensor | None = None) -> Tensor:
-        """The last tokens of some texts, and behind them a prompt if there is one."""
+    def decode(self, model: LPAForCausalLM, rows: list[int]) -> Tensor:
+        """The last tokens of some texts."""
         spans = [Span(len(self.ids[row]) - 1, 1, self.tables[row], True) for row in rows]
         ids = [self.ids[row][-1:] for row in rows]
         cache = copy.deepcopy(self.cache)
-        if prompt is not None:
-            spans.append(Span(0, len(prompt), [2 * len(LENGTHS) - 1], False))
-            ids.append(prompt)
         return model(torch.cat(ids), AttentionMetadata.build(spans, BLOCK_SIZE, CPU), cache).float()
 
 
@@ -111,9 +108,6 @@ def test_a_row_depends_on_itself_alone(case: str) -> None:
     for row in everyone:
         assert torch.equal(texts.decode(model, [row])[0], together[row])
     assert torch.equal(texts.decode(model, everyone[::-1]), together.flip(0))
-    beside_a_prompt = texts.decode(model, everyone[1:], torch.arange(40))
-    assert torch.equal(beside_a_prompt[: len(everyone) - 1], together[1:])
-    assert torch.equal(beside_a_prompt[len(everyone) - 1 :], texts.decode(model, [], torch.arange(40)))
 
 
 @torch.inference_mode()

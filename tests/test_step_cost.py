@@ -18,10 +18,12 @@ from server.engine.step_cost import MIN_CHUNK, PromptBudget, StepCost, Work
 class Machine:
     """A scheduler on a machine of known speed: `schedule`, a simulated step, `update`. Milliseconds."""
 
-    def __init__(self, speed: float = 1.0, noise: float = 0.1, hiccups: float = 0.0, **options: Any) -> None:
+    def __init__(
+        self, speed: float = 1.0, noise: float = 0.1, hiccups: float = 0.0, pass_ms: float = 0.0, **options: Any
+    ) -> None:
         defaults = {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "step_budget_ms": 1e9, "max_model_len": 2048}
         self.scheduler = Scheduler(BlockManager(4096, 64, False), eos_token_id=0, **{**defaults, **options})
-        self.speed, self.noise, self.hiccups = speed, noise, hiccups
+        self.speed, self.noise, self.hiccups, self.pass_ms = speed, noise, hiccups, pass_ms
         self.random = random.Random(0)
         self.latencies: list[float] = []  # of steps with decodes
         self.prompt_tokens: list[int] = []  # in those steps
@@ -29,6 +31,8 @@ class Machine:
     def time_of(self, batch: ScheduledBatch) -> float:
         """Reading the weights, rows, context and scored rows, disturbed; a share of `hiccups` takes twice as long."""
         ms = 8.0 if batch.items else 0.0
+        if batch.num_prompt_tokens:
+            ms += self.pass_ms
         for request, num_tokens, is_decode in batch.items:
             context = request.num_computed_tokens
             if is_decode:
@@ -98,6 +102,35 @@ def test_a_long_prompt_keeps_the_99th_percentile_within_three_medians(streams: i
     assert sum(machine.prompt_tokens) == 3000
     idle = [i for i, tokens in enumerate(machine.prompt_tokens) if tokens == 0]
     assert all(b - a > 1 for a, b in itertools.pairwise(idle)), "two steps in a row without progress"
+
+
+@pytest.mark.parametrize("pass_ms", [3.0, 6.0])
+def test_work_that_makes_a_step_dear_comes_in_portions_that_are_worth_it(pass_ms: float) -> None:
+    machine = Machine(noise=0.07, pass_ms=pass_ms)
+    alone = machine.stream(8)
+    long = machine.add("long", 1500, 1)
+    while long.num_output_tokens == 0:
+        machine.step()
+    assert sorted(machine.latencies)[int(0.99 * len(machine.latencies))] < 3 * alone
+    machine.latencies.clear()
+    machine.prompt_tokens.clear()
+    for i in range(30):
+        machine.add(f"text{i}", 512, 0)
+    while len(machine.latencies) < 300:
+        machine.step()
+    assert median(machine.latencies) < 2.1 * alone
+    portions = [tokens for tokens in machine.prompt_tokens[50:] if tokens]
+    assert 0.55 * median(portions) > pass_ms / 2, "a token costs 0.55 ms; half of the time should go into tokens"
+
+
+def test_many_waiting_prompts_count_more_than_few_streams() -> None:
+    machine = Machine(noise=0, step_budget_ms=50.0)
+    alone = machine.stream(2)
+    for i in range(20):
+        machine.add(f"prompt{i}", 128, 200)
+    for _ in range(5):
+        machine.step()
+    assert alone + 35 < max(machine.latencies) < alone + 51
 
 
 def test_prompts_pass_scoring_that_has_used_its_share() -> None:
@@ -184,13 +217,14 @@ def test_one_wild_step_moves_little() -> None:
 
 
 def test_kinds_of_work_are_told_apart() -> None:
-    """Steps of mixed work with rates 0.3, 0.01 and 0.5 teach all three."""
+    """Steps of mixed work with rates 0.3, 0.01 and 0.5, and 40 for each, teach all four."""
     cost, generator = StepCost(), random.Random(1)
     cost.observe(0, Work(500, 0, 0), 300.0)
+    cost.observe(8, Work(), 10.0)
     for _ in range(2000):
-        work = Work(generator.uniform(300, 600), generator.choice([0, 20000]), generator.choice([0, 300]))
-        cost.observe(0, work, 0.3 * work.tokens + 0.01 * work.context + 0.5 * work.scored)
-    assert cost.rates == pytest.approx((0.3, 0.01, 0.5), rel=0.05)
+        work = Work(generator.uniform(10, 600), generator.choice([0, 20000]), generator.choice([0, 300]), 1)
+        cost.observe(8, work, 0.3 * work.tokens + 0.01 * work.context + 0.5 * work.scored + 50)
+    assert cost.rates == pytest.approx((0.3, 0.01, 0.5, 40), rel=0.1)
 
 
 def test_rates_come_back_after_nonsense() -> None:
@@ -202,7 +236,8 @@ def test_rates_come_back_after_nonsense() -> None:
     for _ in range(500):
         work = Work(generator.uniform(300, 600), generator.choice([0, 20000]), generator.choice([0, 300]))
         cost.observe(0, work, 0.3 * work.tokens + 0.01 * work.context + 0.5 * work.scored)
-    assert cost.rates == pytest.approx((0.3, 0.01, 0.5), rel=0.1)
+    assert cost.rates is not None
+    assert cost.rates[:3] == pytest.approx((0.3, 0.01, 0.5), rel=0.1)
 
 
 def make_request(length: int, max_tokens: int = 1) -> Request:

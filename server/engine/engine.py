@@ -51,7 +51,7 @@ class EngineOptions:
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
-    step_budget_ms: float = 50.0
+    step_budget_ms: float = 200.0
     block_size: int = 64
     kv_cache_layout: str = "auto"
     kv_cache_memory: int | None = None

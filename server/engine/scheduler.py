@@ -17,11 +17,12 @@ from typing import NamedTuple
 
 from server.engine.block_manager import BlockManager, hash_block, hash_root
 from server.engine.request import FinishReason, Logprobs, Request, RequestStatus
-from server.engine.step_cost import PromptBudget, StepCost, Work, work_of
+from server.engine.step_cost import PromptBudget, PromptShare, StepCost, Work, work_of
 from server.engine.waiting_queue import WaitingQueue, by_order, insert, remove
 
 # Of the time of a step's decodes alone: a stream's median latency at most doubles while a corpus is scored, and its
-# 99th percentile stays within three times its median while a long prompt arrives; the rest is margin for noise.
+# 99th percentile stays within three times its median while a long prompt arrives; the rest is margin for noise. Where
+# more prompts wait than streams run, each of them counts as much as a stream, up to the step's budget.
 SCORING_SHARE = 0.8
 PROMPT_SHARE = 1.6
 
@@ -90,6 +91,7 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.running: list[Request] = []  # sorted by order
         self.cost = StepCost()
+        self.shares = {False: PromptShare(), True: PromptShare()}  # by is_scoring
         self._added = 0
         self._computing: dict[bytes, Request] = {}  # prompt blocks that are not there yet: who will fill them
 
@@ -157,8 +159,13 @@ class Scheduler:
             return PromptBudget(self.cost, tokens)
         if self.cost.probe_due(num_decodes):
             return PromptBudget(self.cost, 0)
-        decode_ms = self.cost.decode_ms(num_decodes)
-        prompt_ms, scoring_ms = (min(share * decode_ms, self.step_budget_ms) for share in (PROMPT_SHARE, SCORING_SHARE))
+        decode_ms, pass_ms = self.cost.decode_ms(num_decodes), self.cost.pass_ms
+        prompts = len(self.waiting.ready[False]) + sum(not (r.is_decode or r.is_scoring) for r in self.running)
+        prompt_share = PROMPT_SHARE * max(1.0, prompts / num_decodes)
+        prompt_ms, scoring_ms = (
+            self.shares[scoring].earn(share * decode_ms, pass_ms, self.step_budget_ms)
+            for scoring, share in ((False, prompt_share), (True, SCORING_SHARE))
+        )
         return PromptBudget(self.cost, tokens, prompt_ms, scoring_ms)
 
     def observe_step(self, batch: ScheduledBatch, elapsed_ms: float) -> None:
@@ -170,7 +177,7 @@ class Scheduler:
             elif num_tokens:
                 more = work_of(request, request.num_computed_tokens, num_tokens)
                 work = Work(*(a + b for a, b in zip(work, more, strict=True)))
-        self.cost.observe(num_decodes, work, elapsed_ms)
+        self.cost.observe(num_decodes, work._replace(passes=float(work.tokens > 0)), elapsed_ms)
 
     def _join(self, item: ScheduledRequest, followers: dict[Request, list[Request]], batch: ScheduledBatch) -> None:
         """Let the followers of a prompt that this step completes run: they share its full blocks and get a copy of
@@ -213,6 +220,8 @@ class Scheduler:
     def _take(self, request: Request, tokens: int, budget: PromptBudget, batch: ScheduledBatch) -> None:
         """Put the next prompt tokens of a request, for which it has blocks, into the step."""
         budget.spend(request, request.num_computed_tokens, tokens)
+        for scoring in {False, request.is_scoring}:  # scoring takes of both
+            self.shares[scoring].spend()
         batch.items.append(ScheduledRequest(request, tokens, False))
 
     def _admit(self, request: Request, hits: list[int], batch: ScheduledBatch) -> None:

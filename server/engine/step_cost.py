@@ -1,7 +1,8 @@
 """What a step costs, learned from the steps that ran, and how much of the next one prompts may take. No tensors.
 
-A step takes the time of its decodes and, on top, that of its prompt work: so much a token, so much for every token of
-cached context that a chunk looks back on, and so much for every row that meets the head to be scored.
+A step takes the time of its decodes and, on top, that of its prompt work: so much for there being any, so much a token,
+so much for every token of cached context that a chunk looks back on, and so much for every row that meets the head to
+be scored.
 """
 
 from __future__ import annotations
@@ -25,19 +26,20 @@ DECODE_SAMPLES = 5  # decode-only steps whose median is a decode's time
 
 
 class Work(NamedTuple):
-    """Prompt work of a step: its tokens, cached tokens looked back on (weighted, see `work_of`), rows scored."""
+    """Prompt work of a step: its tokens, cached tokens looked back on (weighted: `work_of`), rows scored; 1 pass."""
 
     tokens: float = 0.0
     context: float = 0.0
     scored: float = 0.0
+    passes: float = 0.0
 
 
-FIRST_RATES = Work(1.0, 1 / 8, 1.0)  # relative; where learning begins
+FIRST_RATES = Work(1.0, 1 / 8, 1.0, 8.0)  # relative; where learning begins
 LEAST = 0.05  # of that relation to a token's rate
 
 
 def work_of(request: Request, computed: int, num_tokens: int) -> Work:
-    """The work of `num_tokens` prompt tokens of a request after `computed` ones."""
+    """The work of `num_tokens` prompt tokens of a request after `computed` ones, in a pass that others share."""
     return Work(num_tokens, computed * (1 + num_tokens / PAIRS), request.num_scored(computed, num_tokens))
 
 
@@ -46,7 +48,7 @@ class StepCost:
 
     def __init__(self) -> None:
         self.rates: Work | None = None
-        self._covariance = np.zeros((3, 3))  # of the rates
+        self._covariance = np.zeros((4, 4))  # of the rates
         self._decode_ms: deque[float] = deque(maxlen=DECODE_SAMPLES)
         self._num_decodes = 0  # of the steps in _decode_ms, within a quarter
         self._steps_with_prompts = 2  # since the last decode-only one; 2: the first step with decodes is a probe
@@ -60,6 +62,11 @@ class StepCost:
     def work_ms(self, work: Work) -> float:
         """Time that prompt work adds; 0 as long as nothing is known."""
         return 0.0 if self.rates is None else sum(rate * x for rate, x in zip(self.rates, work, strict=True))
+
+    @property
+    def pass_ms(self) -> float:
+        """Time that any prompt work at all adds."""
+        return self.work_ms(Work(passes=1))
 
     def probe_due(self, num_decodes: int) -> bool:
         """Whether the next step should be decodes alone, to know their time; never true twice in a row.
@@ -111,12 +118,34 @@ class StepCost:
         return abs(num_decodes - self._num_decodes) <= self._num_decodes / 4
 
 
+class PromptShare:
+    """Milliseconds that one kind of work has earned, a share of every step's decodes at a time.
+
+    It is spent when it is worth a pass: at least half of the time that the work adds to a step then goes into tokens.
+    Portions larger than a step's share come so rarely that the median step has none.
+    """
+
+    def __init__(self) -> None:
+        self._saved = 0.0
+
+    def earn(self, ms: float, pass_ms: float, most: float) -> float:
+        """What there is for tokens now, 0 if that is not worth a pass; no step takes more than `most` for all."""
+        worth = min(2 * pass_ms, most)
+        self._saved = min(self._saved + (ms if ms >= worth else ms * 2 / 3), max(worth, ms), most)
+        return max(self._saved - pass_ms, self._saved / 2) if self._saved >= worth else 0.0
+
+    def spend(self) -> None:
+        """A step has taken it."""
+        self._saved = 0.0
+
+
 class PromptBudget:
     """What prompt and scoring work may still take of one step: tokens, milliseconds, milliseconds of scoring."""
 
     def __init__(self, cost: StepCost, tokens: int, total_ms: float = math.inf, scoring_ms: float = math.inf) -> None:
         self.tokens = tokens
-        self.open_kinds = {False, True} if tokens else set()  # of requests for which something is left: is_scoring
+        # of requests for which something is left: is_scoring
+        self.open_kinds = {kind for kind, ms in ((False, total_ms), (True, min(total_ms, scoring_ms))) if tokens and ms}
         self._cost = cost
         self._whole_tokens, self._whole_ms = tokens, {False: total_ms, True: min(total_ms, scoring_ms)}
         self._left_ms = {False: total_ms, True: scoring_ms}  # scoring counts as both
