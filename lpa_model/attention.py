@@ -24,6 +24,7 @@ from lpa_model.config import PROJECTIONS, LPAConfig, Projection
 from lpa_model.decode import DecodePairs, decode_attention, decode_pairs
 from lpa_model.kernels.attention import DecodeRows
 from lpa_model.kernels.attention import decode_attention as compiled_decode_attention
+from lpa_model.kernels.chunks import ChunkRows
 from lpa_model.kernels.launch import Kernel
 from lpa_model.kernels.prompts import prompt_attention
 from lpa_model.layers import LowRankLinear, RotaryEmbedding, first_half, projection, second_half
@@ -184,6 +185,13 @@ class AttentionMetadata:
     def decode_rows(self) -> DecodeRows:
         """The decode rows for the compiled kernel."""
         return DecodeRows.build(self.positions[: self.num_decode].numpy(), *self._decodes(), self.block_size)
+
+    @cached_property
+    def chunk_rows(self) -> ChunkRows:
+        """The prompt rows for a program."""
+        prompts = self.spans[self.num_decode :]
+        contexts, lengths = [span.context for span in prompts], [span.length for span in prompts]
+        return ChunkRows.build(contexts, lengths, [span.block_table for span in prompts], self.block_size)
 
     def _decodes(self) -> tuple[NDArray[np.int64], list[Sequence[int]]]:
         spans = self.spans[: self.num_decode]

@@ -1,4 +1,4 @@
-"""A step of generated tokens in one go: all layers as one program, with no operator of torch between them."""
+"""A step with few rows in one go: all layers as one program, with no operator of torch between them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from lpa_model.attention import AttentionMetadata
 from lpa_model.cache import LatentCache
 from lpa_model.kernels import records
 from lpa_model.kernels.attention import call_of_layer, has_tiles
+from lpa_model.kernels.chunks import NO_CHUNKS
 from lpa_model.kernels.launch import Kernel
 from lpa_model.kernels.programs import Program, fits, tiled, tiled_gates
 from lpa_model.layers import LayerNorm, LowRankLinear, RMSNorm, SwiGLU
 
 if TYPE_CHECKING:
     from lpa_model.model import LPAForCausalLM, Setting1Block, Setting2Block
+
+
+MOST_ROWS = 256  # with prompt rows among them; oneDNN's products of more are faster, and torch's operators count less
 
 
 def can_fuse(model: LPAForCausalLM) -> bool:
@@ -152,8 +156,8 @@ class FusedLayer:
             program.product(x, last.tiles, stream, bias=last.bias, then=records.ADDED)
 
 
-class FusedDecode:
-    """The decode rows of a step through all layers of a model that has been prepared for inference.
+class FusedStep:
+    """The rows of a step through all layers of a model that has been prepared for inference.
 
     A row's result depends on nothing but the row.
     """
@@ -166,19 +170,48 @@ class FusedDecode:
         self.capacity = 0
 
     def __call__(self, x: Tensor, meta: AttentionMetadata, cache: LatentCache) -> Tensor | None:
-        """x float32 [decode rows, d], embedded -> [decode rows, d] as the model's `forward` returns it.
+        """x float32 [rows, d], embedded -> [rows, d] as the model's `forward` returns it.
 
-        The result is overwritten by the next step. None where the kernel cannot be compiled, and where keys have to be
-        rebuilt from latents before they can be turned.
+        The result is overwritten by the next step. None where a program is not possible, or not the faster way: see
+        `takes`.
         """
-        kernel, rows = self.kernel.result(), len(x)
-        if kernel is None or (self.rotary is not None and any(keys_latent for keys_latent, _ in cache.forms)):
+        rows = len(x)
+        if not self.takes(rows, meta, cache) or (kernel := self.kernel.result()) is None:
             return None
         if cache is not self.cache or rows > self.capacity:
             self._write(cache, max(8, 1 << (rows - 1).bit_length()))
         self.stream[:rows] = x
         if self.norm is None:
             self.normed[:rows] = x
+        calls, longest = self.calls, 0
+        calls["rows"] = meta.num_decode
+        alive = self._decode_rows(meta) if meta.num_decode else None
+        if meta.num_decode < rows:
+            chunks = meta.chunk_rows
+            longest = chunks.longest
+            transposed = torch.empty(self.value_rows, chunks.columns, dtype=torch.bfloat16)
+            here = {"transposed": transposed.data_ptr(), "transposed_stride": 2 * chunks.columns}
+            for name, value in (chunks.fields | here).items():
+                calls[name] = value
+        else:
+            for name, value in NO_CHUNKS.items():
+                calls[name] = value
+        self.program.run(kernel, rows, longest)
+        del alive
+        return self.stream[:rows] if self.norm is None else self.normed[:rows]
+
+    def takes(self, rows: int, meta: AttentionMetadata, cache: LatentCache) -> bool:
+        """Whether rows go through the program: not where keys have to be rebuilt from latents before they can be
+        turned, nor many rows or continuations side by side, nor prompt rows over blocks that are not whole tiles."""
+        if self.rotary is not None and any(keys_latent for keys_latent, _ in cache.forms):
+            return False
+        prompts = meta.spans[meta.num_decode :]
+        return not prompts or (
+            rows <= MOST_ROWS and meta.block_size % 64 == 0 and not any(span.is_branched for span in prompts)
+        )
+
+    def _decode_rows(self, meta: AttentionMetadata) -> object:
+        """Tell the calls of the decode rows; returns what has to live until they have run."""
         calls, at = self.calls, meta.decode_rows
         items = len(at.item_rows)
         partial = torch.empty(items * self.partial_size, dtype=torch.float32)
@@ -188,8 +221,7 @@ class FusedDecode:
         calls["partial"] = partial.data_ptr()
         calls["stats"] = partial.data_ptr() + 4 * items * calls["heads"] * calls["value_width"]
         calls["counters"] = counters.ctypes.data + counters.strides[0] * np.arange(len(calls))
-        self.program.run(kernel, rows)
-        return self.stream[:rows] if self.norm is None else self.normed[:rows]
+        return partial, counters
 
     def _write(self, cache: LatentCache, capacity: int) -> None:
         """The program for up to `capacity` rows and this cache."""
@@ -205,6 +237,7 @@ class FusedDecode:
             program.rms_norm(self.stream, self.norm.weight, self.normed, self.norm.eps)
         calls = program.calls
         self.partial_size = int((calls["heads"] * (calls["value_width"] + 2)).max())
+        self.value_rows = int((calls["value_heads"] * calls["value_width"]).max())
         self.program, self.calls = program, calls
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lpa_model.attention import Attention
-from lpa_model.fused import FusedDecode, can_fuse
+from lpa_model.fused import FusedStep, can_fuse
 from lpa_model.kernels import attention, programs, prompts, rms_norm, row_scores
 from lpa_model.kernels.launch import compile_kernel
 from lpa_model.layers import LowRankLinear, RMSNorm, SwiGLU
@@ -136,7 +136,7 @@ def _compile(model: LPAForCausalLM) -> None:
     if weight.device.type != "cpu" or decode_kernel is None:
         return
     if can_fuse(model):
-        model.fused = FusedDecode(model, compile_kernel(programs.KERNEL))
+        model.fused = FusedStep(model, compile_kernel(programs.KERNEL))
     for name, module in list(model.named_modules()):
         if isinstance(module, Attention):
             module.kernel = compile_kernel(decode_kernel)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lpa_model.attention import Attention, AttentionMetadata
 from lpa_model.cache import LatentCache
 from lpa_model.config import LPAConfig
-from lpa_model.fused import FusedDecode
+from lpa_model.fused import FusedStep
 from lpa_model.layers import LayerNorm, ReluFFN, RMSNorm, RotaryEmbedding, SwiGLU
 
 
@@ -72,7 +72,7 @@ class LPAForCausalLM(nn.Module):
         block = Setting1Block if config.architecture == "setting1" else Setting2Block
         self.layers = nn.ModuleList(block(config, layer) for layer in range(config.num_hidden_layers))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
-        self.fused: FusedDecode | None = None  # set by `prepare_for_inference`
+        self.fused: FusedStep | None = None  # set by `prepare_for_inference`
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -92,10 +92,10 @@ class LPAForCausalLM(nn.Module):
         if self.rotary is None:
             positions = torch.arange(ids.shape[-1], device=ids.device) if meta is None else meta.positions
             x = x + self.embed_positions(positions).float()
-        if self.fused is not None and meta is not None and cache is not None and meta.num_decode == meta.num_rows:
-            decoded = self.fused(x[: meta.num_decode], meta, cache)
-            if decoded is not None:
-                return decoded
+        if self.fused is not None and meta is not None and cache is not None:
+            hidden = self.fused(x[: meta.num_rows], meta, cache)
+            if hidden is not None:
+                return hidden
         for layer in self.layers:
             x = layer(x, self.rotary, meta, cache)
         return x if self.norm is None else self.norm(x)

@@ -92,6 +92,52 @@ def test_a_program_is_as_exact_as_the_layers(case: str, layout: CacheLayout) -> 
         assert not torch.equal(fused, layers)
 
 
+def in_steps(model: LPAForCausalLM, layout: CacheLayout, chunk: int) -> list[Tensor]:
+    """The rows of three texts, a few tokens at a time, beside a text whose tokens count as generated from the 20th on."""
+    generator = torch.Generator().manual_seed(2)
+    texts = [torch.randint(model.config.vocab_size, (n,), generator=generator) for n in (120, 65, 127, 33)]
+    cache = LatentCache(model.config, layout, 9, BLOCK_SIZE, torch.bfloat16, CPU)
+    for pool in (*cache.keys, *cache.values):
+        pool.fill_(torch.nan)  # nobody may look at what nobody has written
+    tables = [[7, 2], [1, 8], [0, 4], [3, 5]]
+    found: list[list[Tensor]] = [[] for _ in texts]
+    while any(sum(map(len, rows)) < len(ids) for rows, ids in zip(found, texts, strict=True)):
+        spans = []
+        for i, (rows, ids) in enumerate(zip(found, texts, strict=True)):
+            done = sum(map(len, rows))
+            decodes = i == 3 and done >= 20
+            if count := min(1 if decodes else 20 if i == 3 else chunk + 7 * i, len(ids) - done):
+                spans.append((i, Span(done, count, tables[i], decodes)))
+        spans.sort(key=lambda pair: not pair[1].decode)
+        ids = torch.cat([texts[i][span.context : span.context + span.length] for i, span in spans])
+        meta = AttentionMetadata.build([span for _, span in spans], BLOCK_SIZE, CPU)
+        hidden = model(ids, meta, cache).float().clone()
+        for (i, _), part in zip(spans, hidden.split([span.length for _, span in spans]), strict=True):
+            found[i].append(part)
+    exact = model_of_same(model)
+    return [torch.cat(rows) - exact(ids[None])[0] for rows, ids in zip(found, texts, strict=True)]
+
+
+def model_of_same(model: LPAForCausalLM) -> LPAForCausalLM:
+    """The float32 model of the same config and weights."""
+    case = next(name for name in CASES if model_of(name).config == model.config)
+    return model_of(case).float()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+@torch.inference_mode()
+def test_prompt_rows_are_as_exact_as_in_the_layers(case: str, layout: CacheLayout) -> None:
+    model = model_of(case)
+    prepare_for_inference(model)
+    fused = [in_steps(model, layout, chunk) for chunk in (16, 61)]
+    model.fused = None
+    layers = in_steps(model, layout, 61)
+    allowed = 1.3 * torch.cat(layers).abs().mean()
+    for errors in fused:
+        assert torch.cat(errors).abs().mean() < allowed
+
+
 @pytest.mark.parametrize("case", ["setting1", "setting2"])
 @torch.inference_mode()
 def test_a_row_depends_on_itself_alone(case: str) -> None:

@@ -134,7 +134,7 @@ def decode_attention(
     rows.counters.fill(0)
     step = rows.fields | scratch_of_step(partial, items * heads * width) | {"counters": rows.counters_address}
     call = layer | step
-    kernel(CALL_BYTES.pack(*(call[name] for name in CALL.names or ())), items)
+    kernel(CALL_BYTES.pack(*(call.get(name, 0) for name in CALL.names or ())), items)
     return out
 
 

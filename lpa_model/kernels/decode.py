@@ -124,7 +124,7 @@ def _soften(scores, tokens):
 
 
 @compiled
-def _turn(x, turns, out, like):
+def turn(x, turns, out, like):
     """Rotary position: neighbours x[2i], x[2i + 1] turn by turns [width] = (cos, sin, cos, sin, ...)."""
     for i in range(x.shape[0] // 2):
         a, b = widen(x[2 * i]), widen(x[2 * i + 1])
@@ -140,7 +140,7 @@ def _prepare_queries(call, row, position, q, like):
     turns = carray(address(call.turns + 4 * position * call.key_width, ZERO), (call.key_width,))
     for h in range(call.heads):
         if call.turns:
-            _turn(raw[h], turns, q[h], ZERO)
+            turn(raw[h], turns, q[h], ZERO)
         else:
             for i in range(call.key_width):
                 q[h, i] = widen(raw[h, i])
@@ -158,14 +158,14 @@ def _pair_queries(call, row, pairs, like):
 
 
 @compiled
-def _write_new_token(call, row, position, keys, values, block, offset, like):
+def write_new_token(call, row, position, keys, values, block, offset, like):
     turns = carray(address(call.turns + 4 * position * call.key_width, ZERO), (call.key_width,))
     new_keys = carray(address(call.new_keys, like), (call.rows, call.key_stride))[row]
     new_values = carray(address(call.new_values, like), (call.rows, call.value_stride))[row]
     for h in range(call.key_heads):
         new = new_keys[h * call.key_width : (h + 1) * call.key_width]
         if call.turns:
-            _turn(new, turns, keys[block, h, offset], like)
+            turn(new, turns, keys[block, h, offset], like)
         else:
             keys[block, h, offset, :] = new
     for h in range(call.value_heads):
@@ -229,7 +229,7 @@ def _attend(call, item, q, scores, room, like):
         _pair_queries(call, row, room.queries, like)
     if first_block * block_size + tokens == length:  # the new token is one of these
         block, offset = table[blocks - 1], (length - 1) % block_size
-        _write_new_token(call, row, position, keys, values, block, offset, like)
+        write_new_token(call, row, position, keys, values, block, offset, like)
 
     for b in range(blocks):
         at = b * block_size

@@ -10,9 +10,19 @@ from collections import namedtuple
 import numpy as np
 from numba import carray, from_dtype, types
 
-from lpa_model.kernels import decode, norm, product, tiles
+from lpa_model.kernels import chunk, decode, norm, product, tiles
 from lpa_model.kernels.machine import compiled, fetch, fetch_add, pause, pointer_to
-from lpa_model.kernels.records import ATTENTION, CALL, OP, PRODUCT, PROGRAM, RMS_NORM
+from lpa_model.kernels.records import (
+    ADD_LAYER_NORM,
+    ATTENTION,
+    CALL,
+    OP,
+    PRODUCT,
+    PROGRAM,
+    RMS_NORM,
+    TRANSPOSE,
+    WRITE,
+)
 
 Room = namedtuple("Room", ["rows", "sums"])
 """One thread's scratch for products."""
@@ -38,46 +48,77 @@ def _wait_until(counter, count):
 
 
 @compiled
-def _work(op, rows, item, room, like):
+def _pieces(op, rows):
+    if op.kind == PRODUCT:
+        return product.items(op, rows)
+    if op.kind < ATTENTION:
+        return rows
+    call = carray(_call_at(op.x), (1,))[0]
+    if op.kind == WRITE:
+        return call.prompt_rows
+    return call.prompt_blocks if op.kind == TRANSPOSE else chunk.items(call)
+
+
+@compiled
+def _work(op, rows, item, room, chunk_room, like):
     if op.kind == PRODUCT:
         product.work(op, rows, item, room, like)
     elif op.kind == RMS_NORM:
         x, out = op.x + item * op.x_stride, op.out + item * op.out_stride
         norm.rms_norm_row(x, op.weight, out, op.width, op.eps, like)
-    else:
+    elif op.kind == ADD_LAYER_NORM:
         x, residual, out = (
             op.x + item * op.x_stride,
             op.residual + 2 * item * op.x_stride,
             op.out + item * op.out_stride,
         )
         norm.add_layer_norm_row(x, op.weight, op.bias, residual, out, op.width, op.eps, like)
+    else:
+        call = carray(_call_at(op.x), (1,))[0]
+        if op.kind == WRITE:
+            chunk.write_row(call, item, like)
+        elif op.kind == TRANSPOSE:
+            chunk.transpose_block(call, item, like)
+        else:
+            chunk.attend(call, item, chunk_room, like)
 
 
 @compiled
 def _run(program, like):
     room = Room(np.zeros((product.ROWS, program.widest), np.uint16), np.empty((product.ROWS, product.PAIR), np.float32))
+    # what prompt rows need: queries, scores, weights, results, and a row each of maxima, sums and ones
+    longest, widest = -(-program.longest // tiles.TOKENS) * tiles.TOKENS + 1, program.widest
+    scratch = np.ones((widest // 2 + longest + max(longest, widest) // 2 + 16 + widest + 3, tiles.HEADS), np.float32)
+    start = scratch.ctypes.data
+    scores = start + 64 * (widest // 2)
+    weights = scores + 64 * longest
+    results = weights + 64 * (max(longest, widest) // 2 + 16)
+    rest = results + 64 * widest
+    chunk_room = chunk.Room(start, scores, weights, results, rest, rest + 64, rest + 128)
     ops = carray(_op_at(program.ops), (program.operations,))
     tiles.configure()
     for i in range(program.operations):
         op = ops[i]
         if op.kind == ATTENTION:
             call = carray(_call_at(op.x), (1,))[0]
-            decode.work_tiles(call, like)
-            _wait_until(call.counters + 8 * (1 + call.rows), call.rows)
+            if call.rows:
+                decode.work_tiles(call, like)
+                _wait_until(call.counters + 8 * (1 + call.rows), call.rows)
             continue
         taken = program.counters + 16 * i
         done = taken + 8
-        items = product.items(op, program.rows) if op.kind == PRODUCT else program.rows
-        item = fetch_add(taken)
+        items = _pieces(op, program.rows)
+        item = fetch_add(taken) if items else 0
         if op.kind == PRODUCT and item < items:
             product.prepare(op, program.rows, room, like)
         while item < items:
-            _work(op, program.rows, item, room, like)
+            _work(op, program.rows, item, room, chunk_room, like)
             fetch_add(done)
             item = fetch_add(taken)
         if i + 1 < program.operations:
             _wait_until(done, items)
     tiles.release()
+    return scratch[0, 0]  # alive until here
 
 
 SIGNATURE = types.void(types.CPointer(from_dtype(PROGRAM)))

@@ -80,10 +80,11 @@ class Program:
         self._add(records.ADD_LAYER_NORM, x, out, weight, bias, residual=residual, width=x.shape[1], eps=eps)
 
     def attention(self) -> None:
-        """The next one of the calls."""
+        """The next one of the calls, of decode rows and of prompt rows."""
         call = self.calls.ctypes.data + self.attentions * self.calls.itemsize
         self.attentions += 1
-        self.operations.append((records.ATTENTION, call, *[0] * (len(records.OP.names or ()) - 2)))
+        for kind in (records.ATTENTION, records.WRITE, records.TRANSPOSE, records.ATTEND):
+            self.operations.append((kind, call, *[0] * (len(records.OP.names or ()) - 2)))
 
     def _add(
         self,
@@ -119,10 +120,10 @@ class Program:
             )
         )
 
-    def run(self, kernel: Kernel, rows: int) -> None:
-        """All operations on the first `rows` rows of their tensors."""
+    def run(self, kernel: Kernel, rows: int, longest: int) -> None:
+        """All operations on the first `rows` rows of their tensors; `longest` tokens has a text with prompt rows."""
         if self.ops is None:
             self.ops = np.array(self.operations, dtype=records.OP)
         counters = np.zeros((len(self.ops), 2), dtype=np.int64)
-        call = PROGRAM.pack(self.ops.ctypes.data, len(self.ops), rows, counters.ctypes.data, self.widest)
+        call = PROGRAM.pack(self.ops.ctypes.data, len(self.ops), rows, counters.ctypes.data, self.widest, longest)
         kernel(call, 2)

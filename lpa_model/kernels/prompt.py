@@ -28,45 +28,75 @@ Room = namedtuple("Room", ["queries", "scores", "keys", "weights", "values", "ou
 
 
 @compiled
-def _pair_queries(call, row, head, count, queries):
-    """queries uint32 [width / 2, LANES], two dimensions side by side, from rows `row` to `row + count`."""
-    queries = carray(address(queries, PAIR), (call.width // 2, LANES))
+def pair_queries(q, stride, count, width, queries):
+    """queries uint32 [width / 2, LANES], two dimensions side by side, from `count` rows at q; all addresses."""
+    queries = carray(address(queries, PAIR), (width // 2, LANES))
     for lane in range(count):
-        q = carray(address(call.q + (row + lane) * call.q_stride + 2 * head * call.width, PAIR), (call.width // 2,))
-        for i in range(call.width // 2):
-            queries[i, lane] = q[i]
+        row = carray(address(q + lane * stride, PAIR), (width // 2,))
+        for i in range(width // 2):
+            queries[i, lane] = row[i]
 
 
 @compiled
-def _score(call, keys, end, total, room, like):
-    """Scores of tokens up to `end` (and some behind, which are not to be read) of the `total` at address `keys`."""
-    width = call.width
-    queries = room.queries
-    for first in range(0, end, KEYS):
-        rows, stride = keys + first * call.key_stride, call.key_stride
-        if first + KEYS > total:  # tiles are read whole, and what lies behind may be no memory
-            for t in range(total - first):
-                _copy(rows + t * stride, room.keys + 2 * t * width, width, like)
-            rows, stride = room.keys, 2 * width
-        tiles.zero(0)
-        tiles.zero(1)
-        tiles.zero(2)
-        tiles.zero(3)
-        for i in range(width // 32):
-            tiles.load(4, queries + 1024 * i, 64)
-            tiles.load(5, rows + 64 * i, stride)
-            tiles.multiply(0, 5, 4)
-            tiles.load(6, rows + 64 * i + 16 * stride, stride)
-            tiles.multiply(1, 6, 4)
-            tiles.load(5, rows + 64 * i + 32 * stride, stride)
-            tiles.multiply(2, 5, 4)
-            tiles.load(6, rows + 64 * i + 48 * stride, stride)
-            tiles.multiply(3, 6, 4)
-        found = room.scores + 4 * LANES * first
-        tiles.store(0, found, 64)
-        tiles.store(1, found + 1024, 64)
-        tiles.store(2, found + 2048, 64)
-        tiles.store(3, found + 3072, 64)
+def score(queries, rows, stride, width, found):
+    """found float32 [KEYS, LANES] from KEYS rows of keys [width]; all addresses."""
+    tiles.zero(0)
+    tiles.zero(1)
+    tiles.zero(2)
+    tiles.zero(3)
+    for i in range(width // 32):
+        tiles.load(4, queries + 1024 * i, 64)
+        tiles.load(5, rows + 64 * i, stride)
+        tiles.multiply(0, 5, 4)
+        tiles.load(6, rows + 64 * i + 16 * stride, stride)
+        tiles.multiply(1, 6, 4)
+        tiles.load(5, rows + 64 * i + 32 * stride, stride)
+        tiles.multiply(2, 5, 4)
+        tiles.load(6, rows + 64 * i + 48 * stride, stride)
+        tiles.multiply(3, 6, 4)
+    tiles.store(0, found, 64)
+    tiles.store(1, found + 1024, 64)
+    tiles.store(2, found + 2048, 64)
+    tiles.store(3, found + 3072, 64)
+
+
+@compiled
+def hide(first, count, end, scores):
+    """What `count` queries from token `first` on must not see becomes -inf; the other columns see what the last one
+    sees. `end` is the last query's own end."""
+    scores = carray(address(scores, ZERO), (end + 1, LANES))
+    scores[end] = -np.inf  # the other half of the last pair
+    for lane in range(LANES):
+        for t in range(first + min(lane, count - 1) + 1, end):
+            scores[t, lane] = -np.inf
+
+
+@compiled
+def soften(end, scale, room):
+    """Weights uint32 [.., LANES], two tokens' side by side, are e^(scale * (score - maximum)); zeros behind `end`."""
+    pairs = -(-end // 2)
+    columns.maxima(room.scores, end, room.peaks)
+    columns.exponentials(room.scores, pairs, room.peaks, np.float32(scale), room.weights, room.sums)
+    weights = carray(address(room.weights, PAIR), (pairs + VALUES // 2, LANES))
+    for i in range(pairs, -(-end // VALUES) * VALUES // 2):
+        for lane in range(LANES):
+            weights[i, lane] = 0
+
+
+@compiled
+def mix(rows, stride, first, end, d, room):
+    """out [d : d + 32, LANES] from values [32, ..], transposed, of tokens `first` to `end`, both multiples of VALUES
+    (or `end` the last), and their weights."""
+    tiles.zero(0)
+    tiles.zero(1)
+    for t in range(first, end, VALUES):
+        tiles.load(4, room.weights + 2 * LANES * t, 64)
+        tiles.load(5, rows + 2 * t, stride)
+        tiles.multiply(0, 5, 4)
+        tiles.load(6, rows + 2 * t + 16 * stride, stride)
+        tiles.multiply(1, 6, 4)
+    tiles.store(0, room.out + 4 * LANES * d, 64)
+    tiles.store(1, room.out + 4 * LANES * (d + 16), 64)
 
 
 @compiled
@@ -77,56 +107,38 @@ def _copy(source, target, count, like):
 
 
 @compiled
-def _hide(call, first, count, end, scores):
-    """What a query must not see becomes -inf; columns without a query see what the last one sees."""
-    scores = carray(address(scores, ZERO), (end + 1, LANES))
-    scores[end] = -np.inf  # the other half of the last pair
+def _score_all(call, keys, end, total, room, like):
+    """Scores of tokens up to `end` (and some behind, which are not to be read) of the `total` at address `keys`."""
+    for first in range(0, end, KEYS):
+        rows, stride = keys + first * call.key_stride, call.key_stride
+        if first + KEYS > total:  # tiles are read whole, and what lies behind may be no memory
+            for t in range(total - first):
+                _copy(rows + t * stride, room.keys + 2 * t * call.width, call.width, like)
+            rows, stride = room.keys, 2 * call.width
+        score(room.queries, rows, stride, call.width, room.scores + 4 * LANES * first)
+
+
+@compiled
+def _hide_branches(call, first, count, scores):
+    """The tokens of other branches become -inf."""
+    starts = carray(address(call.shared_ends, 0), (call.length,))
+    ends = carray(address(call.own_starts, 0), (call.length,))
+    scores = carray(address(scores, ZERO), (call.context + call.length, LANES))
     for lane in range(LANES):
         query = first + min(lane, count - 1)
-        for t in range(call.context + query + 1, end):
+        for t in range(starts[query], ends[query]):
             scores[t, lane] = -np.inf
-        if call.shared_ends:
-            begin = carray(address(call.shared_ends, 0), (call.length,))[query]
-            for t in range(begin, carray(address(call.own_starts, 0), (call.length,))[query]):
-                scores[t, lane] = -np.inf
 
 
 @compiled
-def _soften(call, end, room):
-    """Weights uint32 [.., LANES], two tokens' side by side, are e^(scale * (score - maximum)); zeros behind `end`."""
-    pairs = -(-end // 2)
-    columns.maxima(room.scores, end, room.peaks)
-    columns.exponentials(room.scores, pairs, room.peaks, np.float32(call.scale), room.weights, room.sums)
-    weights = carray(address(room.weights, PAIR), (pairs + VALUES // 2, LANES))
-    for i in range(pairs, -(-end // VALUES) * VALUES // 2):
-        for lane in range(LANES):
-            weights[i, lane] = 0
-
-
-@compiled
-def _mix(call, values, end, total, room, like):
-    """out float32 [width, LANES] from values [width, total] at an address and the weights, up to token `end`."""
-    stride = call.value_stride
-    for d in range(0, call.width, 32):
-        tiles.zero(0)
-        tiles.zero(1)
-        for first in range(0, end, VALUES):
-            rows, step = values + d * stride + 2 * first, stride
-            if first + VALUES > total:
-                for i in range(32):
-                    _copy(rows + i * step, room.values + 2 * i * VALUES, total - first, like)
-                    spare = carray(address(room.values + 2 * i * VALUES, like), (VALUES,))
-                    for t in range(total - first, VALUES):
-                        spare[t] = 0
-                rows, step = room.values, 2 * VALUES
-            tiles.load(4, room.weights + 2 * LANES * first, 64)
-            tiles.load(5, rows, step)
-            tiles.multiply(0, 5, 4)
-            tiles.load(6, rows + 16 * step, step)
-            tiles.multiply(1, 6, 4)
-        found = room.out + 4 * LANES * d
-        tiles.store(0, found, 64)
-        tiles.store(1, found + 1024, 64)
+def _spare_values(call, values, total, room, like):
+    """The last values, fewer than VALUES, of all dimensions [width, VALUES], and zeros behind them."""
+    first = total // VALUES * VALUES
+    for i in range(call.width):
+        _copy(values + i * call.value_stride + 2 * first, room.values + 2 * i * VALUES, total - first, like)
+        spare = carray(address(room.values + 2 * i * VALUES, like), (VALUES,))
+        for t in range(total - first, VALUES):
+            spare[t] = 0
 
 
 @compiled
@@ -137,21 +149,52 @@ def _attend(call, text, head, first, room, like):
     total = call.context + call.length
     end = call.context + first + count
     group = head // (call.heads // call.key_heads)
-    _pair_queries(call, row, head, count, room.queries)
+    pair_queries(call.q + row * call.q_stride + 2 * head * call.width, call.q_stride, count, call.width, room.queries)
     keys = call.keys + text * total * call.key_stride + 2 * group * call.width
-    _score(call, keys, end, total, room, like)
-    _hide(call, first, count, end, room.scores)
-    _soften(call, end, room)
+    _score_all(call, keys, end, total, room, like)
+    hide(call.context + first, count, end, room.scores)
+    if call.shared_ends:
+        _hide_branches(call, first, count, room.scores)
+    soften(end, call.scale, room)
     values = call.values + group * call.width * call.value_stride + 2 * text * total
-    _mix(call, values, end, total, room, like)
+    padded = -(-end // VALUES) * VALUES > total  # tiles are read whole, and what lies behind is another text's
+    if padded:
+        _spare_values(call, values, total, room, like)
+    for d in range(0, call.width, 32):
+        if padded:
+            _mix_with_spare(call, values, total, d, room)
+        else:
+            mix(values + d * call.value_stride, call.value_stride, 0, end, d, room)
     columns.shares(room.out, call.width // 2, room.sums, room.weights)
     shares = carray(address(room.weights, PAIR), (call.width // 2, LANES))
     for lane in range(count):
-        out = carray(
-            address(call.out + (row + lane) * call.out_stride + 2 * head * call.width, PAIR), (call.width // 2,)
-        )
+        at = call.out + (row + lane) * call.out_stride + 2 * head * call.width
+        out = carray(address(at, PAIR), (call.width // 2,))
         for i in range(call.width // 2):
             out[i] = shares[i, lane]
+
+
+@compiled
+def _mix_with_spare(call, values, total, d, room):
+    """As `mix`, the last tokens from `_spare_values`."""
+    stride = call.value_stride
+    rows, first = values + d * stride, total // VALUES * VALUES
+    tiles.zero(0)
+    tiles.zero(1)
+    for t in range(0, first, VALUES):
+        tiles.load(4, room.weights + 2 * LANES * t, 64)
+        tiles.load(5, rows + 2 * t, stride)
+        tiles.multiply(0, 5, 4)
+        tiles.load(6, rows + 2 * t + 16 * stride, stride)
+        tiles.multiply(1, 6, 4)
+    spare = room.values + 2 * VALUES * d
+    tiles.load(4, room.weights + 2 * LANES * first, 64)
+    tiles.load(5, spare, 2 * VALUES)
+    tiles.multiply(0, 5, 4)
+    tiles.load(6, spare + 32 * VALUES, 2 * VALUES)
+    tiles.multiply(1, 6, 4)
+    tiles.store(0, room.out + 4 * LANES * d, 64)
+    tiles.store(1, room.out + 4 * LANES * (d + 16), 64)
 
 
 @compiled
@@ -161,7 +204,7 @@ def _work(call, like):
     scores = np.empty((longest, LANES), np.float32)
     keys = np.zeros((KEYS, call.width), np.uint16)
     weights = np.empty((max(longest, call.width) // 2 + VALUES // 2, LANES), np.uint32)
-    values = np.empty((32, VALUES), np.uint16)
+    values = np.empty((call.width, VALUES), np.uint16)
     out = np.empty((call.width, LANES), np.float32)
     rows = np.empty((2, LANES), np.float32)
     room = Room(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+SPAN_FIELDS = 6
 # a call of the decode attention
 CALL = np.dtype(
     [
@@ -47,13 +48,27 @@ CALL = np.dtype(
             # whether all heads share the keys, or values, in shapes that `tiles` takes
             "key_tiles",
             "value_tiles",
+            # prompt rows behind the others, see `chunk`: addresses of int64
+            "prompt_positions",  # [prompt_rows]
+            "prompt_slots",  # [prompt_rows]: block * block_size + offset of each row's token
+            "prompt_tables",  # block tables, one after another
+            "spans",  # [num_spans, SPAN_FIELDS]: first row, context, length, table start, column, first block
+            "block_spans",  # [prompt_blocks]: whose each block is
+            "lots",  # [prompt_lots, 2]: span, and which tile of its queries is the first
+            "prompt_rows",
+            "num_spans",
+            "prompt_blocks",
+            "prompt_lots",
+            "longest",  # context and length together
+            "transposed",  # address of [value_heads * value_width, columns]: scratch
+            "transposed_stride",  # bytes
         )
     ]
     + [("scale", np.float64)]
 )
 
 # kinds of operations
-PRODUCT, RMS_NORM, ADD_LAYER_NORM, ATTENTION = range(4)
+PRODUCT, RMS_NORM, ADD_LAYER_NORM, ATTENTION, WRITE, TRANSPOSE, ATTEND = range(7)
 # what becomes of a product's sums: written as bfloat16, as they are or without the negative ones, or a gate's and what
 # it lets through; added to float32; written as float32
 BFLOAT16, RELU, GATED, ADDED, FLOAT32 = range(5)
@@ -65,6 +80,7 @@ PROGRAM = np.dtype(
         ("rows", np.int64),
         ("counters", np.int64),  # address of [operations, 2] int64, zeros: pieces taken, and done
         ("widest", np.int64),  # of the products' inputs
+        ("longest", np.int64),  # of the texts with prompt rows
     ]
 )
 OP = np.dtype(
@@ -73,7 +89,7 @@ OP = np.dtype(
         for name in (
             "kind",  # one of the below
             # addresses
-            "x",  # [rows, width]: float32 for RMS_NORM, else bfloat16; for ATTENTION a CALL
+            "x",  # [rows, width]: float32 for RMS_NORM, else bfloat16; a CALL from ATTENTION on
             "weight",  # strips of a product; bfloat16 [width] of a norm
             "bias",  # bfloat16; 0: none
             "residual",  # float32 [rows, width] that ADD_LAYER_NORM adds to
