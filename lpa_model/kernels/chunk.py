@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import namedtuple
 
-import numpy as np
 from numba import carray
 
 from lpa_model.kernels import columns, decode, tiles
