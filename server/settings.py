@@ -94,7 +94,7 @@ class Settings(BaseSettings):
     max_num_seqs: int = Field(64, ge=1, description="Sequences that run at once; more of them wait.")
     max_num_batched_tokens: int = Field(2048, ge=1, description="Most tokens in one step.")
     step_budget_ms: float = Field(
-        50.0,
+        200.0,
         gt=0,
         allow_inf_nan=False,
         description="Most milliseconds of prompt and scoring work in a step while completions stream; less where that "
