@@ -86,7 +86,6 @@ def bench_steps(
                 kv_cache_layout=layout,
                 max_num_seqs=max(batches),
                 kv_cache_memory=blocks * 64 * bytes_per_token(config, layout, weights),
-                enable_prefix_caching=False,
             ),
         )
         # in a thread of its own, as in the server: OpenMP's threads wait otherwise in the first one
@@ -104,23 +103,27 @@ def _bench_case(
     rng = random.Random(f"{batch}:{context}")
     config = engine.model_config
 
-    def add(params: SamplingParams) -> None:
-        for i in range(batch):
-            ids = [rng.randrange(config.vocab_size) for _ in range(context)]
+    def new_prompts() -> list[list[int]]:
+        return [[rng.randrange(config.vocab_size) for _ in range(context)] for _ in range(batch)]
+
+    def add(prompts: list[list[int]], params: SamplingParams) -> None:
+        for i, ids in enumerate(prompts):
             engine.add_request(Request(f"r{i}", ids, params))
 
     with _watching(engine) as watch:
-        prompts: dict[Kind, SamplingParams] = {
+        kinds: dict[Kind, SamplingParams] = {
             "score": SamplingParams(max_tokens=0, prompt_logprobs=0),
             "prefill": SamplingParams(max_tokens=1, temperature=0),
         }
-        for kind, params in prompts.items():
+        for kind, params in kinds.items():
             runs = []
             for _ in range(3):
-                add(params)
+                prompts = new_prompts()
+                add(prompts, params)
                 runs.append(_timed(engine, watch, 1 << 30))
             yield _row(Case(kind=kind, layout=layout, batch=batch, context=context), config, machine, dtype, runs)
-        add(SamplingParams(max_tokens=WARM_STEPS + steps + 1, temperature=0, ignore_eos=True))
+        # prompts that the cache knows: all sequences start together, and none is done before the last one starts
+        add(prompts, SamplingParams(max_tokens=WARM_STEPS + steps + 1, temperature=0, ignore_eos=True))
         while any(request.num_output_tokens <= WARM_STEPS for request in engine.scheduler.running) or (
             engine.scheduler.waiting
         ):
