@@ -1,6 +1,7 @@
 """Attention over a flat batch and a paged latent cache.
 
-The path of a token follows its role alone: prompt and scored tokens go `expanded` (keys and values are rebuilt
+In the layers the path of a token follows its role alone (steps with few rows may take `fused` past the layers, where
+prompt rows meet latents as decode rows do): prompt and scored tokens go `expanded` (keys and values are rebuilt
 from the latents once and meet ordinary attention), generated tokens take the `decode` path, which reads the pool
 where it lies and, where positions allow it, never rebuilds a key or a value (LPA.md section 4).
 """

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lpa_model.attention import AttentionMetadata
 from lpa_model.cache import LatentCache
 from lpa_model.kernels import records
-from lpa_model.kernels.attention import call_of_layer, has_tiles
+from lpa_model.kernels.attention import call_of_layer, has_tiles, scratch_of_step
 from lpa_model.kernels.chunks import NO_CHUNKS
 from lpa_model.kernels.launch import Kernel
 from lpa_model.kernels.programs import Program, fits, tiled, tiled_gates
@@ -216,10 +216,9 @@ class FusedStep:
         items = len(at.item_rows)
         partial = torch.empty(items * self.partial_size, dtype=torch.float32)
         counters = np.zeros((len(calls), at.num_counters), dtype=np.int64)
-        for name, value in at.fields.items():
+        scratch = scratch_of_step(partial, items * calls["heads"] * calls["value_width"])
+        for name, value in (at.fields | scratch).items():
             calls[name] = value
-        calls["partial"] = partial.data_ptr()
-        calls["stats"] = partial.data_ptr() + 4 * items * calls["heads"] * calls["value_width"]
         calls["counters"] = counters.ctypes.data + counters.strides[0] * np.arange(len(calls))
         return partial, counters
 

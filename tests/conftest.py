@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,12 @@ def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[Architect
 def tiny_checkpoint(architecture: Architecture, tiny_checkpoints: dict[Architecture, Path]) -> Path:
     """A native folder; a test that uses it runs for both settings."""
     return tiny_checkpoints[architecture]
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Products on two threads, where they would otherwise take one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)

@@ -7,7 +7,6 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,14 +152,6 @@ def steps(draw: st.DrawFn) -> Step:
         up=normal(value_heads if value_heads > 1 else heads, up_width, value_width) / 4 if up_width else None,
         up_bias=normal((value_heads if value_heads > 1 else heads) * up_width) if draw(st.booleans()) else None,
     )
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @given(steps())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -44,14 +43,6 @@ def check(logits: list[float], target: int, found: tuple[float, float, float, in
         return
     others = math.fsum(math.exp(x - peak) for i, x in enumerate(logits) if i != best)
     assert norm == pytest.approx(math.log1p(others), rel=3e-6, abs=1e-34)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 NUMBERS = st.one_of(

@@ -6,7 +6,6 @@ import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -170,14 +169,6 @@ def test_a_row_does_not_depend_on_its_company(
     together = sample(logits, rows)
     assert together == [sample(logits[i : i + 1], [it])[0] for i, it in enumerate(rows)]
     assert together[::-1] == sample(logits.flip(0), rows[::-1])
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_sums_and_scores_of_a_row_are_the_same_bits_in_any_batch(two_threads: None) -> None:

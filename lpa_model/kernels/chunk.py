@@ -12,7 +12,7 @@ from numba import carray
 
 from lpa_model.kernels import columns, decode, tiles
 from lpa_model.kernels.machine import ZERO, address, compiled, widen
-from lpa_model.kernels.prompt import LANES, LOT, PAIR, VALUES, hide, mix, pair_queries, score, soften
+from lpa_model.kernels.prompt import LANES, LOT, VALUES, hide, mix, pair_queries, soften, write_rows
 from lpa_model.kernels.records import SPAN_FIELDS
 
 Room = namedtuple("Room", ["queries", "scores", "weights", "out", "peaks", "sums", "ones"])
@@ -88,22 +88,19 @@ def _attend_tile(call, span, head, first, room, like):
     for at in range(0, end, tiles.TOKENS):
         block, offset = tables[table + at // call.block_size], at % call.block_size
         keys = call.keys + 2 * width * ((block * call.key_heads + group) * call.block_size + offset)
-        score(room.queries, keys, 2 * width, width, room.scores + 4 * LANES * at)
+        tiles.score(room.queries, keys, 2 * width, width, room.scores + 4 * LANES * at, 0)
     hide(context + first, count, end, room.scores)
     soften(end, call.scale, room)
     values = call.transposed + head // (call.heads // call.value_heads) * call.value_width * call.transposed_stride
     for d in range(0, call.value_width, 32):
-        mix(values + d * call.transposed_stride + 2 * column, call.transposed_stride, 0, end, d, room)
+        mix(values + d * call.transposed_stride + 2 * column, call.transposed_stride, end, end, 0, d, room)
     columns.shares(room.out, call.value_width // 2, room.sums, room.weights)
     size = call.value_width
     if call.up:
         size = call.up_width
         _rebuild(call, head // (call.heads // call.up_heads), room, like)
-    shares = carray(address(room.weights, PAIR), (size // 2, LANES))
-    for lane in range(count):
-        out = carray(address(call.out + 2 * ((row + lane) * call.heads + head) * size, PAIR), (size // 2,))
-        for i in range(size // 2):
-            out[i] = shares[i, lane]
+    out = call.out + 2 * (row * call.heads + head) * size
+    write_rows(room.weights, size, count, out, 2 * call.heads * size)
 
 
 @compiled
@@ -111,17 +108,8 @@ def _rebuild(call, head, room, like):
     """Pairs of rows of weights [value_width, LANES] become such of up [up_width, value_width] times these."""
     stride = 2 * call.value_width
     for d in range(0, call.up_width, 32):
-        tiles.zero(0)
-        tiles.zero(1)
-        for i in range(call.value_width // 32):
-            rows = call.up + (head * call.up_width + d) * stride + 64 * i
-            tiles.load(4, room.weights + 1024 * i, 64)
-            tiles.load(5, rows, stride)
-            tiles.multiply(0, 5, 4)
-            tiles.load(6, rows + 16 * stride, stride)
-            tiles.multiply(1, 6, 4)
-        tiles.store(0, room.out + 4 * LANES * d, 64)
-        tiles.store(1, room.out + 4 * LANES * (d + 16), 64)
+        rows = call.up + (head * call.up_width + d) * stride
+        mix(rows, stride, call.value_width, call.value_width, 0, d, room)
     if call.up_bias:
         bias = carray(address(call.up_bias + 2 * head * call.up_width, like), (call.up_width,))
         out = carray(address(room.out, ZERO), (call.up_width, LANES))

@@ -10,7 +10,7 @@ from numba import carray
 
 from lpa_model.kernels import tiles
 from lpa_model.kernels.machine import ZERO, address, compiled, exp, narrow, prefetch_rows, widen
-from lpa_model.kernels.records import ADDED, FLOAT32, GATED, RELU
+from lpa_model.kernels.records import ADDED, GATED, RELU
 
 ROWS = 32  # of x that meet two strips of weights at a time
 CHUNK = 256  # rows of one item: what stays in a core's second-level cache with the strips
@@ -57,38 +57,30 @@ def _multiply(x, stride, weight, depth, count, cold, sums):
 
     `cold`: the strips have not been read a moment ago.
     """
-    other = weight + 1024 * depth
+    other, both = weight + 1024 * depth, count > STRIP
     tiles.zero(0)
     tiles.zero(1)
-    if count <= STRIP:
-        for i in range(depth):
-            if cold:
-                prefetch_rows(weight + 1024 * i + AHEAD, 0, 1, 1024)
-                prefetch_rows(other + 1024 * i + AHEAD, 0, 1, 1024)
-            tiles.load(4, x + 64 * i, stride)
-            tiles.load(5, weight + 1024 * i, 64)
-            tiles.multiply(0, 4, 5)
-            tiles.load(6, other + 1024 * i, 64)
-            tiles.multiply(1, 4, 6)
-    else:
-        tiles.zero(2)
-        tiles.zero(3)
-        for i in range(depth):
-            if cold:
-                prefetch_rows(weight + 1024 * i + AHEAD, 0, 1, 1024)
-                prefetch_rows(other + 1024 * i + AHEAD, 0, 1, 1024)
-            tiles.load(4, x + 64 * i, stride)
-            tiles.load(5, weight + 1024 * i, 64)
-            tiles.multiply(0, 4, 5)
+    tiles.zero(2)
+    tiles.zero(3)
+    for i in range(depth):
+        if cold:
+            prefetch_rows(weight + 1024 * i + AHEAD, 0, 1, 1024)
+            prefetch_rows(other + 1024 * i + AHEAD, 0, 1, 1024)
+        tiles.load(4, x + 64 * i, stride)
+        tiles.load(5, weight + 1024 * i, 64)
+        tiles.multiply(0, 4, 5)
+        if both:
             tiles.load(7, x + 64 * i + STRIP * stride, stride)
             tiles.multiply(2, 7, 5)
-            tiles.load(6, other + 1024 * i, 64)
-            tiles.multiply(1, 4, 6)
+        tiles.load(6, other + 1024 * i, 64)
+        tiles.multiply(1, 4, 6)
+        if both:
             tiles.multiply(3, 7, 6)
-        tiles.store(2, sums + STRIP * 4 * PAIR, 4 * PAIR)
-        tiles.store(3, sums + STRIP * 4 * PAIR + 64, 4 * PAIR)
     tiles.store(0, sums, 4 * PAIR)
     tiles.store(1, sums + 64, 4 * PAIR)
+    if both:
+        tiles.store(2, sums + STRIP * 4 * PAIR, 4 * PAIR)
+        tiles.store(3, sums + STRIP * 4 * PAIR + 64, 4 * PAIR)
 
 
 @compiled
@@ -105,10 +97,6 @@ def _finish(op, row, count, pair, sums, like):
             out = carray(address(op.out + (row + r) * op.out_stride + 2 * STRIP * pair, like), (STRIP,))
             for j in range(STRIP):
                 out[j] = narrow(_silu(found[j]) * found[STRIP + j], like)
-        elif op.then == FLOAT32:
-            wide = carray(address(op.out + (row + r) * op.out_stride + 4 * PAIR * pair, ZERO), (PAIR,))
-            for j in range(PAIR):
-                wide[j] = found[j]
         elif op.then == ADDED:
             wide = carray(address(op.out + (row + r) * op.out_stride + 4 * PAIR * pair, ZERO), (PAIR,))
             for j in range(PAIR):  # rounded first, as when it is written down

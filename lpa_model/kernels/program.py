@@ -85,10 +85,12 @@ def _work(op, rows, item, room, chunk_room, like):
 
 @compiled
 def _run(program, like):
-    room = Room(np.zeros((product.ROWS, program.widest), np.uint16), np.empty((product.ROWS, product.PAIR), np.float32))
+    room = Room(np.empty((product.ROWS, program.widest), np.uint16), np.empty((product.ROWS, product.PAIR), np.float32))
     # what prompt rows need: queries, scores, weights, results, and a row each of maxima, sums and ones
     longest, widest = -(-program.longest // tiles.TOKENS) * tiles.TOKENS + 1, program.widest
-    scratch = np.ones((widest // 2 + longest + max(longest, widest) // 2 + 16 + widest + 3, tiles.HEADS), np.float32)
+    size = widest // 2 + longest + max(longest, widest) // 2 + 16 + widest + 3 if program.longest else 1
+    scratch = np.empty((size, tiles.HEADS), np.float32)
+    scratch[-1] = 1
     start = scratch.ctypes.data
     scores = start + 64 * (widest // 2)
     weights = scores + 64 * longest

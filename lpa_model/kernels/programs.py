@@ -62,7 +62,7 @@ class Program:
         """x bfloat16 [rows, in] times tiles -> out [rows, strips * 16], or half as wide if GATED.
 
         With `groups` > 1, x is [rows, groups * in] and each of its parts meets an equal share of the strips. A bias is
-        bfloat16 [out]. `out` is float32 for ADDED and FLOAT32, bfloat16 otherwise.
+        bfloat16 [out]. `out` is float32 for ADDED, bfloat16 otherwise.
         """
         strips, width = tiles.shape[0], tiles.shape[1] * DEPTH
         assert x.shape[1] == groups * width and x.stride(1) == out.stride(1) == 1 and strips % (2 * groups) == 0

@@ -19,7 +19,6 @@ from lpa_model.kernels.records import PROMPT
 
 LANES = 16  # queries of a tile
 PAIR = np.uint32(0)
-KEYS = 64  # of a product with queries
 VALUES = 32  # of a product with weights
 LOT = 4  # tiles of queries that a thread takes at a time
 
@@ -38,26 +37,13 @@ def pair_queries(q, stride, count, width, queries):
 
 
 @compiled
-def score(queries, rows, stride, width, found):
-    """found float32 [KEYS, LANES] from KEYS rows of keys [width]; all addresses."""
-    tiles.zero(0)
-    tiles.zero(1)
-    tiles.zero(2)
-    tiles.zero(3)
-    for i in range(width // 32):
-        tiles.load(4, queries + 1024 * i, 64)
-        tiles.load(5, rows + 64 * i, stride)
-        tiles.multiply(0, 5, 4)
-        tiles.load(6, rows + 64 * i + 16 * stride, stride)
-        tiles.multiply(1, 6, 4)
-        tiles.load(5, rows + 64 * i + 32 * stride, stride)
-        tiles.multiply(2, 5, 4)
-        tiles.load(6, rows + 64 * i + 48 * stride, stride)
-        tiles.multiply(3, 6, 4)
-    tiles.store(0, found, 64)
-    tiles.store(1, found + 1024, 64)
-    tiles.store(2, found + 2048, 64)
-    tiles.store(3, found + 3072, 64)
+def write_rows(pairs, width, count, out, stride):
+    """The inverse: the first `count` columns become rows at `out`."""
+    pairs = carray(address(pairs, PAIR), (width // 2, LANES))
+    for lane in range(count):
+        row = carray(address(out + lane * stride, PAIR), (width // 2,))
+        for i in range(width // 2):
+            row[i] = pairs[i, lane]
 
 
 @compiled
@@ -84,16 +70,22 @@ def soften(end, scale, room):
 
 
 @compiled
-def mix(rows, stride, first, end, d, room):
-    """out [d : d + 32, LANES] from values [32, ..], transposed, of tokens `first` to `end`, both multiples of VALUES
-    (or `end` the last), and their weights."""
+def mix(rows, stride, whole, end, spare, d, room):
+    """out [d : d + 32, LANES] from 32 rows, of numbers up to `end` each, and as many weights.
+
+    Numbers up to `whole`, a multiple of VALUES, are read where they lie, and what is left, fewer than VALUES, from
+    `spare` [32, VALUES].
+    """
     tiles.zero(0)
     tiles.zero(1)
-    for t in range(first, end, VALUES):
-        tiles.load(4, room.weights + 2 * LANES * t, 64)
-        tiles.load(5, rows + 2 * t, stride)
+    for first in range(0, end, VALUES):
+        source, step = rows + 2 * first, stride
+        if first >= whole:
+            source, step = spare, 2 * VALUES
+        tiles.load(4, room.weights + 2 * LANES * first, 64)
+        tiles.load(5, source, step)
         tiles.multiply(0, 5, 4)
-        tiles.load(6, rows + 2 * t + 16 * stride, stride)
+        tiles.load(6, source + 16 * step, step)
         tiles.multiply(1, 6, 4)
     tiles.store(0, room.out + 4 * LANES * d, 64)
     tiles.store(1, room.out + 4 * LANES * (d + 16), 64)
@@ -109,13 +101,13 @@ def _copy(source, target, count, like):
 @compiled
 def _score_all(call, keys, end, total, room, like):
     """Scores of tokens up to `end` (and some behind, which are not to be read) of the `total` at address `keys`."""
-    for first in range(0, end, KEYS):
+    for first in range(0, end, tiles.TOKENS):
         rows, stride = keys + first * call.key_stride, call.key_stride
-        if first + KEYS > total:  # tiles are read whole, and what lies behind may be no memory
+        if first + tiles.TOKENS > total:  # tiles are read whole, and what lies behind may be no memory
             for t in range(total - first):
                 _copy(rows + t * stride, room.keys + 2 * t * call.width, call.width, like)
             rows, stride = room.keys, 2 * call.width
-        score(room.queries, rows, stride, call.width, room.scores + 4 * LANES * first)
+        tiles.score(room.queries, rows, stride, call.width, room.scores + 4 * LANES * first, 0)
 
 
 @compiled
@@ -157,52 +149,23 @@ def _attend(call, text, head, first, room, like):
         _hide_branches(call, first, count, room.scores)
     soften(end, call.scale, room)
     values = call.values + group * call.width * call.value_stride + 2 * text * total
-    padded = -(-end // VALUES) * VALUES > total  # tiles are read whole, and what lies behind is another text's
-    if padded:
+    whole = end
+    if -(-end // VALUES) * VALUES > total:  # tiles are read whole, and what lies behind is another text's
+        whole = total // VALUES * VALUES
         _spare_values(call, values, total, room, like)
     for d in range(0, call.width, 32):
-        if padded:
-            _mix_with_spare(call, values, total, d, room)
-        else:
-            mix(values + d * call.value_stride, call.value_stride, 0, end, d, room)
+        mix(values + d * call.value_stride, call.value_stride, whole, end, room.values + 2 * VALUES * d, d, room)
     columns.shares(room.out, call.width // 2, room.sums, room.weights)
-    shares = carray(address(room.weights, PAIR), (call.width // 2, LANES))
-    for lane in range(count):
-        at = call.out + (row + lane) * call.out_stride + 2 * head * call.width
-        out = carray(address(at, PAIR), (call.width // 2,))
-        for i in range(call.width // 2):
-            out[i] = shares[i, lane]
-
-
-@compiled
-def _mix_with_spare(call, values, total, d, room):
-    """As `mix`, the last tokens from `_spare_values`."""
-    stride = call.value_stride
-    rows, first = values + d * stride, total // VALUES * VALUES
-    tiles.zero(0)
-    tiles.zero(1)
-    for t in range(0, first, VALUES):
-        tiles.load(4, room.weights + 2 * LANES * t, 64)
-        tiles.load(5, rows + 2 * t, stride)
-        tiles.multiply(0, 5, 4)
-        tiles.load(6, rows + 2 * t + 16 * stride, stride)
-        tiles.multiply(1, 6, 4)
-    spare = room.values + 2 * VALUES * d
-    tiles.load(4, room.weights + 2 * LANES * first, 64)
-    tiles.load(5, spare, 2 * VALUES)
-    tiles.multiply(0, 5, 4)
-    tiles.load(6, spare + 32 * VALUES, 2 * VALUES)
-    tiles.multiply(1, 6, 4)
-    tiles.store(0, room.out + 4 * LANES * d, 64)
-    tiles.store(1, room.out + 4 * LANES * (d + 16), 64)
+    out = call.out + row * call.out_stride + 2 * head * call.width
+    write_rows(room.weights, call.width, count, out, call.out_stride)
 
 
 @compiled
 def _work(call, like):
-    longest = -(-(call.context + call.length) // KEYS) * KEYS + 1
+    longest = -(-(call.context + call.length) // tiles.TOKENS) * tiles.TOKENS + 1
     queries = np.zeros((call.width // 2, LANES), np.uint32)
     scores = np.empty((longest, LANES), np.float32)
-    keys = np.zeros((KEYS, call.width), np.uint16)
+    keys = np.zeros((tiles.TOKENS, call.width), np.uint16)
     weights = np.empty((max(longest, call.width) // 2 + VALUES // 2, LANES), np.uint32)
     values = np.empty((call.width, VALUES), np.uint16)
     out = np.empty((call.width, LANES), np.float32)

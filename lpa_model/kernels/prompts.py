@@ -68,5 +68,5 @@ def prompt_attention(
         width,
         scale,
     )
-    kernel(call, 2)
+    kernel(call, batch * heads)
     return out

@@ -70,8 +70,8 @@ CALL = np.dtype(
 # kinds of operations
 PRODUCT, RMS_NORM, ADD_LAYER_NORM, ATTENTION, WRITE, TRANSPOSE, ATTEND = range(7)
 # what becomes of a product's sums: written as bfloat16, as they are or without the negative ones, or a gate's and what
-# it lets through; added to float32; written as float32
-BFLOAT16, RELU, GATED, ADDED, FLOAT32 = range(5)
+# it lets through; added to float32
+BFLOAT16, RELU, GATED, ADDED = range(4)
 
 PROGRAM = np.dtype(
     [

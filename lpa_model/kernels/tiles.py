@@ -81,36 +81,44 @@ def configure():
 
 
 @compiled
+def score(queries, keys, stride, width, found, ahead):
+    """found float32 [TOKENS, 16] from TOKENS rows of keys [width] and queries [width / 2, 16, 2], two dimensions side
+    by side; all addresses. As many rows are asked for at `ahead`, if that is not 0."""
+    zero(0)
+    zero(1)
+    zero(2)
+    zero(3)
+    steps = width // 32
+    for i in range(steps):
+        if ahead:
+            soon = TOKENS * i // steps
+            prefetch_rows(ahead, soon, TOKENS * (i + 1) // steps - soon, stride)
+        load(4, queries + 1024 * i, 64)
+        load(5, keys + 64 * i, stride)
+        multiply(0, 5, 4)
+        load(6, keys + 64 * i + 16 * stride, stride)
+        multiply(1, 6, 4)
+        load(5, keys + 64 * i + 32 * stride, stride)
+        multiply(2, 5, 4)
+        load(6, keys + 64 * i + 48 * stride, stride)
+        multiply(3, 6, 4)
+    store(0, found, 64)
+    store(1, found + 1024, 64)
+    store(2, found + 2048, 64)
+    store(3, found + 3072, 64)
+
+
+@compiled
 def scores(keys, pairs, scale, out, at, some, ahead):
     """keys [tokens, width] . pairs -> out[:, at : at + tokens] [heads, ..], times `scale`.
 
-    `pairs` [width / 2, HEADS, 2] are the queries, two dimensions side by side; `some` [TOKENS, HEADS] is scratch.
+    `pairs` [width / 2, HEADS, 2] are the queries; `some` [TOKENS, HEADS] is scratch.
     """
     stride = keys.strides[0]
-    queries, found = pairs.ctypes.data, some.ctypes.data
     for first in range(0, keys.shape[0], TOKENS):
-        rows = keys.ctypes.data + first * stride
-        zero(0)
-        zero(1)
-        zero(2)
-        zero(3)
-        steps = keys.shape[1] // 32
-        for i in range(steps):
-            soon = first + TOKENS * i // steps
-            prefetch_rows(ahead, soon, first + TOKENS * (i + 1) // steps - soon, stride)
-            load(4, queries + 1024 * i, 64)
-            load(5, rows + 64 * i, stride)
-            multiply(0, 5, 4)
-            load(6, rows + 64 * i + 16 * stride, stride)
-            multiply(1, 6, 4)
-            load(5, rows + 64 * i + 32 * stride, stride)
-            multiply(2, 5, 4)
-            load(6, rows + 64 * i + 48 * stride, stride)
-            multiply(3, 6, 4)
-        store(0, found, 64)
-        store(1, found + 1024, 64)
-        store(2, found + 2048, 64)
-        store(3, found + 3072, 64)
+        skipped = first * stride
+        rows, soon = keys.ctypes.data + skipped, ahead + skipped if ahead else 0
+        score(pairs.ctypes.data, rows, stride, keys.shape[1], some.ctypes.data, soon)
         for h in range(out.shape[0]):
             for t in range(TOKENS):
                 out[h, at + first + t] = some[t, h] * scale
