@@ -121,8 +121,8 @@ class StepCost:
 class PromptShare:
     """Milliseconds that one kind of work has earned, a share of every step's decodes at a time.
 
-    It is spent when it is worth a pass: at least half of the time that the work adds to a step then goes into tokens.
-    Portions larger than a step's share come so rarely that the median step has none.
+    It is spent when it is worth a pass: at least half of the time that the work adds to a step then goes into tokens. A
+    portion larger than a step's share comes every other step, and not later, however dear a pass seems to be.
     """
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ class PromptShare:
 
     def earn(self, ms: float, pass_ms: float, most: float) -> float:
         """What there is for tokens now, 0 if that is not worth a pass; no step takes more than `most` for all."""
-        worth = min(2 * pass_ms, most)
+        worth = min(2 * pass_ms, ms * 4 / 3, most)
         self._saved = min(self._saved + (ms if ms >= worth else ms * 2 / 3), max(worth, ms), most)
         return max(self._saved - pass_ms, self._saved / 2) if self._saved >= worth else 0.0
 
