@@ -117,7 +117,7 @@ class FusedLayer:
         if keys_latent:
             heads, kv_heads = attention.heads, attention.kv_heads
             by_head = attention.key_up().transpose(1, 2).repeat_interleave(heads // kv_heads, 0)  # [H, r, dh]
-            absorbed = q.new_empty(len(q), heads * by_head.shape[1])
+            absorbed = program.room(len(q), heads * by_head.shape[1])
             program.product(q, tiled(by_head.flatten(0, 1)), absorbed, groups=heads)
             q = absorbed
         else:
@@ -125,7 +125,7 @@ class FusedLayer:
         if not values_latent:
             v = _through(program, v, self.seconds[2:])
         up, up_bias = attention.value_up() if values_latent else (None, None)
-        out = x.new_empty(len(x), attention.heads, attention.head_dim)
+        out = program.room(len(x), attention.heads * attention.head_dim).unflatten(1, (attention.heads, -1))
         call = call_of_layer(
             q.unflatten(1, (attention.heads, -1)),
             k,
@@ -230,6 +230,7 @@ class FusedStep:
         turns = None if self.rotary is None else self.rotary.turns
         program = Program(np.zeros(len(self.layers), dtype=records.CALL))
         for layer, call in zip(self.layers, program.calls, strict=True):
+            program.clear()
             for name, value in layer.write(program, self.stream, self.normed, cache, turns).items():
                 call[name] = value
         if self.norm is not None:
@@ -245,7 +246,7 @@ def _through(program: Program, x: Tensor, weights: Sequence[Weights], then: int 
     for i, layer in enumerate(weights):
         last = i + 1 == len(weights)
         width = layer.width // 2 if last and then == records.GATED else layer.width
-        out = x.new_empty(len(x), width)
+        out = program.room(len(x), width)
         program.product(x, layer.tiles, out, bias=layer.bias, then=then if last else records.BFLOAT16)
         x = out
     return x

@@ -5,24 +5,30 @@ Every number of a result is summed in the same order whatever the number of rows
 
 from __future__ import annotations
 
-import numpy as np
 from numba import carray
 
-from lpa_model.kernels import tiles
-from lpa_model.kernels.machine import ZERO, address, compiled, exp, narrow, prefetch_rows, widen
+from lpa_model.kernels import sums, tiles
+from lpa_model.kernels.machine import ZERO, address, compiled, prefetch_rows, widen
 from lpa_model.kernels.records import ADDED, GATED, RELU
 
 ROWS = 32  # of x that meet two strips of weights at a time
 CHUNK = 256  # rows of one item: what stays in a core's second-level cache with the strips
+GROUP = 4  # pairs of strips of one item, where there are many: threads that write side by side hinder each other
 STRIP = 16  # outputs side by side in a tile
 PAIR = 2 * STRIP
 AHEAD = 4096  # bytes of a strip asked for ahead of the product
 
 
 @compiled
+def _group(op, rows):
+    """How many pairs of strips an item has: so few that there are items enough for all threads."""
+    return 1 if rows <= ROWS else min(GROUP, max(1, op.strips // 2 * -(-rows // CHUNK) // 8))
+
+
+@compiled
 def items(op, rows):
-    """How many pieces of work the product has: pairs of strips times chunks of rows."""
-    return op.strips // 2 * -(-rows // CHUNK)
+    """How many pieces of work the product has: groups of pairs of strips times chunks of rows."""
+    return -(-(op.strips // 2) // _group(op, rows)) * -(-rows // CHUNK)
 
 
 @compiled
@@ -31,32 +37,69 @@ def prepare(op, rows, room, like):
     width = op.width * (op.strips // op.group_strips)
     first = rows // ROWS * ROWS
     for row in range(first, rows):
-        room.rows[row - first, :width] = carray(address(op.x + row * op.x_stride, like), (width,))
+        source, target = op.x + row * op.x_stride, room.rows + (row - first) * room.stride
+        carray(address(target, like), (width,))[:] = carray(address(source, like), (width,))
 
 
 @compiled
 def work(op, rows, item, room, like):
-    """One pair of strips for one chunk of rows."""
-    chunks = -(-rows // CHUNK)
-    pair, chunk = item // chunks, item % chunks
-    x = op.x + 2 * (2 * pair // op.group_strips) * op.width
-    depth = op.width // 32
-    weight = op.weight + pair * 2 * depth * 1024
-    for row in range(chunk * CHUNK, min((chunk + 1) * CHUNK, rows), ROWS):
-        count = min(ROWS, rows - row)
-        source, stride = x + row * op.x_stride, op.x_stride
-        if count < ROWS:
-            source, stride = room.rows.ctypes.data + (x - op.x), room.rows.strides[0]
-        _multiply(source, stride, weight, depth, count, row == chunk * CHUNK, room.sums.ctypes.data)
-        _finish(op, row, count, pair, room.sums, like)
+    """Some pairs of strips for one chunk of rows."""
+    pairs, group = op.strips // 2, _group(op, rows)
+    groups = -(-pairs // group)
+    chunk, first = item // groups * CHUNK, item % groups * group
+    depth, stride = op.width // 32, op.x_stride
+    found, before = room.sums, room.sums + ROWS * 4 * PAIR
+    last, left = 0, 0  # the row and the pair of what has been found before, and is not finished yet
+    waiting = False
+    for pair in range(first, min(first + group, pairs)):
+        part = 2 * (2 * pair // op.group_strips) * op.width
+        weight = op.weight + pair * 2 * depth * 1024
+        for row in range(chunk, min(chunk + CHUNK, rows), ROWS):
+            count = min(ROWS, rows - row)
+            if count < ROWS:
+                _multiply_some(room.rows + part, room.stride, weight, depth, count, row == chunk, found)
+                _finish(op, row, count, pair, found, like)
+            else:
+                x = op.x + row * stride + part
+                _multiply(x, stride, weight, depth, found, op, last, left, before if waiting else 0, like)
+                found, before, last, left, waiting = before, found, row, pair, True
+    if waiting:
+        _finish(op, last, ROWS, left, before, like)
 
 
 @compiled
-def _multiply(x, stride, weight, depth, count, cold, sums):
-    """x [count <= 32, 32 * depth] times two strips at `weight` -> float32 [count, 32] at `sums`.
+def _multiply(x, stride, weight, depth, found, op, row, pair, before, like):
+    """x [32, 32 * depth] times two strips at `weight` -> float32 [32, 32] at `found`; meanwhile `before`, the sums of
+    another block, are finished, if that is not 0: tiles and vectors are worked on side by side.
 
-    `cold`: the strips have not been read a moment ago.
+    The strips are met again and again, and stay in the first-level cache if the rows do not pass through it.
     """
+    other, share = weight + 1024 * depth, -(-ROWS // depth)
+    tiles.zero(0)
+    tiles.zero(1)
+    tiles.zero(2)
+    tiles.zero(3)
+    for i in range(depth):
+        tiles.stream(4, x + 64 * i, stride)
+        tiles.load(5, weight + 1024 * i, 64)
+        tiles.multiply(0, 4, 5)
+        tiles.load(6, other + 1024 * i, 64)
+        tiles.multiply(1, 4, 6)
+        tiles.stream(7, x + 64 * i + STRIP * stride, stride)
+        tiles.multiply(2, 7, 5)
+        tiles.multiply(3, 7, 6)
+        start = i * share
+        if before and start < ROWS:
+            _finish(op, row + start, min(share, ROWS - start), pair, before + start * 4 * PAIR, like)
+    tiles.store(0, found, 4 * PAIR)
+    tiles.store(1, found + 64, 4 * PAIR)
+    tiles.store(2, found + STRIP * 4 * PAIR, 4 * PAIR)
+    tiles.store(3, found + STRIP * 4 * PAIR + 64, 4 * PAIR)
+
+
+@compiled
+def _multiply_some(x, stride, weight, depth, count, cold, found):
+    """The same for fewer rows. `cold`: the strips have not been read a moment ago."""
     other, both = weight + 1024 * depth, count > STRIP
     tiles.zero(0)
     tiles.zero(1)
@@ -76,42 +119,28 @@ def _multiply(x, stride, weight, depth, count, cold, sums):
         tiles.multiply(1, 4, 6)
         if both:
             tiles.multiply(3, 7, 6)
-    tiles.store(0, sums, 4 * PAIR)
-    tiles.store(1, sums + 64, 4 * PAIR)
+    tiles.store(0, found, 4 * PAIR)
+    tiles.store(1, found + 64, 4 * PAIR)
     if both:
-        tiles.store(2, sums + STRIP * 4 * PAIR, 4 * PAIR)
-        tiles.store(3, sums + STRIP * 4 * PAIR + 64, 4 * PAIR)
+        tiles.store(2, found + STRIP * 4 * PAIR, 4 * PAIR)
+        tiles.store(3, found + STRIP * 4 * PAIR + 64, 4 * PAIR)
 
 
 @compiled
-def _finish(op, row, count, pair, sums, like):
+def _finish(op, row, count, pair, found, like):
     """Sums [count, 32] of a pair of strips, and the bias, to the output's rows from `row` on."""
     if op.bias:
         bias = carray(address(op.bias + 2 * PAIR * pair, like), (PAIR,))
+        rows = carray(address(found, ZERO), (count, PAIR))
         for r in range(count):
             for j in range(PAIR):
-                sums[r, j] += widen(bias[j])
-    for r in range(count):
-        found = sums[r]
-        if op.then == GATED:  # a strip of gates and one of what they let through
-            out = carray(address(op.out + (row + r) * op.out_stride + 2 * STRIP * pair, like), (STRIP,))
-            for j in range(STRIP):
-                out[j] = narrow(_silu(found[j]) * found[STRIP + j], like)
-        elif op.then == ADDED:
-            wide = carray(address(op.out + (row + r) * op.out_stride + 4 * PAIR * pair, ZERO), (PAIR,))
-            for j in range(PAIR):  # rounded first, as when it is written down
-                wide[j] += widen(narrow(found[j], like))
-        else:
-            out = carray(address(op.out + (row + r) * op.out_stride + 2 * PAIR * pair, like), (PAIR,))
-            if op.then == RELU:
-                for j in range(PAIR):
-                    out[j] = narrow(max(found[j], ZERO), like)
-            else:
-                for j in range(PAIR):
-                    out[j] = narrow(found[j], like)
-
-
-@compiled
-def _silu(x):
-    e = exp(-abs(x))
-    return x * (np.float32(1) if x >= 0 else e) / (np.float32(1) + e)
+                rows[r, j] += widen(bias[j])
+    out = op.out + row * op.out_stride
+    if op.then == GATED:  # a strip of gates and one of what they let through
+        sums.gated(found, count, out + 2 * STRIP * pair, op.out_stride)
+    elif op.then == ADDED:
+        sums.added(found, count, out + 4 * PAIR * pair, op.out_stride)
+    elif op.then == RELU:
+        sums.rectified(found, count, out + 2 * PAIR * pair, op.out_stride)
+    else:
+        sums.rounded(found, count, out + 2 * PAIR * pair, op.out_stride)

@@ -24,8 +24,8 @@ from lpa_model.kernels.records import (
     WRITE,
 )
 
-Room = namedtuple("Room", ["rows", "sums"])
-"""One thread's scratch for products."""
+Room = namedtuple("Room", ["rows", "stride", "sums"])
+"""One thread's scratch for products: addresses, and the bytes of a row."""
 
 
 _call_at = pointer_to(CALL)
@@ -85,7 +85,9 @@ def _work(op, rows, item, room, chunk_room, like):
 
 @compiled
 def _run(program, like):
-    room = Room(np.empty((product.ROWS, program.widest), np.uint16), np.empty((product.ROWS, product.PAIR), np.float32))
+    rows = np.empty((product.ROWS, program.widest), np.uint16)
+    sums = np.empty((2 * product.ROWS + 1, product.PAIR), np.float32)
+    room = Room(rows.ctypes.data, 2 * program.widest, -(-sums.ctypes.data // 64) * 64)
     # what prompt rows need: queries, scores, weights, results, and a row each of maxima, sums and ones
     longest, widest = -(-program.longest // tiles.TOKENS) * tiles.TOKENS + 1, program.widest
     size = widest // 2 + longest + max(longest, widest) // 2 + 16 + widest + 3 if program.longest else 1
@@ -120,7 +122,7 @@ def _run(program, like):
         if i + 1 < program.operations:
             _wait_until(done, items)
     tiles.release()
-    return scratch[0, 0]  # alive until here
+    return scratch[0, 0] + sums[0, 0] + rows[0, 0]  # alive until here
 
 
 SIGNATURE = types.void(types.CPointer(from_dtype(PROGRAM)))

@@ -47,7 +47,25 @@ class Program:
         self.alive: list[object] = []  # what the operations point to
         self.widest = DEPTH
         self.attentions = 0
+        self.free: list[Tensor] = []
+        self.lent: list[Tensor] = []
         self.ops: NDArray[np.void] | None = None
+
+    def room(self, rows: int, width: int) -> Tensor:
+        """bfloat16 [rows, width] for what one operation writes and others read, until `clear`."""
+        shape = (rows, width)
+        room = next((tensor for tensor in self.free if tensor.shape == shape), None)
+        if room is None:
+            room = torch.empty(shape, dtype=torch.bfloat16)
+        else:
+            self.free = [tensor for tensor in self.free if tensor is not room]
+        self.lent.append(room)
+        return room
+
+    def clear(self) -> None:
+        """What operations have written so far will have been read: its room is lent again."""
+        self.free += self.lent
+        self.lent = []
 
     def product(
         self,

@@ -20,6 +20,7 @@ from lpa_model.kernels.records import PROMPT
 LANES = 16  # queries of a tile
 PAIR = np.uint32(0)
 VALUES = 32  # of a product with weights
+LOG2_E = 1.4426950408889634
 LOT = 4  # tiles of queries that a thread takes at a time
 
 Room = namedtuple("Room", ["queries", "scores", "keys", "weights", "values", "out", "peaks", "sums"])
@@ -49,9 +50,10 @@ def write_rows(pairs, width, count, out, stride):
 @compiled
 def hide(first, count, end, scores):
     """What `count` queries from token `first` on must not see becomes -inf; the other columns see what the last one
-    sees. `end` is the last query's own end."""
-    scores = carray(address(scores, ZERO), (end + 1, LANES))
-    scores[end] = -np.inf  # the other half of the last pair
+    sees. `end` is the last query's own end; so do rows behind it to a multiple of 4."""
+    scores = carray(address(scores, ZERO), (end + 3, LANES))
+    for t in range(end, -(-end // 4) * 4):
+        scores[t] = -np.inf
     for lane in range(LANES):
         for t in range(first + min(lane, count - 1) + 1, end):
             scores[t, lane] = -np.inf
@@ -61,8 +63,8 @@ def hide(first, count, end, scores):
 def soften(end, scale, room):
     """Weights uint32 [.., LANES], two tokens' side by side, are e^(scale * (score - maximum)); zeros behind `end`."""
     pairs = -(-end // 2)
-    columns.maxima(room.scores, end, room.peaks)
-    columns.exponentials(room.scores, pairs, room.peaks, np.float32(scale), room.weights, room.sums)
+    columns.maxima(room.scores, -(-end // 4), room.peaks)
+    columns.exponentials(room.scores, pairs, room.peaks, np.float32(scale * LOG2_E), room.weights, room.sums)
     weights = carray(address(room.weights, PAIR), (pairs + VALUES // 2, LANES))
     for i in range(pairs, -(-end // VALUES) * VALUES // 2):
         for lane in range(LANES):

@@ -44,6 +44,12 @@ def load(typing: Any, tile: Any, address: Any, stride: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
+def stream(typing: Any, tile: Any, address: Any, stride: Any) -> Any:
+    """As `load`, of what is not needed again soon: it pushes nothing out of the first-level cache."""
+    return _instruction("tileloaddt164", [tile], [types.int64, types.int64])
+
+
+@intrinsic(prefer_literal=True)
 def store(typing: Any, tile: Any, address: Any, stride: Any) -> Any:
     return _instruction("tilestored64", [tile], [types.int64, types.int64])
 

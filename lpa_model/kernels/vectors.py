@@ -1,0 +1,104 @@
+"""Vectors of 16 float32 in LLVM's terms, for loops that the compiler does not find by itself.
+
+They are built of instructions that every processor with tiles has (AVX-512 with bfloat16), one where plain arithmetic
+would take five or ten. Addresses are int64, offsets bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core.cgutils import get_or_insert_function
+
+LANES = 16
+
+
+class _BFloat(ir.Type):
+    """LLVM's bfloat16, which llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+FLOATS = ir.VectorType(ir.FloatType(), LANES)
+INTEGERS = ir.VectorType(ir.IntType(32), LANES)
+HALVES = ir.VectorType(ir.IntType(16), LANES)
+ALL, AS_SET = ir.IntType(16)(-1), ir.IntType(32)(4)  # lanes, and the rounding mode of the moment
+DOWN = ir.IntType(32)(9)  # to whole numbers, towards -infinity, without a signal
+# 2^y on [0, 1), a minimax polynomial, highest power first: as in `machine.exp`
+SERIES = (1.8775767e-3, 8.9893397e-3, 5.5826318e-2, 2.4015361e-1, 6.9315308e-1, 0.99999994)
+
+
+def floats(value: float) -> Any:
+    return ir.Constant(FLOATS, [value] * LANES)
+
+
+def integers(value: int) -> Any:
+    return ir.Constant(INTEGERS, [value] * LANES)
+
+
+def _pointer(builder: Any, address: Any, offset: int, kind: Any) -> Any:
+    return builder.inttoptr(builder.add(address, address.type(offset)), kind.as_pointer())
+
+
+def load(builder: Any, address: Any, offset: int = 0, kind: Any = FLOATS) -> Any:
+    """64 bytes, or a vector of another kind; they need not be aligned."""
+    return builder.load(_pointer(builder, address, offset, kind), align=2)
+
+
+def store(builder: Any, value: Any, address: Any, offset: int = 0) -> None:
+    builder.store(value, _pointer(builder, address, offset, value.type), align=2)
+
+
+def spread(builder: Any, number: Any) -> Any:
+    """A float32 in all lanes."""
+    lane = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), number, ir.IntType(32)(0))
+    return builder.shuffle_vector(lane, lane, integers(0))
+
+
+def _call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(get_or_insert_function(builder.module, kind, f"llvm.{name}"), arguments)
+
+
+def exp2(builder: Any, power: Any) -> Any:
+    """2^power to 2 units in the last place; NaN stays NaN."""
+    y = _call(builder, "x86.avx512.mask.reduce.ps.512", FLOATS, power, DOWN, power, ALL, AS_SET)  # power - floor(power)
+    series = floats(SERIES[0])
+    for factor in SERIES[1:]:
+        series = _call(builder, "fma.v16f32", FLOATS, series, y, floats(factor))
+    return _call(builder, "x86.avx512.mask.scalef.ps.512", FLOATS, series, power, series, ALL, AS_SET)
+
+
+def silu(builder: Any, x: Any) -> Any:
+    """x / (1 + e^-x)."""
+    power = builder.fmul(x, floats(-1.4426950408889634))
+    power = builder.select(builder.fcmp_ordered(">", power, floats(126)), floats(126), power)  # infinity has no inverse
+    below = builder.fadd(exp2(builder, power), floats(1))
+    # an estimate to 14 bits, and a step of Newton's
+    inverse = _call(builder, "x86.avx512.rcp14.ps.512", FLOATS, below, below, ALL)
+    rest = _call(builder, "fma.v16f32", FLOATS, builder.fneg(below), inverse, floats(2))
+    return builder.fmul(x, builder.fmul(inverse, rest))
+
+
+def narrow(builder: Any, x: Any) -> Any:
+    """bfloat16, rounded to nearest even."""
+    found = _call(builder, "x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(_BFloat(), LANES), x)
+    return builder.bitcast(found, HALVES)
+
+
+def widen(builder: Any, x: Any) -> Any:
+    return builder.bitcast(builder.shl(builder.zext(x, INTEGERS), integers(16)), FLOATS)
+
+
+def pair(builder: Any, even: Any, odd: Any) -> Any:
+    """Both as bfloat16 side by side, as uint32: `even` in the lower half."""
+    low, high = (builder.zext(narrow(builder, x), INTEGERS) for x in (even, odd))
+    return builder.or_(low, builder.shl(high, integers(16)))
