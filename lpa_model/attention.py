@@ -25,9 +25,8 @@ from lpa_model.config import PROJECTIONS, LPAConfig, Projection
 from lpa_model.decode import DecodePairs, decode_attention, decode_pairs
 from lpa_model.kernels.attention import DecodeRows
 from lpa_model.kernels.attention import decode_attention as compiled_decode_attention
-from lpa_model.kernels.chunks import ChunkRows
 from lpa_model.kernels.launch import Kernel
-from lpa_model.kernels.prompts import prompt_attention
+from lpa_model.kernels.prompts import PromptRows
 from lpa_model.layers import LowRankLinear, RotaryEmbedding, first_half, projection, second_half
 
 TILE = 64  # tokens
@@ -62,6 +61,8 @@ class Span(NamedTuple):
     def hidden(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(starts, ends) [length]: each new token sees what is before it but for those."""
         index = np.arange(self.context, self.context + self.length)
+        if not self.is_branched:
+            return index, index
         starts = np.minimum(index, self.branches[0])
         return starts, np.where(index < self.branches[0], index, self._branch_starts(index))
 
@@ -109,11 +110,6 @@ class PrefillGroup:
         # what any tile sees is the right end of this: all tokens before it, and of its own those up to each row
         causal = torch.from_numpy(np.arange(end + TILE) <= end + np.arange(TILE)[:, None]).to(device)
         return tuple(causal[:, end + TILE - tile_end :] for tile_end in ends)
-
-    @cached_property
-    def hidden(self) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
-        """(starts, ends) int64 [length] of the tokens before a row that it does not see; None if it sees them all."""
-        return self.span.hidden() if self.span.is_branched else None
 
     @property
     def rows(self) -> slice:
@@ -188,11 +184,24 @@ class AttentionMetadata:
         return DecodeRows.build(self.positions[: self.num_decode].numpy(), *self._decodes(), self.block_size)
 
     @cached_property
-    def chunk_rows(self) -> ChunkRows:
+    def prompt_rows(self) -> PromptRows:
         """The prompt rows for a program."""
         prompts = self.spans[self.num_decode :]
-        contexts, lengths = [span.context for span in prompts], [span.length for span in prompts]
-        return ChunkRows.build(contexts, lengths, [span.block_table for span in prompts], self.block_size)
+        real = slice(self.num_decode, self.num_rows)
+        blocks, offsets = (part[real].numpy() for part in self.slots)
+        hidden = None
+        if any(span.is_branched for span in prompts):
+            starts, ends = zip(*(span.hidden() for span in prompts), strict=True)
+            hidden = np.concatenate(starts), np.concatenate(ends)
+        return PromptRows.build(
+            [span.context for span in prompts],
+            [span.length for span in prompts],
+            [span.block_table for span in prompts],
+            self.block_size,
+            self.positions[real].numpy(),
+            blocks * self.block_size + offsets,
+            hidden,
+        )
 
     def _decodes(self) -> tuple[NDArray[np.int64], list[Sequence[int]]]:
         spans = self.spans[: self.num_decode]
@@ -256,9 +265,8 @@ class Attention(nn.Module):
         # A of q, k and v as one product: set by `prepare_for_inference`
         self.joint_down: nn.Module | None = None
         self.joint_ranks: list[int] = []
-        # what decode rows and prompt rows take where there is one: likewise
+        # what decode rows take where there is one: likewise
         self.kernel: Future[Kernel | None] | None = None
-        self.prompt_kernel: Future[Kernel | None] | None = None
 
     def forward(
         self, x: Tensor, rotary: RotaryEmbedding | None, meta: AttentionMetadata | None, cache: LatentCache | None
@@ -378,8 +386,6 @@ class Attention(nn.Module):
         keys_latent, values_latent = cache.forms[self.layer]
         if keys_latent:
             k = self._keys(second_half(self.k_proj, k.squeeze(2)), rotary, group.positions)
-        if self.prompt_kernel is not None and (kernel := self.prompt_kernel.result()):
-            return self._expanded_compiled(kernel, q, k, v, group, values_latent)
         if values_latent:
             v = self._split(second_half(self.v_proj, v.squeeze(2)))
         before, behind = group.padding
@@ -391,29 +397,6 @@ class Attention(nn.Module):
         ]
         out = tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
         return out[:, before : before + group.length].flatten(0, 1)
-
-    def _expanded_compiled(
-        self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, group: PrefillGroup, values_latent: bool
-    ) -> Tensor:
-        """q [batch, length, H, dh], k [batch, T, H_kv, dh] and v [batch, T, heads, width], which may be latents."""
-        v = v.flatten(2).flatten(0, 1)
-        if values_latent:
-            up = self._up(self.v_proj)
-            values = up.weight @ v.T
-            if up.bias is not None:
-                values += up.bias[:, None]
-        else:
-            values = v.T.contiguous()
-        return prompt_attention(
-            kernel,
-            q.flatten(0, 1),
-            k.flatten(2).flatten(0, 1),
-            values,
-            group.batch,
-            group.context,
-            self.scale,
-            hidden=group.hidden,
-        )
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q [batch, Tq, H, dh], k and v [batch, Tk, H_kv, dh] -> [batch, Tq, H, dh]; causal without a mask."""

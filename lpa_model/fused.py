@@ -15,7 +15,7 @@ from lpa_model.attention import AttentionMetadata
 from lpa_model.cache import LatentCache
 from lpa_model.kernels import records
 from lpa_model.kernels.attention import call_of_layer, has_tiles, scratch_of_step
-from lpa_model.kernels.chunks import NO_CHUNKS
+from lpa_model.kernels.prompts import NO_PROMPTS
 from lpa_model.kernels.launch import Kernel
 from lpa_model.kernels.programs import Program, fits, tiled, tiled_gates
 from lpa_model.layers import LayerNorm, LowRankLinear, RMSNorm, SwiGLU
@@ -187,14 +187,13 @@ class FusedStep:
         calls["rows"] = meta.num_decode
         alive = self._decode_rows(meta) if meta.num_decode else None
         if meta.num_decode < rows:
-            chunks = meta.chunk_rows
-            longest = chunks.longest
-            transposed = torch.empty(self.value_rows, chunks.columns, dtype=torch.bfloat16)
-            here = {"transposed": transposed.data_ptr(), "transposed_stride": 2 * chunks.columns}
-            for name, value in (chunks.fields | here).items():
+            prompts = meta.prompt_rows
+            longest = prompts.longest
+            tiled_values = torch.empty(self.value_rows, prompts.value_tiles * 32, dtype=torch.bfloat16)
+            for name, value in (prompts.fields | {"tiled_values": tiled_values.data_ptr()}).items():
                 calls[name] = value
         else:
-            for name, value in NO_CHUNKS.items():
+            for name, value in NO_PROMPTS.items():
                 calls[name] = value
         self.program.run(kernel, rows, longest)
         del alive
@@ -207,7 +206,7 @@ class FusedStep:
             return False
         prompts = meta.spans[meta.num_decode :]
         return not prompts or (
-            rows <= MOST_ROWS and meta.block_size % 64 == 0 and not any(span.is_branched for span in prompts)
+            rows <= MOST_ROWS and meta.block_size % 64 == 0
         )
 
     def _decode_rows(self, meta: AttentionMetadata) -> object:

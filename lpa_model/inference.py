@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lpa_model.attention import Attention
 from lpa_model.fused import FusedStep, can_fuse
-from lpa_model.kernels import attention, programs, prompts, rms_norm, row_scores
+from lpa_model.kernels import attention, programs, rms_norm, row_scores
 from lpa_model.kernels.launch import compile_kernel
 from lpa_model.layers import LowRankLinear, RMSNorm, SwiGLU
 from lpa_model.model import LPAForCausalLM
@@ -140,8 +140,6 @@ def _compile(model: LPAForCausalLM) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, Attention):
             module.kernel = compile_kernel(decode_kernel)
-            if weight.dtype is torch.bfloat16 and attention.has_tiles() and module.head_dim % 32 == 0:
-                module.prompt_kernel = compile_kernel(prompts.KERNEL)
         if isinstance(module, RMSNorm) and weight.dtype is torch.bfloat16:
             model.set_submodule(name, CompiledRMSNorm(module))
     for dtype in {weight.dtype, torch.float32}:  # of prompts' logits, and of those that are sampled from

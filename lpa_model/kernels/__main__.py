@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from lpa_model.kernels import attention, programs, prompts, rms_norm, row_scores
+from lpa_model.kernels import attention, programs, rms_norm, row_scores
 from lpa_model.kernels.launch import compile_kernel
 
 
 def main() -> None:
     names = [*attention.KERNELS.values(), *row_scores.KERNELS.values(), rms_norm.KERNEL]
     if attention.has_tiles():
-        names += [attention.TILES_KERNEL, programs.KERNEL, prompts.KERNEL]
+        names += [attention.TILES_KERNEL, programs.KERNEL]
     for kernel in [compile_kernel(name) for name in names]:
         kernel.result()
 

@@ -1,48 +1,58 @@
-"""Arithmetic on columns of 16 side by side, a vector at a time: loops that the compiler does not find by itself.
+"""Arithmetic on columns side by side, COLUMNS of them in two vectors: loops that the compiler does not find by itself.
 
-All arguments are addresses, counts and factors. bfloat16 results are rounded to nearest even and written two rows in
-one, as uint32: the even row's in the lower half.
+All arguments are addresses, counts and factors. bfloat16 numbers are written two rows in one, as uint32: the even
+row's in the lower half.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from llvmlite import ir
 from numba import types
 from numba.core.cgutils import alloca_once_value, for_range
 from numba.extending import intrinsic
 
-from lpa_model.kernels.vectors import exp2, floats, load, pair, spread, store
+from lpa_model.kernels.vectors import (
+    INTEGERS,
+    LANES,
+    exp2,
+    floats,
+    load,
+    pair,
+    shuffled,
+    spread,
+    store,
+    turned,
+)
 
-ROW = 64  # bytes
+COLUMNS = 2 * LANES
+ROW = 4 * COLUMNS  # bytes
+HALF = ROW // 2
 
 
-def _row(builder: Any, address: Any, i: Any) -> Any:
-    return builder.add(address, builder.mul(i, i.type(ROW)))
+def _at(address: Any, builder: Any, i: Any, stride: Any) -> Any:
+    return builder.add(address, builder.mul(i, stride))
 
 
-def _twice(builder: Any, rows: Any, i: Any) -> tuple[Any, Any]:
-    """Rows 2i and 2i + 1."""
-    row = _row(builder, rows, builder.mul(i, i.type(2)))
-    return load(builder, row), load(builder, row, ROW)
+def _larger(builder: Any, x: Any, y: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", x, y), x, y)
 
 
 @intrinsic
-def maxima(typing: Any, rows: Any, fours: Any, out: Any) -> Any:
-    """out float32 [16] from rows float32 [4 * fours, 16]."""
+def maxima(typing: Any, rows: Any, pairs: Any, out: Any) -> Any:
+    """out float32 [COLUMNS] from rows float32 [2 * pairs, COLUMNS]."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        def larger(x: Any, y: Any) -> Any:
-            return builder.select(builder.fcmp_ordered(">", x, y), x, y)
-
-        rows, fours, out = arguments
+        rows, pairs, out = arguments
         peaks = [alloca_once_value(builder, floats(float("-inf"))) for _ in range(4)]  # none waits for the other
-        with for_range(builder, fours) as loop:
-            row = _row(builder, rows, builder.mul(loop.index, fours.type(4)))
+        with for_range(builder, pairs) as loop:
+            row = _at(rows, builder, loop.index, pairs.type(2 * ROW))
             for i, peak in enumerate(peaks):
-                builder.store(larger(load(builder, row, i * ROW), builder.load(peak)), peak)
-        a, b, c, d = (builder.load(peak) for peak in peaks)
-        store(builder, larger(larger(a, b), larger(c, d)), out)
+                builder.store(_larger(builder, load(builder, row, i * HALF), builder.load(peak)), peak)
+        left, right, other_left, other_right = (builder.load(peak) for peak in peaks)
+        store(builder, _larger(builder, left, other_left), out)
+        store(builder, _larger(builder, right, other_right), out, HALF)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), build
@@ -50,20 +60,27 @@ def maxima(typing: Any, rows: Any, fours: Any, out: Any) -> Any:
 
 @intrinsic
 def exponentials(typing: Any, rows: Any, pairs: Any, peaks: Any, scale: Any, out: Any, sums: Any) -> Any:
-    """out uint32 [pairs, 16] from 2^(scale * (rows - peaks)), rows float32 [2 * pairs, 16]; sums float32 [16]."""
+    """out uint32 [pairs, COLUMNS] from 2^(scale * (rows - peaks)), rows float32 [2 * pairs, COLUMNS]; sums float32
+    [COLUMNS]."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         rows, pairs, peaks, scale, out, sums = arguments
-        peak, factor = load(builder, peaks), spread(builder, scale)
-        total = alloca_once_value(builder, floats(0))
+        factor = spread(builder, scale)
+        halves = [
+            (offset, load(builder, peaks, offset), alloca_once_value(builder, floats(0))) for offset in (0, HALF)
+        ]
         with for_range(builder, pairs) as loop:
-            even, odd = (
-                exp2(builder, builder.fmul(builder.fsub(row, peak), factor))
-                for row in _twice(builder, rows, loop.index)
-            )
-            builder.store(builder.fadd(builder.load(total), builder.fadd(even, odd)), total)
-            store(builder, pair(builder, even, odd), _row(builder, out, loop.index))
-        store(builder, builder.load(total), sums)
+            row = _at(rows, builder, loop.index, pairs.type(2 * ROW))
+            to = _at(out, builder, loop.index, pairs.type(ROW))
+            for offset, peak, total in halves:
+                even, odd = (
+                    exp2(builder, builder.fmul(builder.fsub(load(builder, row, offset + start), peak), factor))
+                    for start in (0, ROW)
+                )
+                builder.store(builder.fadd(builder.load(total), builder.fadd(even, odd)), total)
+                store(builder, pair(builder, even, odd), to, offset)
+        for offset, _, total in halves:
+            store(builder, builder.load(total), sums, offset)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64, types.float32, types.int64, types.int64), build
@@ -71,14 +88,98 @@ def exponentials(typing: Any, rows: Any, pairs: Any, peaks: Any, scale: Any, out
 
 @intrinsic
 def shares(typing: Any, rows: Any, pairs: Any, sums: Any, out: Any) -> Any:
-    """out uint32 [pairs, 16] from rows / sums, rows float32 [2 * pairs, 16]."""
+    """out uint32 [pairs, COLUMNS] from rows / sums, rows float32 [2 * pairs, COLUMNS]."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         rows, pairs, sums, out = arguments
-        share = builder.fdiv(floats(1), load(builder, sums))
-        with for_range(builder, pairs) as loop:
-            even, odd = (builder.fmul(row, share) for row in _twice(builder, rows, loop.index))
-            store(builder, pair(builder, even, odd), _row(builder, out, loop.index))
+        for offset in (0, HALF):
+            share = builder.fdiv(floats(1), load(builder, sums, offset))
+            with for_range(builder, pairs) as loop:
+                row = _at(rows, builder, loop.index, pairs.type(2 * ROW))
+                even, odd = (builder.fmul(load(builder, row, offset + start), share) for start in (0, ROW))
+                store(builder, pair(builder, even, odd), _at(out, builder, loop.index, pairs.type(ROW)), offset)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64, types.int64), build
+
+
+@intrinsic
+def hide(typing: Any, rows: Any, count: Any) -> Any:
+    """In row i of float32 [count, COLUMNS], columns 0 to i become -inf."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        rows, count = arguments
+        with for_range(builder, count) as loop:
+            row = _at(rows, builder, loop.index, count.type(ROW))
+            i = spread(builder, builder.trunc(loop.index, ir.IntType(32)))
+            for offset, first in ((0, 0), (HALF, LANES)):
+                lanes = ir.Constant(INTEGERS, list(range(first, first + LANES)))
+                hidden = builder.icmp_signed("<=", lanes, i)
+                shown = builder.select(hidden, floats(float("-inf")), load(builder, row, offset))
+                store(builder, shown, row, offset)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), build
+
+
+def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """16 vectors of 16: in each round, squares of half the size change places."""
+    rows = list(rows)
+    for size in (1, 2, 4, 8):
+        first = [lane if not lane & size else LANES + lane - size for lane in range(LANES)]
+        second = [lane + size if not lane & size else LANES + lane for lane in range(LANES)]
+        for i in range(LANES):
+            if not i & size:
+                a, b = rows[i], rows[i + size]
+                rows[i] = shuffled(builder, a, b, first)
+                rows[i + size] = shuffled(builder, a, b, second)
+    return rows
+
+
+@intrinsic
+def from_rows(typing: Any, rows: Any, stride: Any, count: Any, out: Any, out_stride: Any) -> Any:
+    """Row i of uint32 [count, 16] becomes column i of `out` [16, 16]; the last row that there is stands for others."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        rows, stride, count, out, out_stride = arguments
+        last = builder.sub(count, count.type(1))
+        found = []
+        for i in range(LANES):
+            there = builder.icmp_signed("<", count.type(i), last)
+            row = builder.select(there, count.type(i), last)
+            found.append(load(builder, _at(rows, builder, row, stride), 0, INTEGERS))
+        for i, column in enumerate(_transposed(builder, found)):
+            store(builder, column, _at(out, builder, count.type(i), out_stride))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), build
+
+
+@intrinsic
+def to_rows(typing: Any, columns: Any, stride: Any, count: Any, out: Any, out_stride: Any) -> Any:
+    """Column i of uint32 [16, 16] becomes row i of `out` [count, 16]."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        columns, stride, count, out, out_stride = arguments
+        found = [load(builder, _at(columns, builder, count.type(i), stride), 0, INTEGERS) for i in range(LANES)]
+        for i, row in enumerate(_transposed(builder, found)):
+            with builder.if_then(builder.icmp_signed("<", count.type(i), count)):
+                store(builder, row, _at(out, builder, count.type(i), out_stride))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), build
+
+
+@intrinsic
+def turn(typing: Any, x: Any, turns: Any, vectors: Any, out: Any) -> Any:
+    """`decode.turn` of bfloat16 [16 * vectors] at x, with as many float32 at turns."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, turns, vectors, out = arguments
+        with for_range(builder, vectors) as loop:
+            at = builder.mul(loop.index, vectors.type(2 * LANES))
+            by = load(builder, _at(turns, builder, loop.index, vectors.type(4 * LANES)))
+            store(builder, turned(builder, builder.add(x, at), by), builder.add(out, at))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), build

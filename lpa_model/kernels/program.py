@@ -10,7 +10,7 @@ from collections import namedtuple
 import numpy as np
 from numba import carray, from_dtype, types
 
-from lpa_model.kernels import chunk, decode, norm, product, tiles
+from lpa_model.kernels import columns, decode, norm, product, prompt, tiles
 from lpa_model.kernels.machine import compiled, fetch, fetch_add, pause, pointer_to
 from lpa_model.kernels.records import (
     ADD_LAYER_NORM,
@@ -20,7 +20,7 @@ from lpa_model.kernels.records import (
     PRODUCT,
     PROGRAM,
     RMS_NORM,
-    TRANSPOSE,
+    TILE_VALUES,
     WRITE,
 )
 
@@ -56,11 +56,11 @@ def _pieces(op, rows):
     call = carray(_call_at(op.x), (1,))[0]
     if op.kind == WRITE:
         return call.prompt_rows
-    return call.prompt_blocks if op.kind == TRANSPOSE else chunk.items(call)
+    return call.prompt_blocks if op.kind == TILE_VALUES else prompt.items(call)
 
 
 @compiled
-def _work(op, rows, item, room, chunk_room, like):
+def _work(op, rows, item, room, prompt_room, like):
     if op.kind == PRODUCT:
         product.work(op, rows, item, room, like)
     elif op.kind == RMS_NORM:
@@ -76,29 +76,26 @@ def _work(op, rows, item, room, chunk_room, like):
     else:
         call = carray(_call_at(op.x), (1,))[0]
         if op.kind == WRITE:
-            chunk.write_row(call, item, like)
-        elif op.kind == TRANSPOSE:
-            chunk.transpose_block(call, item, like)
+            prompt.write_row(call, item, like)
+        elif op.kind == TILE_VALUES:
+            prompt.tile_values(call, item, like)
         else:
-            chunk.attend(call, item, chunk_room, like)
+            prompt.attend(call, item, prompt_room, like)
+
+
+@compiled
+def _aligned(start):
+    """The next address where a line begins: rows of tiles that lie across two lines take twice as long."""
+    return -(-start // 64) * 64
 
 
 @compiled
 def _run(program, like):
     rows = np.empty((product.ROWS, program.widest), np.uint16)
     sums = np.empty((2 * product.ROWS + 1, product.PAIR), np.float32)
-    room = Room(rows.ctypes.data, 2 * program.widest, -(-sums.ctypes.data // 64) * 64)
-    # what prompt rows need: queries, scores, weights, results, and a row each of maxima, sums and ones
-    longest, widest = -(-program.longest // tiles.TOKENS) * tiles.TOKENS + 1, program.widest
-    size = widest // 2 + longest + max(longest, widest) // 2 + 16 + widest + 3 if program.longest else 1
-    scratch = np.empty((size, tiles.HEADS), np.float32)
-    scratch[-1] = 1
-    start = scratch.ctypes.data
-    scores = start + 64 * (widest // 2)
-    weights = scores + 64 * longest
-    results = weights + 64 * (max(longest, widest) // 2 + 16)
-    rest = results + 64 * widest
-    chunk_room = chunk.Room(start, scores, weights, results, rest, rest + 64, rest + 128)
+    room = Room(rows.ctypes.data, 2 * program.widest, _aligned(sums.ctypes.data))
+    scratch = np.empty((prompt.room_rows(program.widest, program.longest) + 1, columns.COLUMNS), np.float32)
+    prompt_room = prompt.room(program.widest, program.longest, _aligned(scratch.ctypes.data))
     ops = carray(_op_at(program.ops), (program.operations,))
     tiles.configure()
     for i in range(program.operations):
@@ -116,7 +113,7 @@ def _run(program, like):
         if op.kind == PRODUCT and item < items:
             product.prepare(op, program.rows, room, like)
         while item < items:
-            _work(op, program.rows, item, room, chunk_room, like)
+            _work(op, program.rows, item, room, prompt_room, like)
             fetch_add(done)
             item = fetch_add(taken)
         if i + 1 < program.operations:

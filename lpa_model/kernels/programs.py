@@ -101,7 +101,7 @@ class Program:
         """The next one of the calls, of decode rows and of prompt rows."""
         call = self.calls.ctypes.data + self.attentions * self.calls.itemsize
         self.attentions += 1
-        for kind in (records.ATTENTION, records.WRITE, records.TRANSPOSE, records.ATTEND):
+        for kind in (records.ATTENTION, records.WRITE, records.TILE_VALUES, records.ATTEND):
             self.operations.append((kind, call, *[0] * (len(records.OP.names or ()) - 2)))
 
     def _add(

@@ -1,9 +1,11 @@
-"""Attention of prompt rows in tiles of bfloat16 (AMX).
+"""Attention of prompt rows in tiles of bfloat16 (AMX): new tokens of some texts, whose earlier tokens are in the cache.
 
 Everything lies transposed, a query in each column: scores are keys times queries, so that maxima and sums run down the
-columns in vectors of 16 queries, and pairs of rows of weights are a tile as they are. Keys meet queries at multiples
-of 64 and values at multiples of 32 tokens of the text, and what a query must not see has a weight of zero: a query's
-result is the same to the bit however a prompt is cut into chunks, and whatever is beside it.
+columns in vectors, and pairs of rows of weights are a tile as they are. Keys are read where they lie in the cache;
+values are copied once for all heads, into tiles. Values that are latents are rebuilt behind the softmax, for each
+query. Keys and values meet queries 32 tokens at a time from multiples of 32 in the text, and what a query must not see
+has a weight of zero: a query's result is the same to the bit however a prompt is cut into chunks, and whatever is
+beside it.
 """
 
 from __future__ import annotations
@@ -11,194 +13,238 @@ from __future__ import annotations
 from collections import namedtuple
 
 import numpy as np
-from numba import carray, from_dtype, types
+from numba import carray
 
 from lpa_model.kernels import columns, tiles
-from lpa_model.kernels.machine import ZERO, address, compiled, fetch_add
-from lpa_model.kernels.records import PROMPT
+from lpa_model.kernels.columns import COLUMNS, HALF, ROW
+from lpa_model.kernels.machine import ZERO, address, compiled, widen
+from lpa_model.kernels.records import SPAN_FIELDS
 
-LANES = 16  # queries of a tile
-PAIR = np.uint32(0)
-VALUES = 32  # of a product with weights
+TOKENS = 32  # that queries meet at a time
+LOT = 2  # tiles of COLUMNS queries that a thread takes at a time
 LOG2_E = 1.4426950408889634
-LOT = 4  # tiles of queries that a thread takes at a time
 
-Room = namedtuple("Room", ["queries", "scores", "keys", "weights", "values", "out", "peaks", "sums"])
+Room = namedtuple("Room", ["queries", "scores", "weights", "out", "peaks", "sums", "ones"])
 """Addresses of one thread's scratch."""
 
 
 @compiled
-def pair_queries(q, stride, count, width, queries):
-    """queries uint32 [width / 2, LANES], two dimensions side by side, from `count` rows at q; all addresses."""
-    queries = carray(address(queries, PAIR), (width // 2, LANES))
-    for lane in range(count):
-        row = carray(address(q + lane * stride, PAIR), (width // 2,))
-        for i in range(width // 2):
-            queries[i, lane] = row[i]
+def room_rows(widest, longest):
+    """How many rows of COLUMNS numbers `room` needs, for texts of up to `longest` tokens."""
+    whole = -(-longest // TOKENS) * TOKENS
+    return widest // 2 + whole + max(whole, widest) // 2 + widest + 3
 
 
 @compiled
-def write_rows(pairs, width, count, out, stride):
+def room(widest, longest, start):
+    """Such rows at `start` as a Room."""
+    whole = -(-longest // TOKENS) * TOKENS
+    scores = start + ROW * (widest // 2)
+    weights = scores + ROW * whole
+    out = weights + ROW * (max(whole, widest) // 2)
+    rest = out + ROW * widest
+    carray(address(rest + 2 * ROW, ZERO), (COLUMNS,))[:] = 1
+    return Room(start, scores, weights, out, rest, rest + ROW, rest + 2 * ROW)
+
+
+@compiled
+def write_row(call, item, like):
+    """Turn a row's queries, and write its key and value into the cache."""
+    row, width = call.rows + item, call.key_width
+    position = carray(address(call.prompt_positions, 0), (call.prompt_rows,))[item]
+    slot = carray(address(call.prompt_slots, 0), (call.prompt_rows,))[item]
+    block, offset = slot // call.block_size, slot % call.block_size
+    turns = call.turns + 4 * position * width
+    if call.turns:
+        for h in range(call.heads):
+            q = call.q + 2 * (row * call.heads + h) * width
+            columns.turn(q, turns, width // 16, q)
+    for h in range(call.key_heads):
+        new = call.new_keys + 2 * (row * call.key_stride + h * width)
+        key = call.keys + 2 * width * ((block * call.key_heads + h) * call.block_size + offset)
+        if call.turns:
+            columns.turn(new, turns, width // 16, key)
+        else:
+            carray(address(key, like), (width,))[:] = carray(address(new, like), (width,))
+    width = call.value_width
+    for h in range(call.value_heads):
+        new = call.new_values + 2 * (row * call.value_stride + h * width)
+        value = call.values + 2 * width * ((block * call.value_heads + h) * call.block_size + offset)
+        carray(address(value, like), (width,))[:] = carray(address(new, like), (width,))
+
+
+@compiled
+def tile_values(call, item, like):
+    """A block's values into the tiles of its text, [value_heads * width / 16, columns / TOKENS, 16, TOKENS], and zeros
+    behind the text's last one."""
+    span = carray(address(call.block_spans, 0), (call.prompt_blocks,))[item]
+    context, length, table, column, first = carray(address(call.spans, 0), (call.num_spans, SPAN_FIELDS))[span, 1:6]
+    start = (item - first) * call.block_size  # in the text
+    block = carray(address(call.prompt_tables, 0), (1 << 30,))[table + item - first]
+    count = min(call.block_size, context + length - start)
+    width, size = call.value_width, call.block_size * call.value_width
+    for h in range(call.value_heads):
+        source = carray(address(call.values + 2 * (block * call.value_heads + h) * size, like), (call.block_size, width))
+        for t in range(0, count, TOKENS):
+            for d in range(0, width, 16):
+                strip = (h * width + d) // 16 * call.value_tiles_in_row
+                tile = call.tiled_values + 1024 * (strip + (column + start + t) // TOKENS)
+                target = carray(address(tile, like), (16, TOKENS))
+                some = min(TOKENS, count - t)
+                for i in range(16):
+                    for j in range(some):
+                        target[i, j] = source[t + j, d + i]
+                    for j in range(some, TOKENS):
+                        target[i, j] = 0
+
+
+@compiled
+def items(call):
+    """How many pieces of work the attention has."""
+    return call.prompt_lots * call.heads
+
+
+@compiled
+def attend(call, item, room, like):
+    """LOT tiles of a head's queries."""
+    lot, head = item // call.heads, item % call.heads
+    span, tile = carray(address(call.lots, 0), (call.prompt_lots, 2))[lot]
+    length = carray(address(call.spans, 0), (call.num_spans, SPAN_FIELDS))[span, 2]
+    for first in range(tile * COLUMNS, min((tile + LOT) * COLUMNS, length), COLUMNS):
+        _attend_tile(call, span, head, first, room, like)
+
+
+@compiled
+def _attend_tile(call, span, head, first, room, like):
+    start, context, length, table, column = carray(address(call.spans, 0), (call.num_spans, SPAN_FIELDS))[span, :5]
+    count = min(COLUMNS, length - first)
+    row, end = call.rows + start + first, context + first + count
+    width = call.key_width
+    _take_queries(call.q + 2 * (row * call.heads + head) * width, 2 * call.heads * width, count, width, room.queries)
+    tables = carray(address(call.prompt_tables, 0), (1 << 30,))
+    group = head // (call.heads // call.key_heads)
+    for at in range(0, end, TOKENS):
+        block, offset = tables[table + at // call.block_size], at % call.block_size
+        keys = call.keys + 2 * width * ((block * call.key_heads + group) * call.block_size + offset)
+        _score(room.queries, keys, width, room.scores + ROW * at)
+    columns.hide(room.scores + ROW * (context + first + 1), count - 1)
+    if call.shared_ends:
+        _hide_branches(call, start + first, count, room.scores, end)
+    _soften(end, call.scale, room)
+    strip = head // (call.heads // call.value_heads) * call.value_width // 16 * call.value_tiles_in_row
+    values, next_strip = call.tiled_values + 1024 * (strip + column // TOKENS), 1024 * call.value_tiles_in_row
+    for d in range(0, call.value_width, 32):
+        _mix(values + d // 16 * next_strip, 64, 1024, next_strip, end, d, room)
+    columns.shares(room.out, call.value_width // 2, room.sums, room.weights)
+    size = call.value_width
+    if call.up:
+        size = call.up_width
+        _rebuild(call, head // (call.heads // call.up_heads), room, like)
+    _write_rows(room.weights, size, count, call.out + 2 * (row * call.heads + head) * size, 2 * call.heads * size)
+
+
+@compiled
+def _take_queries(q, stride, count, width, queries):
+    """queries uint32 [width / 2, COLUMNS], two dimensions side by side, from `count` rows at q."""
+    for first in range(0, COLUMNS, 16):
+        there = min(max(count - first, 1), 16)
+        rows = q + min(first, count - 1) * stride
+        for i in range(0, width // 2, 16):
+            columns.from_rows(rows + 4 * i, stride, there, queries + ROW * i + 4 * first, ROW)
+
+
+@compiled
+def _write_rows(pairs, width, count, out, stride):
     """The inverse: the first `count` columns become rows at `out`."""
-    pairs = carray(address(pairs, PAIR), (width // 2, LANES))
-    for lane in range(count):
-        row = carray(address(out + lane * stride, PAIR), (width // 2,))
-        for i in range(width // 2):
-            row[i] = pairs[i, lane]
+    for first in range(0, count, 16):
+        for i in range(0, width // 2, 16):
+            columns.to_rows(pairs + ROW * i + 4 * first, ROW, count - first, out + first * stride + 4 * i, stride)
 
 
 @compiled
-def hide(first, count, end, scores):
-    """What `count` queries from token `first` on must not see becomes -inf; the other columns see what the last one
-    sees. `end` is the last query's own end; so do rows behind it to a multiple of 4."""
-    scores = carray(address(scores, ZERO), (end + 3, LANES))
-    for t in range(end, -(-end // 4) * 4):
-        scores[t] = -np.inf
-    for lane in range(LANES):
-        for t in range(first + min(lane, count - 1) + 1, end):
-            scores[t, lane] = -np.inf
-
-
-@compiled
-def soften(end, scale, room):
-    """Weights uint32 [.., LANES], two tokens' side by side, are e^(scale * (score - maximum)); zeros behind `end`."""
-    pairs = -(-end // 2)
-    columns.maxima(room.scores, -(-end // 4), room.peaks)
-    columns.exponentials(room.scores, pairs, room.peaks, np.float32(scale * LOG2_E), room.weights, room.sums)
-    weights = carray(address(room.weights, PAIR), (pairs + VALUES // 2, LANES))
-    for i in range(pairs, -(-end // VALUES) * VALUES // 2):
-        for lane in range(LANES):
-            weights[i, lane] = 0
-
-
-@compiled
-def mix(rows, stride, whole, end, spare, d, room):
-    """out [d : d + 32, LANES] from 32 rows, of numbers up to `end` each, and as many weights.
-
-    Numbers up to `whole`, a multiple of VALUES, are read where they lie, and what is left, fewer than VALUES, from
-    `spare` [32, VALUES].
-    """
+def _score(queries, keys, width, found):
+    """found float32 [TOKENS, COLUMNS] from TOKENS rows of keys [width] and queries."""
+    stride = 2 * width
     tiles.zero(0)
     tiles.zero(1)
-    for first in range(0, end, VALUES):
-        source, step = rows + 2 * first, stride
-        if first >= whole:
-            source, step = spare, 2 * VALUES
-        tiles.load(4, room.weights + 2 * LANES * first, 64)
-        tiles.load(5, source, step)
-        tiles.multiply(0, 5, 4)
-        tiles.load(6, source + 16 * step, step)
-        tiles.multiply(1, 6, 4)
-    tiles.store(0, room.out + 4 * LANES * d, 64)
-    tiles.store(1, room.out + 4 * LANES * (d + 16), 64)
+    tiles.zero(2)
+    tiles.zero(3)
+    for i in range(width // 32):
+        tiles.load(4, queries + 16 * ROW * i, ROW)
+        tiles.load(6, keys + 64 * i, stride)
+        tiles.multiply(0, 6, 4)
+        tiles.load(5, queries + 16 * ROW * i + HALF, ROW)
+        tiles.multiply(1, 6, 5)
+        tiles.load(7, keys + 64 * i + 16 * stride, stride)
+        tiles.multiply(2, 7, 4)
+        tiles.multiply(3, 7, 5)
+    tiles.store(0, found, ROW)
+    tiles.store(1, found + HALF, ROW)
+    tiles.store(2, found + 16 * ROW, ROW)
+    tiles.store(3, found + 16 * ROW + HALF, ROW)
 
 
 @compiled
-def _copy(source, target, count, like):
-    source, target = carray(address(source, like), (count,)), carray(address(target, like), (count,))
-    for i in range(count):
-        target[i] = source[i]
-
-
-@compiled
-def _score_all(call, keys, end, total, room, like):
-    """Scores of tokens up to `end` (and some behind, which are not to be read) of the `total` at address `keys`."""
-    for first in range(0, end, tiles.TOKENS):
-        rows, stride = keys + first * call.key_stride, call.key_stride
-        if first + tiles.TOKENS > total:  # tiles are read whole, and what lies behind may be no memory
-            for t in range(total - first):
-                _copy(rows + t * stride, room.keys + 2 * t * call.width, call.width, like)
-            rows, stride = room.keys, 2 * call.width
-        tiles.score(room.queries, rows, stride, call.width, room.scores + 4 * LANES * first, 0)
-
-
-@compiled
-def _hide_branches(call, first, count, scores):
-    """The tokens of other branches become -inf."""
-    starts = carray(address(call.shared_ends, 0), (call.length,))
-    ends = carray(address(call.own_starts, 0), (call.length,))
-    scores = carray(address(scores, ZERO), (call.context + call.length, LANES))
-    for lane in range(LANES):
+def _hide_branches(call, first, count, scores, end):
+    """The tokens of other branches become -inf for each query; those of no query see what the last one sees."""
+    starts = carray(address(call.shared_ends, 0), (call.prompt_rows,))
+    ends = carray(address(call.own_starts, 0), (call.prompt_rows,))
+    scores = carray(address(scores, ZERO), (end, COLUMNS))
+    for lane in range(COLUMNS):
         query = first + min(lane, count - 1)
         for t in range(starts[query], ends[query]):
             scores[t, lane] = -np.inf
 
 
 @compiled
-def _spare_values(call, values, total, room, like):
-    """The last values, fewer than VALUES, of all dimensions [width, VALUES], and zeros behind them."""
-    first = total // VALUES * VALUES
-    for i in range(call.width):
-        _copy(values + i * call.value_stride + 2 * first, room.values + 2 * i * VALUES, total - first, like)
-        spare = carray(address(room.values + 2 * i * VALUES, like), (VALUES,))
-        for t in range(total - first, VALUES):
-            spare[t] = 0
+def _soften(end, scale, room):
+    """Weights uint32 [.., COLUMNS], two tokens' side by side, are e^(scale * (score - maximum)); zeros from `end` on."""
+    pairs = -(-end // 2)
+    if end % 2:
+        carray(address(room.scores + ROW * end, ZERO), (COLUMNS,))[:] = -np.inf  # the other half of the last pair
+    columns.maxima(room.scores, pairs, room.peaks)
+    columns.exponentials(room.scores, pairs, room.peaks, np.float32(scale * LOG2_E), room.weights, room.sums)
+    rest = -(-end // TOKENS) * TOKENS // 2 - pairs
+    carray(address(room.weights + ROW * pairs, ZERO), (rest * COLUMNS,))[:] = 0
 
 
 @compiled
-def _attend(call, text, head, first, room, like):
-    """A tile of queries, from the `first` of a text on."""
-    count = min(LANES, call.length - first)
-    row = text * call.length + first
-    total = call.context + call.length
-    end = call.context + first + count
-    group = head // (call.heads // call.key_heads)
-    pair_queries(call.q + row * call.q_stride + 2 * head * call.width, call.q_stride, count, call.width, room.queries)
-    keys = call.keys + text * total * call.key_stride + 2 * group * call.width
-    _score_all(call, keys, end, total, room, like)
-    hide(call.context + first, count, end, room.scores)
-    if call.shared_ends:
-        _hide_branches(call, first, count, room.scores)
-    soften(end, call.scale, room)
-    values = call.values + group * call.width * call.value_stride + 2 * text * total
-    whole = end
-    if -(-end // VALUES) * VALUES > total:  # tiles are read whole, and what lies behind is another text's
-        whole = total // VALUES * VALUES
-        _spare_values(call, values, total, room, like)
-    for d in range(0, call.width, 32):
-        mix(values + d * call.value_stride, call.value_stride, whole, end, room.values + 2 * VALUES * d, d, room)
-    columns.shares(room.out, call.width // 2, room.sums, room.weights)
-    out = call.out + row * call.out_stride + 2 * head * call.width
-    write_rows(room.weights, call.width, count, out, call.out_stride)
+def _mix(rows, stride, step, strip, end, d, room):
+    """out [d : d + 32, COLUMNS] from 32 rows of numbers up to `end` and as many weights.
+
+    The rows lie `stride` bytes apart, 16 of them `strip`, and 32 numbers in a row `step`.
+    """
+    tiles.zero(0)
+    tiles.zero(1)
+    tiles.zero(2)
+    tiles.zero(3)
+    for i in range(-(-end // TOKENS)):
+        weights, source = room.weights + 16 * ROW * i, rows + step * i
+        tiles.load(4, weights, ROW)
+        tiles.load(6, source, stride)
+        tiles.multiply(0, 6, 4)
+        tiles.load(5, weights + HALF, ROW)
+        tiles.multiply(1, 6, 5)
+        tiles.load(7, source + strip, stride)
+        tiles.multiply(2, 7, 4)
+        tiles.multiply(3, 7, 5)
+    out = room.out + ROW * d
+    tiles.store(0, out, ROW)
+    tiles.store(1, out + HALF, ROW)
+    tiles.store(2, out + 16 * ROW, ROW)
+    tiles.store(3, out + 16 * ROW + HALF, ROW)
 
 
 @compiled
-def _work(call, like):
-    longest = -(-(call.context + call.length) // tiles.TOKENS) * tiles.TOKENS + 1
-    queries = np.zeros((call.width // 2, LANES), np.uint32)
-    scores = np.empty((longest, LANES), np.float32)
-    keys = np.zeros((tiles.TOKENS, call.width), np.uint16)
-    weights = np.empty((max(longest, call.width) // 2 + VALUES // 2, LANES), np.uint32)
-    values = np.empty((call.width, VALUES), np.uint16)
-    out = np.empty((call.width, LANES), np.float32)
-    rows = np.empty((2, LANES), np.float32)
-    room = Room(
-        queries.ctypes.data,
-        scores.ctypes.data,
-        keys.ctypes.data,
-        weights.ctypes.data,
-        values.ctypes.data,
-        out.ctypes.data,
-        rows.ctypes.data,
-        rows.ctypes.data + 4 * LANES,
-    )
-    lots = -(-call.length // (LANES * LOT))
-    tiles.configure()
-    while True:
-        item = fetch_add(call.counter)
-        if item >= call.batch * call.heads * lots:
-            break
-        lot = lots - 1 - item // (call.batch * call.heads)  # long ones first
-        text, head = item // call.heads % call.batch, item % call.heads
-        for tile in range(LOT * lot, LOT * lot + LOT):
-            if tile * LANES < call.length:
-                _attend(call, text, head, tile * LANES, room, like)
-    tiles.release()
-    return scores[0, 0] + keys[0, 0] + weights[0, 0] + values[0, 0] + out[0, 0] + rows[0, 0] + queries[0, 0]  # alive
-
-
-SIGNATURE = types.void(types.CPointer(from_dtype(PROMPT)))
-
-
-def attend_bfloat16(call):
-    _work(carray(call, (1,))[0], np.uint16(0))
+def _rebuild(call, head, room, like):
+    """Pairs of rows of weights [value_width, COLUMNS] become such of up [up_width, value_width] times these."""
+    stride = 2 * call.value_width
+    for d in range(0, call.up_width, 32):
+        _mix(call.up + (head * call.up_width + d) * stride, stride, 64, 16 * stride, call.value_width, d, room)
+    if call.up_bias:
+        bias = carray(address(call.up_bias + 2 * head * call.up_width, like), (call.up_width,))
+        out = carray(address(room.out, ZERO), (call.up_width, COLUMNS))
+        for d in range(call.up_width):
+            for lane in range(COLUMNS):
+                out[d, lane] += widen(bias[d])
+    columns.shares(room.out, call.up_width // 2, room.ones, room.weights)

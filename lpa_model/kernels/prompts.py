@@ -1,72 +1,90 @@
-"""Attention of prompt rows by the compiled kernel, on torch's tensors, for processors with tiles of bfloat16."""
+"""Prompt rows of a program on numpy's arrays: where each of them stands, and how their attention falls into pieces."""
 
 from __future__ import annotations
 
-from struct import Struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from lpa_model.kernels.launch import Kernel
-from lpa_model.kernels.records import PROMPT
+COLUMNS, LOT, TOKENS = 32, 2, 32  # as in `prompt`
 
-KERNEL = "lpa_model.kernels.prompt.attend_bfloat16"
-PROMPT_BYTES = Struct(f"{len(PROMPT.names or ()) - 1}qd")
+Hidden = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""(starts, ends) [rows]: a row does not see its text's tokens from one to the other."""
 
 
-def prompt_attention(
-    kernel: Kernel,
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    batch: int,
-    context: int,
-    scale: float,
-    *,
-    hidden: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
-) -> Tensor:
-    """Causal attention of `batch` texts of one length, of which the first `context` tokens have no query.
+@dataclass(frozen=True)
+class PromptRows:
+    """New tokens of some texts, one text after another."""
 
-    A query's result depends on nothing but itself and the keys and values of the tokens it sees.
+    positions: NDArray[np.int64]  # [rows]
+    slots: NDArray[np.int64]  # [rows]: block * block_size + offset
+    hidden: Hidden | None
+    tables: NDArray[np.int64]  # the texts' blocks, one text after another
+    spans: NDArray[np.int64]  # [texts, 6]: first row, context, length, table start, column, first block
+    block_spans: NDArray[np.int64]  # [blocks]: whose each block is
+    lots: NDArray[np.int64]  # [lots, 2]: text, and which tile of its queries is the first
+    longest: int  # context and length together
+    value_tiles: int  # of TOKENS each, that the texts' values take
 
-    Args:
-        kernel: compiled.
-        q: bfloat16 [batch * length, H, dh], dh a multiple of 32, a row's numbers side by side, as all that follow.
-        keys: bfloat16 [batch * (context + length), H_kv * dh]; consecutive query heads share a key head.
-        values: bfloat16 [H_kv * dh, batch * (context + length)], transposed.
-        batch: texts.
-        context: tokens.
-        scale: factor on the scores, 1/sqrt(dh).
-        hidden: (starts, ends) int64 [length] of the tokens before it that a query must not see.
+    @classmethod
+    def build(
+        cls,
+        contexts: Sequence[int],
+        lengths: Sequence[int],
+        tables: Sequence[Sequence[int]],
+        block_size: int,
+        positions: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        hidden: Hidden | None = None,
+    ) -> PromptRows:
+        """`tables` cover context and length of each text, or more."""
+        ends = np.asarray(contexts) + lengths
+        blocks = -(-ends // block_size)
+        columns = -(-ends // TOKENS) * TOKENS
 
-    Returns:
-        [batch * length, H, dh] bfloat16.
-    """
-    rows, heads, width = q.shape
-    assert q[0].is_contiguous() and keys[0].is_contiguous() and values[0].is_contiguous()
-    out = torch.empty(rows, heads, width, dtype=q.dtype)
-    counter = np.zeros(1, dtype=np.int64)
-    call = PROMPT_BYTES.pack(
-        q.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        out.data_ptr(),
-        0 if hidden is None else hidden[0].ctypes.data,
-        0 if hidden is None else hidden[1].ctypes.data,
-        counter.ctypes.data,
-        2 * q.stride(0),
-        2 * keys.stride(0),
-        2 * values.stride(0),
-        2 * out.stride(0),
-        batch,
-        context,
-        rows // batch,
-        heads,
-        keys.shape[1] // width,
-        width,
-        scale,
-    )
-    kernel(call, batch * heads)
-    return out
+        def starts(sizes: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+            return np.cumsum([0, *sizes[:-1]])
+
+        firsts = (starts([len(table) for table in tables]), starts(columns), starts(blocks))
+        # the longest work first
+        lots = sorted(
+            ((i, tile) for i, length in enumerate(lengths) for tile in range(0, -(-length // COLUMNS), LOT)),
+            key=lambda lot: -(contexts[lot[0]] + lot[1] * COLUMNS),
+        )
+        return cls(
+            positions=positions,
+            slots=slots,
+            hidden=hidden,
+            tables=np.concatenate([np.asarray(table, dtype=np.int64) for table in tables]),
+            spans=np.stack((starts(lengths), contexts, lengths, *firsts), axis=1).astype(np.int64),
+            block_spans=np.repeat(np.arange(len(blocks)), blocks),
+            lots=np.array(lots, dtype=np.int64),
+            longest=int(ends.max()),
+            value_tiles=int(columns.sum()) // TOKENS,
+        )
+
+    @cached_property
+    def fields(self) -> dict[str, int]:
+        """What a call says of them."""
+        shared_ends, own_starts = self.hidden or (None, None)
+        return {
+            "prompt_positions": self.positions.ctypes.data,
+            "prompt_slots": self.slots.ctypes.data,
+            "shared_ends": 0 if shared_ends is None else shared_ends.ctypes.data,
+            "own_starts": 0 if own_starts is None else own_starts.ctypes.data,
+            "prompt_tables": self.tables.ctypes.data,
+            "spans": self.spans.ctypes.data,
+            "block_spans": self.block_spans.ctypes.data,
+            "lots": self.lots.ctypes.data,
+            "prompt_rows": len(self.positions),
+            "num_spans": len(self.spans),
+            "prompt_blocks": len(self.block_spans),
+            "prompt_lots": len(self.lots),
+            "value_tiles_in_row": self.value_tiles,
+        }
+
+
+NO_PROMPTS = dict.fromkeys(("prompt_rows", "num_spans", "prompt_blocks", "prompt_lots"), 0)

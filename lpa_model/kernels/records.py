@@ -48,9 +48,11 @@ CALL = np.dtype(
             # whether all heads share the keys, or values, in shapes that `tiles` takes
             "key_tiles",
             "value_tiles",
-            # prompt rows behind the others, see `chunk`: addresses of int64
+            # prompt rows behind the others, see `prompt`: addresses of int64
             "prompt_positions",  # [prompt_rows]
             "prompt_slots",  # [prompt_rows]: block * block_size + offset of each row's token
+            "shared_ends",  # [prompt_rows]: a row sees none of its text's tokens from here ...; 0: all see all before
+            "own_starts",  # [prompt_rows]: ... to here
             "prompt_tables",  # block tables, one after another
             "spans",  # [num_spans, SPAN_FIELDS]: first row, context, length, table start, column, first block
             "block_spans",  # [prompt_blocks]: whose each block is
@@ -59,16 +61,15 @@ CALL = np.dtype(
             "num_spans",
             "prompt_blocks",
             "prompt_lots",
-            "longest",  # context and length together
-            "transposed",  # address of [value_heads * value_width, columns]: scratch
-            "transposed_stride",  # bytes
+            "tiled_values",  # address of [value_heads * value_width / 16, value_tiles_in_row, 16, 32]: scratch
+            "value_tiles_in_row",
         )
     ]
     + [("scale", np.float64)]
 )
 
 # kinds of operations
-PRODUCT, RMS_NORM, ADD_LAYER_NORM, ATTENTION, WRITE, TRANSPOSE, ATTEND = range(7)
+PRODUCT, RMS_NORM, ADD_LAYER_NORM, ATTENTION, WRITE, TILE_VALUES, ATTEND = range(7)
 # what becomes of a product's sums: written as bfloat16, as they are or without the negative ones, or a gate's and what
 # it lets through; added to float32
 BFLOAT16, RELU, GATED, ADDED = range(4)
@@ -104,35 +105,4 @@ OP = np.dtype(
         )
     ]
     + [("eps", np.float64)]
-)
-
-# a call of the prompt attention, of texts of equal length
-PROMPT = np.dtype(
-    [
-        (name, np.int64)
-        for name in (
-            # addresses of bfloat16
-            "q",  # [batch * length, heads, width]
-            "keys",  # [batch * (context + length), key_heads, width]
-            "values",  # [key_heads * width, batch * (context + length)]
-            "out",  # [batch * length, heads, width]
-            # of int64
-            "shared_ends",  # [length]: a query sees no token from here ...; 0: all see all before them
-            "own_starts",  # [length]: ... to here
-            "counter",  # 0: the next piece of work
-            # strides in bytes, from row to row
-            "q_stride",
-            "key_stride",
-            "value_stride",
-            "out_stride",
-            # sizes
-            "batch",
-            "context",
-            "length",
-            "heads",
-            "key_heads",
-            "width",  # a multiple of 32
-        )
-    ]
-    + [("scale", np.float64)]
 )

@@ -6,6 +6,7 @@ would take five or ten. Addresses are int64, offsets bytes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -58,9 +59,15 @@ def store(builder: Any, value: Any, address: Any, offset: int = 0) -> None:
 
 
 def spread(builder: Any, number: Any) -> Any:
-    """A float32 in all lanes."""
-    lane = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), number, ir.IntType(32)(0))
+    """A number in all lanes."""
+    empty = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
+    lane = builder.insert_element(empty, number, ir.IntType(32)(0))
     return builder.shuffle_vector(lane, lane, integers(0))
+
+
+def shuffled(builder: Any, x: Any, y: Any, lanes: Sequence[int]) -> Any:
+    """Lanes of x, and from LANES on of y."""
+    return builder.shuffle_vector(x, y, ir.Constant(INTEGERS, list(lanes)))
 
 
 def _call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
@@ -96,6 +103,16 @@ def narrow(builder: Any, x: Any) -> Any:
 
 def widen(builder: Any, x: Any) -> Any:
     return builder.bitcast(builder.shl(builder.zext(x, INTEGERS), integers(16)), FLOATS)
+
+
+def turned(builder: Any, address: Any, turns: Any) -> Any:
+    """Neighbours of 16 bfloat16 at `address` turn by (cos, sin, cos, sin, ...), and are rounded again."""
+    x = widen(builder, load(builder, address, 0, HALVES))
+    neighbours = shuffled(builder, x, x, [lane ^ 1 for lane in range(LANES)])
+    cos = shuffled(builder, turns, turns, [lane & ~1 for lane in range(LANES)])
+    sin = shuffled(builder, turns, turns, [lane | 1 for lane in range(LANES)])
+    sin = builder.fmul(sin, ir.Constant(FLOATS, [-1.0, 1.0] * (LANES // 2)))
+    return narrow(builder, _call(builder, "fma.v16f32", FLOATS, x, cos, builder.fmul(neighbours, sin)))
 
 
 def pair(builder: Any, even: Any, odd: Any) -> Any:
