@@ -59,15 +59,42 @@ def maxima(typing: Any, rows: Any, pairs: Any, out: Any) -> Any:
 
 
 @intrinsic
+def raise_peaks(typing: Any, found: Any, margin: Any, scale: Any, peaks: Any, sums: Any, factors: Any) -> Any:
+    """Whether any of float32 [COLUMNS] at `found` is larger by more than `margin` than the one at `peaks`.
+
+    It takes that one's place then, and what was summed beneath the old one has to be multiplied by `factors`, as
+    `sums` [COLUMNS] are here: 2^(scale * (old - new)), exactly 1 where nothing has changed.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        found, margin, scale, peaks, sums, factors = arguments
+        margin, scale = spread(builder, margin), spread(builder, scale)
+        higher = ir.Constant(ir.IntType(LANES), 0)
+        for offset in (0, HALF):
+            old, new = load(builder, peaks, offset), load(builder, found, offset)
+            raised = builder.fcmp_ordered(">", new, builder.fadd(old, margin))
+            higher = builder.or_(higher, builder.bitcast(raised, higher.type))
+            factor = exp2(builder, builder.fmul(builder.fsub(old, new), scale))
+            factor = builder.select(raised, factor, floats(1))
+            store(builder, builder.select(raised, new, old), peaks, offset)
+            store(builder, builder.fmul(load(builder, sums, offset), factor), sums, offset)
+            store(builder, factor, factors, offset)
+        return builder.icmp_unsigned("!=", higher, higher.type(0))
+
+    return types.boolean(types.int64, types.float32, types.float32, types.int64, types.int64, types.int64), build
+
+
+@intrinsic
 def exponentials(typing: Any, rows: Any, pairs: Any, peaks: Any, scale: Any, out: Any, sums: Any) -> Any:
-    """out uint32 [pairs, COLUMNS] from 2^(scale * (rows - peaks)), rows float32 [2 * pairs, COLUMNS]; sums float32
-    [COLUMNS]."""
+    """out uint32 [pairs, COLUMNS] from 2^(scale * (rows - peaks)), rows float32 [2 * pairs, COLUMNS], which are added
+    to sums float32 [COLUMNS]."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         rows, pairs, peaks, scale, out, sums = arguments
         factor = spread(builder, scale)
         halves = [
-            (offset, load(builder, peaks, offset), alloca_once_value(builder, floats(0))) for offset in (0, HALF)
+            (offset, load(builder, peaks, offset), alloca_once_value(builder, load(builder, sums, offset)))
+            for offset in (0, HALF)
         ]
         with for_range(builder, pairs) as loop:
             row = _at(rows, builder, loop.index, pairs.type(2 * ROW))
@@ -84,6 +111,22 @@ def exponentials(typing: Any, rows: Any, pairs: Any, peaks: Any, scale: Any, out
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64, types.float32, types.int64, types.int64), build
+
+
+@intrinsic
+def multiply(typing: Any, rows: Any, count: Any, factors: Any) -> Any:
+    """Rows float32 [count, COLUMNS] times factors [COLUMNS], in place."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        rows, count, factors = arguments
+        halves = [(offset, load(builder, factors, offset)) for offset in (0, HALF)]
+        with for_range(builder, count) as loop:
+            row = _at(rows, builder, loop.index, count.type(ROW))
+            for offset, factor in halves:
+                store(builder, builder.fmul(load(builder, row, offset), factor), row, offset)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), build
 
 
 @intrinsic
@@ -104,22 +147,22 @@ def shares(typing: Any, rows: Any, pairs: Any, sums: Any, out: Any) -> Any:
 
 
 @intrinsic
-def hide(typing: Any, rows: Any, count: Any) -> Any:
-    """In row i of float32 [count, COLUMNS], columns 0 to i become -inf."""
+def hide(typing: Any, rows: Any, first: Any, count: Any) -> Any:
+    """In row i of float32 [count, COLUMNS], columns 0 to first + i become -inf."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        rows, count = arguments
+        rows, first, count = arguments
         with for_range(builder, count) as loop:
             row = _at(rows, builder, loop.index, count.type(ROW))
-            i = spread(builder, builder.trunc(loop.index, ir.IntType(32)))
-            for offset, first in ((0, 0), (HALF, LANES)):
-                lanes = ir.Constant(INTEGERS, list(range(first, first + LANES)))
+            i = spread(builder, builder.trunc(builder.add(first, loop.index), ir.IntType(32)))
+            for offset, lane in ((0, 0), (HALF, LANES)):
+                lanes = ir.Constant(INTEGERS, list(range(lane, lane + LANES)))
                 hidden = builder.icmp_signed("<=", lanes, i)
                 shown = builder.select(hidden, floats(float("-inf")), load(builder, row, offset))
                 store(builder, shown, row, offset)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64), build
+    return types.void(types.int64, types.int64, types.int64), build
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:

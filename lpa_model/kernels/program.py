@@ -94,8 +94,8 @@ def _run(program, like):
     rows = np.empty((product.ROWS, program.widest), np.uint16)
     sums = np.empty((2 * product.ROWS + 1, product.PAIR), np.float32)
     room = Room(rows.ctypes.data, 2 * program.widest, _aligned(sums.ctypes.data))
-    scratch = np.empty((prompt.room_rows(program.widest, program.longest) + 1, columns.COLUMNS), np.float32)
-    prompt_room = prompt.room(program.widest, program.longest, _aligned(scratch.ctypes.data))
+    scratch = np.empty((prompt.room_rows(program.widest) + 1, columns.COLUMNS), np.float32)
+    prompt_room = prompt.room(program.widest, _aligned(scratch.ctypes.data))
     ops = carray(_op_at(program.ops), (program.operations,))
     tiles.configure()
     for i in range(program.operations):

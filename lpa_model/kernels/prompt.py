@@ -3,9 +3,9 @@
 Everything lies transposed, a query in each column: scores are keys times queries, so that maxima and sums run down the
 columns in vectors, and pairs of rows of weights are a tile as they are. Keys are read where they lie in the cache;
 values are copied once for all heads, into tiles. Values that are latents are rebuilt behind the softmax, for each
-query. Keys and values meet queries 32 tokens at a time from multiples of 32 in the text, and what a query must not see
-has a weight of zero: a query's result is the same to the bit however a prompt is cut into chunks, and whatever is
-beside it.
+query. Tokens are met BLOCK at a time from multiples of BLOCK in the text, each block's weights beneath the largest score
+so far (a little larger ones pass, so that sums are seldom rescaled), and what a query must not see has a weight of
+zero: a query's result is the same to the bit however a prompt is cut into chunks, and whatever is beside it.
 """
 
 from __future__ import annotations
@@ -20,31 +20,32 @@ from lpa_model.kernels.columns import COLUMNS, HALF, ROW
 from lpa_model.kernels.machine import ZERO, address, compiled, widen
 from lpa_model.kernels.records import SPAN_FIELDS
 
-TOKENS = 32  # that queries meet at a time
+TOKENS = 32  # of a tile's products
+BLOCK = 128  # tokens whose scores stay in the first-level cache
 LOT = 2  # tiles of COLUMNS queries that a thread takes at a time
 LOG2_E = 1.4426950408889634
+MARGIN = 8  # powers of two by which a weight may exceed 1
+LOWEST = np.float32(-1e30)  # below all scores, and finite
 
-Room = namedtuple("Room", ["queries", "scores", "weights", "out", "peaks", "sums", "ones"])
+Room = namedtuple("Room", ["queries", "scores", "weights", "out", "found", "peaks", "sums", "factors", "ones"])
 """Addresses of one thread's scratch."""
 
 
 @compiled
-def room_rows(widest, longest):
-    """How many rows of COLUMNS numbers `room` needs, for texts of up to `longest` tokens."""
-    whole = -(-longest // TOKENS) * TOKENS
-    return widest // 2 + whole + max(whole, widest) // 2 + widest + 3
+def room_rows(widest):
+    """How many rows of COLUMNS numbers `room` needs."""
+    return widest // 2 + BLOCK + max(BLOCK, widest) // 2 + widest + 5
 
 
 @compiled
-def room(widest, longest, start):
+def room(widest, start):
     """Such rows at `start` as a Room."""
-    whole = -(-longest // TOKENS) * TOKENS
     scores = start + ROW * (widest // 2)
-    weights = scores + ROW * whole
-    out = weights + ROW * (max(whole, widest) // 2)
+    weights = scores + ROW * BLOCK
+    out = weights + ROW * (max(BLOCK, widest) // 2)
     rest = out + ROW * widest
-    carray(address(rest + 2 * ROW, ZERO), (COLUMNS,))[:] = 1
-    return Room(start, scores, weights, out, rest, rest + ROW, rest + 2 * ROW)
+    carray(address(rest + 4 * ROW, ZERO), (COLUMNS,))[:] = 1
+    return Room(start, scores, weights, out, rest, rest + ROW, rest + 2 * ROW, rest + 3 * ROW, rest + 4 * ROW)
 
 
 @compiled
@@ -123,18 +124,25 @@ def _attend_tile(call, span, head, first, room, like):
     _take_queries(call.q + 2 * (row * call.heads + head) * width, 2 * call.heads * width, count, width, room.queries)
     tables = carray(address(call.prompt_tables, 0), (1 << 30,))
     group = head // (call.heads // call.key_heads)
-    for at in range(0, end, TOKENS):
-        block, offset = tables[table + at // call.block_size], at % call.block_size
-        keys = call.keys + 2 * width * ((block * call.key_heads + group) * call.block_size + offset)
-        _score(room.queries, keys, width, room.scores + ROW * at)
-    columns.hide(room.scores + ROW * (context + first + 1), count - 1)
-    if call.shared_ends:
-        _hide_branches(call, start + first, count, room.scores, end)
-    _soften(end, call.scale, room)
     strip = head // (call.heads // call.value_heads) * call.value_width // 16 * call.value_tiles_in_row
     values, next_strip = call.tiled_values + 1024 * (strip + column // TOKENS), 1024 * call.value_tiles_in_row
-    for d in range(0, call.value_width, 32):
-        _mix(values + d // 16 * next_strip, 64, 1024, next_strip, end, d, room)
+    carray(address(room.peaks, ZERO), (COLUMNS,))[:] = LOWEST
+    carray(address(room.sums, ZERO), (COLUMNS,))[:] = 0
+    for begin in range(0, end, BLOCK):
+        some = min(BLOCK, end - begin)
+        for at in range(begin, begin + some, TOKENS):
+            block, offset = tables[table + at // call.block_size], at % call.block_size
+            keys = call.keys + 2 * width * ((block * call.key_heads + group) * call.block_size + offset)
+            _score(room.queries, keys, width, room.scores + ROW * (at - begin))
+        _hide_later(context + first + 1 - begin, some, room.scores)
+        if call.shared_ends:
+            _hide_branches(call, start + first, count, begin, some, room.scores)
+        raised = _soften(some, call.scale, room)
+        if raised and begin:
+            columns.multiply(room.out, call.value_width, room.factors)
+        for d in range(0, call.value_width, 32):
+            rows = values + d // 16 * next_strip + 1024 * (begin // TOKENS)
+            _mix(rows, 64, 1024, next_strip, some, begin == 0, room.weights, room.out + ROW * d)
     columns.shares(room.out, call.value_width // 2, room.sums, room.weights)
     size = call.value_width
     if call.up:
@@ -171,11 +179,11 @@ def _score(queries, keys, width, found):
     tiles.zero(3)
     for i in range(width // 32):
         tiles.load(4, queries + 16 * ROW * i, ROW)
-        tiles.load(6, keys + 64 * i, stride)
+        tiles.stream(6, keys + 64 * i, stride)
         tiles.multiply(0, 6, 4)
         tiles.load(5, queries + 16 * ROW * i + HALF, ROW)
         tiles.multiply(1, 6, 5)
-        tiles.load(7, keys + 64 * i + 16 * stride, stride)
+        tiles.stream(7, keys + 64 * i + 16 * stride, stride)
         tiles.multiply(2, 7, 4)
         tiles.multiply(3, 7, 5)
     tiles.store(0, found, ROW)
@@ -185,50 +193,68 @@ def _score(queries, keys, width, found):
 
 
 @compiled
-def _hide_branches(call, first, count, scores, end):
+def _hide_later(own, count, scores):
+    """What comes after each query's own token, the first one's being before row `own` of `count`, becomes -inf."""
+    skipped = max(0, -own)
+    if own < count:
+        columns.hide(scores + ROW * (own + skipped), skipped, count - own - skipped)
+
+
+@compiled
+def _hide_branches(call, first, count, begin, some, scores):
     """The tokens of other branches become -inf for each query; those of no query see what the last one sees."""
     starts = carray(address(call.shared_ends, 0), (call.prompt_rows,))
     ends = carray(address(call.own_starts, 0), (call.prompt_rows,))
-    scores = carray(address(scores, ZERO), (end, COLUMNS))
+    scores = carray(address(scores, ZERO), (some, COLUMNS))
     for lane in range(COLUMNS):
         query = first + min(lane, count - 1)
-        for t in range(starts[query], ends[query]):
+        for t in range(max(starts[query] - begin, 0), min(ends[query] - begin, some)):
             scores[t, lane] = -np.inf
 
 
 @compiled
-def _soften(end, scale, room):
-    """Weights uint32 [.., COLUMNS], two tokens' side by side, are e^(scale * (score - maximum)); zeros from `end` on."""
-    pairs = -(-end // 2)
-    if end % 2:
-        carray(address(room.scores + ROW * end, ZERO), (COLUMNS,))[:] = -np.inf  # the other half of the last pair
-    columns.maxima(room.scores, pairs, room.peaks)
-    columns.exponentials(room.scores, pairs, room.peaks, np.float32(scale * LOG2_E), room.weights, room.sums)
-    rest = -(-end // TOKENS) * TOKENS // 2 - pairs
+def _soften(count, scale, room):
+    """Weights uint32 [.., COLUMNS], two tokens' side by side, are e^(scale * (score - peak)); zeros from `count` on.
+
+    Whether any peak had to be raised.
+    """
+    pairs, power = -(-count // 2), np.float32(scale * LOG2_E)
+    if count % 2:
+        carray(address(room.scores + ROW * count, ZERO), (COLUMNS,))[:] = -np.inf  # the other half of the last pair
+    columns.maxima(room.scores, pairs, room.found)
+    raised = columns.raise_peaks(room.found, np.float32(MARGIN) / power, power, room.peaks, room.sums, room.factors)
+    columns.exponentials(room.scores, pairs, room.peaks, power, room.weights, room.sums)
+    rest = -(-count // TOKENS) * TOKENS // 2 - pairs
     carray(address(room.weights + ROW * pairs, ZERO), (rest * COLUMNS,))[:] = 0
+    return raised
 
 
 @compiled
-def _mix(rows, stride, step, strip, end, d, room):
-    """out [d : d + 32, COLUMNS] from 32 rows of numbers up to `end` and as many weights.
+def _mix(rows, stride, step, strip, count, fresh, weights, out):
+    """out [32, COLUMNS] from 32 rows of `count` numbers and as many weights, added to what is there if not `fresh`.
 
     The rows lie `stride` bytes apart, 16 of them `strip`, and 32 numbers in a row `step`.
     """
-    tiles.zero(0)
-    tiles.zero(1)
-    tiles.zero(2)
-    tiles.zero(3)
-    for i in range(-(-end // TOKENS)):
-        weights, source = room.weights + 16 * ROW * i, rows + step * i
-        tiles.load(4, weights, ROW)
-        tiles.load(6, source, stride)
+    if fresh:
+        tiles.zero(0)
+        tiles.zero(1)
+        tiles.zero(2)
+        tiles.zero(3)
+    else:
+        tiles.load(0, out, ROW)
+        tiles.load(1, out + HALF, ROW)
+        tiles.load(2, out + 16 * ROW, ROW)
+        tiles.load(3, out + 16 * ROW + HALF, ROW)
+    for i in range(-(-count // TOKENS)):
+        right, source = weights + 16 * ROW * i, rows + step * i
+        tiles.load(4, right, ROW)
+        tiles.stream(6, source, stride)
         tiles.multiply(0, 6, 4)
-        tiles.load(5, weights + HALF, ROW)
+        tiles.load(5, right + HALF, ROW)
         tiles.multiply(1, 6, 5)
-        tiles.load(7, source + strip, stride)
+        tiles.stream(7, source + strip, stride)
         tiles.multiply(2, 7, 4)
         tiles.multiply(3, 7, 5)
-    out = room.out + ROW * d
     tiles.store(0, out, ROW)
     tiles.store(1, out + HALF, ROW)
     tiles.store(2, out + 16 * ROW, ROW)
@@ -240,7 +266,8 @@ def _rebuild(call, head, room, like):
     """Pairs of rows of weights [value_width, COLUMNS] become such of up [up_width, value_width] times these."""
     stride = 2 * call.value_width
     for d in range(0, call.up_width, 32):
-        _mix(call.up + (head * call.up_width + d) * stride, stride, 64, 16 * stride, call.value_width, d, room)
+        rows = call.up + (head * call.up_width + d) * stride
+        _mix(rows, stride, 64, 16 * stride, call.value_width, True, room.weights, room.out + ROW * d)
     if call.up_bias:
         bias = carray(address(call.up_bias + 2 * head * call.up_width, like), (call.up_width,))
         out = carray(address(room.out, ZERO), (call.up_width, COLUMNS))
