@@ -1,42 +1,46 @@
-"""A step with few rows in one go: all layers as one program, with no operator of torch between them."""
+"""A step in one go: all layers as one program, with no operator of torch between them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lpa_model.attention import AttentionMetadata
 from lpa_model.cache import LatentCache
 from lpa_model.kernels import records
 from lpa_model.kernels.attention import call_of_layer, has_tiles, scratch_of_step
-from lpa_model.kernels.prompts import NO_PROMPTS
 from lpa_model.kernels.launch import Kernel
-from lpa_model.kernels.programs import Program, fits, tiled, tiled_gates
+from lpa_model.kernels.programs import PAIR, STRIP, Program, fits, product, tiled, tiled_gates
+from lpa_model.kernels.prompts import NO_PROMPTS
 from lpa_model.layers import LayerNorm, LowRankLinear, RMSNorm, SwiGLU
 
 if TYPE_CHECKING:
     from lpa_model.model import LPAForCausalLM, Setting1Block, Setting2Block
 
 
-MOST_ROWS = 256  # with prompt rows among them; oneDNN's products of more are faster, and torch's operators count less
+def can_fuse(model: LPAForCausalLM, cache: LatentCache) -> bool:
+    """Whether all that a step over this cache meets is there as operations of a program.
 
-
-def can_fuse(model: LPAForCausalLM) -> bool:
-    """Whether all that a decode step meets is there as operations of a program."""
+    Keys that have to be rebuilt from latents before they can be turned are not.
+    """
     linears = [module for block in model.layers for module in block.modules() if isinstance(module, nn.Linear)]
     gates = [module.gate_proj for module in model.modules() if isinstance(module, SwiGLU)]
     return (
         model.embed_tokens.weight.dtype is torch.bfloat16
+        and model.embed_tokens.weight.device.type == "cpu"
         and has_tiles()
         and all(fits(linear.weight) for linear in linears)
         and model.config.head_size % 32 == 0
         and all(isinstance(gate, nn.Linear) for gate in gates)
+        and cache.block_size % 32 == 0
+        and not (model.rotary is not None and any(keys_latent for keys_latent, _ in cache.forms))
     )
 
 
@@ -50,7 +54,9 @@ class Weights:
     @classmethod
     def of(cls, linear: nn.Module) -> Weights:
         assert isinstance(linear, nn.Linear)
-        return cls(tiled(linear.weight.data), None if linear.bias is None else linear.bias.data.clone())
+        weight, bias = linear.weight.data, None if linear.bias is None else linear.bias.data
+        spare = -len(weight) % PAIR  # of a head whose vocabulary does not fill the last tiles
+        return cls(tiled(F.pad(weight, (0, 0, 0, spare))), None if bias is None else F.pad(bias, (0, spare)))
 
     @property
     def width(self) -> int:
@@ -59,20 +65,36 @@ class Weights:
 
 
 class FusedLayer:
-    """A block's weights, and its operations."""
+    """A block's weights, and its operations over a cache."""
 
-    def __init__(self, block: Setting1Block | Setting2Block) -> None:
-        self.attention, ffn = block.attention, block.ffn
-        self.norms: tuple[nn.Module, nn.Module] = block.attention_norm, block.ffn_norm
-        joint = self.attention.joint_down
+    def __init__(self, block: Setting1Block | Setting2Block, cache: LatentCache) -> None:
+        attention, ffn = block.attention, block.ffn
+        self.heads, self.scale, self.joint_ranks = attention.heads, attention.scale, attention.joint_ranks
+        self.keys, self.values = cache.keys[attention.layer], cache.values[attention.layer]
+        keys_latent, values_latent = cache.forms[attention.layer]
+        # the block's own, so that nothing else of it stays
+        self.norms: tuple[nn.Module, nn.Module] = deepcopy((block.attention_norm, block.ffn_norm))
+        joint = attention.joint_down
         self.joint = None if joint is None else Weights.of(joint)
-        projections = (self.attention.q_proj, self.attention.k_proj, self.attention.v_proj)
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         self.firsts = [
             Weights.of(layer.down) if joint is None and isinstance(layer, LowRankLinear) else None
             for layer in projections
         ]
-        self.seconds = [Weights.of(layer.up if isinstance(layer, LowRankLinear) else layer) for layer in projections]
-        self.output = _chain(self.attention.o_proj)
+        query, key, value = (layer.up if isinstance(layer, LowRankLinear) else layer for layer in projections)
+        self.query, self.key, self.absorbed = Weights.of(query), None, None
+        if keys_latent:
+            by_head = attention.key_up().transpose(1, 2).repeat_interleave(self.heads // attention.kv_heads, 0)
+            self.absorbed = tiled(by_head.flatten(0, 1))  # of [H * r, dh]
+        else:
+            self.key = Weights.of(key)
+        self.value, self.up, self.up_bias = None, None, None
+        if values_latent:
+            up, bias = attention.value_up()
+            self.up, self.up_bias = up.clone(), None if bias is None else bias.clone()
+        else:
+            self.value = Weights.of(value)
+        self.output = _chain(attention.o_proj)
         if isinstance(ffn, SwiGLU):
             assert isinstance(ffn.gate_proj, nn.Linear) and isinstance(ffn.up_proj, nn.Linear)
             self.inner = [Weights(tiled_gates(ffn.gate_proj.weight.data, ffn.up_proj.weight.data), None)]
@@ -80,9 +102,7 @@ class FusedLayer:
             self.inner = _chain(ffn.up_proj)
         self.outer = _chain(ffn.down_proj)
 
-    def write(
-        self, program: Program, stream: Tensor, normed: Tensor, cache: LatentCache, turns: Tensor | None
-    ) -> dict[str, int | float]:
+    def write(self, program: Program, stream: Tensor, normed: Tensor, turns: Tensor | None) -> dict[str, int | float]:
         """Add the layer's operations on `stream` float32 [rows, d], with `normed` bfloat16 [rows, d] between them.
 
         In setting 1 `normed` is the stream, rounded.
@@ -93,7 +113,7 @@ class FusedLayer:
         attention_norm, ffn_norm = self.norms
         if isinstance(attention_norm, RMSNorm):
             program.rms_norm(stream, attention_norm.weight, normed, attention_norm.eps)
-        attended, call = self._write_attention(program, normed, cache, turns)
+        attended, call = self._write_attention(program, normed, turns)
         self._write_branch(program, attended, self.output, attention_norm, stream, normed)
         if isinstance(ffn_norm, RMSNorm):
             program.rms_norm(stream, ffn_norm.weight, normed, ffn_norm.eps)
@@ -104,42 +124,38 @@ class FusedLayer:
         return call
 
     def _write_attention(
-        self, program: Program, x: Tensor, cache: LatentCache, turns: Tensor | None
+        self, program: Program, x: Tensor, turns: Tensor | None
     ) -> tuple[Tensor, dict[str, int | float]]:
-        attention = self.attention
-        keys_latent, values_latent = cache.forms[attention.layer]
         if self.joint is not None:
-            latents = _through(program, x, [self.joint]).split(attention.joint_ranks, -1)
+            latents = _through(program, x, [self.joint]).split(self.joint_ranks, -1)
         else:
             latents = tuple(x if first is None else _through(program, x, [first]) for first in self.firsts)
         q, k, v = latents
-        q = _through(program, q, self.seconds[:1])
-        if keys_latent:
-            heads, kv_heads = attention.heads, attention.kv_heads
-            by_head = attention.key_up().transpose(1, 2).repeat_interleave(heads // kv_heads, 0)  # [H, r, dh]
-            absorbed = program.room(len(q), heads * by_head.shape[1])
-            program.product(q, tiled(by_head.flatten(0, 1)), absorbed, groups=heads)
+        q = _through(program, q, [self.query])
+        width = self.query.width
+        if self.absorbed is not None:
+            absorbed = program.room(len(q), self.absorbed.shape[0] * STRIP)
+            program.product(q, self.absorbed, absorbed, groups=self.heads)
             q = absorbed
-        else:
-            k = _through(program, k, self.seconds[1:2])
-        if not values_latent:
-            v = _through(program, v, self.seconds[2:])
-        up, up_bias = attention.value_up() if values_latent else (None, None)
-        out = program.room(len(x), attention.heads * attention.head_dim).unflatten(1, (attention.heads, -1))
+        if self.key is not None:
+            k = _through(program, k, [self.key])
+        if self.value is not None:
+            v = _through(program, v, [self.value])
+        out = program.room(len(x), width).unflatten(1, (self.heads, -1))
         call = call_of_layer(
-            q.unflatten(1, (attention.heads, -1)),
+            q.unflatten(1, (self.heads, -1)),
             k,
             v,
-            cache.keys[attention.layer],
-            cache.values[attention.layer],
+            self.keys,
+            self.values,
             out,
-            attention.scale,
+            self.scale,
             turns=turns,
-            up=up,
-            up_bias=up_bias,
+            up=self.up,
+            up_bias=self.up_bias,
         )
         program.attention()
-        program.alive += [q, k, v, up, up_bias, turns]
+        program.alive += [q, k, v, turns]
         return out.flatten(1), call
 
     @staticmethod
@@ -157,57 +173,49 @@ class FusedLayer:
 
 
 class FusedStep:
-    """The rows of a step through all layers of a model that has been prepared for inference.
+    """The rows of a step through all layers of a model whose weights are rotated and joined for inference.
 
-    A row's result depends on nothing but the row.
+    A row's result depends on nothing but the row: to the bit the same in any company, in any step.
     """
 
-    def __init__(self, model: LPAForCausalLM, kernel: Future[Kernel | None]) -> None:
-        self.kernel = kernel
+    def __init__(self, model: LPAForCausalLM, cache: LatentCache, kernel: Kernel) -> None:
+        self.kernel, self.cache = kernel, cache
         self.rotary, self.norm, self.width = model.rotary, model.norm, model.config.hidden_size
-        self.layers = [FusedLayer(cast("Setting1Block | Setting2Block", block)) for block in model.layers]
-        self.cache: LatentCache | None = None
+        self.layers = [FusedLayer(cast("Setting1Block | Setting2Block", block), cache) for block in model.layers]
+        self.output, self.vocab_size = Weights.of(model.lm_head), model.config.vocab_size
         self.capacity = 0
 
-    def __call__(self, x: Tensor, meta: AttentionMetadata, cache: LatentCache) -> Tensor | None:
+    def __call__(self, x: Tensor, meta: AttentionMetadata) -> Tensor:
         """x float32 [rows, d], embedded -> [rows, d] as the model's `forward` returns it.
 
-        The result is overwritten by the next step. None where a program is not possible, or not the faster way: see
-        `takes`.
+        The result is overwritten by the next step.
         """
         rows = len(x)
-        if not self.takes(rows, meta, cache) or (kernel := self.kernel.result()) is None:
-            return None
-        if cache is not self.cache or rows > self.capacity:
-            self._write(cache, max(8, 1 << (rows - 1).bit_length()))
+        if rows > self.capacity:
+            self._write(max(8, 1 << (rows - 1).bit_length()))
         self.stream[:rows] = x
         if self.norm is None:
             self.normed[:rows] = x
-        calls, longest = self.calls, 0
+        calls = self.calls
         calls["rows"] = meta.num_decode
         alive = self._decode_rows(meta) if meta.num_decode else None
+        tiled_values = None
         if meta.num_decode < rows:
             prompts = meta.prompt_rows
-            longest = prompts.longest
             tiled_values = torch.empty(self.value_rows, prompts.value_tiles * 32, dtype=torch.bfloat16)
-            for name, value in (prompts.fields | {"tiled_values": tiled_values.data_ptr()}).items():
-                calls[name] = value
+            fields = prompts.fields | {"tiled_values": tiled_values.data_ptr()}
         else:
-            for name, value in NO_PROMPTS.items():
-                calls[name] = value
-        self.program.run(kernel, rows, longest)
-        del alive
+            fields = NO_PROMPTS
+        for name, value in fields.items():
+            calls[name] = value
+        self.program.run(self.kernel, rows)
+        del alive, tiled_values
         return self.stream[:rows] if self.norm is None else self.normed[:rows]
 
-    def takes(self, rows: int, meta: AttentionMetadata, cache: LatentCache) -> bool:
-        """Whether rows go through the program: not where keys have to be rebuilt from latents before they can be
-        turned, nor many rows or continuations side by side, nor prompt rows over blocks that are not whole tiles."""
-        if self.rotary is not None and any(keys_latent for keys_latent, _ in cache.forms):
-            return False
-        prompts = meta.spans[meta.num_decode :]
-        return not prompts or (
-            rows <= MOST_ROWS and meta.block_size % 64 == 0
-        )
+    def head(self, hidden: Tensor) -> Tensor:
+        """hidden bfloat16 [rows, d], contiguous -> logits bfloat16 [rows, vocab]."""
+        logits = product(self.kernel, hidden, self.output.tiles, self.output.bias)
+        return logits[:, : self.vocab_size].contiguous()
 
     def _decode_rows(self, meta: AttentionMetadata) -> object:
         """Tell the calls of the decode rows; returns what has to live until they have run."""
@@ -221,16 +229,16 @@ class FusedStep:
         calls["counters"] = counters.ctypes.data + counters.strides[0] * np.arange(len(calls))
         return partial, counters
 
-    def _write(self, cache: LatentCache, capacity: int) -> None:
-        """The program for up to `capacity` rows and this cache."""
-        self.cache, self.capacity = cache, capacity
+    def _write(self, capacity: int) -> None:
+        """The program for up to `capacity` rows."""
+        self.capacity = capacity
         self.stream = torch.empty(capacity, self.width)
         self.normed = torch.empty(capacity, self.width, dtype=torch.bfloat16)
         turns = None if self.rotary is None else self.rotary.turns
         program = Program(np.zeros(len(self.layers), dtype=records.CALL))
         for layer, call in zip(self.layers, program.calls, strict=True):
             program.clear()
-            for name, value in layer.write(program, self.stream, self.normed, cache, turns).items():
+            for name, value in layer.write(program, self.stream, self.normed, turns).items():
                 call[name] = value
         if self.norm is not None:
             program.rms_norm(self.stream, self.norm.weight, self.normed, self.norm.eps)

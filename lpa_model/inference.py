@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lpa_model.attention import Attention
+from lpa_model.cache import LatentCache
 from lpa_model.fused import FusedStep, can_fuse
 from lpa_model.kernels import attention, programs, rms_norm, row_scores
 from lpa_model.kernels.launch import compile_kernel
@@ -66,13 +67,15 @@ class PackedSwiGLU(nn.Module):
         return y
 
 
-def prepare_for_inference(model: LPAForCausalLM) -> None:
+def prepare_for_inference(model: LPAForCausalLM, cache: LatentCache | None = None) -> None:
     """Change a loaded model in place: rotary pairs side by side, and one product for the A of q, k and v.
 
-    Where torch has oneDNN (and the processor multiplies bfloat16, if the weights are), weights are laid out for it too,
-    the feed-forward layers are fused, and the tensors as they were loaded are let go. In float32 a row's product is
-    then the same to the bit in any number of rows above one; plain products differ from 12 rows to 16.
+    With a cache, and where the processor has tiles, its steps over that cache become programs and the layers are let
+    go. Otherwise, where torch has oneDNN (and the processor multiplies bfloat16, if the weights are), weights are laid
+    out for it, the feed-forward layers are fused, and the tensors as they were loaded are let go. In float32 a row's
+    product is then the same to the bit in any number of rows above one; plain products differ from 12 rows to 16.
     """
+    kernel = compile_kernel(programs.KERNEL) if cache is not None and can_fuse(model, cache) else None
     for module in model.modules():
         if isinstance(module, Attention):
             if model.rotary is not None:
@@ -80,6 +83,13 @@ def prepare_for_inference(model: LPAForCausalLM) -> None:
             _join_down(module)
     if model.rotary is not None:
         model.rotary.turns = torch.complex(model.rotary.cos, model.rotary.sin)
+    if cache is not None and kernel is not None and (ready := kernel.result()) is not None:
+        model.fused = FusedStep(model, cache, ready)
+        del model.layers, model.lm_head
+        _let_go(model)
+        compile_kernel(row_scores.KERNELS[torch.bfloat16])
+        compile_kernel(row_scores.KERNELS[torch.float32])
+        return
     _compile(model)
     if can_pack(model):
         _pack(model)
@@ -135,8 +145,6 @@ def _compile(model: LPAForCausalLM) -> None:
     decode_kernel = attention.kernel_name(weight.dtype)
     if weight.device.type != "cpu" or decode_kernel is None:
         return
-    if can_fuse(model):
-        model.fused = FusedStep(model, compile_kernel(programs.KERNEL))
     for name, module in list(model.named_modules()):
         if isinstance(module, Attention):
             module.kernel = compile_kernel(decode_kernel)
@@ -159,5 +167,9 @@ def _pack(model: LPAForCausalLM) -> None:
             packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
             if len(packed) == 3:
                 model.set_submodule(name, PackedSwiGLU(*packed))
+    _let_go(model)
+
+
+def _let_go(model: LPAForCausalLM) -> None:
     for parameter in model.parameters():  # a view of a mapped file would keep all of it mapped
         parameter.data = parameter.data.clone()

@@ -72,7 +72,7 @@ class LPAForCausalLM(nn.Module):
         block = Setting1Block if config.architecture == "setting1" else Setting2Block
         self.layers = nn.ModuleList(block(config, layer) for layer in range(config.num_hidden_layers))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
-        self.fused: FusedStep | None = None  # set by `prepare_for_inference`
+        self.fused: FusedStep | None = None  # set by `prepare_for_inference`: all of the layers, and the head
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -92,10 +92,9 @@ class LPAForCausalLM(nn.Module):
         if self.rotary is None:
             positions = torch.arange(ids.shape[-1], device=ids.device) if meta is None else meta.positions
             x = x + self.embed_positions(positions).float()
-        if self.fused is not None and meta is not None and cache is not None:
-            hidden = self.fused(x[: meta.num_rows], meta, cache)
-            if hidden is not None:
-                return hidden
+        if self.fused is not None:
+            assert meta is not None and cache is self.fused.cache, "the model is prepared for steps over its own cache"
+            return self.fused(x[: meta.num_rows], meta)
         for layer in self.layers:
             x = layer(x, self.rotary, meta, cache)
         return x if self.norm is None else self.norm(x)
@@ -106,5 +105,8 @@ class LPAForCausalLM(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """`logits` as the product leaves them, in the head's dtype: whoever reads them makes them float32 first."""
-        y: Tensor = self.lm_head(hidden.to(self.embed_tokens.weight.dtype))
+        hidden = hidden.to(self.embed_tokens.weight.dtype)
+        if self.fused is not None:
+            return self.fused.head(hidden)
+        y: Tensor = self.lm_head(hidden)
         return y

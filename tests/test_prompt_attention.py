@@ -11,12 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lpa_model.attention import Span
-from lpa_model.kernels.attention import has_tiles
+from lpa_model.attention import AttentionMetadata, Span
+from lpa_model.kernels import records
+from lpa_model.kernels.attention import call_of_layer, has_tiles
 from lpa_model.kernels.launch import compile_kernel
-from lpa_model.kernels.prompts import KERNEL, prompt_attention
+from lpa_model.kernels.programs import KERNEL, Program
+from lpa_model.kernels.prompts import NO_PROMPTS
 
 pytestmark = pytest.mark.skipif(not has_tiles(), reason="the kernel needs a processor with tiles of bfloat16")
+
+
+BLOCK_SIZE = 64
 
 
 @dataclass
@@ -34,17 +39,27 @@ class Texts:
         assert kernel is not None
         q, keys, values = self.q[texts, context:end], self.keys[texts, :end], self.values[texts, :end]
         batch, length, heads, width = q.shape
-        span = Span(context, length, (), False, self.branches)
-        out = prompt_attention(
-            kernel,
-            q.flatten(0, 1),
-            keys.flatten(2).flatten(0, 1),
-            values.flatten(2).flatten(0, 1).T.contiguous(),
-            batch,
-            context,
-            width**-0.5,
-            hidden=span.hidden() if span.is_branched else None,
-        )
+        blocks = -(-(context + length) // BLOCK_SIZE)
+        order = torch.randperm(batch * blocks, generator=torch.Generator().manual_seed(0)).view(batch, blocks)
+        pools = []
+        for x in (keys, values):  # what is in the cache already, among numbers that nobody has written
+            pool = torch.full((batch * blocks, x.shape[2], BLOCK_SIZE, width), torch.nan, dtype=torch.bfloat16)
+            for table, text in zip(order, x, strict=True):
+                for t in range(context):
+                    pool[table[t // BLOCK_SIZE], :, t % BLOCK_SIZE] = text[t]
+            pools.append(pool)
+        new_keys, new_values = (x[:, context:].flatten(2).flatten(0, 1) for x in (keys, values))
+        queries, out = q.flatten(0, 1).contiguous(), torch.empty(batch * length, heads, width, dtype=torch.bfloat16)
+        program = Program(np.zeros(1, dtype=records.CALL))
+        program.attention()
+        program.widest = heads * width
+        call = call_of_layer(queries, new_keys, new_values, *pools, out, width**-0.5, turns=None, up=None, up_bias=None)
+        spans = [Span(context, length, table, False, self.branches) for table in order.tolist()]
+        rows = AttentionMetadata.build(spans, BLOCK_SIZE, torch.device("cpu")).prompt_rows
+        tiled_values = torch.full((keys.shape[2] * width, rows.value_tiles * 32), torch.nan, dtype=torch.bfloat16)
+        for name, value in (NO_PROMPTS | call | rows.fields | {"tiled_values": tiled_values.data_ptr()}).items():
+            program.calls[name] = value
+        program.run(kernel, batch * length)
         return out.view(batch, length, heads, width)
 
     def expected(self) -> tuple[Tensor, Tensor]:
@@ -60,7 +75,7 @@ class Texts:
 
 @st.composite
 def texts(draw: st.DrawFn) -> Texts:
-    batch, length = draw(st.integers(1, 3)), draw(st.integers(1, 150))
+    batch, length = draw(st.integers(1, 3)), draw(st.integers(1, 300))
     key_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     width = draw(st.sampled_from([32, 64, 96]))
     branches = tuple(sorted(draw(st.sets(st.integers(1, length - 1), max_size=3)))) if length > 1 else ()

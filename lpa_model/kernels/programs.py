@@ -15,11 +15,12 @@ from lpa_model.kernels.launch import Kernel
 KERNEL = "lpa_model.kernels.program.run_program"
 PROGRAM = Struct(f"{len(records.PROGRAM.names or ())}q")
 STRIP, DEPTH = 16, 32  # outputs and inputs of a tile
+PAIR = 2 * STRIP  # outputs come in whole pairs of strips
 
 
 def fits(weight: Tensor) -> bool:
     """Whether a weight [out, in] can be laid out in tiles, and met by a program."""
-    return weight.shape[0] % (2 * STRIP) == 0 and weight.shape[1] % DEPTH == 0
+    return weight.shape[0] % PAIR == 0 and weight.shape[1] % DEPTH == 0
 
 
 def tiled(weight: Tensor) -> Tensor:
@@ -138,10 +139,18 @@ class Program:
             )
         )
 
-    def run(self, kernel: Kernel, rows: int, longest: int) -> None:
-        """All operations on the first `rows` rows of their tensors; `longest` tokens has a text with prompt rows."""
+    def run(self, kernel: Kernel, rows: int) -> None:
+        """All operations on the first `rows` rows of their tensors."""
         if self.ops is None:
             self.ops = np.array(self.operations, dtype=records.OP)
         counters = np.zeros((len(self.ops), 2), dtype=np.int64)
-        call = PROGRAM.pack(self.ops.ctypes.data, len(self.ops), rows, counters.ctypes.data, self.widest, longest)
-        kernel(call, 2)
+        kernel(PROGRAM.pack(self.ops.ctypes.data, len(self.ops), rows, counters.ctypes.data, self.widest), 2)
+
+
+def product(kernel: Kernel, x: Tensor, tiles: Tensor, bias: Tensor | None) -> Tensor:
+    """x bfloat16 [rows, in] times tiles -> bfloat16 [rows, strips * 16], as a program's products are."""
+    program = Program(np.zeros(0, dtype=records.CALL))
+    out = torch.empty(len(x), tiles.shape[0] * STRIP, dtype=torch.bfloat16)
+    program.product(x, tiles, out, bias=bias)
+    program.run(kernel, len(x))
+    return out

@@ -3,9 +3,9 @@
 Everything lies transposed, a query in each column: scores are keys times queries, so that maxima and sums run down the
 columns in vectors, and pairs of rows of weights are a tile as they are. Keys are read where they lie in the cache;
 values are copied once for all heads, into tiles. Values that are latents are rebuilt behind the softmax, for each
-query. Tokens are met BLOCK at a time from multiples of BLOCK in the text, each block's weights beneath the largest score
-so far (a little larger ones pass, so that sums are seldom rescaled), and what a query must not see has a weight of
-zero: a query's result is the same to the bit however a prompt is cut into chunks, and whatever is beside it.
+query. Tokens are met BLOCK at a time from multiples of BLOCK in the text, each block's weights beneath the largest
+score so far (a little larger ones pass, so that sums are seldom rescaled), and what a query must not see has a weight
+of zero: a query's result is the same to the bit however a prompt is cut into chunks, and whatever is beside it.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def tile_values(call, item, like):
     count = min(call.block_size, context + length - start)
     width, size = call.value_width, call.block_size * call.value_width
     for h in range(call.value_heads):
-        source = carray(address(call.values + 2 * (block * call.value_heads + h) * size, like), (call.block_size, width))
+        start_of_head = call.values + 2 * (block * call.value_heads + h) * size
+        source = carray(address(start_of_head, like), (call.block_size, width))
         for t in range(0, count, TOKENS):
             for d in range(0, width, 16):
                 strip = (h * width + d) // 16 * call.value_tiles_in_row

@@ -41,7 +41,7 @@ class PromptRows:
         hidden: Hidden | None = None,
     ) -> PromptRows:
         """`tables` cover context and length of each text, or more."""
-        ends = np.asarray(contexts) + lengths
+        ends = np.asarray(contexts, dtype=np.int64) + np.asarray(lengths, dtype=np.int64)
         blocks = -(-ends // block_size)
         columns = -(-ends // TOKENS) * TOKENS
 

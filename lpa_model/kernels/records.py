@@ -81,7 +81,6 @@ PROGRAM = np.dtype(
         ("rows", np.int64),
         ("counters", np.int64),  # address of [operations, 2] int64, zeros: pieces taken, and done
         ("widest", np.int64),  # of the products' inputs
-        ("longest", np.int64),  # of the texts with prompt rows
     ]
 )
 OP = np.dtype(

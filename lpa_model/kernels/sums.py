@@ -1,4 +1,4 @@
-"""What becomes of a product's sums: float32 [count, 32] side by side, written to rows of the result `stride` bytes apart.
+"""What becomes of a product's sums, float32 [count, 32]: rows of the result, `stride` bytes apart.
 
 All arguments are addresses and counts.
 """

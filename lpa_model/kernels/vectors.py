@@ -15,7 +15,7 @@ from numba.core.cgutils import get_or_insert_function
 LANES = 16
 
 
-class _BFloat(ir.Type):
+class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no types
     """LLVM's bfloat16, which llvmlite has no name for."""
 
     def _to_string(self) -> str:

@@ -258,7 +258,6 @@ def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     keep_freed_memory()
     model = load_model(model_dir, dtype, device)
-    prepare_for_inference(model)
     config = model.config
     tokenizer = load_tokenizer(model_dir, config, options.chat_template)
     layout = _cache_layout(config, options.kv_cache_layout)
@@ -274,6 +273,7 @@ def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
         raise ValueError(f"kv_cache_memory: {memory} bytes do not hold one block of {block_bytes} bytes")
     max_model_len = _max_model_len(config, options.max_model_len, num_blocks * options.block_size)
     cache = LatentCache(config, layout, num_blocks, options.block_size, dtype, device)
+    prepare_for_inference(model, cache)
     logger.info(
         "kv cache: layout %s, %d bytes per token, %d blocks of %d tokens = %d tokens (%.0f MiB); weights %s on %s",
         layout,
