@@ -115,12 +115,12 @@ async def test_waiting_outputs_of_a_sequence_become_one() -> None:
         mailbox.put(RequestOutput(request_id="b", token_ids=[i]))
     mailbox.put(RequestOutput(request_id="a", text="end", finish_reason=FinishReason.STOP, stop_reason="x"))
     assert len(mailbox) == 2
-    output = await mailbox.take(None)
+    output = await mailbox.take()
     assert output.request_id == "a"
     assert output.token_ids == list(range(1000))
     assert output.text == "".join(f"{i} " for i in range(1000)) + "end"
     assert output.logprobs is not None
     assert output.logprobs.top_ids == [[i] for i in range(1000)]
     assert (output.finish_reason, output.stop_reason) == (FinishReason.STOP, "x")
-    assert (await mailbox.take(None)).token_ids == list(range(1000))
+    assert (await mailbox.take()).token_ids == list(range(1000))
     assert len(mailbox) == 0

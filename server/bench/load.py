@@ -28,8 +28,10 @@ class Timing:
     error: str | None = None
 
 
-Send = Callable[[Client, list[int], Timing], Coroutine[Any, Any, None]]
-"""Sends one prompt and fills in its Timing."""
+Send = Callable[[Client, list[int], Timing], Coroutine[Any, Any, Callable[[], None]]]
+"""Sends one prompt and awaits its answer; what it returns reads that into the Timing, when no server is measured."""
+
+FAILURES = (RequestFailed, OSError, ValueError, KeyError, TypeError, IndexError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +56,15 @@ async def run_load(
     rng = random.Random(seed)
     slots = asyncio.Semaphore(load.concurrency if load.rate is None else len(texts))
     timings: list[Timing] = []
+    unread: list[tuple[Timing, Callable[[], None]]] = []
 
     async def one(text: list[int]) -> None:
         timing = Timing(len(text))
         timings.append(timing)
         started = time.perf_counter()
         try:
-            await send(client, text, timing)
-        except (RequestFailed, OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            unread.append((timing, await send(client, text, timing)))
+        except FAILURES as error:
             timing.error = f"{type(error).__name__}: {error}"
         timing.total = time.perf_counter() - started
         slots.release()
@@ -74,7 +77,13 @@ async def run_load(
                 await asyncio.sleep(rng.expovariate(load.rate))
             await slots.acquire()
             group.create_task(one(text))
-    return timings, time.perf_counter() - started
+    elapsed = time.perf_counter() - started
+    for timing, read in unread:
+        try:
+            read()
+        except FAILURES as error:
+            timing.error = f"{type(error).__name__}: {error}"
+    return timings, elapsed
 
 
 def summarize(timings: Sequence[Timing], elapsed: float) -> dict[str, Any]:

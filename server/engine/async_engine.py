@@ -29,7 +29,8 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._waiting: dict[str, RequestOutput] = {}  # by request id
-        self._arrival = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None
+        self._expired = False
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -37,19 +38,24 @@ class Mailbox:
     def put(self, output: RequestOutput) -> None:
         earlier = self._waiting.get(output.request_id)
         self._waiting[output.request_id] = output if earlier is None else earlier.merge(output)
-        self._arrival.set()
+        self._wake()
 
-    async def take(self, deadline: float | None) -> RequestOutput:
-        """The output that waits longest; raises TimedOut at `deadline`."""
-        try:
-            if deadline is not None and asyncio.get_running_loop().time() >= deadline:
-                raise TimeoutError
-            if not self._waiting:
-                self._arrival.clear()
-                async with asyncio.timeout_at(deadline):
-                    await self._arrival.wait()
-        except TimeoutError:
-            raise TimedOut("the request took longer than this server's request_timeout") from None
+    def expire(self) -> None:
+        """Whoever takes, now or later, gets TimedOut."""
+        self._expired = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    async def take(self) -> RequestOutput:
+        """The output that waits longest."""
+        while not (self._waiting or self._expired):
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        if self._expired:
+            raise TimedOut("the request took longer than this server's request_timeout")
         return self._waiting.pop(next(iter(self._waiting)))
 
 
@@ -135,6 +141,7 @@ class AsyncEngine:
             TimedOut: the deadline has passed.
         """
         mailbox = Mailbox()
+        timer = None if deadline is None else asyncio.get_running_loop().call_at(deadline, mailbox.expire)
         remaining = enumerate(requests)
         index_of: dict[str, int] = {}
         upcoming = next(remaining, None)
@@ -145,7 +152,7 @@ class AsyncEngine:
                     self._submit(request, mailbox)
                     index_of[request.id] = index
                     upcoming = next(remaining, None)
-                output = await mailbox.take(deadline)
+                output = await mailbox.take()
                 index = index_of[output.request_id]
                 if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
                     if output.token_ids:  # generated before, and merged with the end
@@ -158,6 +165,8 @@ class AsyncEngine:
                     self._forget(output.request_id)
                 yield index, output
         finally:
+            if timer is not None:
+                timer.cancel()
             for request_id in index_of:
                 self._forget(request_id)
                 self._inbox.put(request_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +20,7 @@ from server.protocol.logprobs import chat_logprobs, prompt_logprobs
 from server.routes.body import JsonRoute
 from server.routes.generation import Generation, begin
 from server.routes.prompts import check_model, tokenize, truncate
-from server.routes.respond import json_response, to_json, while_connected
+from server.routes.respond import TEXT, json_response, to_json, while_connected, with_text
 from server.routes.responses import WITH_ENGINE, responses
 from server.routes.sse import DONE, EventStream
 from server.settings import Settings
@@ -119,16 +119,24 @@ async def _events(call: _Call) -> AsyncGenerator[str]:
     """The answer as events: of each choice its role, a chunk per output and its end; the usage if asked for, [DONE]."""
     body, generation = call.body, call.generation
 
-    def chunk(entry: dict[str, Any], **more: Any) -> str:
-        return to_json({**call.head, "choices": [entry], **more, **generation.chunk_usage()})
+    def whole(entry: dict[str, Any], **more: Any) -> dict[str, Any]:
+        return {**call.head, "choices": [entry], **more, **generation.chunk_usage()}
 
-    begun: set[int] = set()
+    def chunk(entry: dict[str, Any], **more: Any) -> str:
+        return to_json(whole(entry, **more))
+
+    all_alike = not (body.return_token_ids or generation.counts_in_chunks)  # but for their text
+    with_texts: dict[int, Callable[[str], str]] = {}  # of the choices that have begun
     async with aclosing(generation.run()) as outputs:
         async for index, output in outputs:
-            if index not in begun:
-                begun.add(index)
+            if index not in with_texts:
                 ids = {"prompt_token_ids": generation.prompts[0].token_ids} if body.return_token_ids else {}
                 yield chunk(chat_chunk(index, {"role": "assistant", "content": ""}), **ids)
+                with_texts[index] = with_text(whole(chat_chunk(index, {"content": TEXT})))
+            if all_alike and output.logprobs is None and output.finish_reason is None:
+                if output.text:
+                    yield with_texts[index](output.text)
+                continue
             logprobs = None if output.logprobs is None else call.logprobs(output.token_ids, output.logprobs)
             if output.text or logprobs or (body.return_token_ids and output.token_ids):
                 entry = chat_chunk(index, {"content": output.text}, logprobs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ from server.protocol.logprobs import Columns, TextOffsets, columns, join, prompt
 from server.routes.body import JsonRoute
 from server.routes.generation import Completed, Generation, begin
 from server.routes.prompts import check_model, start_of_document, tokenize, truncate
-from server.routes.respond import json_response, to_json, while_connected
+from server.routes.respond import TEXT, json_response, to_json, while_connected, with_text
 from server.routes.responses import WITH_ENGINE, responses
 from server.routes.sse import DONE, EventStream
 from server.settings import Settings
@@ -141,8 +141,11 @@ async def _events(call: _Call) -> AsyncGenerator[str]:
     """The answer as events: the prompt first if it is echoed, a chunk per output, the usage if asked for, [DONE]."""
     body, generation = call.body, call.generation
 
+    def whole(entry: dict[str, Any]) -> dict[str, Any]:
+        return {**call.head, "choices": [entry], **generation.chunk_usage()}
+
     def chunk(entry: dict[str, Any]) -> str:
-        return to_json({**call.head, "choices": [entry], **generation.chunk_usage()})
+        return to_json(whole(entry))
 
     def opening(index: int, prompt: int) -> dict[str, Any] | None:
         """What comes before the first token of a choice: the echo, the ids of the prompt."""
@@ -155,16 +158,21 @@ async def _events(call: _Call) -> AsyncGenerator[str]:
         return first
 
     copies = 1 if generation.width == body.n else body.n  # of what max_tokens 0 says once
+    all_alike = not (body.return_token_ids or generation.counts_in_chunks)  # but for their text
+    with_texts: dict[int, Callable[[str], str]] = {}  # of the choices that have begun
     offsets: dict[int, TextOffsets] = {}
-    begun: set[int] = set()
     async with aclosing(generation.run()) as outputs:
         async for sequence, output in outputs:
             prompt = sequence // generation.width
             for index in range(sequence * copies, (sequence + 1) * copies):
-                if index not in begun:
-                    begun.add(index)
+                if index not in with_texts:
                     if first := opening(index, prompt):
                         yield chunk(first)
+                    with_texts[index] = with_text(whole(completion_choice(index, TEXT, None, None, None)))
+                if all_alike and output.logprobs is None and output.finish_reason is None:
+                    if output.text:
+                        yield with_texts[index](output.text)
+                    continue
                 logprobs = None
                 if output.logprobs is not None:
                     if index not in offsets:

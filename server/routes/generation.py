@@ -108,12 +108,15 @@ class Generation:
         options = self.body.stream_options
         return options is not None and options.include_usage
 
+    @property
+    def counts_in_chunks(self) -> bool:
+        """Whether each chunk of a stream says what has been used so far."""
+        options = self.body.stream_options
+        return options is not None and options.include_usage and options.continuous_usage_stats
+
     def chunk_usage(self) -> dict[str, Any]:
         """The field `usage` of a chunk, if chunks have one: null, or what has been used so far."""
-        options = self.body.stream_options
-        if options is None or not options.include_usage:
-            return {}
-        return {"usage": self.usage() if options.continuous_usage_stats else None}
+        return {"usage": self.usage() if self.counts_in_chunks else None} if self.sends_usage else {}
 
     def usage(self) -> dict[str, Any]:
         prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
