@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from server.bench.floor import decode_work, prompt_work
 from server.bench.load import Load, Timing, prompts, quantile, run_load, summarize
 from server.bench.rounds import _stopped, medians, ratios
 from server.bench.score import score_text
+from server.bench.serve import read_stream
 from server.bench.stopwatch import Stopwatch
 from server.cli import app
 from tests.conftest import VOCAB_SIZE, random_model, tiny_config, write_checkpoint
@@ -185,8 +187,9 @@ async def test_connections_are_used_again_unless_told_otherwise_and_replaced_whe
         (chunked(b"no such model", status="404 Not Found"), "/v1/x: 404: no such model"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc", "in the middle of an answer"),
         (b"", "ended before an answer"),
+        (b"220 mail ready\r\n", "/v1/x: the answer is no HTTP"),
     ],
-    ids=["status", "cut", "silence"],
+    ids=["status", "cut", "silence", "another protocol"],
 )
 async def test_failed_answers_are_errors(data: bytes, message: str) -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -215,6 +218,32 @@ async def test_a_text_that_is_scored_in_part_is_an_error_and_vllms_form_is_read(
     assert timings[1].error is not None
     summary = summarize(timings, elapsed)
     assert (summary["errors"], summary["input_tokens"]) == (1, 4)
+
+
+STREAM = (
+    'data: {"choices": [{"text": "ça"}]}\n\n: a comment\n\ndata:{"choices": [{"text": " va"}], "usage": null}\r\n\r\n'
+    'data: {"choices": [], "usage": {"completion_tokens": 5}}\n\ndata: [DONE]\n\n'
+).encode()
+
+
+@given(st.lists(st.integers(0, len(STREAM))))
+def test_a_stream_is_read_wherever_it_is_cut(cuts: list[int]) -> None:
+    """An event has come when the piece with the end of its line has."""
+    bounds = [0, *sorted(cuts), len(STREAM)]
+    arrivals = [(float(end), STREAM[start:end]) for start, end in itertools.pairwise(bounds)]
+    timing = Timing(1)
+    read_stream(arrivals, timing)
+    first, second = (
+        min(bound for bound in bounds if bound > STREAM.index(b"\n", STREAM.index(text)))
+        for text in ("ça".encode(), b" va")
+    )
+    assert (timing.first, timing.gaps, timing.output_tokens) == (first, [second - first], 5)
+
+
+def test_a_stream_with_an_error_or_without_an_end_is_an_error() -> None:
+    for data, message in ((STREAM[:-8], "without .DONE."), (b'data: {"error": {"message": "no"}}\n\n' + STREAM, "no")):
+        with pytest.raises(RequestFailed, match=message):
+            read_stream([(0.0, data)], Timing(1))
 
 
 def test_prompts_follow_from_the_seed_and_differ_between_rounds() -> None:

@@ -20,10 +20,14 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from lpa_model.config import Architecture
 from lpa_model.model import LPAForCausalLM
+from server.routes.respond import TEXT as PLACEHOLDER
+from server.routes.respond import to_json, with_text
 from tests.conftest import CORPUS, VOCAB_SIZE, random_model, tiny_config
 from tests.serving import Served, serving, slow_steps, until
 
@@ -40,6 +44,14 @@ def served(tiny_checkpoints: dict[Architecture, Path]) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def model() -> LPAForCausalLM:
     return random_model(tiny_config("setting2"))
+
+
+@given(st.text(st.characters(codec="utf-8")))
+def test_a_chunk_by_its_text_is_the_encoders_own(text: str) -> None:
+    def chunk(text: str) -> dict[str, Any]:
+        return {"model": 'a "\\u0000" b', "choices": [{"index": 0, "text": text, "logprobs": None}], "usage": None}
+
+    assert with_text(chunk(PLACEHOLDER))(text) == to_json(chunk(text))
 
 
 def logprob_rows(model: LPAForCausalLM, ids: list[int]) -> torch.Tensor:

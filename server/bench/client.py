@@ -19,8 +19,8 @@ class _Connection(asyncio.Protocol):
     """One answer at a time. Its pieces go straight to `on_piece`: no task wakes up before the answer's end."""
 
     def __init__(self) -> None:
-        loop = asyncio.get_running_loop()
-        self.closed: asyncio.Future[None] = loop.create_future()
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._answered: asyncio.Future[None] | None = None  # nothing has been asked
         self.begun = self.keep_alive = False  # of the last answer
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -39,6 +39,8 @@ class _Connection(asyncio.Protocol):
         await self._answered
 
     def data_received(self, data: bytes) -> None:
+        if self._answered is None:
+            return
         self.begun = True
         try:
             self._parser.feed_data(data)
@@ -61,10 +63,11 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.closed.set_result(None)
-        self._end(error or RequestFailed(f"the connection ended {'in the middle of' if self.begun else 'before'} an answer"))
+        where = "in the middle of" if self.begun else "before"
+        self._end(error or RequestFailed(f"the connection ended {where} an answer"))
 
     def _end(self, error: Exception | None) -> None:
-        if self._answered.done():
+        if self._answered is None or self._answered.done():
             return
         if error is None:
             self._answered.set_result(None)

@@ -17,10 +17,13 @@ def score_text(api: ScoreApi, model: str) -> Send:
     without alternatives. `perplexity`: this server's own route."""
 
     async def send(client: Client, text: list[int], timing: Timing) -> Callable[[], None]:
+        body: dict[str, Any] = {"model": model}
         if api == "perplexity":
-            path, body = "/v1/perplexity", {"model": model, "input": text, "method": "full"}
+            path = "/v1/perplexity"
+            body |= {"input": text, "method": "full"}
         else:
-            path, body = "/v1/completions", {"model": model, "prompt": text, "max_tokens": 1, "temperature": 0}
+            path = "/v1/completions"
+            body |= {"prompt": text, "max_tokens": 1, "temperature": 0}
             body |= {"echo": True, "logprobs": 1} if api == "echo" else {"prompt_logprobs": 0}
         answer = await client.fetch("POST", path, body)
 
