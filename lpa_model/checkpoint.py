@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from torch.overrides import TorchFunctionMode
 
 from lpa_model.config import LPAConfig
 from lpa_model.model import LPAForCausalLM
@@ -121,6 +122,18 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+class _LeftEmpty(TorchFunctionMode):
+    """Modules leave their tensors as they are: to draw numbers for them would import half of torch's compiler."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LPAForCausalLM:
     """The folder's model in `dtype`, ready for inference; tensors already in `dtype` stay memory-mapped on a CPU.
 
@@ -128,7 +141,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LPAFor
         CheckpointError: a file is missing or truncated, a tensor is missing, extra or of the wrong shape.
     """
     config = load_config(folder)
-    with torch.device("meta"):
+    with torch.device("meta"), _LeftEmpty():
         model = LPAForCausalLM(config)
     expected = dict(model.named_parameters())  # a tied head is listed once, as the embedding
     found: dict[str, torch.Tensor] = {}

@@ -98,9 +98,9 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, config: LPAConfig) -> None:
         super().__init__()
-        self.build(config, None)
+        self.build(config, torch.device("cpu"))
 
-    def build(self, config: LPAConfig, device: torch.device | None) -> None:
+    def build(self, config: LPAConfig, device: torch.device) -> None:
         """(Re)compute the tables [max_position_embeddings, dh/2], which are not part of a checkpoint."""
         exponents = torch.arange(0, config.head_size, 2, dtype=torch.float64, device=device) / config.head_size
         frequencies = _scaled(config.rope_theta**-exponents, config.rope_scaling)  # [dh/2]

@@ -46,7 +46,7 @@ def model_of(case: str) -> LPAForCausalLM:
     architecture, changes = CASES[case]
     model = random_model(tiny_config(architecture, **{**SIZES, **changes})).bfloat16()
     if model.rotary is not None:
-        model.rotary.build(model.config, None)
+        model.rotary.build(model.config, CPU)
     return model
 
 

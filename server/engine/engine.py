@@ -19,7 +19,7 @@ from lpa_model.inference import prepare_for_inference
 from server.engine.block_manager import BlockManager
 from server.engine.detokenizer import Detokenizer, unfinished_bytes
 from server.engine.grammar import GrammarCompiler
-from server.engine.memory import keep_freed_memory
+from server.engine.memory import give_back_freed_memory, keep_freed_memory
 from server.engine.model_runner import ModelRunner, StepResult
 from server.engine.request import (
     EngineStats,
@@ -256,7 +256,6 @@ def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
     device = torch.device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
-    keep_freed_memory()
     model = load_model(model_dir, dtype, device)
     config = model.config
     tokenizer = load_tokenizer(model_dir, config, options.chat_template)
@@ -274,6 +273,8 @@ def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
     max_model_len = _max_model_len(config, options.max_model_len, num_blocks * options.block_size)
     cache = LatentCache(config, layout, num_blocks, options.block_size, dtype, device)
     prepare_for_inference(model, cache)
+    give_back_freed_memory()
+    keep_freed_memory()
     logger.info(
         "kv cache: layout %s, %d bytes per token, %d blocks of %d tokens = %d tokens (%.0f MiB); weights %s on %s",
         layout,

@@ -22,3 +22,10 @@ def keep_freed_memory() -> bool:
         return False
     settings = ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, LIMIT), (M_TRIM_THRESHOLD, LIMIT))
     return all([mallopt(name, value) for name, value in settings])
+
+
+def give_back_freed_memory() -> None:
+    """Have glibc give to the system what loading a model has left free."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
