@@ -18,6 +18,7 @@ from lpa_model.kernels.vectors import (
     LANES,
     exp2,
     floats,
+    larger,
     load,
     pair,
     shuffled,
@@ -35,10 +36,6 @@ def _at(address: Any, builder: Any, i: Any, stride: Any) -> Any:
     return builder.add(address, builder.mul(i, stride))
 
 
-def _larger(builder: Any, x: Any, y: Any) -> Any:
-    return builder.select(builder.fcmp_ordered(">", x, y), x, y)
-
-
 @intrinsic
 def maxima(typing: Any, rows: Any, pairs: Any, out: Any) -> Any:
     """out float32 [COLUMNS] from rows float32 [2 * pairs, COLUMNS]."""
@@ -49,10 +46,10 @@ def maxima(typing: Any, rows: Any, pairs: Any, out: Any) -> Any:
         with for_range(builder, pairs) as loop:
             row = _at(rows, builder, loop.index, pairs.type(2 * ROW))
             for i, peak in enumerate(peaks):
-                builder.store(_larger(builder, load(builder, row, i * HALF), builder.load(peak)), peak)
+                builder.store(larger(builder, load(builder, row, i * HALF), builder.load(peak)), peak)
         left, right, other_left, other_right = (builder.load(peak) for peak in peaks)
-        store(builder, _larger(builder, left, other_left), out)
-        store(builder, _larger(builder, right, other_right), out, HALF)
+        store(builder, larger(builder, left, other_left), out)
+        store(builder, larger(builder, right, other_right), out, HALF)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), build

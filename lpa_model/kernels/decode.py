@@ -10,7 +10,7 @@ from collections import namedtuple
 import numpy as np
 from numba import carray, from_dtype, types
 
-from lpa_model.kernels import tiles
+from lpa_model.kernels import prompt, singles, tiles
 from lpa_model.kernels.machine import ZERO, address, compiled, exp, fetch_add, narrow, prefetch_rows, widen
 from lpa_model.kernels.records import CALL
 
@@ -188,6 +188,20 @@ def _scores_by_head(call, keys, q, tokens, scores, at, ahead):
 
 
 @compiled
+def _scores_in_vectors(call, queries, keys, tokens, scores, at, ahead):
+    """The same from bfloat16 queries [heads, width] at an address, 16 keys at a time: some behind the last one too."""
+    group, size = call.heads // call.key_heads, 2 * call.key_width
+    for k in range(call.key_heads):
+        rows = keys.ctypes.data + k * call.block_size * size
+        soon = ahead if k + 1 == call.key_heads else rows + call.block_size * size
+        for t in range(0, tokens, 16):
+            prefetch_rows(soon, t, 16, size)
+            for h in range(k * group, (k + 1) * group):
+                found = scores.ctypes.data + 4 * (h * scores.shape[1] + at + t)
+                singles.score(queries + h * size, rows + t * size, size, size // 64, np.float32(call.scale), found)
+
+
+@compiled
 def _mix_by_head(call, weights, at, values, tokens, out, ahead):
     """out [heads, width] += weights[:, at : at + tokens] . values[:, :tokens] [value_heads, .., width]."""
     group = call.heads // call.value_heads
@@ -223,13 +237,22 @@ def _attend(call, item, q, scores, room, like):
     out = carray(address(call.partial, ZERO), (call.items, heads, call.value_width))[item]
     stats = carray(address(call.stats, ZERO), (call.items, 2, heads))[item]
 
-    if room is None or not call.key_tiles:
-        _prepare_queries(call, row, position, q, like)
-    else:
+    vectors = room is not None and call.key_width % 32 == 0 and block_size % 16 == 0
+    if room is not None and call.key_tiles:
         _pair_queries(call, row, room.queries, like)
+    elif room is not None and vectors:
+        queries = call.q + 2 * row * heads * call.key_width
+        if call.turns:
+            prompt.turn_heads(call, position, queries, heads, room.turned.ctypes.data)
+            queries = room.turned.ctypes.data
+    else:
+        _prepare_queries(call, row, position, q, like)
     if first_block * block_size + tokens == length:  # the new token is one of these
         block, offset = table[blocks - 1], (length - 1) % block_size
-        write_new_token(call, row, position, keys, values, block, offset, like)
+        if room is not None and vectors:
+            prompt.write_token(call, row, position, block, offset, like)
+        else:
+            write_new_token(call, row, position, keys, values, block, offset, like)
 
     for b in range(blocks):
         at = b * block_size
@@ -237,20 +260,29 @@ def _attend(call, item, q, scores, room, like):
         soon = call.values + table[0] * values.strides[0]
         if b + 1 < blocks:
             soon = call.keys + table[b + 1] * keys.strides[0]
-        if room is None or not call.key_tiles:
-            _scores_by_head(call, keys[table[b]], q, count, scores, at, soon)
-        else:
+        if room is not None and call.key_tiles:
             scale = np.float32(call.scale)
             tiles.scores(keys[table[b], 0], room.queries, scale, scores, at, room.found, soon)
+        elif room is not None and vectors:
+            _scores_in_vectors(call, queries, keys[table[b]], count, scores, at, soon)
+        else:
+            _scores_by_head(call, keys[table[b]], q, count, scores, at, soon)
     for h in range(heads):
-        stats[0, h], stats[1, h] = _soften(scores[h], tokens)
+        if room is not None and vectors:
+            weights = room.weights[h]
+            peak = stats.ctypes.data + 4 * h
+            singles.soften(scores[h].ctypes.data, tokens, weights.ctypes.data, peak, peak + 4 * heads)
+            weights[tokens:] = 0
+        else:
+            stats[0, h], stats[1, h] = _soften(scores[h], tokens)
     out[:] = ZERO
     if room is not None and call.value_tiles:
         room.total[:] = ZERO
-        for h in range(heads):
-            for t in range(tokens):
-                room.weights[h, t] = narrow(scores[h, t], like)
-            room.weights[h, tokens:] = 0
+        if not vectors:
+            for h in range(heads):
+                for t in range(tokens):
+                    room.weights[h, t] = narrow(scores[h, t], like)
+                room.weights[h, tokens:] = 0
     for b in range(blocks):
         at = b * block_size
         count = min(block_size, tokens - at)
@@ -320,7 +352,7 @@ def _work(call, room, like):
             fetch_add(call.counters + 8 * (1 + call.rows))
 
 
-Room = namedtuple("Room", ["queries", "found", "weights", "values", "total"])
+Room = namedtuple("Room", ["queries", "turned", "found", "weights", "values", "total"])
 """What one thread's products of tiles need beside the cache: see `tiles`."""
 
 
@@ -330,6 +362,7 @@ def work_tiles(call, like):
     heads = max(call.heads, tiles.HEADS)
     room = Room(
         np.zeros((call.key_width // 2, heads, 2), np.uint16),
+        np.empty((heads, call.key_width), np.uint16),
         np.empty((tiles.TOKENS, tiles.HEADS), np.float32),
         np.zeros((heads, call.tile_blocks * call.block_size), np.uint16),
         np.empty((tiles.TOKENS // 2, call.value_width), np.uint32),

@@ -51,15 +51,29 @@ def room(widest, start):
 @compiled
 def write_row(call, item, like):
     """Turn a row's queries, and write its key and value into the cache."""
-    row, width = call.rows + item, call.key_width
+    row = call.rows + item
     position = carray(address(call.prompt_positions, 0), (call.prompt_rows,))[item]
     slot = carray(address(call.prompt_slots, 0), (call.prompt_rows,))[item]
-    block, offset = slot // call.block_size, slot % call.block_size
-    turns = call.turns + 4 * position * width
     if call.turns:
-        for h in range(call.heads):
-            q = call.q + 2 * (row * call.heads + h) * width
-            columns.turn(q, turns, width // 16, q)
+        queries = call.q + 2 * row * call.heads * call.key_width
+        turn_heads(call, position, queries, call.heads, queries)
+    write_token(call, row, position, slot // call.block_size, slot % call.block_size, like)
+
+
+@compiled
+def turn_heads(call, position, heads, count, out):
+    """`count` heads bfloat16 [count, key_width] turn by a token's position."""
+    turns = call.turns + 4 * position * call.key_width
+    for h in range(count):
+        skipped = 2 * h * call.key_width
+        columns.turn(heads + skipped, turns, call.key_width // 16, out + skipped)
+
+
+@compiled
+def write_token(call, row, position, block, offset, like):
+    """A row's key, turned where positions are rotary, and its value into the cache."""
+    width = call.key_width
+    turns = call.turns + 4 * position * width
     for h in range(call.key_heads):
         new = call.new_keys + 2 * (row * call.key_stride + h * width)
         key = call.keys + 2 * width * ((block * call.key_heads + h) * call.block_size + offset)

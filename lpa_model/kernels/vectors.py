@@ -115,6 +115,31 @@ def turned(builder: Any, address: Any, turns: Any) -> Any:
     return narrow(builder, _call(builder, "fma.v16f32", FLOATS, x, cos, builder.fmul(neighbours, sin)))
 
 
+def larger(builder: Any, x: Any, y: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", x, y), x, y)
+
+
+def dot_pairs(builder: Any, total: Any, x: Any, y: Any) -> Any:
+    """total + the products of 32 bfloat16 in x and y, two in each lane; they come as vectors of 64 bytes."""
+    kind = ir.VectorType(_BFloat(), 2 * LANES)
+    x, y = builder.bitcast(x, kind), builder.bitcast(y, kind)
+    return _call(builder, "x86.avx512bf16.dpbf16ps.512", FLOATS, total, x, y)
+
+
+def sums_of(builder: Any, rows: Sequence[Any]) -> Any:
+    """The sum over lanes of each of 16 vectors, in a lane each: halves are added until every part is one lane."""
+    rows, size = list(rows), LANES
+    while size > 1:
+        starts = [part + lane for part in range(0, 2 * LANES, size) for lane in range(size // 2)]
+        pairs = zip(rows[::2], rows[1::2], strict=True)
+        rows = [
+            builder.fadd(shuffled(builder, x, y, starts), shuffled(builder, x, y, [i + size // 2 for i in starts]))
+            for x, y in pairs
+        ]
+        size //= 2
+    return rows[0]
+
+
 def pair(builder: Any, even: Any, odd: Any) -> Any:
     """Both as bfloat16 side by side, as uint32: `even` in the lower half."""
     low, high = (builder.zext(narrow(builder, x), INTEGERS) for x in (even, odd))
