@@ -17,19 +17,21 @@ from lpa_model.kernels.row_scores import KERNELS, RowScores, row_scores
 DTYPES = [torch.bfloat16, torch.float32]
 
 
-def scores_of(logits: Tensor, targets: Tensor) -> RowScores:
+def scores_of(logits: Tensor, targets: Tensor, top: int = 0) -> RowScores:
     kernel = compile_kernel(KERNELS[logits.dtype]).result()
     assert kernel is not None
-    return row_scores(kernel, logits, targets)
+    return row_scores(kernel, logits, targets, top)
 
 
 def before(a: float, i: int, b: float, j: int) -> bool:
     return a > b or (a == b and i < j)
 
 
-def check(logits: list[float], target: int, found: tuple[float, float, float, int, int]) -> None:
+def check(
+    logits: list[float], target: int, found: tuple[float, float, float, int, int, list[int], list[float]]
+) -> None:
     """Against Python's floats."""
-    own, peak, norm, best, rank = found
+    own, peak, norm, best, rank, top_ids, top_logits = found
     assert own == pytest.approx(logits[target], abs=0, nan_ok=True)
     assert rank == 1 + sum(before(x, i, logits[target], target) for i, x in enumerate(logits))
     if any(map(math.isnan, logits)):
@@ -38,6 +40,9 @@ def check(logits: list[float], target: int, found: tuple[float, float, float, in
         return
     assert best == min(range(len(logits)), key=lambda i: (-logits[i], i))
     assert peak == logits[best]
+    if math.isfinite(peak):
+        assert top_ids == sorted(range(len(logits)), key=lambda i: (-logits[i], i))[: len(top_ids)]
+        assert top_logits == [logits[i] for i in top_ids]
     if not math.isfinite(peak):
         assert math.isnan(norm)
         return
@@ -59,10 +64,16 @@ ODD = st.sampled_from([math.nan, -math.nan, math.inf, -math.inf])
     st.lists(st.lists(NUMBERS, min_size=1, max_size=70), min_size=1, max_size=6),
     st.lists(st.tuples(st.integers(0, 5), st.integers(0, 69), ODD), max_size=4),
     st.integers(1, 40),
+    st.sampled_from([0, 1, 2, 5, 20, 1000, 1500, 2800]),
     st.randoms(use_true_random=False),
 )
 def test_scores_of_any_rows(
-    dtype: torch.dtype, seeds: list[list[float]], odd: list[tuple[int, int, float]], times: int, rng: random.Random
+    dtype: torch.dtype,
+    seeds: list[list[float]],
+    odd: list[tuple[int, int, float]],
+    times: int,
+    top: int,
+    rng: random.Random,
 ) -> None:
     """Rows of up to 2800 logits, many of them equal, some of them no numbers."""
     vocab = max(map(len, seeds)) * times
@@ -72,7 +83,7 @@ def test_scores_of_any_rows(
     logits = torch.tensor(table, dtype=torch.float64).to(dtype)
     targets = torch.tensor([rng.randrange(vocab) for _ in table])
     untouched = logits.clone()
-    found = scores_of(logits, targets)
+    found = scores_of(logits, targets, min(top, vocab))
     assert torch.equal(logits.view(torch.uint8), untouched.view(torch.uint8))
     rows = zip(*(column.tolist() for column in found), strict=True)
     for row, target, numbers in zip(logits.tolist(), targets.tolist(), rows, strict=True):

@@ -14,38 +14,42 @@ KERNELS = {
     torch.bfloat16: "lpa_model.kernels.score.score_bfloat16",
     torch.float32: "lpa_model.kernels.score.score_float32",
 }
-CALL = Struct("10q")  # `score.CALL`
+CALL = Struct("13q")  # `score.CALL`
 LOT = 4  # `score.LOT`
 
 
 class RowScores(NamedTuple):
-    """All [rows]. The norm is NaN for a row with NaN or +inf in it, or with nothing above -inf."""
+    """The norm is NaN for a row with NaN or +inf in it, or with nothing above -inf."""
 
-    own: Tensor  # float32: the target's logit
-    peak: Tensor  # float32: the largest logit, or NaN if there is one
-    norm: Tensor  # float64: log of the sum of e^(logit - peak)
-    best: Tensor  # int64: lowest id of the largest logit, or of NaN
-    rank: Tensor  # int64: 1 + how many tokens are before the target, by logit, then by id
+    own: Tensor  # float32 [rows]: the target's logit
+    peak: Tensor  # float32 [rows]: the largest logit, or NaN if there is one
+    norm: Tensor  # float64 [rows]: log of the sum of e^(logit - peak)
+    best: Tensor  # int64 [rows]: lowest id of the largest logit, or of NaN
+    rank: Tensor  # int64 [rows]: 1 + how many tokens are before the target, by logit, then by id
+    top_ids: Tensor  # int64 [rows, top]: the best tokens, best first, equal ones by id
+    top_logits: Tensor  # float32 [rows, top]: theirs
 
 
-def row_scores(kernel: Kernel, logits: Tensor, targets: Tensor) -> RowScores:
-    """logits [rows, vocab], contiguous, of the kernel's dtype; targets int64 [rows].
+def row_scores(kernel: Kernel, logits: Tensor, targets: Tensor, top: int = 0) -> RowScores:
+    """logits [rows, vocab], contiguous, of the kernel's dtype; targets int64 [rows]; top at most vocab.
 
     A row's numbers depend on nothing but the row, to the bit. From its logits as they are to the log-probability, the
     error is below 3e-7 of it; below 2e-6 where float32 logits differ by so much that their difference is rounded.
+    The list of the best tokens is left open where the norm is NaN, unless it has only one.
 
     Raises:
         IndexError: a target is not within the vocabulary.
     """
     rows, vocab = logits.shape
-    assert logits.is_contiguous() and targets.dtype is torch.int64
+    assert logits.is_contiguous() and targets.dtype is torch.int64 and 0 <= top <= vocab
     targets = targets.contiguous()
     if rows and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
         raise IndexError(f"a target is not within the vocabulary of {vocab}")
     own, peak = torch.empty(2, rows)
     best, rank = torch.empty(2, rows, dtype=torch.int64)
-    found = RowScores(own, peak, torch.empty(rows, dtype=torch.float64), best, rank)
+    norm, top_ids = torch.empty(rows, dtype=torch.float64), torch.empty(rows, top, dtype=torch.int64)
+    found = RowScores(own, peak, norm, best, rank, top_ids, torch.empty(rows, top))
     counter = torch.zeros(1, dtype=torch.int64)
     addresses = [tensor.data_ptr() for tensor in (logits, targets, *found, counter)]
-    kernel(CALL.pack(*addresses, rows, vocab), -(-rows // LOT))
+    kernel(CALL.pack(*addresses, rows, vocab, top), -(-rows // LOT))
     return found

@@ -1,10 +1,11 @@
-"""What a row of logits says of its target and of its best token, as machine code, while the row is in the cache."""
+"""What a row of logits says of its target and of its best tokens, as machine code, while the row is in the cache."""
 
 from __future__ import annotations
 
 import numpy as np
 from numba import carray, from_dtype, njit, types
 
+from lpa_model.kernels.best import COLUMNS, gather_best, sort_best
 from lpa_model.kernels.machine import ZERO, address, as_bits, as_float, compiled, fetch_add, order, prefetch_rows, widen
 
 CALL = np.dtype(
@@ -16,9 +17,12 @@ CALL = np.dtype(
         ("norm", np.int64),  # of float64 [rows]: log of the sum of e^(logit - peak)
         ("best", np.int64),  # of int64 [rows]
         ("rank", np.int64),  # of int64 [rows]
+        ("top_ids", np.int64),  # of int64 [rows, top]: the best tokens
+        ("top_logits", np.int64),  # of float32 [rows, top]
         ("counter", np.int64),  # of an int64, 0: the next lot of rows
         ("rows", np.int64),
         ("vocab", np.int64),
+        ("top", np.int64),
     ]
 )
 LOT = 4  # rows that one thread takes at a time
@@ -27,7 +31,7 @@ SHIFT = np.float32(3 << 22)  # added to a small number, it leaves the nearest in
 
 
 @njit(fastmath={"contract"}, error_model="numpy")  # not to be reordered
-def _exp(x):
+def exp_close(x):
     """e^x for x <= 0, to a unit in the last place, and 1 for 0; it ends at e^-86."""
     x = max(x, np.float32(-86))
     shifted = x * np.float32(1.4426950408889634) + SHIFT
@@ -44,7 +48,7 @@ def _exp(x):
 
 
 @compiled
-def _find_best(row, infinity):
+def find_best(row, infinity):
     """The lowest id of the largest logit, or of NaN; and whether the row has a norm: neither is that nor infinite."""
     peak = low = order(row[0])
     home = 0
@@ -76,7 +80,7 @@ def _sum_exp(row, peak, ahead):
         prefetch_rows(ahead, start, block.shape[0], row.itemsize)
         part = ZERO
         for i in range(block.shape[0]):
-            part += _exp(widen(block[i]) - peak)
+            part += exp_close(widen(block[i]) - peak)
         total += float(part)
     return total
 
@@ -113,18 +117,28 @@ def _work(call, infinity):
     norms = carray(address(call.norm, 0.0), (call.rows,))
     best = carray(address(call.best, 0), (call.rows,))
     ranks = carray(address(call.rank, 0), (call.rows,))
+    top_ids = carray(address(call.top_ids, 0), (call.rows, call.top))
+    top_logits = carray(address(call.top_logits, ZERO), (call.rows, call.top))
+    columns = np.empty(COLUMNS, np.float32)
+    ids, values = np.empty(call.vocab, np.int64), np.empty(call.vocab, np.float32)
     while True:
         first = LOT * fetch_add(call.counter)
         if first >= call.rows:
             return
         for r in range(first, min(first + LOT, call.rows)):
             row = logits[r]
-            best[r], finite = _find_best(row, infinity)
+            best[r], finite = find_best(row, infinity)
             peaks[r] = widen(row[best[r]])
             own[r] = widen(row[targets[r]])
             ahead = call.logits + (r + 1) * logits.strides[0]
             norms[r] = _norm(row, best[r], ahead) if finite else np.nan
             ranks[r] = 1 + _count_before(row, targets[r])
+            if call.top == 1:
+                top_ids[r, 0], top_logits[r, 0] = best[r], peaks[r]
+            elif call.top and finite:
+                gather_best(row, call.top, columns, ids, values)
+                sort_best(ids[: call.top], values[: call.top])
+                top_ids[r], top_logits[r] = ids[: call.top], values[: call.top]
 
 
 SIGNATURE = types.void(types.CPointer(from_dtype(CALL)))

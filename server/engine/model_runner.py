@@ -144,7 +144,7 @@ class ModelRunner:
                 rows.append(at - 1)
         if not sampling:
             return
-        logits = self._head(hidden, rows).float()
+        logits = self._head(hidden, rows)
         tokens = sample(logits, [self._state(request).row(request, masks.get(request.id)) for request in sampling])
         result.tokens = {request.id: token for request, token in zip(sampling, tokens, strict=True)}
         self._score_tokens(sampling, logits, tokens, result)
