@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lpa_model.attention import Attention
 from lpa_model.cache import LatentCache
 from lpa_model.fused import FusedStep, can_fuse
-from lpa_model.kernels import attention, draws, programs, rms_norm, row_scores
+from lpa_model.kernels import attention, draws, masks, programs, rms_norm, row_scores
 from lpa_model.kernels.launch import compile_kernel
 from lpa_model.layers import LowRankLinear, RMSNorm, SwiGLU
 from lpa_model.model import LPAForCausalLM
@@ -152,7 +152,8 @@ def _compile(model: LPAForCausalLM) -> None:
             model.set_submodule(name, CompiledRMSNorm(module))
     for dtype in {weight.dtype, torch.float32}:  # of logits as they are, and of those that something was added to
         compile_kernel(draws.KERNELS[dtype])  # for whoever samples
-    compile_kernel(row_scores.KERNELS[weight.dtype])  # for whoever scores
+    for kernels in (masks.KERNELS, row_scores.KERNELS):
+        compile_kernel(kernels[weight.dtype])  # for whoever samples with constraints, and for whoever scores
 
 
 def _pack(model: LPAForCausalLM) -> None:

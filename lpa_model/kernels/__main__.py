@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from lpa_model.kernels import attention, draws, programs, rms_norm, row_scores
+from lpa_model.kernels import attention, draws, masks, programs, rms_norm, row_scores
 from lpa_model.kernels.launch import compile_kernel
 
 
 def main() -> None:
-    names = [*attention.KERNELS.values(), *row_scores.KERNELS.values(), *draws.KERNELS.values(), rms_norm.KERNEL]
+    names = [name for module in (attention, draws, masks, row_scores) for name in module.KERNELS.values()]
+    names.append(rms_norm.KERNEL)
     if attention.has_tiles():
         names += [attention.TILES_KERNEL, programs.KERNEL]
     for kernel in [compile_kernel(name) for name in names]:

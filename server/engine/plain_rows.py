@@ -6,9 +6,10 @@ row's result depends on its own logits and settings alone, to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -31,6 +32,16 @@ def row_scores(logits: Tensor, targets: Tensor, top: int) -> RowScores:
     pairs = zip(logits.split(CACHED_ROWS), targets.split(CACHED_ROWS), strict=True)
     parts = [_few_row_scores(few.to(torch.float32, copy=True), wanted, top) for few, wanted in pairs]
     return RowScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def copy_allowed(logits: Tensor, masks: Sequence[npt.NDArray[np.uint8] | None]) -> Tensor:
+    """As `lpa_model.kernels.masks.copy_allowed`."""
+    out = logits.to(torch.float32, copy=True)
+    for row, mask in zip(out, masks, strict=True):
+        if mask is not None:
+            bits = np.unpackbits(mask, count=logits.shape[1], bitorder="little")
+            row.masked_fill_(torch.from_numpy(bits == 0).to(logits.device), -torch.inf)
+    return out
 
 
 def argmax(logits: Tensor) -> Tensor:

@@ -25,14 +25,17 @@ import torch
 from torch import Tensor
 
 from lpa_model.kernels import draws, row_scores
+from lpa_model.kernels import masks as row_masks
 from lpa_model.kernels.launch import Kernel, compile_kernel
 from server.engine import plain_rows
 from server.engine.request import Logprobs, SamplingParams
 
 Ids = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.uint8]  # a bit per token, lowest first; 0: not allowed
 Floats = npt.NDArray[np.float32]
 
-MORE_NUMBERS = 4  # times as many as were not enough; most draws take one
+NUMBERS = 2  # at first; a top_p of 0.9 needs more once in 200 draws
+MORE_NUMBERS = 4  # times as many as were not enough
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,7 @@ class SamplingRow:
 
     params: SamplingParams
     draws: Callable[[int], float] = lambda attempt: 0.0  # numbers in [0, 1), each used once
-    grammar_mask: npt.NDArray[np.uint8] | None = None  # a bit per token, lowest first; 0: not allowed
+    grammar_mask: Mask | None = None
     allowed: Ids | None = None
     banned: Sequence[int] = ()
     bias_ids: Ids | None = None
@@ -74,7 +77,7 @@ def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     """What `draw_tokens` says of the rows, with as many random numbers as it takes."""
     kernel = _kernel(draws.KERNELS, logits)
     tokens = [draws.UNDECIDED] * len(rows)
-    pending, numbers = list(range(len(rows))), 1
+    pending, numbers = list(range(len(rows))), NUMBERS
     while pending:
         settings = torch.tensor([_settings(rows[i], numbers) for i in pending], dtype=torch.float64)
         some = logits if len(pending) == len(rows) else logits[pending]
@@ -91,9 +94,8 @@ def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
 
 def _settings(row: SamplingRow, numbers: int) -> tuple[float, ...]:
     p = row.params
-    if p.temperature == 0:
-        return (0.0,) * (4 + numbers)
-    return p.temperature, p.top_k, p.top_p, p.min_p, *map(row.draws, range(numbers))
+    needed = 0 if p.temperature == 0 else 1 if p.top_p == 1 else numbers
+    return p.temperature, p.top_k, p.top_p, p.min_p, *map(row.draws, range(needed)), *(0.0,) * (numbers - needed)
 
 
 def _kernel(names: dict[torch.dtype, str], logits: Tensor) -> Kernel | None:
@@ -108,11 +110,11 @@ def _constrain(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     allowed = [(i, row.allowed) for i, row in enumerate(rows) if row.allowed is not None]
     banned = [(i, np.asarray(row.banned, np.int64)) for i, row in enumerate(rows) if row.banned]
     biased = [(i, row.bias_ids) for i, row in enumerate(rows) if row.bias_ids is not None]
-    masks = [(i, row.grammar_mask) for i, row in enumerate(rows) if row.grammar_mask is not None]
-    if not (allowed or banned or biased or masks):
+    masks = [row.grammar_mask for row in rows]
+    if not (allowed or banned or biased or any(mask is not None for mask in masks)):
         return logits
-    logits = logits.to(torch.float32, copy=True)
-    vocab, flat = logits.shape[1], logits.view(-1)
+    logits = _copy_allowed(logits, masks)
+    flat = logits.view(-1)
     if allowed:
         index = _flat_index(allowed, logits)
         kept = flat[index]
@@ -123,12 +125,15 @@ def _constrain(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     if biased:
         bias = np.concatenate([row.bias for row in rows if row.bias is not None])
         flat[_flat_index(biased, logits)] += torch.from_numpy(bias).to(logits.device)
-    if masks:
-        bits = np.unpackbits(np.stack([mask for _, mask in masks]), axis=1, count=vocab, bitorder="little")
-        forbidden = torch.from_numpy(bits == 0).to(logits.device)
-        for n, (i, _) in enumerate(masks):
-            logits[i].masked_fill_(forbidden[n], -torch.inf)
     return logits
+
+
+def _copy_allowed(logits: Tensor, masks: Sequence[Mask | None]) -> Tensor:
+    """In float32, and -inf where a row's mask forbids."""
+    kernel = _kernel(row_masks.KERNELS, logits)
+    if kernel is None:
+        return plain_rows.copy_allowed(logits, masks)
+    return row_masks.copy_allowed(kernel, logits, masks)
 
 
 def _penalize(steered: Tensor, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -138,7 +143,7 @@ def _penalize(steered: Tensor, logits: Tensor, rows: Sequence[SamplingRow]) -> T
     if not seen:
         return steered
     if steered is logits:
-        steered = logits.to(torch.float32, copy=True)
+        steered = _copy_allowed(logits, [None] * len(rows))
 
     def spread(values: list[float]) -> Tensor:
         repeated = np.repeat(np.array(values, np.float32), [len(ids) for _, ids in seen])
