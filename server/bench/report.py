@@ -13,19 +13,22 @@ from server.bench.load import Timing
 from server.bench.rounds import Target, Workload, measure, medians, ratios
 
 
-def run_rounds(targets: Sequence[Target], workload: Workload) -> dict[str, Any]:
-    """Measure with a live bar on stderr; returns the report: each server's rounds and medians, and their ratios.
+def run_rounds(targets: Sequence[Target], workload: Workload) -> tuple[dict[str, Any], list[list[Timing]]]:
+    """Measure with a live bar on stderr; returns the report: each server's rounds and medians, and their ratios; and
+    for each server the timings of the requests that count and succeeded.
 
     Raises:
         OSError, RequestFailed, ValueError: as `measure`; and ValueError when all of a server's requests failed.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     total = workload.load.requests * (workload.rounds + 1) * len(targets)
+    timings: dict[int, list[Timing]] = {id(target): [] for target in targets}
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=total)
 
         def on_done(timing: Timing, target: Target) -> None:
+            timings[id(target)].append(timing)
             failed = f", {len(target.errors)} errors" if target.errors else ""
             text = f"{target.client.url} round {len(target.rounds) + 1}: last {timing.total:.2f} s{failed}"
             progress.update(task, advance=1, description=text)
@@ -47,7 +50,8 @@ def run_rounds(targets: Sequence[Target], workload: Workload) -> dict[str, Any]:
     report: dict[str, Any] = {"servers": servers}
     if len(targets) == 2:
         report["ratio"] = ratios(targets[0].rounds, targets[1].rounds)
-    return report
+    counted = [of_target[workload.load.requests :] for of_target in timings.values()]  # after the first round
+    return report, [[timing for timing in of_target if timing.error is None] for of_target in counted]
 
 
 def print_report(report: dict[str, Any], title: str) -> None:

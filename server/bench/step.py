@@ -181,8 +181,8 @@ def _row(case: Case, config: LPAConfig, machine: Machine, dtype: Any, runs: list
     }
 
 
-def print_rows(rows: Iterator[dict[str, Any]]) -> None:
-    """A table, its rows shown under a spinner until the last is there."""
+def print_rows(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A table, its rows shown as they come; returns them."""
     from rich.live import Live
     from rich.table import Table
 
@@ -194,9 +194,11 @@ def print_rows(rows: Iterator[dict[str, Any]]) -> None:
     table.add_column("layout", no_wrap=True)
     for name in ("batch", "context", "ms", "tokens/s", "floor ms", "gap", "% by part"):
         table.add_column(name, justify="right", no_wrap=True)
-    first = row = next(rows)  # a mistake shows before the table does
+    shown = []
+    first = next(rows)  # a mistake shows before the table does
     with Live(table, console=console):
         for row in itertools.chain([first], rows):
+            shown.append(row)
             table.add_row(
                 row["kind"],
                 row["layout"],
@@ -211,3 +213,4 @@ def print_rows(rows: Iterator[dict[str, Any]]) -> None:
         f"{row['gemm_gflops']:,.0f} GFLOP/s.",
         highlight=False,
     )
+    return shown

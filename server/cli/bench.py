@@ -30,6 +30,9 @@ Seed = Annotated[int, typer.Option(help="The prompts follow from it.")]
 VocabSize = Annotated[int, typer.Option(min=1, help="Prompt token ids are below this.")]
 ApiKey = Annotated[str | None, typer.Option(help="Sent as a bearer token.", envvar="OPENAI_API_KEY")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Plot = Annotated[
+    Path | None, typer.Option(metavar="FILE.png|.svg", help="Draw a figure; needs the extra `plot` (matplotlib).")
+]
 ScoreApi = Literal["echo", "prompt_logprobs", "perplexity"]
 
 
@@ -60,6 +63,7 @@ def serve(
     pid: Pid = None,
     compare_pid: ComparePid = None,
     api_key: ApiKey = None,
+    plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
     """Streamed greedy completions of random prompts: rates and latencies of any OpenAI-compatible server."""
@@ -69,6 +73,7 @@ def serve(
     from server.bench.serve import complete
 
     with user_errors():
+        _check_plot(plot)
         load = Load(requests=requests or 2 * concurrency, concurrency=concurrency, rate=rate)
         workload = Workload(load=load, input_len=input_len, vocab_size=vocab_size, seed=seed, rounds=rounds)
         targets = [
@@ -83,7 +88,7 @@ def serve(
         ]
     pace = f"{concurrency} at a time" if rate is None else f"{rate:g} a second"
     title = f"{load.requests} requests, {pace}, {input_len} tokens in, {output_len} out"
-    _run(targets, workload, title, as_json)
+    _run(targets, workload, title, plot, as_json)
 
 
 @bench.command()
@@ -105,6 +110,7 @@ def score(
     pid: Pid = None,
     compare_pid: ComparePid = None,
     api_key: ApiKey = None,
+    plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
     """Log-probabilities of random texts: the rate of any server that gives them, by the API that it has."""
@@ -114,28 +120,41 @@ def score(
     from server.bench.score import score_text
 
     with user_errors():
+        _check_plot(plot)
         load = Load(requests=requests or 4 * concurrency, concurrency=concurrency)
         workload = Workload(load=load, input_len=length, vocab_size=vocab_size, seed=seed, rounds=rounds)
         targets = [Target(Client(url, api_key=api_key), model, lambda name: score_text(api, name), pid)]
         if compare is not None:
             other = Client(compare, api_key=api_key)
             targets.append(Target(other, compare_model, lambda name: score_text(compare_api, name), compare_pid))
-    _run(targets, workload, f"{load.requests} texts of {length} tokens, {concurrency} at a time", as_json)
+    title = f"{load.requests} texts of {length} tokens, {concurrency} at a time"
+    _run(targets, workload, title, plot, as_json)
 
 
-def _run(targets: Any, workload: Any, title: str, as_json: bool) -> None:
+def _check_plot(path: Path | None) -> None:
+    """Before anything is measured."""
+    from server.bench.plot import check_plot
+
+    if path is not None:
+        check_plot(path)
+
+
+def _run(targets: Any, workload: Any, title: str, plot: Path | None, as_json: bool) -> None:
     from server.bench.client import RequestFailed
+    from server.bench.plot import plot_servers
     from server.bench.report import print_report, run_rounds
 
     with user_errors():
         try:
-            report = run_rounds(targets, workload)
+            report, timings = run_rounds(targets, workload)
         except RequestFailed as error:
             raise ValueError(error) from error
-    if as_json:
-        typer.echo(json.dumps({"workload": title, **report}, indent=2))
-    else:
-        print_report(report, title)
+        if as_json:
+            typer.echo(json.dumps({"workload": title, **report}, indent=2))
+        else:
+            print_report(report, title)
+        if plot is not None:
+            plot_servers(report, timings, title, plot)
 
 
 @bench.command()
@@ -160,13 +179,16 @@ def step(
     steps: Annotated[int, typer.Option(min=2, help="Decode steps timed.")] = 20,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the products.", show_default="all")] = None,
     dtype: Dtype = None,
+    plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
     """The engine's step without HTTP, beside the least time that its bytes and operations take on this machine."""
+    from server.bench.plot import plot_steps
     from server.bench.step import bench_steps, print_rows
     from server.settings import load_settings
 
     with user_errors():
+        _check_plot(plot)
         settings = load_settings(model=model, dtype=dtype, threads=threads)
         rows = bench_steps(
             settings.model,
@@ -178,9 +200,12 @@ def step(
             threads=settings.threads,
         )
         if as_json:
-            typer.echo(json.dumps(list(rows), indent=2))
+            measured = list(rows)
+            typer.echo(json.dumps(measured, indent=2))
         else:
-            print_rows(rows)
+            measured = print_rows(rows)
+        if plot is not None:
+            plot_steps(measured, f"{settings.model.resolve().name}, {settings.dtype} weights", plot)
 
 
 @bench.command()

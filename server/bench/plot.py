@@ -1,0 +1,133 @@
+"""Figures of what the benchmarks measured, as PNG or SVG; needs the extra `plot`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from server.bench.load import Timing, quantile
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = (".png", ".svg")
+# Okabe and Ito's blue and vermilion: told apart by colour-blind eyes too, and by marker and line besides
+STYLES: tuple[dict[str, Any], ...] = (
+    {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    {"color": "#D55E00", "marker": "s", "linestyle": "--"},
+)
+GREY = "#555555"
+SHARES = (0.5, 0.9, 0.99)  # of a distribution, marked on it
+
+
+def check_plot(path: Path) -> None:
+    """Before anything is measured: whether a figure can be written there.
+
+    Raises:
+        ValueError: of another format, into a folder that is not there, or without matplotlib.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"plot: {path.name!r} ends neither in .png nor in .svg")
+    if not path.parent.is_dir():
+        raise ValueError(f"plot: there is no folder {str(path.parent)!r}")
+    if find_spec("matplotlib") is None:
+        raise ValueError("plot: needs matplotlib: pip install 'lpa-server[plot]'")
+
+
+def plot_servers(report: dict[str, Any], timings: Sequence[Sequence[Timing]], workload: str, path: Path) -> None:
+    """Tokens a second of every round, of one server or two; and where tokens were streamed, how the times to the first
+    one and between two are distributed.
+
+    Args:
+        report: as `run_rounds` returns it.
+        timings: of all requests that count, for each server of the report.
+    """
+    servers = report["servers"]
+    streamed = any(timing.first is not None for of_server in timings for timing in of_server)
+    figure = _figure(13.5 if streamed else 6.5, 4.8)
+    rounds, *latencies = figure.subplots(1, 3 if streamed else 1, squeeze=False)[0]
+    rate = "output_tokens_per_s" if streamed else "input_tokens_per_s"
+    for server, style in zip(servers, STYLES, strict=False):
+        values = [summary[rate] for summary in server["rounds"]]
+        rounds.plot(range(1, len(values) + 1), values, label=f"{server['model']} at {server['url']}", **style)
+    ratio = report.get("ratio", {}).get(rate)
+    spread = "" if ratio is None else f"\nratio {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+    _describe(rounds, f"{'Output' if streamed else 'Scored texts'}{spread}", "round", "tokens per second")
+    rounds.set_ylim(bottom=0)
+    rounds.xaxis.get_major_locator().set_params(integer=True)
+    if streamed:
+        firsts = [[timing.first for timing in mine if timing.first is not None] for mine in timings]
+        _distributions(latencies[0], firsts, "Time to first token", "requests")
+        gaps = [[gap for timing in mine for gap in timing.gaps] for mine in timings]
+        _distributions(latencies[1], gaps, "Inter-token latency", "tokens")
+    names = list(dict.fromkeys(server["model"] for server in servers))
+    figure.suptitle(f"{' and '.join(names)}: {workload}")
+    figure.legend(*rounds.get_legend_handles_labels(), loc="outside lower center", ncols=2 if streamed else 1)
+    _save(figure, path)
+
+
+def plot_steps(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+    """Each row of the table of `lpa bench step`: its measured time beside its floor."""
+    figure = _figure(9, 1.9 + 0.34 * len(rows))
+    axes = figure.subplots()
+    places = range(len(rows))
+    measured, floors = [row["ms"] for row in rows], [row["floor_ms"] for row in rows]
+    axes.hlines(places, floors, measured, color=GREY, linewidth=1.2, zorder=1)
+    axes.scatter(floors, places, color=STYLES[1]["color"], marker="|", s=140, linewidths=2.5, label="floor", zorder=2)
+    axes.scatter(measured, places, color=STYLES[0]["color"], marker="o", s=36, label="measured", zorder=2)
+    for place, row in enumerate(rows):
+        text = f"{row['ms']:,.1f} ms, {row['gap']:.1f}x"
+        axes.annotate(text, (max(row["ms"], row["floor_ms"]), place), (8, 0), textcoords="offset points", va="center")
+    labels = [f"{row['kind']}, {row['layout']}, {row['batch']} x {row['context']}" for row in rows]
+    axes.set_yticks(places, labels)
+    axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
+    axes.set_xscale("log")
+    axes.set_xlim(min(floors) / 1.5, max(measured) * 6)  # room for the last text
+    _describe(axes, "", "milliseconds (logarithmic)", "work, layout, sequences x context")
+    machine = f"{rows[0]['bandwidth_gb_per_s']:.1f} GB/s, {rows[0]['gemm_gflops']:,.0f} GFLOP/s measured in this run"
+    figure.suptitle(f"{title}\nfloor: bytes or operations at {machine}")
+    figure.legend(loc="outside lower center", ncols=2)
+    _save(figure, path)
+
+
+def _distributions(axes: Axes, samples: Sequence[Sequence[float]], title: str, what: str) -> None:
+    """Cumulative shares of times in seconds, up to a little beyond the slowest hundredth."""
+    longest = 0.0
+    for values, style in zip(samples, STYLES, strict=False):
+        if not values:
+            continue
+        ordered = sorted(1e3 * value for value in values)
+        shares = [(i + 1) / len(ordered) for i in range(len(ordered))]
+        axes.plot(ordered, shares, drawstyle="steps-post", color=style["color"], linestyle=style["linestyle"])
+        marks = [quantile(ordered, share) for share in SHARES]
+        axes.plot(marks, SHARES, color=style["color"], marker=style["marker"], linestyle="none")
+        longest = max(longest, *marks)
+    axes.set_xlim(0, 1.1 * longest)
+    axes.set_ylim(0, 1.03)
+    axes.set_yticks([0, 0.25, *SHARES], ["0", "25 %", "50 %", "90 %", "99 %"])
+    _describe(axes, title, "milliseconds", f"share of {what} within")
+
+
+def _figure(width: float, height: float) -> Figure:
+    """In inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _describe(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, fontsize="medium")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
+        figure.savefig(path, dpi=150)
