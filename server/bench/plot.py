@@ -20,6 +20,7 @@ STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#D55E00", "marker": "s", "linestyle": "--"},
 )
 GREY = "#555555"
+WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # behind text, for lines to stop at
 SHARES = (0.5, 0.9, 0.99)  # of a distribution, marked on it
 
 
@@ -54,8 +55,9 @@ def plot_servers(report: dict[str, Any], timings: Sequence[Sequence[Timing]], wo
         values = [summary[rate] for summary in server["rounds"]]
         rounds.plot(range(1, len(values) + 1), values, label=f"{server['model']} at {server['url']}", **style)
     ratio = report.get("ratio", {}).get(rate)
-    spread = "" if ratio is None else f"\nratio {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
-    _describe(rounds, f"{'Output' if streamed else 'Scored texts'}{spread}", "round", "tokens per second")
+    spread = "" if ratio is None else f", ratio {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+    kind = "output" if streamed else "scored"
+    _describe(rounds, f"Throughput{spread}", "round", f"{kind} tokens per second")
     rounds.set_ylim(bottom=0)
     rounds.xaxis.get_major_locator().set_params(integer=True)
     if streamed:
@@ -80,13 +82,18 @@ def plot_steps(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     axes.scatter(measured, places, color=STYLES[0]["color"], marker="o", s=36, label="measured", zorder=2)
     for place, row in enumerate(rows):
         text = f"{row['ms']:,.1f} ms, {row['gap']:.1f}x"
-        axes.annotate(text, (max(row["ms"], row["floor_ms"]), place), (8, 0), textcoords="offset points", va="center")
+        at = (max(row["ms"], row["floor_ms"]), place)
+        axes.annotate(text, at, (8, 0), textcoords="offset points", va="center", bbox=WHITE)
     labels = [f"{row['kind']}, {row['layout']}, {row['batch']} x {row['context']}" for row in rows]
     axes.set_yticks(places, labels)
     axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
-    axes.set_xscale("log")
+    axes.set_xscale("log", subs=[2, 5])
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.xaxis.set_minor_formatter("{x:,g}")
     axes.set_xlim(min(floors) / 1.5, max(measured) * 6)  # room for the last text
-    _describe(axes, "", "milliseconds (logarithmic)", "work, layout, sequences x context")
+    _describe(axes, "by kind of work, layout, batch x context", "milliseconds (logarithmic scale)", "")
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="x", which="minor", alpha=0.3)
     machine = f"{rows[0]['bandwidth_gb_per_s']:.1f} GB/s, {rows[0]['gemm_gflops']:,.0f} GFLOP/s measured in this run"
     figure.suptitle(f"{title}\nfloor: bytes or operations at {machine}")
     figure.legend(loc="outside lower center", ncols=2)

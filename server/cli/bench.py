@@ -205,7 +205,7 @@ def step(
         else:
             measured = print_rows(rows)
         if plot is not None:
-            plot_steps(measured, f"{settings.model.resolve().name}, {settings.dtype} weights", plot)
+            plot_steps(measured, f"Steps of {settings.model.resolve().name}, dtype {settings.dtype}", plot)
 
 
 @bench.command()
