@@ -30,6 +30,7 @@ from lpa_model.kernels.prompts import PromptRows
 from lpa_model.layers import LowRankLinear, RotaryEmbedding, first_half, projection, second_half
 
 TILE = 64  # tokens
+PER_HEAD_ROWS = 16
 
 
 class Span(NamedTuple):
@@ -444,8 +445,18 @@ def _pad_tokens(x: Tensor, before: int, behind: int) -> Tensor:
 
 
 def _per_kv_head(x: Tensor, weight: Tensor) -> Tensor:
-    """x [rows, H, a], weight [H_kv, a, b] -> [rows, H, b]; consecutive query heads share a key-value head."""
+    """x [rows, H, a], weight [H_kv, a, b] -> [rows, H, b]; consecutive query heads share a key-value head.
+
+    Rows are met PER_HEAD_ROWS at a time: a product with more rows, or fewer, might round differently.
+    """
     rows, heads, width = x.shape
     kv_heads = weight.shape[0]
-    by_head = x.reshape(rows, kv_heads, -1, width).transpose(0, 1).flatten(1, 2)  # [H_kv, rows·group, a]
-    return (by_head @ weight).view(kv_heads, rows, heads // kv_heads, -1).transpose(0, 1).flatten(1, 2)
+    tiles = F.pad(x, (0, 0, 0, 0, 0, -rows % PER_HEAD_ROWS)).view(-1, PER_HEAD_ROWS, kv_heads, heads // kv_heads, width)
+    by_head = tiles.transpose(1, 2).flatten(2, 3)  # [tiles, H_kv, PER_HEAD_ROWS·group, a]
+    found = torch.cat([tile @ weight for tile in by_head.unbind()])  # [tiles·H_kv, PER_HEAD_ROWS·group, b]
+    return (
+        found.view(len(tiles), kv_heads, PER_HEAD_ROWS, -1, weight.shape[2])
+        .transpose(1, 2)
+        .flatten(0, 1)[:rows]
+        .flatten(1, 2)
+    )

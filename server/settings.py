@@ -107,6 +107,11 @@ class Settings(BaseSettings):
     kv_cache_memory: int | None = Field(
         None, ge=1, description="Bytes of the cache (default: a modest share of the free memory)."
     )
+    batch_invariant: bool | None = Field(
+        None,
+        description="Texts and log-probabilities depend on nothing else in the batch, to the bit; a request that lost "
+        "its cache computes its generated tokens again one by one (default: where kernels allow it).",
+    )
     enable_prefix_caching: bool = Field(True, description="Reuse the cache of a prompt's beginning between requests.")
     max_queue: int = Field(1024, ge=0, description="Sequences that may wait; one more is answered with 429.")
     request_timeout: float | None = Field(

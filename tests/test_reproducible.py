@@ -1,4 +1,4 @@
-"""In float32 a text's log-probabilities are the same to the bit, alone and in any company, however it is cut up."""
+"""Texts and log-probabilities are the same to the bit, alone and in any company, however they are cut up."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 
+from lpa_model.config import Architecture
+from lpa_model.kernels.attention import has_tiles
+from server.engine.engine import Engine
 from server.engine.request import Request, SamplingParams
-from tests.test_engine import make_engine, prompt
+from tests.conftest import tiny_config, write_checkpoint
+from tests.test_engine import drain, make_engine, prompt, run
 
 TEXTS = [prompt(seed, length) for seed, length in [(1, 120), (2, 65), (3, 64), (4, 9), (5, 2), (6, 100), (7, 127)]]
 
@@ -69,3 +73,101 @@ def test_scores_do_not_depend_on_prefix_hits(tiny_checkpoint: Path, alone: list[
             found = scores([scoring("late", ids, first)], engine)["late"]
             assert found == expected[first:]
     assert engine.take_stats().prefix_cache_hits > 0
+
+
+DTYPES = ["float32", *(["bfloat16"] if has_tiles() else [])]
+TILES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 32, "attention_rank": 32}
+Generated = dict[str, tuple[list[int], list[float]]]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Architecture, Path]:
+    """Models whose sizes fill tiles."""
+    root = tmp_path_factory.mktemp("tiles")
+    both: tuple[Architecture, ...] = ("setting1", "setting2")
+    return {name: write_checkpoint(root / name, tiny_config(name, **TILES)) for name in both}
+
+
+def streams(count: int = 6) -> list[Request]:
+    """Greedy and seeded ones, of different lengths, that report log-probabilities; two begin alike."""
+    requests = []
+    for i in range(count):
+        ids = prompt(30 + i // 2, 40) + prompt(60 + i, 3 + 4 * i)
+        temperature = 0.0 if i % 3 == 0 else 1.0
+        params = SamplingParams(max_tokens=60, temperature=temperature, seed=i, ignore_eos=True, logprobs=2)
+        requests.append(Request(f"s{i}", ids, params))
+    return requests
+
+
+def generated(engine: Engine, requests: list[Request]) -> Generated:
+    found: Generated = {request.id: ([], []) for request in requests}
+    for name, outputs in run(engine, requests).items():
+        for output in outputs:
+            found[name][0].extend(output.token_ids)
+            if output.logprobs is not None:
+                found[name][1].extend(output.logprobs.logprobs)
+    assert all(len(tokens) == len(logprobs) == 60 for tokens, logprobs in found.values())
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("architecture", ["setting1", "setting2"])
+def test_streams_do_not_depend_on_company_chunks_hits_or_preemption(
+    folders: dict[Architecture, Path], architecture: Architecture, dtype: str
+) -> None:
+    def engine(**options: Any) -> Engine:
+        defaults = {"dtype": dtype, "block_size": 32, "batch_invariant": True, "kv_cache_memory": 1 << 22}
+        return make_engine(folders[architecture], **{**defaults, **options})
+
+    alone: Generated = {}
+    for request in streams():
+        alone |= generated(engine(enable_prefix_caching=False), [request])
+    together = engine()
+    assert generated(together, streams()) == alone
+    assert generated(together, streams()[::-1]) == alone
+    assert together.take_stats().prefix_cache_hits > 0
+    assert generated(engine(max_num_batched_tokens=19), streams()) == alone
+    assert generated(engine(threads=2), streams()) == alone
+    for caching in (True, False):
+        tight = engine(kv_cache_memory=_memory(together, blocks=7), enable_prefix_caching=caching)
+        assert generated(tight, streams()) == alone
+        assert tight.take_stats().preemptions > 0
+
+
+def _memory(engine: Engine, blocks: int) -> int:
+    """Bytes of a cache of so many blocks."""
+    cache = engine.runner.cache
+    return blocks * sum(pool[0].nbytes for pool in (*cache.keys, *cache.values))
+
+
+@pytest.mark.skipif(not has_tiles(), reason="in bfloat16 it needs a processor with tiles")
+@pytest.mark.parametrize("architecture", ["setting1", "setting2"])
+def test_bfloat16_scores_do_not_depend_on_chunks_company_or_hits(
+    folders: dict[Architecture, Path], architecture: Architecture
+) -> None:
+    def engine(**options: Any) -> Engine:
+        defaults = {"dtype": "bfloat16", "block_size": 32, "batch_invariant": True, "enable_prefix_caching": False}
+        return make_engine(folders[architecture], **{**defaults, **options})
+
+    expected = {f"t{i}": scores([scoring("x", ids)], engine())["x"] for i, ids in enumerate(TEXTS)}
+    texts = [scoring(f"t{i}", ids) for i, ids in enumerate(TEXTS)]
+    for budget in (5, 64, 2048):
+        company = streams(3)
+        assert scores([*company, *texts], engine(max_num_batched_tokens=budget)) == expected
+        texts = [scoring(f"t{i}", ids) for i, ids in enumerate(TEXTS)]
+    cached = engine(enable_prefix_caching=True)
+    for i, ids in enumerate(TEXTS):
+        scores([scoring("all", ids)], cached)
+        late = len(ids) // 2
+        assert scores([scoring("late", ids, late)], cached)["late"] == expected[f"t{i}"][late:]
+    assert cached.take_stats().prefix_cache_hits > 0
+    drain(cached)
+
+
+def test_it_is_refused_where_it_cannot_be_kept(folders: dict[Architecture, Path]) -> None:
+    options: dict[str, Any] = {"dtype": "bfloat16", "kv_cache_layout": "latent", "block_size": 32}
+    with pytest.raises(ValueError, match="batch_invariant: needs a CPU"):
+        make_engine(folders["setting2"], **options, batch_invariant=True)
+    assert not make_engine(folders["setting2"], **options).scheduler.replays
+    assert not make_engine(folders["setting2"], batch_invariant=False).scheduler.replays
+    assert make_engine(folders["setting2"]).scheduler.replays

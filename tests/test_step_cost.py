@@ -247,13 +247,13 @@ def make_request(length: int, max_tokens: int = 1) -> Request:
 def test_a_text_that_fits_the_next_step_whole_is_not_begun_with_the_little_that_is_left() -> None:
     budget = PromptBudget(StepCost(), 100)
     budget.spend(make_request(80), 0, 80)
-    assert budget.affordable(make_request(20), 0) == 20
-    assert budget.affordable(make_request(101), 0) == 20  # no step holds it
-    assert budget.affordable(make_request(50), 0) == 0
+    assert budget.affordable(make_request(20), 0, 20) == 20
+    assert budget.affordable(make_request(101), 0, 101) == 20  # no step holds it
+    assert budget.affordable(make_request(50), 0, 50) == 0
     assert not budget.open_kinds
     budget = PromptBudget(StepCost(), 100)
     budget.spend(make_request(60), 0, 60)
-    assert budget.affordable(make_request(50), 0) == 40  # not so little
+    assert budget.affordable(make_request(50), 0, 50) == 40  # not so little
 
 
 def test_the_first_prompt_gets_some_whatever_scoring_took() -> None:
@@ -261,9 +261,9 @@ def test_the_first_prompt_gets_some_whatever_scoring_took() -> None:
     cost.observe(0, Work(100, 0, 0), 100.0)
     budget = PromptBudget(cost, 1000, 16.0, 9.0)
     text, prompt = make_request(51, 0), make_request(50)
-    assert budget.affordable(text, 0) == 9
+    assert budget.affordable(text, 0, 50) == 9
     budget.spend(text, 0, 30)  # more than there was
     assert budget.open_kinds == {False}
-    assert budget.affordable(prompt, 0) == MIN_CHUNK
+    assert budget.affordable(prompt, 0, 50) == MIN_CHUNK
     budget.spend(prompt, 0, MIN_CHUNK)
     assert not budget.open_kinds

@@ -1,4 +1,4 @@
-"""Arithmetic of single queries on vectors of 16, of keys or of scores: loops that the compiler does less well by itself.
+"""Arithmetic of single queries on 16 keys or scores at a time: loops that the compiler does less well by itself.
 
 All arguments are addresses, counts and factors.
 """
@@ -32,7 +32,7 @@ LOG2_E = 1.4426950408889634
 
 @intrinsic
 def score(typing: Any, query: Any, keys: Any, stride: Any, parts: Any, scale: Any, out: Any) -> Any:
-    """out float32 [16]: `scale` times the query bfloat16 [32 * parts] . each of 16 rows of keys, `stride` bytes apart."""
+    """out float32 [16]: `scale` times a query bfloat16 [32 * parts] . each of 16 keys, `stride` bytes apart."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         query, keys, stride, parts, scale, out = arguments

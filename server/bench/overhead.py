@@ -116,7 +116,7 @@ def _alone(engine: Engine, streams: int, input_len: int, output_len: int) -> flo
         engine.add_request(Request(f"r{i}", ids, params))
     times = []
     while engine.has_work:
-        streaming = sum(request.is_decode for request in engine.scheduler.running)
+        streaming = sum(request.num_output_tokens > 0 for request in engine.scheduler.running)
         began = time.perf_counter()
         engine.step()
         if streaming == streams:

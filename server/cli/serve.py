@@ -23,7 +23,8 @@ def serve(context: typer.Context) -> None:
     for name, field in Settings.model_fields.items():
         # pydantic reads values of every kind from text, for flags as for variables
         several = get_origin(field.annotation) is tuple
-        kind = bool if field.annotation is bool else list[str] if several else str
+        switch = field.annotation is bool or bool in get_args(field.annotation)
+        kind = bool if switch else list[str] if several else str
         default = None if field.default_factory or several else field.default
         metavar = None if kind is bool else _metavar(field.annotation)
         parameters.append(flag(name, kind, field.description or "", default, metavar))

@@ -15,7 +15,8 @@ import torch
 from lpa_model.cache import LatentCache, bytes_per_token
 from lpa_model.checkpoint import load_model, resolve_dtype
 from lpa_model.config import CacheLayout, LPAConfig
-from lpa_model.inference import prepare_for_inference
+from lpa_model.inference import can_pack, prepare_for_inference
+from lpa_model.model import LPAForCausalLM
 from server.engine.block_manager import BlockManager
 from server.engine.detokenizer import Detokenizer, unfinished_bytes
 from server.engine.grammar import GrammarCompiler
@@ -56,6 +57,7 @@ class EngineOptions:
     kv_cache_layout: str = "auto"
     kv_cache_memory: int | None = None
     enable_prefix_caching: bool = True
+    batch_invariant: bool | None = None
     chat_template: str | None = None
 
 
@@ -273,10 +275,11 @@ def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
     max_model_len = _max_model_len(config, options.max_model_len, num_blocks * options.block_size)
     cache = LatentCache(config, layout, num_blocks, options.block_size, dtype, device)
     prepare_for_inference(model, cache)
+    invariant = _batch_invariant(model, options.batch_invariant)
     give_back_freed_memory()
     keep_freed_memory()
     logger.info(
-        "kv cache: layout %s, %d bytes per token, %d blocks of %d tokens = %d tokens (%.0f MiB); weights %s on %s",
+        "kv cache: layout %s, %d bytes per token, %d blocks of %d tokens = %d tokens (%.0f MiB); weights %s on %s%s",
         layout,
         bytes_per_token(config, layout, dtype),
         num_blocks,
@@ -285,6 +288,7 @@ def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
         num_blocks * block_bytes / 2**20,
         str(dtype).removeprefix("torch."),
         device,
+        "; batch-invariant" if invariant else "",
     )
     scheduler = Scheduler(
         BlockManager(num_blocks, options.block_size, options.enable_prefix_caching),
@@ -293,8 +297,20 @@ def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
         step_budget_ms=options.step_budget_ms,
         eos_token_id=config.eos_token_id,
         max_model_len=max_model_len,
+        replays=invariant,
     )
     return Engine(ModelRunner(model, cache, device, GrammarCompiler(tokenizer)), scheduler, tokenizer)
+
+
+def _batch_invariant(model: LPAForCausalLM, asked: bool | None) -> bool:
+    """Whether results are to depend on nothing else in the batch: if not asked otherwise, where they can be."""
+    possible = model.fused is not None or (model.embed_tokens.weight.dtype is torch.float32 and can_pack(model))
+    if asked and not possible:
+        raise ValueError(
+            "batch_invariant: needs a CPU, and float32 or, on a processor with AMX, bfloat16 of a model whose sizes "
+            "are multiples of 32, with a cache of keys that need not be rebuilt"
+        )
+    return possible if asked is None else asked
 
 
 def _cache_layout(config: LPAConfig, name: str) -> CacheLayout:

@@ -193,11 +193,6 @@ class Request:
         return max(1, len(self.token_ids) - self.is_scoring)
 
     @property
-    def is_decode(self) -> bool:
-        """Whether the next token to compute is the newest generated one."""
-        return self.num_output_tokens > 0 and self.num_computed_tokens == len(self.token_ids) - 1
-
-    @property
     def max_cached_tokens(self) -> int:
         """Prefix hits end here: the position whose logits are needed first must be computed."""
         last = self.num_tokens_to_compute - 1

@@ -81,13 +81,17 @@ class Scheduler:
         step_budget_ms: float,
         eos_token_id: int | None,
         max_model_len: int,
+        replays: bool = True,
     ) -> None:
+        """`replays`: generated tokens that were lost with a preempted request's blocks are computed one by one, as they
+        were at first, and not as if they were a prompt: they are the same to the bit then."""
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.step_budget_ms = step_budget_ms
         self.eos_token_id = eos_token_id
         self.max_model_len = max_model_len
+        self.replays = replays
         self.waiting = WaitingQueue()
         self.running: list[Request] = []  # sorted by order
         self.cost = StepCost()
@@ -109,11 +113,22 @@ class Scheduler:
         """The next step's work; blocks for it are allocated, so it must be run or its requests finished."""
         batch = ScheduledBatch()
         for request in list(self.running):
-            if request.is_decode and self._make_room(request, 1, batch):
+            if self._decodes(request, request.num_computed_tokens) and self._make_room(request, 1, batch):
                 batch.items.append(ScheduledRequest(request, 1, True))
         if self.waiting or len(batch.items) < len(self.running):
             self._schedule_prompts(batch)
         return batch
+
+    def _decodes(self, request: Request, computed: int) -> bool:
+        """Whether the token after `computed` ones is computed as a generated one, which goes alone."""
+        first = request.num_prompt_tokens if self.replays else len(request.token_ids) - 1
+        return request.num_output_tokens > 0 and computed >= first
+
+    def _prompt_end(self, request: Request) -> int:
+        """Tokens up to here are computed as a prompt's."""
+        return (
+            request.num_prompt_tokens if self.replays and request.num_output_tokens else request.num_tokens_to_compute
+        )
 
     def _schedule_prompts(self, batch: ScheduledBatch) -> None:
         budget = self._prompt_budget(len(batch.items))
@@ -121,9 +136,10 @@ class Scheduler:
             if not budget.open_kinds:
                 break
             running = request.status is RequestStatus.RUNNING  # still
-            if request.is_decode or not running or request.is_scoring not in budget.open_kinds:
+            computed = request.num_computed_tokens
+            if self._decodes(request, computed) or not running or request.is_scoring not in budget.open_kinds:
                 continue
-            tokens = budget.affordable(request, request.num_computed_tokens)
+            tokens = budget.affordable(request, computed, self._prompt_end(request))
             if tokens and self._make_room(request, tokens, batch):
                 self._take(request, tokens, budget, batch)
         followers: dict[Request, list[Request]] = {}
@@ -146,7 +162,12 @@ class Scheduler:
             needed = -(-request.num_tokens_to_compute // size) - len(hits)
             if needed > self.blocks.num_available_besides(hits):
                 break  # first come, first served: a smaller one behind it does not overtake
-            if tokens := budget.affordable(request, len(hits) * size):
+            if self._decodes(request, len(hits) * size):
+                self.waiting.remove(request)
+                self._admit(request, hits, batch)
+                self._make_room(request, 1, batch)
+                batch.items.append(ScheduledRequest(request, 1, True))
+            elif tokens := budget.affordable(request, len(hits) * size, self._prompt_end(request)):
                 self.waiting.remove(request)
                 self._admit(request, hits, batch)
                 self._make_room(request, tokens, batch)
@@ -160,7 +181,9 @@ class Scheduler:
         if self.cost.probe_due(num_decodes):
             return PromptBudget(self.cost, 0)
         decode_ms, pass_ms = self.cost.decode_ms(num_decodes), self.cost.pass_ms
-        prompts = len(self.waiting.ready[False]) + sum(not (r.is_decode or r.is_scoring) for r in self.running)
+        prompts = len(self.waiting.ready[False]) + sum(
+            not (r.is_scoring or self._decodes(r, r.num_computed_tokens)) for r in self.running
+        )
         prompt_share = PROMPT_SHARE * max(1.0, prompts / num_decodes)
         prompt_ms, scoring_ms = (
             self.shares[scoring].earn(share * decode_ms, pass_ms, self.step_budget_ms)

@@ -151,14 +151,14 @@ class PromptBudget:
         self._left_ms = {False: total_ms, True: scoring_ms}  # scoring counts as both
         self._begun = {False: False, True: False}
 
-    def affordable(self, request: Request, computed: int) -> int:
-        """Tokens of a request after `computed` ones that fit now; 0 closes the budget to its kind.
+    def affordable(self, request: Request, computed: int, end: int) -> int:
+        """Tokens of a request from `computed` to `end` that fit now; 0 closes the budget to its kind.
 
         The first request of a step always gets some, and so does the first prompt: scoring cannot keep it out. One
         that has not begun and would get only the little that is left, but fits the next step whole, is left to it:
         texts of one length then keep one shape.
         """
-        scoring, asked = request.is_scoring, request.num_tokens_to_compute - computed
+        scoring, asked = request.is_scoring, end - computed
         fixed = self._cost.work_ms(work_of(request, computed, 0))
         variable = max(self._cost.work_ms(work_of(request, computed, asked)) - fixed, 0.0)
         left_ms, whole_ms = min(self._left_ms[False], self._left_ms[scoring]), self._whole_ms[scoring]
