@@ -1,9 +1,9 @@
 """Attention over a flat batch and a paged latent cache.
 
-In the layers the path of a token follows its role alone (steps with few rows may take `fused` past the layers, where
-prompt rows meet latents as decode rows do): prompt and scored tokens go `expanded` (keys and values are rebuilt
-from the latents once and meet ordinary attention), generated tokens take the `decode` path, which reads the pool
-where it lies and, where positions allow it, never rebuilds a key or a value (LPA.md section 4).
+The path of a token follows its role alone: prompt and scored tokens go `expanded` (keys and values are rebuilt from
+the latents once and meet ordinary attention), generated tokens take the `decode` path, which reads the pool where it
+lies and, where positions allow it, never rebuilds a key or a value (LPA.md section 4). A model whose steps are programs
+(see `fused`) has other kernels for both, in which prompt rows too meet latents as they are.
 """
 
 from __future__ import annotations

@@ -87,12 +87,11 @@ def prepare_for_inference(model: LPAForCausalLM, cache: LatentCache | None = Non
         model.fused = FusedStep(model, cache, ready)
         del model.layers, model.lm_head
         _let_go(model)
-        compile_kernel(row_scores.KERNELS[torch.bfloat16])
-        compile_kernel(row_scores.KERNELS[torch.float32])
-        return
-    _compile(model)
-    if can_pack(model):
-        _pack(model)
+    else:
+        _compile_layers(model)
+        if can_pack(model):
+            _pack(model)
+    _compile_for_logits(model.embed_tokens.weight)
 
 
 def _interleave(attention: Attention) -> None:
@@ -139,7 +138,7 @@ def can_pack(model: LPAForCausalLM) -> bool:
     return weight.dtype is torch.float32
 
 
-def _compile(model: LPAForCausalLM) -> None:
+def _compile_layers(model: LPAForCausalLM) -> None:
     """Have kernels compiled where there are some for this model's dtype and device."""
     weight = model.embed_tokens.weight
     decode_kernel = attention.kernel_name(weight.dtype)
@@ -150,10 +149,16 @@ def _compile(model: LPAForCausalLM) -> None:
             module.kernel = compile_kernel(decode_kernel)
         if isinstance(module, RMSNorm) and weight.dtype is torch.bfloat16:
             model.set_submodule(name, CompiledRMSNorm(module))
+
+
+def _compile_for_logits(weight: Tensor) -> None:
+    """The same for whoever samples from logits in the dtype of `weight`, or scores them."""
+    if weight.device.type != "cpu" or weight.dtype not in draws.KERNELS:
+        return
     for dtype in {weight.dtype, torch.float32}:  # of logits as they are, and of those that something was added to
-        compile_kernel(draws.KERNELS[dtype])  # for whoever samples
+        compile_kernel(draws.KERNELS[dtype])
     for kernels in (masks.KERNELS, row_scores.KERNELS):
-        compile_kernel(kernels[weight.dtype])  # for whoever samples with constraints, and for whoever scores
+        compile_kernel(kernels[weight.dtype])
 
 
 def _pack(model: LPAForCausalLM) -> None:
