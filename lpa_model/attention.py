@@ -148,6 +148,21 @@ class AttentionMetadata:
             num_rows=len(positions),
         )
 
+    def cut(self, most: int) -> Iterator[AttentionMetadata]:
+        """The same rows, but for padding, in order and at most so many at a time."""
+        spans: list[Span] = []
+        room = most
+        for span in self.spans:
+            while span.length > room:
+                if room:
+                    spans.append(span._replace(length=room))
+                    span = span._replace(context=span.context + room, length=span.length - room)
+                yield AttentionMetadata.build(spans, self.block_size, self.positions.device)
+                spans, room = [], most
+            spans.append(span)
+            room -= span.length
+        yield AttentionMetadata.build(spans, self.block_size, self.positions.device)
+
     # what only some of the ways through a layer need, once for all layers
 
     @cached_property

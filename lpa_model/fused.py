@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from lpa_model.model import LPAForCausalLM, Setting1Block, Setting2Block
 
 
+MOST_ROWS = 512  # of a program's run: so many stay in the cores' caches from one operation to the next
+
+
 def can_fuse(model: LPAForCausalLM, cache: LatentCache) -> bool:
     """Whether all that a step over this cache meets is there as operations of a program.
 
@@ -188,8 +191,19 @@ class FusedStep:
     def __call__(self, x: Tensor, meta: AttentionMetadata) -> Tensor:
         """x float32 [rows, d], embedded -> [rows, d] as the model's `forward` returns it.
 
-        The result is overwritten by the next step.
+        The result may be overwritten by the next step.
         """
+        if len(x) <= MOST_ROWS:
+            return self._run(x, meta)
+        out = torch.empty(len(x), self.width, dtype=torch.float32 if self.norm is None else torch.bfloat16)
+        row = 0
+        for part in meta.cut(MOST_ROWS):
+            rows = slice(row, row + part.num_rows)
+            out[rows] = self._run(x[rows], part)
+            row = rows.stop
+        return out
+
+    def _run(self, x: Tensor, meta: AttentionMetadata) -> Tensor:
         rows = len(x)
         if rows > self.capacity:
             self._write(max(8, 1 << (rows - 1).bit_length()))

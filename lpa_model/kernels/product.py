@@ -13,7 +13,7 @@ from lpa_model.kernels.records import ADDED, GATED, RELU
 
 ROWS = 32  # of x that meet two strips of weights at a time
 CHUNK = 256  # rows of one item: what stays in a core's second-level cache with the strips
-GROUP = 4  # pairs of strips of one item, where there are many: threads that write side by side hinder each other
+GROUP = 8  # pairs of strips of one item, where there are many: threads that write side by side hinder each other
 STRIP = 16  # outputs side by side in a tile
 PAIR = 2 * STRIP
 AHEAD = 4096  # bytes of a strip asked for ahead of the product
@@ -51,6 +51,7 @@ def work(op, rows, item, room, like):
     found, before = room.sums, room.sums + ROWS * 4 * PAIR
     last, left = 0, 0  # the row and the pair of what has been found before, and is not finished yet
     waiting = False
+    lines = -(-2 * STRIP // max(1, (min(chunk + CHUNK, rows) - chunk) // ROWS))  # of the next strips, for each tile
     for pair in range(first, min(first + group, pairs)):
         part = 2 * (2 * pair // op.group_strips) * op.width
         weight = op.weight + pair * 2 * depth * 1024
@@ -61,16 +62,21 @@ def work(op, rows, item, room, like):
                 _finish(op, row, count, pair, found, like)
             else:
                 x = op.x + row * stride + part
-                _multiply(x, stride, weight, depth, found, op, last, left, before if waiting else 0, like)
+                block = (row - chunk) // ROWS
+                ahead = weight + 2 * depth * 1024 + block * depth * lines * 64
+                if pair + 1 == min(first + group, pairs):
+                    ahead = 0
+                _multiply(x, stride, weight, depth, found, op, last, left, before if waiting else 0, ahead, lines, like)
                 found, before, last, left, waiting = before, found, row, pair, True
     if waiting:
         _finish(op, last, ROWS, left, before, like)
 
 
 @compiled
-def _multiply(x, stride, weight, depth, found, op, row, pair, before, like):
+def _multiply(x, stride, weight, depth, found, op, row, pair, before, ahead, lines, like):
     """x [32, 32 * depth] times two strips at `weight` -> float32 [32, 32] at `found`; meanwhile `before`, the sums of
-    another block, are finished, if that is not 0: tiles and vectors are worked on side by side.
+    another block, are finished, if that is not 0: tiles and vectors are worked on side by side. Of the strips that come
+    next, `lines` lines at `ahead` are asked for with each tile, if that is not 0.
 
     The strips are met again and again, and stay in the first-level cache if the rows do not pass through it.
     """
@@ -80,6 +86,8 @@ def _multiply(x, stride, weight, depth, found, op, row, pair, before, like):
     tiles.zero(2)
     tiles.zero(3)
     for i in range(depth):
+        if ahead:
+            prefetch_rows(ahead, i, 1, 64 * lines)
         tiles.stream(4, x + 64 * i, stride)
         tiles.load(5, weight + 1024 * i, 64)
         tiles.multiply(0, 4, 5)
