@@ -56,12 +56,14 @@ def work(op, rows, item, room, like):
         part = 2 * (2 * pair // op.group_strips) * op.width
         weight = op.weight + pair * 2 * depth * 1024
         for row in range(chunk, min(chunk + CHUNK, rows), ROWS):
-            count = min(ROWS, rows - row)
+            count, x = min(ROWS, rows - row), op.x + row * stride + part
             if count < ROWS:
                 _multiply_some(room.rows + part, room.stride, weight, depth, count, row == chunk, found)
                 _finish(op, row, count, pair, found, like)
+            elif rows == ROWS:  # the strips are met once
+                _multiply_some(x, stride, weight, depth, count, True, found)
+                _finish(op, row, count, pair, found, like)
             else:
-                x = op.x + row * stride + part
                 block = (row - chunk) // ROWS
                 ahead = weight + 2 * depth * 1024 + block * depth * lines * 64
                 if pair + 1 == min(first + group, pairs):
