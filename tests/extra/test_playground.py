@@ -199,8 +199,7 @@ def test_stop_in_the_middle_ends_the_request(open_page: Open, url: str) -> None:
     page.click("#run")
     expect(page.locator("#run")).to_have_text("Stop")
     expect(page.locator("#completion .token").nth(5)).to_be_visible()
-    expect(page.locator("#live-running")).to_have_text("1")
-    page.click("#run")
+    page.click("#run")  # all of it takes little more than a second
     expect(page.locator("#run")).to_have_text("Complete")
     expect(page.locator("#complete-facts")).to_contain_text("stopped")
     assert 5 < page.locator("#completion .token").count() < 1000
