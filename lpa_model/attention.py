@@ -327,7 +327,8 @@ class Attention(nn.Module):
         layers = (self.q_proj, self.k_proj, self.v_proj)
         if self.joint_down is None:
             return tuple(first_half(layer, x) for layer in layers)
-        return self.joint_down(x).split(self.joint_ranks, -1)  # type: ignore[no-any-return]
+        latents: tuple[Tensor, ...] = self.joint_down(x).split(self.joint_ranks, -1)
+        return latents
 
     def _plain(self, x: Tensor, rotary: RotaryEmbedding | None) -> Tensor:
         q, k, v = self._first_halves(x)

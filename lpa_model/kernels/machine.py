@@ -16,6 +16,9 @@ from numba.extending import intrinsic
 # sums may be taken in any order, so that they are vectors; nothing is assumed about infinities and NaN
 compiled = njit(fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy")
 ZERO = np.float32(0)
+LOG2_E = 1.4426950408889634
+# 2^y on [0, 1), a minimax polynomial, highest power first
+SERIES = (1.8775767e-3, 8.9893397e-3, 5.5826318e-2, 2.4015361e-1, 6.9315308e-1, 0.99999994)
 
 
 @intrinsic
@@ -161,14 +164,10 @@ def prefetch_rows(ahead, row, count, size):
 @compiled
 def exp(x):
     """e^x for x <= 0, to 2 units in the last place."""
-    power = max(x * np.float32(1.4426950408889634), np.float32(-126))
+    power = max(x * np.float32(LOG2_E), np.float32(-126))
     whole = np.floor(power)
     y = power - whole
-    # 2^y on [0, 1), a minimax polynomial
-    series = np.float32(1.8775767e-3)
-    series = series * y + np.float32(8.9893397e-3)
-    series = series * y + np.float32(5.5826318e-2)
-    series = series * y + np.float32(2.4015361e-1)
-    series = series * y + np.float32(6.9315308e-1)
-    series = series * y + np.float32(0.99999994)
+    series = np.float32(SERIES[0])
+    for factor in SERIES[1:]:
+        series = series * y + np.float32(factor)
     return series * as_float((np.int32(whole) + np.int32(127)) << np.int32(23))

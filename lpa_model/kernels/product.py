@@ -57,11 +57,9 @@ def work(op, rows, item, room, like):
         weight = op.weight + pair * 2 * depth * 1024
         for row in range(chunk, min(chunk + CHUNK, rows), ROWS):
             count, x = min(ROWS, rows - row), op.x + row * stride + part
-            if count < ROWS:
-                _multiply_some(room.rows + part, room.stride, weight, depth, count, row == chunk, found)
-                _finish(op, row, count, pair, found, like)
-            elif rows == ROWS:  # the strips are met once
-                _multiply_some(x, stride, weight, depth, count, True, found)
+            if count < ROWS or rows == ROWS:  # a part of a block, or strips that are met only once
+                source, step = (x, stride) if count == ROWS else (room.rows + part, room.stride)
+                _multiply_some(source, step, weight, depth, count, row == chunk, found)
                 _finish(op, row, count, pair, found, like)
             else:
                 block = (row - chunk) // ROWS
@@ -83,10 +81,7 @@ def _multiply(x, stride, weight, depth, found, op, row, pair, before, ahead, lin
     The strips are met again and again, and stay in the first-level cache if the rows do not pass through it.
     """
     other, share = weight + 1024 * depth, -(-ROWS // depth)
-    tiles.zero(0)
-    tiles.zero(1)
-    tiles.zero(2)
-    tiles.zero(3)
+    tiles.zero_square()
     for i in range(depth):
         if ahead:
             prefetch_rows(ahead, i, 1, 64 * lines)
@@ -101,20 +96,14 @@ def _multiply(x, stride, weight, depth, found, op, row, pair, before, ahead, lin
         start = i * share
         if before and start < ROWS:
             _finish(op, row + start, min(share, ROWS - start), pair, before + start * 4 * PAIR, like)
-    tiles.store(0, found, 4 * PAIR)
-    tiles.store(1, found + 64, 4 * PAIR)
-    tiles.store(2, found + STRIP * 4 * PAIR, 4 * PAIR)
-    tiles.store(3, found + STRIP * 4 * PAIR + 64, 4 * PAIR)
+    tiles.store_square(found, 4 * PAIR)
 
 
 @compiled
 def _multiply_some(x, stride, weight, depth, count, cold, found):
     """The same for fewer rows. `cold`: the strips have not been read a moment ago."""
     other, both = weight + 1024 * depth, count > STRIP
-    tiles.zero(0)
-    tiles.zero(1)
-    tiles.zero(2)
-    tiles.zero(3)
+    tiles.zero_square()
     for i in range(depth):
         if cold:
             prefetch_rows(weight + 1024 * i + AHEAD, 0, 1, 1024)

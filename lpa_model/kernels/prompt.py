@@ -17,13 +17,12 @@ from numba import carray
 
 from lpa_model.kernels import columns, tiles
 from lpa_model.kernels.columns import COLUMNS, HALF, ROW
-from lpa_model.kernels.machine import ZERO, address, compiled, widen
+from lpa_model.kernels.machine import LOG2_E, ZERO, address, compiled, widen
 from lpa_model.kernels.records import SPAN_FIELDS
 
 TOKENS = 32  # of a tile's products
 BLOCK = 128  # tokens whose scores stay in the first-level cache
 LOT = 2  # tiles of COLUMNS queries that a thread takes at a time
-LOG2_E = 1.4426950408889634
 MARGIN = 8  # powers of two by which a weight may exceed 1
 LOWEST = np.float32(-1e30)  # below all scores, and finite
 
@@ -148,7 +147,7 @@ def _attend_tile(call, span, head, first, room, like):
         for at in range(begin, begin + some, TOKENS):
             block, offset = tables[table + at // call.block_size], at % call.block_size
             keys = call.keys + 2 * width * ((block * call.key_heads + group) * call.block_size + offset)
-            _score(room.queries, keys, width, room.scores + ROW * (at - begin))
+            _multiply(keys, 2 * width, 64, 32 * width, width, True, room.queries, room.scores + ROW * (at - begin))
         _hide_later(context + first + 1 - begin, some, room.scores)
         if call.shared_ends:
             _hide_branches(call, start + first, count, begin, some, room.scores)
@@ -157,7 +156,7 @@ def _attend_tile(call, span, head, first, room, like):
             columns.multiply(room.out, call.value_width, room.factors)
         for d in range(0, call.value_width, 32):
             rows = values + d // 16 * next_strip + 1024 * (begin // TOKENS)
-            _mix(rows, 64, 1024, next_strip, some, begin == 0, room.weights, room.out + ROW * d)
+            _multiply(rows, 64, 1024, next_strip, some, begin == 0, room.weights, room.out + ROW * d)
     columns.shares(room.out, call.value_width // 2, room.sums, room.weights)
     size = call.value_width
     if call.up:
@@ -182,29 +181,6 @@ def _write_rows(pairs, width, count, out, stride):
     for first in range(0, count, 16):
         for i in range(0, width // 2, 16):
             columns.to_rows(pairs + ROW * i + 4 * first, ROW, count - first, out + first * stride + 4 * i, stride)
-
-
-@compiled
-def _score(queries, keys, width, found):
-    """found float32 [TOKENS, COLUMNS] from TOKENS rows of keys [width] and queries."""
-    stride = 2 * width
-    tiles.zero(0)
-    tiles.zero(1)
-    tiles.zero(2)
-    tiles.zero(3)
-    for i in range(width // 32):
-        tiles.load(4, queries + 16 * ROW * i, ROW)
-        tiles.stream(6, keys + 64 * i, stride)
-        tiles.multiply(0, 6, 4)
-        tiles.load(5, queries + 16 * ROW * i + HALF, ROW)
-        tiles.multiply(1, 6, 5)
-        tiles.stream(7, keys + 64 * i + 16 * stride, stride)
-        tiles.multiply(2, 7, 4)
-        tiles.multiply(3, 7, 5)
-    tiles.store(0, found, ROW)
-    tiles.store(1, found + HALF, ROW)
-    tiles.store(2, found + 16 * ROW, ROW)
-    tiles.store(3, found + 16 * ROW + HALF, ROW)
 
 
 @compiled
@@ -245,23 +221,18 @@ def _soften(count, scale, room):
 
 
 @compiled
-def _mix(rows, stride, step, strip, count, fresh, weights, out):
-    """out [32, COLUMNS] from 32 rows of `count` numbers and as many weights, added to what is there if not `fresh`.
+def _multiply(rows, stride, step, strip, count, fresh, columns, out):
+    """out float32 [32, COLUMNS] from 32 rows of `count` numbers times uint32 [count / 2, COLUMNS], two of a column side
+    by side; added to what is there if not `fresh`.
 
     The rows lie `stride` bytes apart, 16 of them `strip`, and 32 numbers in a row `step`.
     """
     if fresh:
-        tiles.zero(0)
-        tiles.zero(1)
-        tiles.zero(2)
-        tiles.zero(3)
+        tiles.zero_square()
     else:
-        tiles.load(0, out, ROW)
-        tiles.load(1, out + HALF, ROW)
-        tiles.load(2, out + 16 * ROW, ROW)
-        tiles.load(3, out + 16 * ROW + HALF, ROW)
+        tiles.load_square(out, ROW)
     for i in range(-(-count // TOKENS)):
-        right, source = weights + 16 * ROW * i, rows + step * i
+        right, source = columns + 16 * ROW * i, rows + step * i
         tiles.load(4, right, ROW)
         tiles.stream(6, source, stride)
         tiles.multiply(0, 6, 4)
@@ -270,10 +241,7 @@ def _mix(rows, stride, step, strip, count, fresh, weights, out):
         tiles.stream(7, source + strip, stride)
         tiles.multiply(2, 7, 4)
         tiles.multiply(3, 7, 5)
-    tiles.store(0, out, ROW)
-    tiles.store(1, out + HALF, ROW)
-    tiles.store(2, out + 16 * ROW, ROW)
-    tiles.store(3, out + 16 * ROW + HALF, ROW)
+    tiles.store_square(out, ROW)
 
 
 @compiled
@@ -282,7 +250,7 @@ def _rebuild(call, head, room, like):
     stride = 2 * call.value_width
     for d in range(0, call.up_width, 32):
         rows = call.up + (head * call.up_width + d) * stride
-        _mix(rows, stride, 64, 16 * stride, call.value_width, True, room.weights, room.out + ROW * d)
+        _multiply(rows, stride, 64, 16 * stride, call.value_width, True, room.weights, room.out + ROW * d)
     if call.up_bias:
         bias = carray(address(call.up_bias + 2 * head * call.up_width, like), (call.up_width,))
         out = carray(address(room.out, ZERO), (call.up_width, COLUMNS))

@@ -6,7 +6,18 @@ import numpy as np
 from numba import carray, from_dtype, njit, types
 
 from lpa_model.kernels.best import COLUMNS, gather_best, sort_best
-from lpa_model.kernels.machine import ZERO, address, as_bits, as_float, compiled, fetch_add, order, prefetch_rows, widen
+from lpa_model.kernels.machine import (
+    LOG2_E,
+    ZERO,
+    address,
+    as_bits,
+    as_float,
+    compiled,
+    fetch_add,
+    order,
+    prefetch_rows,
+    widen,
+)
 
 CALL = np.dtype(
     [
@@ -34,7 +45,7 @@ SHIFT = np.float32(3 << 22)  # added to a small number, it leaves the nearest in
 def exp_close(x):
     """e^x for x <= 0, to a unit in the last place, and 1 for 0; it ends at e^-86."""
     x = max(x, np.float32(-86))
-    shifted = x * np.float32(1.4426950408889634) + SHIFT
+    shifted = x * np.float32(LOG2_E) + SHIFT
     y = x - (shifted - SHIFT) * np.float32(0.6931471805599453)
     # e^y on [-ln 2 / 2, ln 2 / 2], a minimax polynomial
     series = np.float32(1.38145988e-3)

@@ -12,6 +12,7 @@ from numba import types
 from numba.core.cgutils import alloca_once_value, for_range
 from numba.extending import intrinsic
 
+from lpa_model.kernels.machine import LOG2_E
 from lpa_model.kernels.vectors import (
     LANES,
     dot_pairs,
@@ -26,8 +27,6 @@ from lpa_model.kernels.vectors import (
     store,
     sums_of,
 )
-
-LOG2_E = 1.4426950408889634
 
 
 @intrinsic

@@ -87,13 +87,36 @@ def configure():
 
 
 @compiled
-def score(queries, keys, stride, width, found, ahead):
-    """found float32 [TOKENS, 16] from TOKENS rows of keys [width] and queries [width / 2, 16, 2], two dimensions side
-    by side; all addresses. As many rows are asked for at `ahead`, if that is not 0."""
+def zero_square():
+    """Tiles 0 to 3, a square of 32 rows and columns: 0 and 1 side by side, 2 and 3 below them."""
     zero(0)
     zero(1)
     zero(2)
     zero(3)
+
+
+@compiled
+def load_square(address, stride):
+    """Tiles 0 to 3 from float32 [32, 32], its rows `stride` bytes apart."""
+    load(0, address, stride)
+    load(1, address + 64, stride)
+    load(2, address + 16 * stride, stride)
+    load(3, address + 16 * stride + 64, stride)
+
+
+@compiled
+def store_square(address, stride):
+    store(0, address, stride)
+    store(1, address + 64, stride)
+    store(2, address + 16 * stride, stride)
+    store(3, address + 16 * stride + 64, stride)
+
+
+@compiled
+def score(queries, keys, stride, width, found, ahead):
+    """found float32 [TOKENS, 16] from TOKENS rows of keys [width] and queries [width / 2, 16, 2], two dimensions side
+    by side; all addresses. As many rows are asked for at `ahead`, if that is not 0."""
+    zero_square()
     steps = width // 32
     for i in range(steps):
         if ahead:

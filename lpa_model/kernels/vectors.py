@@ -12,6 +12,8 @@ from typing import Any
 from llvmlite import ir
 from numba.core.cgutils import get_or_insert_function
 
+from lpa_model.kernels.machine import LOG2_E, SERIES
+
 LANES = 16
 
 
@@ -33,8 +35,6 @@ INTEGERS = ir.VectorType(ir.IntType(32), LANES)
 HALVES = ir.VectorType(ir.IntType(16), LANES)
 ALL, AS_SET = ir.IntType(16)(-1), ir.IntType(32)(4)  # lanes, and the rounding mode of the moment
 DOWN = ir.IntType(32)(9)  # to whole numbers, towards -infinity, without a signal
-# 2^y on [0, 1), a minimax polynomial, highest power first: as in `machine.exp`
-SERIES = (1.8775767e-3, 8.9893397e-3, 5.5826318e-2, 2.4015361e-1, 6.9315308e-1, 0.99999994)
 
 
 def floats(value: float) -> Any:
@@ -86,7 +86,7 @@ def exp2(builder: Any, power: Any) -> Any:
 
 def silu(builder: Any, x: Any) -> Any:
     """x / (1 + e^-x)."""
-    power = builder.fmul(x, floats(-1.4426950408889634))
+    power = builder.fmul(x, floats(-LOG2_E))
     power = builder.select(builder.fcmp_ordered(">", power, floats(126)), floats(126), power)  # infinity has no inverse
     below = builder.fadd(exp2(builder, power), floats(1))
     # an estimate to 14 bits, and a step of Newton's

@@ -162,15 +162,16 @@ class Scheduler:
             needed = -(-request.num_tokens_to_compute // size) - len(hits)
             if needed > self.blocks.num_available_besides(hits):
                 break  # first come, first served: a smaller one behind it does not overtake
-            if self._decodes(request, len(hits) * size):
-                self.waiting.remove(request)
-                self._admit(request, hits, batch)
-                self._make_room(request, 1, batch)
+            decodes = self._decodes(request, len(hits) * size)
+            tokens = 1 if decodes else budget.affordable(request, len(hits) * size, self._prompt_end(request))
+            if not tokens:
+                continue
+            self.waiting.remove(request)
+            self._admit(request, hits, batch)
+            self._make_room(request, tokens, batch)
+            if decodes:
                 batch.items.append(ScheduledRequest(request, 1, True))
-            elif tokens := budget.affordable(request, len(hits) * size, self._prompt_end(request)):
-                self.waiting.remove(request)
-                self._admit(request, hits, batch)
-                self._make_room(request, tokens, batch)
+            else:
                 self._take(request, tokens, budget, batch)
                 self._join(batch.items[-1], followers, batch)
 
