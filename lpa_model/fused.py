@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 MOST_ROWS = 512  # of a program's run: so many stay in the cores' caches from one operation to the next
 
 
-def can_fuse(model: LPAForCausalLM, cache: LatentCache) -> bool:
-    """Whether all that a step over this cache meets is there as operations of a program.
+def rebuilds_keys(model: LPAForCausalLM, cache: LatentCache) -> bool:
+    """Whether cached keys are latents that have to become keys before they can be turned."""
+    return model.rotary is not None and any(keys_latent for keys_latent, _ in cache.forms)
 
-    Keys that have to be rebuilt from latents before they can be turned are not.
-    """
+
+def can_fuse(model: LPAForCausalLM, cache: LatentCache) -> bool:
+    """Whether all that a step over this cache meets is there as operations of a program; rebuilding keys is not."""
     linears = [module for block in model.layers for module in block.modules() if isinstance(module, nn.Linear)]
     gates = [module.gate_proj for module in model.modules() if isinstance(module, SwiGLU)]
     return (
@@ -43,7 +45,7 @@ def can_fuse(model: LPAForCausalLM, cache: LatentCache) -> bool:
         and model.config.head_size % 32 == 0
         and all(isinstance(gate, nn.Linear) for gate in gates)
         and cache.block_size % 32 == 0
-        and not (model.rotary is not None and any(keys_latent for keys_latent, _ in cache.forms))
+        and not rebuilds_keys(model, cache)
     )
 
 

@@ -164,8 +164,9 @@ def test_bfloat16_scores_do_not_depend_on_chunks_company_or_hits(
     drain(cached)
 
 
-def test_it_is_refused_where_it_cannot_be_kept(folders: dict[Architecture, Path]) -> None:
-    options: dict[str, Any] = {"dtype": "bfloat16", "kv_cache_layout": "latent", "block_size": 32}
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_it_is_refused_where_it_cannot_be_kept(folders: dict[Architecture, Path], dtype: str) -> None:
+    options: dict[str, Any] = {"dtype": dtype, "kv_cache_layout": "latent", "block_size": 32}
     with pytest.raises(ValueError, match="batch_invariant: needs a CPU"):
         make_engine(folders["setting2"], **options, batch_invariant=True)
     assert not make_engine(folders["setting2"], **options).scheduler.replays

@@ -15,6 +15,7 @@ import torch
 from lpa_model.cache import LatentCache, bytes_per_token
 from lpa_model.checkpoint import load_model, resolve_dtype
 from lpa_model.config import CacheLayout, LPAConfig
+from lpa_model.fused import rebuilds_keys
 from lpa_model.inference import can_pack, prepare_for_inference
 from lpa_model.model import LPAForCausalLM
 from server.engine.block_manager import BlockManager
@@ -275,7 +276,7 @@ def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
     max_model_len = _max_model_len(config, options.max_model_len, num_blocks * options.block_size)
     cache = LatentCache(config, layout, num_blocks, options.block_size, dtype, device)
     prepare_for_inference(model, cache)
-    invariant = _batch_invariant(model, options.batch_invariant)
+    invariant = _batch_invariant(model, cache, options.batch_invariant)
     give_back_freed_memory()
     keep_freed_memory()
     logger.info(
@@ -302,9 +303,10 @@ def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
     return Engine(ModelRunner(model, cache, device, GrammarCompiler(tokenizer)), scheduler, tokenizer)
 
 
-def _batch_invariant(model: LPAForCausalLM, asked: bool | None) -> bool:
+def _batch_invariant(model: LPAForCausalLM, cache: LatentCache, asked: bool | None) -> bool:
     """Whether results are to depend on nothing else in the batch: if not asked otherwise, where they can be."""
-    possible = model.fused is not None or (model.embed_tokens.weight.dtype is torch.float32 and can_pack(model))
+    exact = model.embed_tokens.weight.dtype is torch.float32 and can_pack(model) and not rebuilds_keys(model, cache)
+    possible = model.fused is not None or exact
     if asked and not possible:
         raise ValueError(
             "batch_invariant: needs a CPU, and float32 or, on a processor with AMX, bfloat16 of a model whose sizes "
