@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lpa_model.attention import AttentionMetadata
 from lpa_model.cache import LatentCache
 from lpa_model.kernels import records
-from lpa_model.kernels.attention import call_of_layer, has_tiles, scratch_of_step
+from lpa_model.kernels.attention import call_of_layer, scratch_of_step
+from lpa_model.kernels.instructions import paired_products
 from lpa_model.kernels.launch import Kernel
 from lpa_model.kernels.programs import PAIR, STRIP, Program, fits, product, tiled, tiled_gates
 from lpa_model.kernels.prompts import NO_PROMPTS
@@ -40,7 +41,7 @@ def can_fuse(model: LPAForCausalLM, cache: LatentCache) -> bool:
     return (
         model.embed_tokens.weight.dtype is torch.bfloat16
         and model.embed_tokens.weight.device.type == "cpu"
-        and has_tiles()
+        and bool(paired_products())
         and all(fits(linear.weight) for linear in linears)
         and model.config.head_size % 32 == 0
         and all(isinstance(gate, nn.Linear) for gate in gates)

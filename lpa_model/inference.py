@@ -12,6 +12,7 @@ from lpa_model.attention import Attention
 from lpa_model.cache import LatentCache
 from lpa_model.fused import FusedStep, can_fuse
 from lpa_model.kernels import attention, draws, masks, programs, rms_norm, row_scores
+from lpa_model.kernels.instructions import paired_products
 from lpa_model.kernels.launch import compile_kernel
 from lpa_model.layers import LowRankLinear, RMSNorm, SwiGLU
 from lpa_model.model import LPAForCausalLM
@@ -70,12 +71,15 @@ class PackedSwiGLU(nn.Module):
 def prepare_for_inference(model: LPAForCausalLM, cache: LatentCache | None = None) -> None:
     """Change a loaded model in place: rotary pairs side by side, and one product for the A of q, k and v.
 
-    With a cache, and where the processor has tiles, its steps over that cache become programs and the layers are let
-    go. Otherwise, where torch has oneDNN (and the processor multiplies bfloat16, if the weights are), weights are laid
-    out for it, the feed-forward layers are fused, and the tensors as they were loaded are let go. In float32 a row's
-    product is then the same to the bit in any number of rows above one; plain products differ from 12 rows to 16.
+    With a cache, and where the processor multiplies pairs of bfloat16, its steps over that cache become programs and
+    the layers are let go. Otherwise, where torch has oneDNN (and the processor multiplies bfloat16, if the weights are),
+    weights are laid out for it, the feed-forward layers are fused, and the tensors as they were loaded are let go. In
+    float32 a row's product is then the same to the bit in any number of rows above one; plain products differ from 12
+    rows to 16.
     """
-    kernel = compile_kernel(programs.KERNEL) if cache is not None and can_fuse(model, cache) else None
+    kernel = None
+    if cache is not None and can_fuse(model, cache):
+        kernel = compile_kernel(programs.KERNELS[paired_products()[0]])
     for module in model.modules():
         if isinstance(module, Attention):
             if model.rotary is not None:

@@ -13,11 +13,13 @@ from lpa_model.cache import LatentCache
 from lpa_model.config import Architecture, CacheLayout
 from lpa_model.fused import can_fuse
 from lpa_model.inference import prepare_for_inference
-from lpa_model.kernels.attention import has_tiles
+from lpa_model.kernels.instructions import paired_products
 from lpa_model.model import LPAForCausalLM
 from tests.conftest import random_model, tiny_config
 
-pytestmark = pytest.mark.skipif(not has_tiles(), reason="programs need a processor with tiles of bfloat16")
+pytestmark = pytest.mark.skipif(
+    not paired_products(), reason="programs need a processor that multiplies pairs of bfloat16"
+)
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 64

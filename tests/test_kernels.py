@@ -19,14 +19,15 @@ from torch import Tensor
 
 from lpa_model import kernels
 from lpa_model.inference import CompiledRMSNorm
-from lpa_model.kernels.attention import KERNELS, TILES_KERNEL, DecodeRows, decode_attention, has_tiles
+from lpa_model.kernels.attention import KERNELS, PAIRED_KERNELS, DecodeRows, decode_attention
+from lpa_model.kernels.instructions import paired_products
 from lpa_model.kernels.launch import Kernel, compile_kernel
 from lpa_model.layers import RMSNorm
 
 SCALE = 0.7
 
 
-NAMES = [*KERNELS.values(), *([TILES_KERNEL] if has_tiles() else [])]
+NAMES = [*KERNELS.values(), *(PAIRED_KERNELS[name] for name in paired_products())]
 
 
 def kernel_of(name: str) -> Kernel:

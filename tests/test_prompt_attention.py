@@ -13,15 +13,18 @@ from torch import Tensor
 
 from lpa_model.attention import AttentionMetadata, Span
 from lpa_model.kernels import records
-from lpa_model.kernels.attention import call_of_layer, has_tiles
+from lpa_model.kernels.attention import call_of_layer
+from lpa_model.kernels.instructions import paired_products
 from lpa_model.kernels.launch import compile_kernel
-from lpa_model.kernels.programs import KERNEL, Program
+from lpa_model.kernels.programs import KERNELS, Program
 from lpa_model.kernels.prompts import NO_PROMPTS
 
-pytestmark = pytest.mark.skipif(not has_tiles(), reason="the kernel needs a processor with tiles of bfloat16")
-
+pytestmark = pytest.mark.skipif(
+    not paired_products(), reason="the kernel needs a processor that multiplies pairs of bfloat16"
+)
 
 BLOCK_SIZE = 64
+INSTRUCTIONS = st.sampled_from(paired_products() or ["none"])
 
 
 @dataclass
@@ -32,10 +35,11 @@ class Texts:
     keys: Tensor  # [batch, T, H_kv, dh]
     values: Tensor
     branches: tuple[int, ...]
+    instructions: str
 
     def attend(self, context: int = 0, texts: slice = slice(None), end: int | None = None) -> Tensor:
         """[batch, T - context, H, dh], computed in one go, without what is behind `end`."""
-        kernel = compile_kernel(KERNEL).result()
+        kernel = compile_kernel(KERNELS[self.instructions]).result()
         assert kernel is not None
         q, keys, values = self.q[texts, context:end], self.keys[texts, :end], self.values[texts, :end]
         batch, length, heads, width = q.shape
@@ -85,7 +89,7 @@ def texts(draw: st.DrawFn) -> Texts:
     def numbers(heads: int) -> Tensor:
         return torch.randn(batch, length, heads, width, generator=generator).mul(spread).bfloat16()
 
-    return Texts(numbers(key_heads * group), numbers(key_heads), numbers(key_heads), branches)
+    return Texts(numbers(key_heads * group), numbers(key_heads), numbers(key_heads), branches, draw(INSTRUCTIONS))
 
 
 @settings(deadline=None, max_examples=80)
@@ -113,14 +117,15 @@ def test_a_query_depends_on_what_it_sees_alone(case: Texts, data: st.DataObject)
         torch.set_num_threads(threads)
 
 
-def test_what_is_not_a_number_stays_where_it_is_seen() -> None:
+@pytest.mark.parametrize("instructions", paired_products())
+def test_what_is_not_a_number_stays_where_it_is_seen(instructions: str) -> None:
     generator = torch.Generator().manual_seed(0)
     q, keys, values = (torch.randn(2, 70, 2, 32, generator=generator).bfloat16() for _ in range(3))
-    clean = Texts(q, keys, values, ()).attend()
+    clean = Texts(q, keys, values, (), instructions).attend()
     for spoiled in (0, 1):
         parts = [q.clone(), keys.clone(), values.clone()]
         parts[1 + spoiled][0, 64:] = np.nan  # a later tile of the first text
-        found = Texts(*parts, ()).attend()
+        found = Texts(*parts, (), instructions).attend()
         assert torch.equal(found[0, :64], clean[0, :64])
         assert found[0, 69].isnan().all()
         assert torch.equal(found[1], clean[1])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lpa_model.config import Architecture
-from lpa_model.kernels.attention import has_tiles
+from lpa_model.kernels.instructions import paired_products
 from server.engine.engine import Engine
 from server.engine.request import Request, SamplingParams
 from tests.conftest import tiny_config, write_checkpoint
@@ -75,7 +75,7 @@ def test_scores_do_not_depend_on_prefix_hits(tiny_checkpoint: Path, alone: list[
     assert engine.take_stats().prefix_cache_hits > 0
 
 
-DTYPES = ["float32", *(["bfloat16"] if has_tiles() else [])]
+DTYPES = ["float32", *(["bfloat16"] if paired_products() else [])]
 TILES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 32, "attention_rank": 32}
 Generated = dict[str, tuple[list[int], list[float]]]
 
@@ -140,7 +140,7 @@ def _memory(engine: Engine, blocks: int) -> int:
     return blocks * sum(pool[0].nbytes for pool in (*cache.keys, *cache.values))
 
 
-@pytest.mark.skipif(not has_tiles(), reason="in bfloat16 it needs a processor with tiles")
+@pytest.mark.skipif(not paired_products(), reason="in bfloat16 it needs a processor that multiplies pairs of it")
 @pytest.mark.parametrize("architecture", ["setting1", "setting2"])
 def test_bfloat16_scores_do_not_depend_on_chunks_company_or_hits(
     folders: dict[Architecture, Path], architecture: Architecture

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from lpa_model.kernels import attention, draws, masks, programs, rms_norm, row_scores
+from lpa_model.kernels.instructions import paired_products
 from lpa_model.kernels.launch import compile_kernel
 
 
 def main() -> None:
     names = [name for module in (attention, draws, masks, row_scores) for name in module.KERNELS.values()]
     names.append(rms_norm.KERNEL)
-    if attention.has_tiles():
-        names += [attention.TILES_KERNEL, programs.KERNEL]
+    for multiplies in paired_products()[:1]:
+        names += [attention.PAIRED_KERNELS[multiplies], programs.KERNELS[multiplies]]
     for kernel in [compile_kernel(name) for name in names]:
         kernel.result()
 

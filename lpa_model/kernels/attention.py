@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lpa_model.kernels.instructions import TILES, VECTORS, paired_products
 from lpa_model.kernels.launch import Kernel
 from lpa_model.kernels.records import CALL
 
@@ -19,20 +20,19 @@ KERNELS = {
     torch.bfloat16: "lpa_model.kernels.decode.decode_bfloat16",
     torch.float32: "lpa_model.kernels.decode.decode_float32",
 }
-TILES_KERNEL = "lpa_model.kernels.decode.decode_bfloat16_tiles"  # for processors with AMX
+PAIRED_KERNELS = {  # for bfloat16, where the processor multiplies pairs of it
+    TILES: "lpa_model.kernels.decode.decode_bfloat16_in_tiles",
+    VECTORS: "lpa_model.kernels.decode.decode_bfloat16_in_vectors",
+}
 TILE_TOKENS = 128  # at most, in whole blocks: what one thread attends to at a time
 CALL_BYTES = Struct(f"{len(CALL.names or ()) - 1}qd")
 
 
 def kernel_name(dtype: torch.dtype) -> str | None:
     """The kernel for a cache of `dtype` on this processor."""
-    return TILES_KERNEL if dtype is torch.bfloat16 and has_tiles() else KERNELS.get(dtype)
-
-
-def has_tiles() -> bool:
-    """Whether the processor multiplies tiles of bfloat16; if so, the process may use them from here on."""
-    ask = getattr(torch.cpu, "_init_amx", None)  # a private function
-    return bool(ask()) if ask is not None else False
+    if dtype is torch.bfloat16 and paired_products():
+        return PAIRED_KERNELS[paired_products()[0]]
+    return KERNELS.get(dtype)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections import namedtuple
 import numpy as np
 from numba import carray, from_dtype, types
 
-from lpa_model.kernels import prompt, singles, tiles
+from lpa_model.kernels import paired, prompt, singles, tiles
 from lpa_model.kernels.machine import ZERO, address, compiled, exp, fetch_add, narrow, prefetch_rows, widen
 from lpa_model.kernels.records import CALL
 
@@ -217,7 +217,7 @@ def _mix_by_head(call, weights, at, values, tokens, out, ahead):
 
 
 @compiled
-def _attend(call, item, q, scores, room, like):
+def _attend(call, item, q, scores, room, like, tiled):
     """One item: its maximum, sum and weighted values, not normalised, go to `stats` and `partial`. Returns its row.
 
     What is read next is asked for a block or a head ahead: the processor's own guesses end at every page.
@@ -262,7 +262,10 @@ def _attend(call, item, q, scores, room, like):
             soon = call.keys + table[b + 1] * keys.strides[0]
         if room is not None and call.key_tiles:
             scale = np.float32(call.scale)
-            tiles.scores(keys[table[b], 0], room.queries, scale, scores, at, room.found, soon)
+            if tiled is None:
+                paired.scores(keys[table[b], 0], room.queries, scale, scores, at, room.found, soon)
+            else:
+                tiles.scores(keys[table[b], 0], room.queries, scale, scores, at, room.found, soon)
         elif room is not None and vectors:
             _scores_in_vectors(call, queries, keys[table[b]], count, scores, at, soon)
         else:
@@ -291,6 +294,8 @@ def _attend(call, item, q, scores, room, like):
             soon = call.values + table[b + 1] * values.strides[0]
         if room is None or not call.value_tiles:
             _mix_by_head(call, scores, at, values[table[b]], count, out, soon)
+        elif tiled is None:
+            paired.mix(room.weights, at, values[table[b], 0], count, room.values, room.total[:heads], soon)
         else:
             tiles.mix(room.weights, at, values[table[b], 0], count, room.values, room.total, soon)
     if room is not None and call.value_tiles:
@@ -337,7 +342,7 @@ def _merge(call, row, like):
 
 
 @compiled
-def _work(call, room, like):
+def _work(call, room, like, tiled):
     """Take items until none is left; the thread that ends a row's last item merges the row."""
     first_items = carray(address(call.first_items, 0), (call.rows + 1,))
     q = np.empty((call.heads, call.key_width), np.float32)
@@ -346,19 +351,19 @@ def _work(call, room, like):
         item = fetch_add(call.counters)
         if item >= call.items:
             return
-        row = _attend(call, item, q, scores, room, like)
+        row = _attend(call, item, q, scores, room, like, tiled)
         if fetch_add(call.counters + 8 * (1 + row)) + 1 == first_items[row + 1] - first_items[row]:
             _merge(call, row, like)
             fetch_add(call.counters + 8 * (1 + call.rows))
 
 
 Room = namedtuple("Room", ["queries", "turned", "found", "weights", "values", "total"])
-"""What one thread's products of tiles need beside the cache: see `tiles`."""
+"""What one thread's products of tiles, or of vectors in their place, need beside the cache: see `tiles`."""
 
 
 @compiled
-def work_tiles(call, like):
-    """All of the work, by a thread whose tiles are configured."""
+def work_in_vectors(call, like, tiled):
+    """All of the work; products of what all heads share in tiles if `tiled`, by a thread whose tiles are configured."""
     heads = max(call.heads, tiles.HEADS)
     room = Room(
         np.zeros((call.key_width // 2, heads, 2), np.uint16),
@@ -368,21 +373,25 @@ def work_tiles(call, like):
         np.empty((tiles.TOKENS // 2, call.value_width), np.uint32),
         np.empty((heads, call.value_width), np.float32),
     )
-    _work(call, room, like)
+    _work(call, room, like, tiled)
 
 
 SIGNATURE = types.void(types.CPointer(from_dtype(CALL)))
 
 
 def decode_bfloat16(call):
-    _work(carray(call, (1,))[0], None, np.uint16(0))
+    _work(carray(call, (1,))[0], None, np.uint16(0), None)
 
 
-def decode_bfloat16_tiles(call):
+def decode_bfloat16_in_vectors(call):
+    work_in_vectors(carray(call, (1,))[0], np.uint16(0), None)
+
+
+def decode_bfloat16_in_tiles(call):
     tiles.configure()
-    work_tiles(carray(call, (1,))[0], np.uint16(0))
+    work_in_vectors(carray(call, (1,))[0], np.uint16(0), True)
     tiles.release()
 
 
 def decode_float32(call):
-    _work(carray(call, (1,))[0], None, ZERO)
+    _work(carray(call, (1,))[0], None, ZERO, None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from numba import carray
 
-from lpa_model.kernels import sums, tiles
+from lpa_model.kernels import paired, sums, tiles
 from lpa_model.kernels.machine import ZERO, address, compiled, prefetch_rows, widen
 from lpa_model.kernels.records import ADDED, GATED, RELU
 
@@ -42,7 +42,7 @@ def prepare(op, rows, room, like):
 
 
 @compiled
-def work(op, rows, item, room, like):
+def work(op, rows, item, room, like, tiled):
     """Some pairs of strips for one chunk of rows."""
     pairs, group = op.strips // 2, _group(op, rows)
     groups = -(-pairs // group)
@@ -57,9 +57,12 @@ def work(op, rows, item, room, like):
         weight = op.weight + pair * 2 * depth * 1024
         for row in range(chunk, min(chunk + CHUNK, rows), ROWS):
             count, x = min(ROWS, rows - row), op.x + row * stride + part
-            if count < ROWS or rows == ROWS:  # a part of a block, or strips that are met only once
+            if tiled is None or count < ROWS or rows == ROWS:  # a part of a block, or strips that are met only once
                 source, step = (x, stride) if count == ROWS else (room.rows + part, room.stride)
-                _multiply_some(source, step, weight, depth, count, row == chunk, found)
+                if tiled is None:
+                    paired.multiply_strips(source, step, weight, weight + 1024 * depth, depth, count, found)
+                else:
+                    _multiply_some(source, step, weight, depth, count, row == chunk, found)
                 _finish(op, row, count, pair, found, like)
             else:
                 block = (row - chunk) // ROWS

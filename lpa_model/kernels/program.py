@@ -60,9 +60,9 @@ def _pieces(op, rows):
 
 
 @compiled
-def _work(op, rows, item, room, prompt_room, like):
+def _work(op, rows, item, room, prompt_room, like, tiled):
     if op.kind == PRODUCT:
-        product.work(op, rows, item, room, like)
+        product.work(op, rows, item, room, like, tiled)
     elif op.kind == RMS_NORM:
         x, out = op.x + item * op.x_stride, op.out + item * op.out_stride
         norm.rms_norm_row(x, op.weight, out, op.width, op.eps, like)
@@ -80,7 +80,7 @@ def _work(op, rows, item, room, prompt_room, like):
         elif op.kind == TILE_VALUES:
             prompt.tile_values(call, item, like)
         else:
-            prompt.attend(call, item, prompt_room, like)
+            prompt.attend(call, item, prompt_room, like, tiled)
 
 
 @compiled
@@ -90,20 +90,21 @@ def _aligned(start):
 
 
 @compiled
-def _run(program, like):
+def _run(program, like, tiled):
     rows = np.empty((product.ROWS, program.widest), np.uint16)
     sums = np.empty((2 * product.ROWS + 1, product.PAIR), np.float32)
     room = Room(rows.ctypes.data, 2 * program.widest, _aligned(sums.ctypes.data))
     scratch = np.empty((prompt.room_rows(program.widest) + 1, columns.COLUMNS), np.float32)
     prompt_room = prompt.room(program.widest, _aligned(scratch.ctypes.data))
     ops = carray(_op_at(program.ops), (program.operations,))
-    tiles.configure()
+    if tiled is not None:
+        tiles.configure()
     for i in range(program.operations):
         op = ops[i]
         if op.kind == ATTENTION:
             call = carray(_call_at(op.x), (1,))[0]
             if call.rows:
-                decode.work_tiles(call, like)
+                decode.work_in_vectors(call, like, tiled)
                 _wait_until(call.counters + 8 * (1 + call.rows), call.rows)
             continue
         taken = program.counters + 16 * i
@@ -113,17 +114,22 @@ def _run(program, like):
         if op.kind == PRODUCT and item < items:
             product.prepare(op, program.rows, room, like)
         while item < items:
-            _work(op, program.rows, item, room, prompt_room, like)
+            _work(op, program.rows, item, room, prompt_room, like, tiled)
             fetch_add(done)
             item = fetch_add(taken)
         if i + 1 < program.operations:
             _wait_until(done, items)
-    tiles.release()
+    if tiled is not None:
+        tiles.release()
     return scratch[0, 0] + sums[0, 0] + rows[0, 0]  # alive until here
 
 
 SIGNATURE = types.void(types.CPointer(from_dtype(PROGRAM)))
 
 
-def run_program(program):
-    _run(carray(program, (1,))[0], np.uint16(0))
+def run_in_vectors(program):
+    _run(carray(program, (1,))[0], np.uint16(0), None)
+
+
+def run_in_tiles(program):
+    _run(carray(program, (1,))[0], np.uint16(0), True)

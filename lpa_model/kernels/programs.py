@@ -1,4 +1,4 @@
-"""Programs of products, norms and attention on torch's tensors, for processors with tiles of bfloat16."""
+"""Programs of products, norms and attention on torch's tensors, for processors that multiply pairs of bfloat16."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lpa_model.kernels import records
+from lpa_model.kernels.instructions import TILES, VECTORS
 from lpa_model.kernels.launch import Kernel
 
-KERNEL = "lpa_model.kernels.program.run_program"
+KERNELS = {
+    TILES: "lpa_model.kernels.program.run_in_tiles",
+    VECTORS: "lpa_model.kernels.program.run_in_vectors",
+}
 PROGRAM = Struct(f"{len(records.PROGRAM.names or ())}q")
 STRIP, DEPTH = 16, 32  # outputs and inputs of a tile
 PAIR = 2 * STRIP  # outputs come in whole pairs of strips

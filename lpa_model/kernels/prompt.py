@@ -15,8 +15,8 @@ from collections import namedtuple
 import numpy as np
 from numba import carray
 
-from lpa_model.kernels import columns, tiles
-from lpa_model.kernels.columns import COLUMNS, HALF, ROW
+from lpa_model.kernels import columns, paired, tiles
+from lpa_model.kernels.columns import COLUMNS, ROW
 from lpa_model.kernels.machine import LOG2_E, ZERO, address, compiled, widen
 from lpa_model.kernels.records import SPAN_FIELDS
 
@@ -120,17 +120,17 @@ def items(call):
 
 
 @compiled
-def attend(call, item, room, like):
+def attend(call, item, room, like, tiled):
     """LOT tiles of a head's queries."""
     lot, head = item // call.heads, item % call.heads
     span, tile = carray(address(call.lots, 0), (call.prompt_lots, 2))[lot]
     length = carray(address(call.spans, 0), (call.num_spans, SPAN_FIELDS))[span, 2]
     for first in range(tile * COLUMNS, min((tile + LOT) * COLUMNS, length), COLUMNS):
-        _attend_tile(call, span, head, first, room, like)
+        _attend_tile(call, span, head, first, room, like, tiled)
 
 
 @compiled
-def _attend_tile(call, span, head, first, room, like):
+def _attend_tile(call, span, head, first, room, like, tiled):
     start, context, length, table, column = carray(address(call.spans, 0), (call.num_spans, SPAN_FIELDS))[span, :5]
     count = min(COLUMNS, length - first)
     row, end = call.rows + start + first, context + first + count
@@ -147,7 +147,8 @@ def _attend_tile(call, span, head, first, room, like):
         for at in range(begin, begin + some, TOKENS):
             block, offset = tables[table + at // call.block_size], at % call.block_size
             keys = call.keys + 2 * width * ((block * call.key_heads + group) * call.block_size + offset)
-            _multiply(keys, 2 * width, 64, 32 * width, width, True, room.queries, room.scores + ROW * (at - begin))
+            scores = room.scores + ROW * (at - begin)
+            _multiply(keys, 2 * width, 64, 32 * width, width, True, room.queries, scores, tiled)
         _hide_later(context + first + 1 - begin, some, room.scores)
         if call.shared_ends:
             _hide_branches(call, start + first, count, begin, some, room.scores)
@@ -156,12 +157,12 @@ def _attend_tile(call, span, head, first, room, like):
             columns.multiply(room.out, call.value_width, room.factors)
         for d in range(0, call.value_width, 32):
             rows = values + d // 16 * next_strip + 1024 * (begin // TOKENS)
-            _multiply(rows, 64, 1024, next_strip, some, begin == 0, room.weights, room.out + ROW * d)
+            _multiply(rows, 64, 1024, next_strip, some, begin == 0, room.weights, room.out + ROW * d, tiled)
     columns.shares(room.out, call.value_width // 2, room.sums, room.weights)
     size = call.value_width
     if call.up:
         size = call.up_width
-        _rebuild(call, head // (call.heads // call.up_heads), room, like)
+        _rebuild(call, head // (call.heads // call.up_heads), room, like, tiled)
     _write_rows(room.weights, size, count, call.out + 2 * (row * call.heads + head) * size, 2 * call.heads * size)
 
 
@@ -221,36 +222,22 @@ def _soften(count, scale, room):
 
 
 @compiled
-def _multiply(rows, stride, step, strip, count, fresh, columns, out):
-    """out float32 [32, COLUMNS] from 32 rows of `count` numbers times uint32 [count / 2, COLUMNS], two of a column side
-    by side; added to what is there if not `fresh`.
-
-    The rows lie `stride` bytes apart, 16 of them `strip`, and 32 numbers in a row `step`.
-    """
-    if fresh:
-        tiles.zero_square()
+def _multiply(rows, stride, step, strip, count, fresh, columns, out, tiled):
+    """See `tiles.multiply_columns`: `count` numbers of each row and column, and zeros behind them."""
+    parts = -(-count // TOKENS)
+    if tiled is None:
+        paired.multiply_columns(rows, stride, step, strip, parts, fresh, columns, out)
     else:
-        tiles.load_square(out, ROW)
-    for i in range(-(-count // TOKENS)):
-        right, source = columns + 16 * ROW * i, rows + step * i
-        tiles.load(4, right, ROW)
-        tiles.stream(6, source, stride)
-        tiles.multiply(0, 6, 4)
-        tiles.load(5, right + HALF, ROW)
-        tiles.multiply(1, 6, 5)
-        tiles.stream(7, source + strip, stride)
-        tiles.multiply(2, 7, 4)
-        tiles.multiply(3, 7, 5)
-    tiles.store_square(out, ROW)
+        tiles.multiply_columns(rows, stride, step, strip, parts, fresh, columns, out)
 
 
 @compiled
-def _rebuild(call, head, room, like):
+def _rebuild(call, head, room, like, tiled):
     """Pairs of rows of weights [value_width, COLUMNS] become such of up [up_width, value_width] times these."""
     stride = 2 * call.value_width
     for d in range(0, call.up_width, 32):
         rows = call.up + (head * call.up_width + d) * stride
-        _multiply(rows, stride, 64, 16 * stride, call.value_width, True, room.weights, room.out + ROW * d)
+        _multiply(rows, stride, 64, 16 * stride, call.value_width, True, room.weights, room.out + ROW * d, tiled)
     if call.up_bias:
         bias = carray(address(call.up_bias + 2 * head * call.up_width, like), (call.up_width,))
         out = carray(address(room.out, ZERO), (call.up_width, COLUMNS))

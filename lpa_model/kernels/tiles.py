@@ -113,6 +113,30 @@ def store_square(address, stride):
 
 
 @compiled
+def multiply_columns(rows, stride, step, strip, parts, fresh, columns, out):
+    """out float32 [32, 32] from 32 rows of 32 * parts numbers times uint32 [16 * parts, 32], two numbers of a column
+    side by side; added to what is there if not `fresh`.
+
+    The rows lie `stride` bytes apart, 16 of them `strip`, and 32 numbers in a row `step`.
+    """
+    if fresh:
+        zero_square()
+    else:
+        load_square(out, 128)
+    for i in range(parts):
+        right, source = columns + 2048 * i, rows + step * i
+        load(4, right, 128)
+        stream(6, source, stride)
+        multiply(0, 6, 4)
+        load(5, right + 64, 128)
+        multiply(1, 6, 5)
+        stream(7, source + strip, stride)
+        multiply(2, 7, 4)
+        multiply(3, 7, 5)
+    store_square(out, 128)
+
+
+@compiled
 def score(queries, keys, stride, width, found, ahead):
     """found float32 [TOKENS, 16] from TOKENS rows of keys [width] and queries [width / 2, 16, 2], two dimensions side
     by side; all addresses. As many rows are asked for at `ahead`, if that is not 0."""

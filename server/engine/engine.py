@@ -309,8 +309,8 @@ def _batch_invariant(model: LPAForCausalLM, cache: LatentCache, asked: bool | No
     possible = model.fused is not None or exact
     if asked and not possible:
         raise ValueError(
-            "batch_invariant: needs a CPU, and float32 or, on a processor with AMX, bfloat16 of a model whose sizes "
-            "are multiples of 32, with a cache of keys that need not be rebuilt"
+            "batch_invariant: needs a CPU, and float32 or, on a processor with AVX512-BF16, bfloat16 of a model whose "
+            "sizes are multiples of 32, with a cache of keys that need not be rebuilt"
         )
     return possible if asked is None else asked
 
