@@ -72,7 +72,7 @@ def prepare_for_inference(model: LPAForCausalLM, cache: LatentCache | None = Non
     """Change a loaded model in place: rotary pairs side by side, and one product for the A of q, k and v.
 
     With a cache, and where the processor multiplies pairs of bfloat16, its steps over that cache become programs and
-    the layers are let go. Otherwise, where torch has oneDNN (and the processor multiplies bfloat16, if the weights are),
+    the layers are let go. Otherwise, where torch has oneDNN (and the processor multiplies bfloat16 if the weights are),
     weights are laid out for it, the feed-forward layers are fused, and the tensors as they were loaded are let go. In
     float32 a row's product is then the same to the bit in any number of rows above one; plain products differ from 12
     rows to 16.

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
+
 from lpa_model.kernels import attention, draws, masks, programs, rms_norm, row_scores
 from lpa_model.kernels.instructions import paired_products
 from lpa_model.kernels.launch import compile_kernel
 
 
 def main() -> None:
-    names = [name for module in (attention, draws, masks, row_scores) for name in module.KERNELS.values()]
-    names.append(rms_norm.KERNEL)
-    for multiplies in paired_products()[:1]:
-        names += [attention.PAIRED_KERNELS[multiplies], programs.KERNELS[multiplies]]
-    for kernel in [compile_kernel(name) for name in names]:
-        kernel.result()
+    names = [name for module in (draws, masks, row_scores) for name in module.KERNELS.values()]
+    names += [rms_norm.KERNEL, *filter(None, map(attention.kernel_name, attention.KERNELS))]
+    names += [programs.KERNELS[multiplies] for multiplies in paired_products()[:1]]
+    with ProcessPoolExecutor() as processes:
+        list(processes.map(_compile, names[::-1]))  # the longest first
+
+
+def _compile(name: str) -> None:
+    compile_kernel(name).result()
 
 
 if __name__ == "__main__":

@@ -304,7 +304,7 @@ def _attend(call, item, q, scores, room, like, tiled):
 
 
 @compiled
-def _merge(call, row, like):
+def _merge(call, row, room, like):
     """The items of a row, all finished, become its output, in the order of their tokens."""
     heads, width = call.heads, call.value_width
     first_items = carray(address(call.first_items, 0), (call.rows + 1,))
@@ -331,7 +331,15 @@ def _merge(call, row, like):
         if call.up:
             out = carray(address(call.out, like), (call.rows, heads, call.up_width))[row, h]
             g = h // (heads // call.up_heads)
-            _scores(mean, up[g], call.up_width, rebuilt, call.up + (g + 1) * up.strides[0])
+            if room is not None and width % 32 == 0 and call.up_width % 16 == 0:
+                for i in range(width):
+                    room.mean[i] = narrow(mean[i], like)
+                for i in range(0, call.up_width, 16):
+                    rows = up[g].ctypes.data + 2 * i * width
+                    found = rebuilt.ctypes.data + 4 * i
+                    singles.score(room.mean.ctypes.data, rows, 2 * width, width // 32, np.float32(1), found)
+            else:
+                _scores(mean, up[g], call.up_width, rebuilt, call.up + (g + 1) * up.strides[0])
             for i in range(call.up_width):
                 bias = widen(up_bias[g, i]) if call.up_bias else ZERO
                 out[i] = narrow(rebuilt[i] + bias, like)
@@ -353,11 +361,11 @@ def _work(call, room, like, tiled):
             return
         row = _attend(call, item, q, scores, room, like, tiled)
         if fetch_add(call.counters + 8 * (1 + row)) + 1 == first_items[row + 1] - first_items[row]:
-            _merge(call, row, like)
+            _merge(call, row, room, like)
             fetch_add(call.counters + 8 * (1 + call.rows))
 
 
-Room = namedtuple("Room", ["queries", "turned", "found", "weights", "values", "total"])
+Room = namedtuple("Room", ["queries", "turned", "found", "weights", "values", "total", "mean"])
 """What one thread's products of tiles, or of vectors in their place, need beside the cache: see `tiles`."""
 
 
@@ -372,6 +380,7 @@ def work_in_vectors(call, like, tiled):
         np.zeros((heads, call.tile_blocks * call.block_size), np.uint16),
         np.empty((tiles.TOKENS // 2, call.value_width), np.uint32),
         np.empty((heads, call.value_width), np.float32),
+        np.empty(call.value_width, np.uint16),
     )
     _work(call, room, like, tiled)
 

@@ -20,15 +20,15 @@ AHEAD = 4096  # bytes of a strip asked for ahead of the product
 
 
 @compiled
-def _group(op, rows):
+def _group(op, rows, tiled):
     """How many pairs of strips an item has: so few that there are items enough for all threads."""
-    return 1 if rows <= ROWS else min(GROUP, max(1, op.strips // 2 * -(-rows // CHUNK) // 8))
+    return 1 if rows <= ROWS and tiled is not None else min(GROUP, max(1, op.strips // 2 * -(-rows // CHUNK) // 8))
 
 
 @compiled
-def items(op, rows):
+def items(op, rows, tiled):
     """How many pieces of work the product has: groups of pairs of strips times chunks of rows."""
-    return -(-(op.strips // 2) // _group(op, rows)) * -(-rows // CHUNK)
+    return -(-(op.strips // 2) // _group(op, rows, tiled)) * -(-rows // CHUNK)
 
 
 @compiled
@@ -44,7 +44,7 @@ def prepare(op, rows, room, like):
 @compiled
 def work(op, rows, item, room, like, tiled):
     """Some pairs of strips for one chunk of rows."""
-    pairs, group = op.strips // 2, _group(op, rows)
+    pairs, group = op.strips // 2, _group(op, rows, tiled)
     groups = -(-pairs // group)
     chunk, first = item // groups * CHUNK, item % groups * group
     depth, stride = op.width // 32, op.x_stride
@@ -60,7 +60,7 @@ def work(op, rows, item, room, like, tiled):
             if tiled is None or count < ROWS or rows == ROWS:  # a part of a block, or strips that are met only once
                 source, step = (x, stride) if count == ROWS else (room.rows + part, room.stride)
                 if tiled is None:
-                    paired.multiply_strips(source, step, weight, weight + 1024 * depth, depth, count, found)
+                    paired.multiply_strips(source, step, weight, depth, count, 2 * depth * 1024, found)
                 else:
                     _multiply_some(source, step, weight, depth, count, row == chunk, found)
                 _finish(op, row, count, pair, found, like)

@@ -48,9 +48,9 @@ def _wait_until(counter, count):
 
 
 @compiled
-def _pieces(op, rows):
+def _pieces(op, rows, tiled):
     if op.kind == PRODUCT:
-        return product.items(op, rows)
+        return product.items(op, rows, tiled)
     if op.kind < ATTENTION:
         return rows
     call = carray(_call_at(op.x), (1,))[0]
@@ -109,7 +109,7 @@ def _run(program, like, tiled):
             continue
         taken = program.counters + 16 * i
         done = taken + 8
-        items = _pieces(op, program.rows)
+        items = _pieces(op, program.rows, tiled)
         item = fetch_add(taken) if items else 0
         if op.kind == PRODUCT and item < items:
             product.prepare(op, program.rows, room, like)

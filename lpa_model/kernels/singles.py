@@ -14,6 +14,8 @@ from numba.extending import intrinsic
 
 from lpa_model.kernels.machine import LOG2_E
 from lpa_model.kernels.vectors import (
+    HALVES,
+    INTEGERS,
     LANES,
     dot_pairs,
     exp2,
@@ -48,6 +50,26 @@ def score(typing: Any, query: Any, keys: Any, stride: Any, parts: Any, scale: An
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64, types.int64, types.float32, types.int64), build
+
+
+@intrinsic
+def interleave(typing: Any, even: Any, odd: Any, vectors: Any, out: Any, size: Any) -> Any:
+    """Two rows bfloat16 [32 * vectors] as pairs, uint32 [32] each `size` bytes behind the one before: the even row's in
+    the lower half."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        even, odd, vectors, out, size = arguments
+        with for_range(builder, vectors) as loop:
+            at, to = builder.mul(loop.index, size.type(4 * LANES)), builder.add(out, builder.mul(loop.index, size))
+            for half in (0, 1):
+                low, high = (
+                    builder.zext(load(builder, builder.add(row, at), 2 * LANES * half, HALVES), INTEGERS)
+                    for row in (even, odd)
+                )
+                store(builder, builder.or_(low, builder.shl(high, integers(16))), to, 4 * LANES * half)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), build
 
 
 def _over_lanes(builder: Any, x: Any, join: Any) -> Any:
