@@ -50,6 +50,7 @@ def train(context: typer.Context) -> None:
 def _train(given: dict[str, Any]) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from lpa_model.checkpoint import resolve_device
     from lpa_model.train import END_OF_TEXT, TrainConfig, encode, prepare
     from lpa_model.train import train as run
 
@@ -61,6 +62,7 @@ def _train(given: dict[str, Any]) -> None:
         context = model_config.max_position_embeddings
         if config.sequence_length > context:
             raise ValueError(f"sequence_length: {config.sequence_length} is more than the model's context of {context}")
+        resolve_device(given.get("device", "cpu"))  # before the text is tokenized, which takes minutes
         out.mkdir(parents=True, exist_ok=True)
         tokenizer, tokens, valid_text = prepare(given["data"], given["valid"], out, model_config.vocab_size)
         if tokenizer.get_vocab_size() != model_config.vocab_size:
