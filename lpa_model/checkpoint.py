@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,19 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LPAFor
     if model.rotary is not None:  # its tables are computed, not stored
         model.rotary.build(config, device)
     return model.eval().requires_grad_(False)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`cpu`, `cuda` or `cuda:N`; ValueError where torch finds no such device."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device: {name!r} is none of cpu, cuda and cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        reason = (
+            f"torch finds {count} GPUs" if torch.version.cuda else f"torch {torch.__version__} is built without CUDA"
+        )
+        raise ValueError(f"device: {name} is not there: {reason}")
+    return device
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -28,15 +28,15 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 by_shape[p.shape].append(p)
             for shape, params in by_shape.items():
-                updates = []
-                for p in params:
-                    assert p.grad is not None
-                    buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    buffer.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(torch.lerp(p.grad, buffer, group["momentum"]))
+                # all of them in one call each: on a GPU, launches would cost more than the arithmetic
+                gradients = [p.grad for p in params if p.grad is not None]
+                buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+                torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+                updates = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))
+                updates = orthogonalize(updates).contiguous()
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
-                for p, update in zip(params, orthogonalize(torch.stack(updates)), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, updates.unbind(), alpha=-group["lr"] * scale)
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
-from lpa_model.checkpoint import has_bfloat16, save_checkpoint
+from lpa_model.checkpoint import has_bfloat16, resolve_device, save_checkpoint
 from lpa_model.config import LPAConfig
 from lpa_model.model import LPAForCausalLM
 from lpa_model.muon import Muon
@@ -68,7 +68,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a step reports: `loss` in nats per token; `validation` in bits per byte where it was measured."""
+    """A step's `loss` in nats per token, the speed since the last report, and `validation` in bits per byte, if any."""
 
     step: int
     loss: float
@@ -136,11 +136,15 @@ def initialize(model: LPAForCausalLM, seed: int) -> None:
                 parameter.normal_(std=std, generator=generator)
 
 
-def batch(tokens: NDArray[np.uint16], step: int, config: TrainConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(
+    tokens: NDArray[np.uint16], step: int, config: TrainConfig, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets of a step, int64 [sequences, T]: windows at random places that depend on (seed, step)."""
     length = config.short_sequence_length if step < config.short_steps else config.sequence_length
     starts = np.random.default_rng((config.seed, step)).integers(0, len(tokens) - length, config.batch_tokens // length)
     windows = torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64))
+    if device.type == "cuda":  # from pageable memory the copy would wait until the steps before are done
+        windows = windows.pin_memory().to(device, non_blocking=True)
     return windows[:, :-1], windows[:, 1:]
 
 
@@ -166,9 +170,10 @@ def optimizers(model: LPAForCausalLM, config: TrainConfig) -> list[torch.optim.O
 def bits_per_byte(model: LPAForCausalLM, tokens: NDArray[np.uint16], num_bytes: int, length: int) -> float:
     """-log2 p per UTF-8 byte over disjoint windows; the first token of a window has no context and is not scored."""
     total, scored = 0.0, 0
+    device = model.embed_tokens.weight.device
     with torch.inference_mode():
         for start in range(0, len(tokens) - 1, length):
-            ids = torch.from_numpy(tokens[start : start + length].astype(np.int64))
+            ids = torch.from_numpy(tokens[start : start + length].astype(np.int64)).to(device)
             if len(ids) < 2:
                 continue
             logits = model.logits(model(ids[None, :-1])[0])
@@ -201,50 +206,60 @@ def train(
     valid_text: str,
     out: Path,
     *,
+    device: str = "cpu",
+    report_every: int = 1,
     validate_every: int = 200,
     checkpoint_every: int = 100,
     compile_loss: bool = False,
 ) -> Iterator[Progress]:
-    """Train until `config.steps`, resuming from `out/state.pt` if it is there; yields a Progress per step.
+    """Train until `config.steps`, resuming from `out/state.pt` if it is there.
+
+    Yields a Progress every `report_every` steps, and where the model is validated or the state is kept: only there the
+    loop waits for a GPU, which is otherwise given the next steps while it computes.
 
     The float32 weights, optimizer state and step are in `out/state.pt`; at the end (and at every validation) the
     bfloat16 model folder is written to `out/model`.
     """
+    place = resolve_device(device)
     longest = max(config.sequence_length, config.short_sequence_length if config.short_steps else 0)
     if len(tokens) <= longest:
         raise ValueError(f"sequence_length: {longest} is too long for training data of {len(tokens)} tokens")
     model = LPAForCausalLM(model_config)
-    initialize(model, config.seed)
+    initialize(model, config.seed)  # before it is moved: the same weights on every device
+    model.to(place)
     opts = optimizers(model, config)
     state, step = out / "state.pt", 0
     if state.exists():
-        saved = torch.load(state, weights_only=True)
+        saved = torch.load(state, map_location=place, weights_only=True)
         model.load_state_dict(saved["model"])
         for optimizer, values in zip(opts, saved["optimizers"], strict=True):
             optimizer.load_state_dict(values)
         step = saved["step"]
-    loss_of = make_loss(model, torch.bfloat16 if has_bfloat16(torch.device("cpu")) else torch.float32)
+    loss_of = make_loss(model, torch.bfloat16 if has_bfloat16(place) else torch.float32)
     if compile_loss:
         loss_of = torch.compile(loss_of, dynamic=False)
     valid_ids = encode(tokenizer, valid_text)
     num_bytes = len(valid_text.encode())
     (out / "train.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
 
+    started, reported = time.perf_counter(), step
     while step < config.steps:
-        started = time.perf_counter()
         for optimizer in opts:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * config.rate(step)
-        loss = loss_of(*batch(tokens, step, config))
+        loss = loss_of(*batch(tokens, step, config, place))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         for optimizer in opts:
             optimizer.step()
             optimizer.zero_grad()
         step += 1
-        speed = config.batch_tokens / (time.perf_counter() - started)
-        validation = None
         last = step == config.steps
+        if not last and all(step % every for every in (report_every, validate_every, checkpoint_every)):
+            continue
+        nats = loss.item()
+        speed = (step - reported) * config.batch_tokens / (time.perf_counter() - started)
+        validation = None
         if step % validate_every == 0 or last:
             limit = None if last else 65536
             part = valid_ids[:limit]
@@ -259,4 +274,5 @@ def train(
             }
             torch.save(written, state.with_suffix(".new"))
             state.with_suffix(".new").replace(state)
-        yield Progress(step, loss.item(), speed, validation)
+        yield Progress(step, nats, speed, validation)
+        started, reported = time.perf_counter(), step

@@ -204,6 +204,7 @@ def test_a_training_run_that_is_interrupted_goes_on(run: list[object], tmp_path:
 def test_mistakes_with_train_are_one_line(run: list[object], tmp_path: Path) -> None:
     assert_one_line(lpa(*run, "--steps", 1, "--sequence-length", 65), "sequence_length: 65 .* batch_tokens, 64")
     assert_one_line(lpa("train", "lpa-huge", *run[2:], "--steps", 1), r"lpa-huge: neither .* preset \(lpa-tiny, ")
+    assert_one_line(lpa(*run, "--steps", 1, "--device", "cuda:99"), "device: cuda:99 is not there: torch ")
     assert_one_line(lpa("train", "lpa-130m", *run[2:], "--steps", 1), "data: .* vocab_size is 32000")
     more = ("--steps", 1, "--batch-tokens", 256, "--sequence-length", 129)
     assert_one_line(lpa(*run, *more), "sequence_length: 129 is more than the model's context of 128")

@@ -30,6 +30,7 @@ from lpa_model.train import (
 )
 from tests.conftest import CORPUS, byte_tokenizer, random_model, tiny_config
 
+CPU = torch.device("cpu")
 STEPS = 12
 CONFIG = TrainConfig(
     steps=STEPS,
@@ -86,7 +87,7 @@ def test_setting_1_trains_too(tmp_path: Path) -> None:
 def test_the_written_folder_loads_and_scores_as_reported(tmp_path: Path) -> None:
     progress = run(tmp_path, CONFIG)
     assert [p.step for p in progress if p.validation is not None] == [5, 10, STEPS]
-    model = load_model(tmp_path / "model", torch.float32, torch.device("cpu"))
+    model = load_model(tmp_path / "model", torch.float32, CPU)
     assert load_tokenizer(tmp_path / "model").get_vocab() == byte_tokenizer().get_vocab()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, weights(tmp_path)[name].to(torch.bfloat16).float()), name
@@ -94,6 +95,29 @@ def test_the_written_folder_loads_and_scores_as_reported(tmp_path: Path) -> None
     measured = bits_per_byte(model, tokens, len(CORPUS.encode()), 32)
     assert measured == pytest.approx(progress[-1].validation, rel=0.01)  # bfloat16 against float32 weights
     assert json.loads((tmp_path / "train.json").read_text())["steps"] == STEPS
+
+
+def test_reports_may_be_rare(tmp_path: Path) -> None:
+    """They come with validations and states besides, and change nothing."""
+    every = run(tmp_path / "every", CONFIG)
+    out = tmp_path / "rare"
+    out.mkdir()
+    tokenizer = byte_tokenizer()
+    steps = train(
+        tiny_config(),
+        CONFIG,
+        tokenizer,
+        encode(tokenizer, CORPUS),
+        CORPUS,
+        out,
+        report_every=7,
+        validate_every=5,
+        checkpoint_every=6,
+    )
+    rare = list(steps)
+    assert [progress.step for progress in rare] == [5, 6, 7, 10, 12]
+    assert [progress.loss for progress in rare] == [every[progress.step - 1].loss for progress in rare]
+    assert [progress.step for progress in rare if progress.validation is not None] == [5, 10, 12]
 
 
 def test_bits_per_byte_is_the_sum_over_windows() -> None:
@@ -112,14 +136,14 @@ def test_bits_per_byte_is_the_sum_over_windows() -> None:
 
 def test_batches_depend_on_seed_and_step_alone() -> None:
     tokens = np.arange(500, dtype=np.uint16)
-    inputs, targets = batch(tokens, 7, CONFIG)
+    inputs, targets = batch(tokens, 7, CONFIG, CPU)
     assert inputs.shape == targets.shape == (2, 32)
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
     assert torch.equal(targets - inputs, torch.ones_like(inputs))
-    assert torch.equal(batch(tokens, 7, CONFIG)[0], inputs)
-    assert not torch.equal(batch(tokens, 8, CONFIG)[0], inputs)
-    assert not torch.equal(batch(tokens, 7, dataclasses.replace(CONFIG, seed=1))[0], inputs)
-    assert batch(tokens, 3, CONFIG)[0].shape == (4, 16)  # the first steps are short
+    assert torch.equal(batch(tokens, 7, CONFIG, CPU)[0], inputs)
+    assert not torch.equal(batch(tokens, 8, CONFIG, CPU)[0], inputs)
+    assert not torch.equal(batch(tokens, 7, dataclasses.replace(CONFIG, seed=1), CPU)[0], inputs)
+    assert batch(tokens, 3, CONFIG, CPU)[0].shape == (4, 16)  # the first steps are short
 
 
 def test_learning_rate_rises_in_a_line_and_falls_along_a_cosine() -> None:

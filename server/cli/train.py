@@ -30,6 +30,8 @@ def train(context: typer.Context) -> None:
         required("data", Path, "Training text (UTF-8, .gz too)."),
         required("valid", Path, "Validation text."),
         required("out", Path, "Folder of the run: tokenizer, tokens, state, and the model in `model`."),
+        flag("device", str, "cpu, cuda or cuda:N.", defaults["device"].default),
+        flag("report_every", int, "Steps between reports; a GPU idles at each.", defaults["report_every"].default),
         flag("validate_every", int, "Steps between validations.", defaults["validate_every"].default),
         flag("checkpoint_every", int, "Steps between states to resume from.", defaults["checkpoint_every"].default),
         flag("compile_loss", bool, "Compile the loss with torch.compile.", defaults["compile_loss"].default),
@@ -48,6 +50,7 @@ def train(context: typer.Context) -> None:
 def _train(given: dict[str, Any]) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from lpa_model.checkpoint import resolve_device
     from lpa_model.train import END_OF_TEXT, TrainConfig, encode, prepare
     from lpa_model.train import train as run
 
@@ -59,6 +62,7 @@ def _train(given: dict[str, Any]) -> None:
         context = model_config.max_position_embeddings
         if config.sequence_length > context:
             raise ValueError(f"sequence_length: {config.sequence_length} is more than the model's context of {context}")
+        resolve_device(given.get("device", "cpu"))  # before the text is tokenized, which takes minutes
         out.mkdir(parents=True, exist_ok=True)
         tokenizer, tokens, valid_text = prepare(given["data"], given["valid"], out, model_config.vocab_size)
         if tokenizer.get_vocab_size() != model_config.vocab_size:
@@ -67,7 +71,8 @@ def _train(given: dict[str, Any]) -> None:
                 f"vocab_size is {model_config.vocab_size}"
             )
     model_config = dataclasses.replace(model_config, eos_token_id=tokenizer.token_to_id(END_OF_TEXT))
-    loop = {name: given[name] for name in ("validate_every", "checkpoint_every", "compile_loss") if name in given}
+    own = ("device", "report_every", "validate_every", "checkpoint_every", "compile_loss")
+    loop = {name: given[name] for name in own if name in given}
     steps = run(model_config, config, tokenizer, tokens, valid_text, out, **loop)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     step, validation = None, None

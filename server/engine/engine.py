@@ -13,7 +13,7 @@ from typing import get_args
 import torch
 
 from lpa_model.cache import LatentCache, bytes_per_token
-from lpa_model.checkpoint import load_model, resolve_dtype
+from lpa_model.checkpoint import load_model, resolve_device, resolve_dtype
 from lpa_model.config import CacheLayout, LPAConfig
 from lpa_model.fused import rebuilds_keys
 from lpa_model.inference import can_pack, prepare_for_inference
@@ -256,7 +256,7 @@ def build_engine(model_dir: Path, options: EngineOptions) -> Engine:
 
 
 def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
-    device = torch.device(options.device)
+    device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     model = load_model(model_dir, dtype, device)

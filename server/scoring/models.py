@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lpa_model.checkpoint import load_model, resolve_dtype
+from lpa_model.checkpoint import load_model, resolve_device, resolve_dtype
 from lpa_model.inference import prepare_for_inference
 from lpa_model.model import LPAForCausalLM
 from lpa_model.perplexity import Convention, adds_bos, resolve_convention
@@ -29,7 +29,7 @@ class Scorer:
 def load(folder: Path, settings: Settings) -> Scorer:
     """The model of a folder, on the device and in the type of the settings; CheckpointError names what is wrong."""
     torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
-    device = torch.device(settings.device)
+    device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
     model = load_model(folder, dtype, device)
     prepare_for_inference(model)
