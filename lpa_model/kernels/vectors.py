@@ -59,7 +59,7 @@ def store(builder: Any, value: Any, address: Any, offset: int = 0) -> None:
 
 
 def ask(builder: Any, address: Any) -> None:
-    """Have the line at `address`, which need not be anything's, come to the first-level cache."""
+    """Have the line at `address`, which need not be anything's, come to the second-level cache."""
     pointer, integer = ir.IntType(8).as_pointer(), ir.IntType(32)
     kind = ir.FunctionType(ir.VoidType(), [pointer, integer, integer, integer])
     prefetch = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
