@@ -32,7 +32,8 @@ def _lower_bound(row, k, columns):
     columns = columns[: min(COLUMNS, row.shape[0])]
     if k > columns.shape[0]:
         return order(np.float32(-np.inf))
-    columns[:] = -np.inf
+    for i in range(len(columns)):
+        columns[i] = -np.inf
     for start in range(0, row.shape[0], COLUMNS):
         part = row[start : start + COLUMNS]
         for i in range(part.shape[0]):

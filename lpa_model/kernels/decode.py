@@ -11,7 +11,19 @@ import numpy as np
 from numba import carray, from_dtype, types
 
 from lpa_model.kernels import paired, prompt, singles, tiles
-from lpa_model.kernels.machine import ZERO, address, compiled, exp, fetch_add, narrow, prefetch_rows, widen
+from lpa_model.kernels.machine import (
+    ZERO,
+    address,
+    compiled,
+    copy,
+    exp,
+    fetch_add,
+    fill,
+    narrow,
+    part,
+    prefetch_rows,
+    widen,
+)
 from lpa_model.kernels.records import CALL
 
 
@@ -167,9 +179,10 @@ def write_new_token(call, row, position, keys, values, block, offset, like):
         if call.turns:
             turn(new, turns, keys[block, h, offset], like)
         else:
-            keys[block, h, offset, :] = new
+            copy(new.ctypes.data, keys[block, h, offset].ctypes.data, call.key_width, like)
     for h in range(call.value_heads):
-        values[block, h, offset, :] = new_values[h * call.value_width : (h + 1) * call.value_width]
+        new = new_values[h * call.value_width : (h + 1) * call.value_width]
+        copy(new.ctypes.data, values[block, h, offset].ctypes.data, call.value_width, like)
 
 
 @compiled
@@ -275,17 +288,18 @@ def _attend(call, item, q, scores, room, like, tiled):
             weights = room.weights[h]
             peak = stats.ctypes.data + 4 * h
             singles.soften(scores[h].ctypes.data, tokens, weights.ctypes.data, peak, peak + 4 * heads)
-            weights[tokens:] = 0
+            fill(weights.ctypes.data + 2 * tokens, len(weights) - tokens, np.uint16(0))
         else:
             stats[0, h], stats[1, h] = _soften(scores[h], tokens)
-    out[:] = ZERO
+    fill(out.ctypes.data, out.size, ZERO)
     if room is not None and call.value_tiles:
-        room.total[:] = ZERO
+        fill(room.total.ctypes.data, room.total.size, ZERO)
         if not vectors:
             for h in range(heads):
                 for t in range(tokens):
                     room.weights[h, t] = narrow(scores[h, t], like)
-                room.weights[h, tokens:] = 0
+                for t in range(tokens, room.weights.shape[1]):
+                    room.weights[h, t] = 0
     for b in range(blocks):
         at = b * block_size
         count = min(block_size, tokens - at)
@@ -299,7 +313,7 @@ def _attend(call, item, q, scores, room, like, tiled):
         else:
             tiles.mix(room.weights, at, values[table[b], 0], count, room.values, room.total, soon)
     if room is not None and call.value_tiles:
-        out[:] = room.total[:heads]
+        copy(room.total.ctypes.data, out.ctypes.data, out.size, ZERO)
     return row
 
 
@@ -323,7 +337,7 @@ def _merge(call, row, room, like):
             share = exp(stats[item, 0, h] - peak)
             stats[item, 0, h] = share
             total += share * stats[item, 1, h]
-        mean[:] = ZERO
+        fill(mean.ctypes.data, width, ZERO)
         for item in range(first, end):
             share = stats[item, 0, h] / total
             for i in range(width):
@@ -349,7 +363,7 @@ def _merge(call, row, room, like):
                 out[i] = narrow(mean[i], like)
 
 
-@compiled
+@part
 def _work(call, room, like, tiled):
     """Take items until none is left; the thread that ends a row's last item merges the row."""
     first_items = carray(address(call.first_items, 0), (call.rows + 1,))

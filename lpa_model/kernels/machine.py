@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import from_dtype, njit, types
+from numba import carray, from_dtype, njit, types
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
 # sums may be taken in any order, so that they are vectors; nothing is assumed about infinities and NaN
 compiled = njit(fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy")
+# a part of its caller, without floating point: LLVM goes through what is called once for each function above it
+part = njit(inline="always")
 ZERO = np.float32(0)
 LOG2_E = 1.4426950408889634
 # 2^y on [0, 1), a minimax polynomial, highest power first
@@ -159,6 +161,23 @@ def prefetch_rows(ahead, row, count, size):
     """Rows `row` to `row + count` of `size` bytes each at the address `ahead`."""
     for line in range(row * size, (row + count) * size, 64):
         prefetch(ahead + line)
+
+
+# loops, since numba compiles the assignment of a slice together with the text of its error
+@compiled
+def copy(source, target, count, like):
+    """`count` numbers of the type of `like` from one address to another."""
+    numbers, out = carray(address(source, like), (count,)), carray(address(target, like), (count,))
+    for i in range(count):
+        out[i] = numbers[i]
+
+
+@compiled
+def fill(target, count, value):
+    """`count` numbers at an address become `value`."""
+    out = carray(address(target, value), (count,))
+    for i in range(count):
+        out[i] = value
 
 
 @compiled

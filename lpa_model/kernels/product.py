@@ -8,7 +8,7 @@ from __future__ import annotations
 from numba import carray
 
 from lpa_model.kernels import paired, sums, tiles
-from lpa_model.kernels.machine import ZERO, address, compiled, prefetch_rows, widen
+from lpa_model.kernels.machine import ZERO, address, compiled, copy, prefetch_rows, widen
 from lpa_model.kernels.records import ADDED, GATED, RELU
 
 ROWS = 32  # of x that meet two strips of weights at a time
@@ -38,7 +38,7 @@ def prepare(op, rows, room, like):
     first = rows // ROWS * ROWS
     for row in range(first, rows):
         source, target = op.x + row * op.x_stride, room.rows + (row - first) * room.stride
-        carray(address(target, like), (width,))[:] = carray(address(source, like), (width,))
+        copy(source, target, width, like)
 
 
 @compiled

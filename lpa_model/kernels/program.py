@@ -11,7 +11,7 @@ import numpy as np
 from numba import carray, from_dtype, types
 
 from lpa_model.kernels import columns, decode, norm, product, prompt, tiles
-from lpa_model.kernels.machine import compiled, fetch, fetch_add, pause, pointer_to
+from lpa_model.kernels.machine import compiled, fetch, fetch_add, part, pause, pointer_to
 from lpa_model.kernels.records import (
     ADD_LAYER_NORM,
     ATTENTION,
@@ -59,7 +59,7 @@ def _pieces(op, rows, tiled):
     return call.prompt_blocks if op.kind == TILE_VALUES else prompt.items(call)
 
 
-@compiled
+@part
 def _work(op, rows, item, room, prompt_room, like, tiled):
     if op.kind == PRODUCT:
         product.work(op, rows, item, room, like, tiled)
@@ -89,7 +89,7 @@ def _aligned(start):
     return -(-start // 64) * 64
 
 
-@compiled
+@part
 def _run(program, like, tiled):
     rows = np.empty((product.ROWS, program.widest), np.uint16)
     sums = np.empty((2 * product.ROWS + 1, product.PAIR), np.float32)

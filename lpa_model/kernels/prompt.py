@@ -17,7 +17,7 @@ from numba import carray
 
 from lpa_model.kernels import columns, paired, tiles
 from lpa_model.kernels.columns import COLUMNS, ROW
-from lpa_model.kernels.machine import LOG2_E, ZERO, address, compiled, widen
+from lpa_model.kernels.machine import LOG2_E, ZERO, address, compiled, copy, fill, widen
 from lpa_model.kernels.records import SPAN_FIELDS
 
 TOKENS = 32  # of a tile's products
@@ -43,7 +43,7 @@ def room(widest, start):
     weights = scores + ROW * BLOCK
     out = weights + ROW * (max(BLOCK, widest) // 2)
     rest = out + ROW * widest
-    carray(address(rest + 4 * ROW, ZERO), (COLUMNS,))[:] = 1
+    fill(rest + 4 * ROW, COLUMNS, np.float32(1))
     return Room(start, scores, weights, out, rest, rest + ROW, rest + 2 * ROW, rest + 3 * ROW, rest + 4 * ROW)
 
 
@@ -79,12 +79,12 @@ def write_token(call, row, position, block, offset, like):
         if call.turns:
             columns.turn(new, turns, width // 16, key)
         else:
-            carray(address(key, like), (width,))[:] = carray(address(new, like), (width,))
+            copy(new, key, width, like)
     width = call.value_width
     for h in range(call.value_heads):
         new = call.new_values + 2 * (row * call.value_stride + h * width)
         value = call.values + 2 * width * ((block * call.value_heads + h) * call.block_size + offset)
-        carray(address(value, like), (width,))[:] = carray(address(new, like), (width,))
+        copy(new, value, width, like)
 
 
 @compiled
@@ -140,8 +140,8 @@ def _attend_tile(call, span, head, first, room, like, tiled):
     group = head // (call.heads // call.key_heads)
     strip = head // (call.heads // call.value_heads) * call.value_width // 16 * call.value_tiles_in_row
     values, next_strip = call.tiled_values + 1024 * (strip + column // TOKENS), 1024 * call.value_tiles_in_row
-    carray(address(room.peaks, ZERO), (COLUMNS,))[:] = LOWEST
-    carray(address(room.sums, ZERO), (COLUMNS,))[:] = 0
+    fill(room.peaks, COLUMNS, LOWEST)
+    fill(room.sums, COLUMNS, ZERO)
     for begin in range(0, end, BLOCK):
         some = min(BLOCK, end - begin)
         for at in range(begin, begin + some, TOKENS):
@@ -212,12 +212,12 @@ def _soften(count, scale, room):
     """
     pairs, power = -(-count // 2), np.float32(scale * LOG2_E)
     if count % 2:
-        carray(address(room.scores + ROW * count, ZERO), (COLUMNS,))[:] = -np.inf  # the other half of the last pair
+        fill(room.scores + ROW * count, COLUMNS, np.float32(-np.inf))  # the other half of the last pair
     columns.maxima(room.scores, pairs, room.found)
     raised = columns.raise_peaks(room.found, np.float32(MARGIN) / power, power, room.peaks, room.sums, room.factors)
     columns.exponentials(room.scores, pairs, room.peaks, power, room.weights, room.sums)
     rest = -(-count // TOKENS) * TOKENS // 2 - pairs
-    carray(address(room.weights + ROW * pairs, ZERO), (rest * COLUMNS,))[:] = 0
+    fill(room.weights + ROW * pairs, rest * COLUMNS, ZERO)
     return raised
 
 

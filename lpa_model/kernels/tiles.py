@@ -14,7 +14,7 @@ from numba import types
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
-from lpa_model.kernels.machine import compiled, prefetch_rows
+from lpa_model.kernels.machine import compiled, fill, prefetch_rows
 
 HEADS = 16  # that a tile holds; rows beyond the model's are zeros
 TOKENS = 64  # a block has to be a multiple of this
@@ -200,7 +200,7 @@ def mix(weights, at, values, tokens, pairs, out, ahead):
                 for j in range(width):
                     both[j] = a[j]
             else:  # what nobody has written need not be a number
-                both[:] = 0
+                fill(both.ctypes.data, width, np.uint32(0))
         left = weights.ctypes.data + 2 * (at + first)
         load(4, left, weights.strides[0])
         load(5, left + 64, weights.strides[0])
