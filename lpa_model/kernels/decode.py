@@ -17,6 +17,7 @@ from lpa_model.kernels.machine import (
     compiled,
     copy,
     exp,
+    fetch,
     fetch_add,
     fill,
     narrow,
@@ -203,15 +204,24 @@ def _scores_by_head(call, keys, q, tokens, scores, at, ahead):
 @compiled
 def _scores_in_vectors(call, queries, keys, tokens, scores, at, ahead):
     """The same from bfloat16 queries [heads, width] at an address, 16 keys at a time: some behind the last one too."""
-    group, size = call.heads // call.key_heads, 2 * call.key_width
+    group, size, parts = call.heads // call.key_heads, 2 * call.key_width, call.key_width // 32
+    side, line, scale = singles.SIDE, scores.strides[0], np.float32(call.scale)
     for k in range(call.key_heads):
-        rows = keys.ctypes.data + k * call.block_size * size
+        rows, end = keys.ctypes.data + k * call.block_size * size, (k + 1) * group
         soon = ahead if k + 1 == call.key_heads else rows + call.block_size * size
         for t in range(0, tokens, 16):
-            prefetch_rows(soon, t, 16, size)
-            for h in range(k * group, (k + 1) * group):
-                found = scores.ctypes.data + 4 * (h * scores.shape[1] + at + t)
-                singles.score(queries + h * size, rows + t * size, size, size // 64, np.float32(call.scale), found)
+            some, found = rows + t * size, scores.ctypes.data + 4 * (at + t)
+            if group < side:
+                prefetch_rows(soon, t, 16, size)
+                for h in range(k * group, end):
+                    singles.score(queries + h * size, some, size, parts, scale, found + h * line)
+            else:
+                for j in range(0, 16, side):
+                    for part in range(0, group, side):
+                        h, row = k * group + min(part, group - side), t + j + part // 2
+                        first, to = queries + h * size, found + h * line + 4 * j
+                        soon_rows = soon + row * size if part < 2 * side else first
+                        singles.score_square(first, some + j * size, size, parts, scale, to, line, soon_rows)
 
 
 @compiled
@@ -227,6 +237,16 @@ def _mix_by_head(call, weights, at, values, tokens, out, ahead):
         while h < (k + 1) * group:
             _mix(weights[h, at:], values[k], tokens, out[h], soon)
             h += 1
+
+
+@compiled
+def _next_keys(call, keys):
+    """The address of the keys that the next item to be taken begins with."""
+    item = min(fetch(call.counters), call.items - 1)
+    row = carray(address(call.item_rows, 0), (call.items,))[item]
+    first = carray(address(call.first_items, 0), (call.rows + 1,))[row]
+    start = carray(address(call.table_starts, 0), (call.rows,))[row] + (item - first) * call.tile_blocks
+    return call.keys + carray(address(call.tables + 8 * start, 0), (1,))[0] * keys.strides[0]
 
 
 @compiled
@@ -251,7 +271,7 @@ def _attend(call, item, q, scores, room, like, tiled):
     stats = carray(address(call.stats, ZERO), (call.items, 2, heads))[item]
 
     vectors = room is not None and call.key_width % 32 == 0 and block_size % 16 == 0
-    if room is not None and call.key_tiles:
+    if tiled is not None and call.key_tiles:
         _pair_queries(call, row, room.queries, like)
     elif room is not None and vectors:
         queries = call.q + 2 * row * heads * call.key_width
@@ -273,12 +293,9 @@ def _attend(call, item, q, scores, room, like, tiled):
         soon = call.values + table[0] * values.strides[0]
         if b + 1 < blocks:
             soon = call.keys + table[b + 1] * keys.strides[0]
-        if room is not None and call.key_tiles:
+        if tiled is not None and call.key_tiles:
             scale = np.float32(call.scale)
-            if tiled is None:
-                paired.scores(keys[table[b], 0], room.queries, scale, scores, at, room.found, soon)
-            else:
-                tiles.scores(keys[table[b], 0], room.queries, scale, scores, at, room.found, soon)
+            tiles.scores(keys[table[b], 0], room.queries, scale, scores, at, room.found, soon)
         elif room is not None and vectors:
             _scores_in_vectors(call, queries, keys[table[b]], count, scores, at, soon)
         else:
@@ -292,27 +309,27 @@ def _attend(call, item, q, scores, room, like, tiled):
         else:
             stats[0, h], stats[1, h] = _soften(scores[h], tokens)
     fill(out.ctypes.data, out.size, ZERO)
-    if room is not None and call.value_tiles:
+    if room is not None and call.value_tiles and not vectors:
+        for h in range(heads):
+            for t in range(tokens):
+                room.weights[h, t] = narrow(scores[h, t], like)
+            for t in range(tokens, room.weights.shape[1]):
+                room.weights[h, t] = 0
+    if tiled is not None and call.value_tiles:
         fill(room.total.ctypes.data, room.total.size, ZERO)
-        if not vectors:
-            for h in range(heads):
-                for t in range(tokens):
-                    room.weights[h, t] = narrow(scores[h, t], like)
-                for t in range(tokens, room.weights.shape[1]):
-                    room.weights[h, t] = 0
     for b in range(blocks):
         at = b * block_size
         count = min(block_size, tokens - at)
-        soon = call.up
+        soon = _next_keys(call, keys)
         if b + 1 < blocks:
             soon = call.values + table[b + 1] * values.strides[0]
         if room is None or not call.value_tiles:
             _mix_by_head(call, scores, at, values[table[b]], count, out, soon)
         elif tiled is None:
-            paired.mix(room.weights, at, values[table[b], 0], count, room.values, room.total[:heads], soon)
+            paired.mix(room.weights, at, values[table[b], 0], count, room.values.ctypes.data, out, soon)
         else:
             tiles.mix(room.weights, at, values[table[b], 0], count, room.values, room.total, soon)
-    if room is not None and call.value_tiles:
+    if tiled is not None and call.value_tiles:
         copy(room.total.ctypes.data, out.ctypes.data, out.size, ZERO)
     return row
 

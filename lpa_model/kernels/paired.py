@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, types
+from numba import types
 from numba.core.cgutils import alloca_once, for_range, get_or_insert_function
 from numba.extending import intrinsic
 
-from lpa_model.kernels import singles
-from lpa_model.kernels.machine import address, compiled, prefetch_rows
+from lpa_model.kernels.machine import compiled, copy, fill
 from lpa_model.kernels.tiles import TOKENS
 from lpa_model.kernels.vectors import FLOATS, INTEGERS, ask, dot_pairs, floats, load, spread, store
 
@@ -27,13 +26,26 @@ COLUMNS = 32  # of a square
 ROW = 4 * COLUMNS  # bytes
 
 
-def _write_rows(function: Any, vectors: int, size: int) -> None:
+def _columns(builder: Any, left: Any, right: Any, pair: Any, size: int | None) -> tuple[list[Any], list[Any]]:
+    """Where a pair of 32 columns lies, and the columns in two vectors; see `_rows`."""
+    if size is not None:
+        places = [builder.add(start, builder.mul(pair, pair.type(size))) for start in (left, right)]
+        return places, [load(builder, place, 0, INTEGERS) for place in places]
+    even = builder.add(left, builder.mul(right, builder.mul(pair, pair.type(2))))
+    places = [even, builder.add(even, right)]
+    halves, pairs = (ir.VectorType(ir.IntType(bits), COLUMNS) for bits in (16, 32))
+    low, high = (load(builder, place, 0, halves) for place in places)
+    orders = ([row + lane for lane in range(start, start + 16) for row in (0, COLUMNS)] for start in (0, 16))
+    return places, [builder.shuffle_vector(low, high, ir.Constant(pairs, order)) for order in orders]
+
+
+def _write_rows(function: Any, size: int | None) -> None:
     """The body of a function as `_rows` describes it."""
     builder = ir.IRBuilder(function.append_basic_block())
     x, stride, step, left, right, parts, count, fresh, out, out_stride, ahead = function.args
     rows = [builder.add(x, builder.mul(stride, stride.type(r))) for r in range(ROWS)]
     outs = [builder.add(out, builder.mul(out_stride, stride.type(r))) for r in range(ROWS)]
-    sums = [[alloca_once(builder, FLOATS) for _ in range(vectors)] for _ in range(ROWS)]
+    sums = [[alloca_once(builder, FLOATS) for _ in range(2)] for _ in range(ROWS)]
     after = builder.append_basic_block()
     switch = builder.switch(count, after)
     for some in range(1, ROWS + 1):
@@ -47,11 +59,10 @@ def _write_rows(function: Any, vectors: int, size: int) -> None:
             at = builder.add(builder.mul(part.index, step), builder.mul(few.index, step.type(4 * UNROLLED)))
             here = [builder.add(row, at) for row in rows[:some]]
             pair = builder.add(builder.mul(part.index, at.type(PAIRS)), builder.mul(few.index, at.type(UNROLLED)))
-            columns = [builder.add(column, builder.mul(pair, at.type(size))) for column in (left, right)[:vectors]]
             for i in range(UNROLLED):
-                for column in columns:
-                    ask(builder, builder.add(column, builder.add(ahead, ahead.type(size * i))))
-                met = [load(builder, column, size * i, INTEGERS) for column in columns]
+                lines, met = _columns(builder, left, right, builder.add(pair, at.type(i)), size)
+                for place in lines:
+                    ask(builder, builder.add(place, ahead))
                 for row, totals in zip(here, sums, strict=False):
                     both = spread(builder, load(builder, row, 4 * i, ir.IntType(32)))
                     for column, total in zip(met, totals, strict=True):
@@ -63,11 +74,12 @@ def _write_rows(function: Any, vectors: int, size: int) -> None:
     builder.ret_void()
 
 
-def _rows(vectors: int, size: int) -> Any:
-    """A compiled function for one vector of columns, or two, whose next pairs lie `size` bytes further on.
+def _rows(size: int | None) -> Any:
+    """A compiled function for columns in two vectors of pairs, at `left` and `right`, whose next ones lie `size` bytes
+    further on; or, without a size, for rows bfloat16 [32] at `left`, `right` bytes apart, which become pairs.
 
     (x, stride, step, left, right, parts, count, fresh, out, out_stride, ahead), all addresses and numbers but `fresh`:
-    out float32 [count, 16 * vectors] += x bfloat16 [count, 32 * parts] . columns, for 1 to ROWS rows; `fresh`: out is
+    out float32 [count, 32] += x bfloat16 [count, 32 * parts] . columns, for 1 to ROWS rows; `fresh`: out is
     overwritten instead. Rows lie `stride` bytes apart, and 32 numbers of a row `step`. What lies `ahead` bytes behind
     the columns is asked for.
     """
@@ -89,11 +101,11 @@ def _rows(vectors: int, size: int) -> Any:
     ) -> Any:
         def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
-            function = get_or_insert_function(builder.module, kind, f"lpa_rows_{vectors}_{size}")
+            function = get_or_insert_function(builder.module, kind, f"lpa_rows_{size}")
             if function.is_declaration:
                 function.linkage = "linkonce_odr"
                 function.attributes.add("noinline")  # it is long
-                _write_rows(function, vectors, size)
+                _write_rows(function, size)
             builder.call(function, arguments)
             return context.get_dummy_value()
 
@@ -102,9 +114,9 @@ def _rows(vectors: int, size: int) -> Any:
     return rows
 
 
-_of_strips = _rows(2, 64)
-_of_columns = _rows(2, ROW)
-_of_one_strip = _rows(1, 64)
+_of_strips = _rows(64)
+_of_columns = _rows(ROW)
+_of_values = _rows(None)
 
 
 @compiled
@@ -126,43 +138,27 @@ def multiply_columns(rows, stride, step, strip, parts, fresh, columns, out):
 
 
 @compiled
-def scores(keys, pairs, scale, out, at, some, ahead):
-    """As `tiles.scores`."""
-    stride, queries, found = keys.strides[0], pairs.ctypes.data, some.ctypes.data
-    for first in range(0, keys.shape[0], TOKENS):
-        rows = keys.ctypes.data + first * stride
-        for t in range(0, TOKENS, ROWS):
-            if ahead:
-                prefetch_rows(ahead, first + t, ROWS, stride)
-            parts = keys.shape[1] // COLUMNS
-            _of_one_strip(rows + t * stride, stride, 64, queries, queries, parts, ROWS, True, found + 64 * t, 64, 0)
-        for h in range(out.shape[0]):
-            for t in range(TOKENS):
-                out[h, at + first + t] = some[t, h] * scale
+def mix(weights, at, values, tokens, some, out, ahead):
+    """As `tiles.mix`, for all of the rows of `out` and no more. As many values are asked for at `ahead`; `some` takes
+    [TOKENS, 32] of them."""
+    heads, width = out.shape
+    stride, step, line = values.strides[0], weights.strides[0], 4 * width
+    for first in range(0, tokens, TOKENS):
+        start, left = values.ctypes.data + first * stride, weights.ctypes.data + 2 * (at + first)
+        for j in range(0, width, COLUMNS):
+            rows, apart, soon = start + 2 * j, stride, ahead - values.ctypes.data
+            if tokens - first < TOKENS:  # what nobody has written need not be a number
+                _copy_rows(rows, stride, tokens - first, some)
+                rows, apart, soon = some, ROW // 2, 0
+            for h in range(0, heads, ROWS):
+                source, to = left + h * step, out.ctypes.data + 4 * (h * width + j)
+                count = min(ROWS, heads - h)
+                _of_values(source, step, 64, rows, apart, TOKENS // 32, count, False, to, line, 0 if h else soon)
 
 
 @compiled
-def mix(weights, at, values, tokens, pairs, out, ahead):
-    """As `tiles.mix`, for all of the rows of `out` and no more; `pairs` takes [width / 32, TOKENS / 2, 32]."""
-    heads, width = out.shape
-    row, columns, size = out.ctypes.data, pairs.ctypes.data, TOKENS // 2 * ROW
-    for first in range(0, tokens, TOKENS):
-        for i in range(TOKENS // 2):
-            t = first + 2 * i
-            prefetch_rows(ahead, t, 2, values.strides[0])
-            even = values.ctypes.data + t * values.strides[0]
-            if t + 1 < tokens:
-                singles.interleave(even, even + values.strides[0], width // COLUMNS, columns + i * ROW, size)
-            else:  # what nobody has written need not be a number
-                for j in range(width // COLUMNS):
-                    both = carray(address(columns + j * size + i * ROW, np.uint32(0)), (COLUMNS,))
-                    for c in range(COLUMNS):
-                        both[c] = np.uint32(values[t, j * COLUMNS + c]) if t < tokens else np.uint32(0)
-        left = weights.ctypes.data + 2 * (at + first)
-        for j in range(0, width, COLUMNS):
-            met = columns + j // COLUMNS * size
-            for h in range(0, heads, ROWS):
-                stride, to = weights.strides[0], row + 4 * (h * width + j)
-                some = min(ROWS, heads - h)
-                source = left + h * stride
-                _of_columns(source, stride, 64, met, met + ROW // 2, TOKENS // 32, some, False, to, 4 * width, 0)
+def _copy_rows(rows, stride, count, out):
+    """out bfloat16 [TOKENS, 32] from the first `count` rows, and zeros."""
+    for t in range(count):
+        copy(rows + t * stride, out + t * ROW // 2, COLUMNS, np.uint16(0))
+    fill(out + count * ROW // 2, (TOKENS - count) * COLUMNS, np.uint16(0))

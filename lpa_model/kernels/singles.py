@@ -14,9 +14,8 @@ from numba.extending import intrinsic
 
 from lpa_model.kernels.machine import LOG2_E
 from lpa_model.kernels.vectors import (
-    HALVES,
-    INTEGERS,
     LANES,
+    ask,
     dot_pairs,
     exp2,
     floats,
@@ -29,6 +28,8 @@ from lpa_model.kernels.vectors import (
     store,
     sums_of,
 )
+
+SIDE = 4
 
 
 @intrinsic
@@ -53,23 +54,33 @@ def score(typing: Any, query: Any, keys: Any, stride: Any, parts: Any, scale: An
 
 
 @intrinsic
-def interleave(typing: Any, even: Any, odd: Any, vectors: Any, out: Any, size: Any) -> Any:
-    """Two rows bfloat16 [32 * vectors] as pairs, uint32 [32] each `size` bytes behind the one before: the even row's in
-    the lower half."""
+def score_square(
+    typing: Any, queries: Any, keys: Any, stride: Any, parts: Any, scale: Any, out: Any, out_stride: Any, ahead: Any
+) -> Any:
+    """out float32 [SIDE, SIDE], rows `out_stride` bytes apart: `scale` times SIDE queries bfloat16 [32 * parts] . as
+    many keys; both lie `stride` bytes apart. Two such rows at `ahead` are asked for."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        even, odd, vectors, out, size = arguments
-        with for_range(builder, vectors) as loop:
-            at, to = builder.mul(loop.index, size.type(4 * LANES)), builder.add(out, builder.mul(loop.index, size))
-            for half in (0, 1):
-                low, high = (
-                    builder.zext(load(builder, builder.add(row, at), 2 * LANES * half, HALVES), INTEGERS)
-                    for row in (even, odd)
-                )
-                store(builder, builder.or_(low, builder.shl(high, integers(16))), to, 4 * LANES * half)
+        queries, keys, stride, parts, scale, out, out_stride, ahead = arguments
+        sides = [stride.type(i) for i in range(SIDE)]
+        totals = [alloca_once_value(builder, floats(0)) for _ in range(SIDE * SIDE)]
+        with for_range(builder, parts) as loop:
+            at = builder.mul(loop.index, parts.type(4 * LANES))
+            ask(builder, builder.add(ahead, at))
+            ask(builder, builder.add(ahead, builder.add(at, stride)))
+            rows = [[builder.add(start, builder.mul(stride, i)) for i in sides] for start in (queries, keys)]
+            left, right = ([load(builder, builder.add(row, at)) for row in some] for some in rows)
+            for i, total in enumerate(totals):
+                found = dot_pairs(builder, builder.load(total), left[i // SIDE], right[i % SIDE])
+                builder.store(found, total)
+        sums = builder.fmul(sums_of(builder, [builder.load(total) for total in totals]), spread(builder, scale))
+        for i in sides:
+            lanes = [SIDE * i.constant + lane for lane in range(SIDE)]
+            some = builder.shuffle_vector(sums, sums, ir.Constant(ir.VectorType(ir.IntType(32), SIDE), lanes))
+            store(builder, some, builder.add(out, builder.mul(out_stride, i)))
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5), build
+    return types.void(*[types.int64] * 4, types.float32, *[types.int64] * 3), build
 
 
 def _over_lanes(builder: Any, x: Any, join: Any) -> Any:
