@@ -17,7 +17,6 @@ from lpa_model.kernels.machine import (
     compiled,
     copy,
     exp,
-    fetch,
     fetch_add,
     fill,
     narrow,
@@ -240,9 +239,9 @@ def _mix_by_head(call, weights, at, values, tokens, out, ahead):
 
 
 @compiled
-def _next_keys(call, keys):
-    """The address of the keys that the next item to be taken begins with."""
-    item = min(fetch(call.counters), call.items - 1)
+def _first_keys(call, item, keys):
+    """The address of the keys that an item begins with; of the last one's where there is no such item."""
+    item = min(item, call.items - 1)
     row = carray(address(call.item_rows, 0), (call.items,))[item]
     first = carray(address(call.first_items, 0), (call.rows + 1,))[row]
     start = carray(address(call.table_starts, 0), (call.rows,))[row] + (item - first) * call.tile_blocks
@@ -251,9 +250,10 @@ def _next_keys(call, keys):
 
 @compiled
 def _attend(call, item, q, scores, room, like, tiled):
-    """One item: its maximum, sum and weighted values, not normalised, go to `stats` and `partial`. Returns its row.
+    """One item: its maximum, sum and weighted values, not normalised, go to `stats` and `partial`.
 
-    What is read next is asked for a block or a head ahead: the processor's own guesses end at every page.
+    Returns its row, and the item that is taken next: what is read next is asked for a block or a head ahead, since the
+    processor's own guesses end at every page.
     """
     heads, block_size = call.heads, call.block_size
     row = carray(address(call.item_rows, 0), (call.items,))[item]
@@ -317,10 +317,11 @@ def _attend(call, item, q, scores, room, like, tiled):
                 room.weights[h, t] = 0
     if tiled is not None and call.value_tiles:
         fill(room.total.ctypes.data, room.total.size, ZERO)
+    following = fetch_add(call.counters)
     for b in range(blocks):
         at = b * block_size
         count = min(block_size, tokens - at)
-        soon = _next_keys(call, keys)
+        soon = _first_keys(call, following, keys)
         if b + 1 < blocks:
             soon = call.values + table[b + 1] * values.strides[0]
         if room is None or not call.value_tiles:
@@ -331,7 +332,7 @@ def _attend(call, item, q, scores, room, like, tiled):
             tiles.mix(room.weights, at, values[table[b], 0], count, room.values, room.total, soon)
     if tiled is not None and call.value_tiles:
         copy(room.total.ctypes.data, out.ctypes.data, out.size, ZERO)
-    return row
+    return row, following
 
 
 @compiled
@@ -386,11 +387,9 @@ def _work(call, room, like, tiled):
     first_items = carray(address(call.first_items, 0), (call.rows + 1,))
     q = np.empty((call.heads, call.key_width), np.float32)
     scores = np.empty((call.heads, call.tile_blocks * call.block_size), np.float32)
-    while True:
-        item = fetch_add(call.counters)
-        if item >= call.items:
-            return
-        row = _attend(call, item, q, scores, room, like, tiled)
+    item = fetch_add(call.counters)
+    while item < call.items:
+        row, item = _attend(call, item, q, scores, room, like, tiled)
         if fetch_add(call.counters + 8 * (1 + row)) + 1 == first_items[row + 1] - first_items[row]:
             _merge(call, row, room, like)
             fetch_add(call.counters + 8 * (1 + call.rows))
