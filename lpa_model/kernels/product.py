@@ -1,6 +1,7 @@
-"""Products with weights in tiles of bfloat16 (AMX), and what is done to their results before they are written.
+"""Products with weights of bfloat16, and what is done to their results before they are written.
 
-Every number of a result is summed in the same order whatever the number of rows and wherever the row stands.
+Weights lie as tiles of AMX. Where `tiled` is None they are met in vectors, else in tiles by a thread that has them
+configured. Every number of a result is summed in the same order whatever the number of rows and wherever a row is.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def items(op, rows, tiled):
 
 @compiled
 def prepare(op, rows, room, like):
-    """Copy the rows of a last block that is not full: tiles are read whole, and what lies behind may be no memory."""
+    """For tiles, copy the rows of a last block that is not full: they are read whole, and behind may be no memory."""
     width = op.width * (op.strips // op.group_strips)
     first = rows // ROWS * ROWS
     for row in range(first, rows):
@@ -58,10 +59,10 @@ def work(op, rows, item, room, like, tiled):
         for row in range(chunk, min(chunk + CHUNK, rows), ROWS):
             count, x = min(ROWS, rows - row), op.x + row * stride + part
             if tiled is None or count < ROWS or rows == ROWS:  # a part of a block, or strips that are met only once
-                source, step = (x, stride) if count == ROWS else (room.rows + part, room.stride)
                 if tiled is None:
-                    paired.multiply_strips(source, step, weight, depth, count, 2 * depth * 1024, found)
+                    paired.multiply_strips(x, stride, weight, depth, count, 2 * depth * 1024, found)
                 else:
+                    source, step = (x, stride) if count == ROWS else (room.rows + part, room.stride)
                     _multiply_some(source, step, weight, depth, count, row == chunk, found)
                 _finish(op, row, count, pair, found, like)
             else:

@@ -111,7 +111,7 @@ def _run(program, like, tiled):
         done = taken + 8
         items = _pieces(op, program.rows, tiled)
         item = fetch_add(taken) if items else 0
-        if op.kind == PRODUCT and item < items:
+        if tiled is not None and op.kind == PRODUCT and item < items:
             product.prepare(op, program.rows, room, like)
         while item < items:
             _work(op, program.rows, item, room, prompt_room, like, tiled)

@@ -1,4 +1,6 @@
-"""Attention of prompt rows in tiles of bfloat16 (AMX): new tokens of some texts, whose earlier tokens are in the cache.
+"""Attention of prompt rows: new tokens of some texts, whose earlier tokens are in the cache.
+
+Products are in tiles of bfloat16 (AMX), or in vectors where `tiled` is None.
 
 Everything lies transposed, a query in each column: scores are keys times queries, so that maxima and sums run down the
 columns in vectors, and pairs of rows of weights are a tile as they are. Keys are read where they lie in the cache;
