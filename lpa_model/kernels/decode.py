@@ -216,10 +216,10 @@ def _scores_in_vectors(call, queries, keys, tokens, scores, at, ahead):
                     singles.score(queries + h * size, some, size, parts, scale, found + h * line)
             else:
                 for j in range(0, 16, side):
-                    for part in range(0, group, side):
-                        h, row = k * group + min(part, group - side), t + j + part // 2
+                    for own in range(0, group, side):
+                        h, row = k * group + min(own, group - side), t + j + own // 2
                         first, to = queries + h * size, found + h * line + 4 * j
-                        soon_rows = soon + row * size if part < 2 * side else first
+                        soon_rows = soon + row * size if own < 2 * side else first
                         singles.score_square(first, some + j * size, size, parts, scale, to, line, soon_rows)
 
 
@@ -313,8 +313,7 @@ def _attend(call, item, q, scores, room, like, tiled):
         for h in range(heads):
             for t in range(tokens):
                 room.weights[h, t] = narrow(scores[h, t], like)
-            for t in range(tokens, room.weights.shape[1]):
-                room.weights[h, t] = 0
+            fill(room.weights[h, tokens:].ctypes.data, room.weights.shape[1] - tokens, np.uint16(0))
     if tiled is not None and call.value_tiles:
         fill(room.total.ctypes.data, room.total.size, ZERO)
     following = fetch_add(call.counters)

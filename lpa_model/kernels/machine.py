@@ -141,16 +141,21 @@ def order(typing: Any, x: Any) -> Any:
     return integer(x), build
 
 
+def ask(builder: Any, address: Any) -> None:
+    """Have the line at `address`, which need not be anything's, come to the second-level cache."""
+    integer, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, integer, integer, integer])
+    prefetch = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    numbers = [ir.Constant(integer, n) for n in (0, 2, 1)]  # to read, second level, data
+    builder.call(prefetch, [builder.inttoptr(address, pointer), *numbers])
+
+
 @intrinsic
 def prefetch(typing: Any, address: Any) -> Any:
-    """Have the line at `address`, which need not be anything's, come to the second-level cache."""
+    """`ask`, in compiled functions."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        integer, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer, integer, integer, integer])
-        prefetch = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        numbers = [ir.Constant(integer, n) for n in (0, 2, 1)]  # to read, second level, data
-        builder.call(prefetch, [builder.inttoptr(arguments[0], pointer), *numbers])
+        ask(builder, arguments[0])
         return context.get_dummy_value()
 
     return types.void(address), build

@@ -15,12 +15,12 @@ from numba import types
 from numba.core.cgutils import alloca_once, for_range, get_or_insert_function
 from numba.extending import intrinsic
 
-from lpa_model.kernels.machine import compiled, copy, fill
+from lpa_model.kernels.machine import ask, compiled, copy, fill
 from lpa_model.kernels.tiles import TOKENS
-from lpa_model.kernels.vectors import FLOATS, INTEGERS, ask, dot_pairs, floats, load, spread, store
+from lpa_model.kernels.vectors import FLOATS, INTEGERS, dot_pairs, floats, load, spread, store
 
 ROWS = 8  # whose sums stay in registers, two vectors each
-UNROLLED = 4
+UNROLLED = 4  # pairs in a round of the loop
 PAIRS = 16  # in the 64 bytes of a row that a tile takes
 COLUMNS = 32  # of a square
 ROW = 4 * COLUMNS  # bytes

@@ -12,10 +12,9 @@ from numba import types
 from numba.core.cgutils import alloca_once_value, for_range
 from numba.extending import intrinsic
 
-from lpa_model.kernels.machine import LOG2_E
+from lpa_model.kernels.machine import LOG2_E, ask
 from lpa_model.kernels.vectors import (
     LANES,
-    ask,
     dot_pairs,
     exp2,
     floats,

@@ -58,14 +58,6 @@ def store(builder: Any, value: Any, address: Any, offset: int = 0) -> None:
     builder.store(value, _pointer(builder, address, offset, value.type), align=2)
 
 
-def ask(builder: Any, address: Any) -> None:
-    """Have the line at `address`, which need not be anything's, come to the second-level cache."""
-    pointer, integer = ir.IntType(8).as_pointer(), ir.IntType(32)
-    kind = ir.FunctionType(ir.VoidType(), [pointer, integer, integer, integer])
-    prefetch = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(prefetch, [builder.inttoptr(address, pointer), *(integer(n) for n in (0, 2, 1))])
-
-
 def spread(builder: Any, number: Any) -> Any:
     """A number in all lanes."""
     empty = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
