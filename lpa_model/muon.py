@@ -21,7 +21,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]  # nobody passes a closure
         """One update of all matrices; those of one shape are orthogonalised together."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
@@ -30,7 +30,11 @@ class Muon(torch.optim.Optimizer):
             for shape, params in by_shape.items():
                 # all of them in one call each: on a GPU, launches would cost more than the arithmetic
                 gradients = [p.grad for p in params if p.grad is not None]
-                buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+                assert len(gradients) == len(params)
+                for p in params:
+                    if not self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                buffers = [self.state[p]["momentum"] for p in params]
                 torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
                 updates = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))
                 updates = orthogonalize(updates).contiguous()
