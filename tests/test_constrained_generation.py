@@ -188,7 +188,7 @@ def test_a_late_mask_holds_nobody_up(tiny_checkpoint: Path) -> None:
     expected = run(make_engine(tiny_checkpoint), pair())
     engine = make_engine(tiny_checkpoint)
     late = Late()
-    engine.runner._mask_pool = late  # type: ignore[assignment]
+    engine.runner._mask_pool = late  # type: ignore[assignment]  # a stand-in
     for request in pair():
         engine.add_request(request)
     seen: dict[str, list[int]] = {"c": [], "f": []}
@@ -219,7 +219,7 @@ def test_late_masks_of_choices_that_share_a_prompt(tiny_checkpoint: Path, length
     assert all(text_of(expected[f"c{i}"]) in CHOICES for i in range(3))
     engine = make_engine(tiny_checkpoint)
     late = Late()
-    engine.runner._mask_pool = late  # type: ignore[assignment]
+    engine.runner._mask_pool = late  # type: ignore[assignment]  # a stand-in
     for request in choices():
         engine.add_request(request)
     seen: dict[str, list[int]] = {name: [] for name in expected}

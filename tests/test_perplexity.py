@@ -320,7 +320,7 @@ def test_the_tokenizers_own_setting_is_whether_its_post_processor_adds_bos() -> 
     tokenizer = type(byte_tokenizer()).from_str(byte_tokenizer().to_str())
     assert not adds_bos(tokenizer, EOS)
     template = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", EOS)])
-    tokenizer.post_processor = template  # type: ignore[assignment]
+    tokenizer.post_processor = template  # type: ignore[assignment]  # its stub has a narrower type
     assert adds_bos(tokenizer, EOS)
     assert not adds_bos(tokenizer, None)
     assert not adds_bos(tokenizer, BOS)

@@ -47,7 +47,7 @@ def bos_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with a BOS token, whose tokenizer adds it."""
     tokenizer = Tokenizer.from_str(byte_tokenizer().to_str())
     template = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
-    tokenizer.post_processor = template  # type: ignore[assignment]
+    tokenizer.post_processor = template  # type: ignore[assignment]  # its stub has a narrower type
     folder = tmp_path_factory.mktemp("bos") / "model"
     config = tiny_config("setting2", bos_token_id=END_OF_TEXT_ID)
     save_checkpoint(folder, random_model(config), tokenizer, torch.float32)

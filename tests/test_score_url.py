@@ -84,7 +84,7 @@ def test_a_corpus_without_end_goes_through_bounded_memory(served: Served) -> Non
     for i, line in enumerate(itertools.islice(lines, 30)):
         assert (line["file"], line["line"], line["index"]) == ("endless", i, i)
     assert next(numbers) * 600 < 64 << 20  # what sockets hold on the way
-    lines.close()  # type: ignore[attr-defined]
+    lines.close()  # type: ignore[attr-defined]  # it is a generator
     until(served.idle)
 
 

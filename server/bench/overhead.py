@@ -85,7 +85,7 @@ def _recording(loop_clock: int) -> Iterator[list[Call]]:
     try:
         yield calls
     finally:
-        setattr(ModelRunner, "run", run)  # noqa: B010
+        setattr(ModelRunner, "run", run)  # noqa: B010 (likewise)
 
 
 def _drive(url: str, server: Server, streams: int, input_len: int, output_len: int) -> None:

@@ -63,7 +63,7 @@ def run_with_flags(
     def command(**values: Any) -> None:
         run({name: value for name, value in values.items() if value is not None})
 
-    command.__signature__ = inspect.Signature(list(parameters))  # type: ignore[attr-defined]
+    command.__signature__ = inspect.Signature(list(parameters))  # type: ignore[attr-defined]  # typer reads the parameters there
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     inner.command(help=text)(command)

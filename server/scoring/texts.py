@@ -150,7 +150,7 @@ def _open(name: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     with open(name, "rb") as stored:
         if os.path.splitext(name)[1] == ".gz":
             with gzip.open(stored) as file:
-                yield stored, file  # type: ignore[misc]
+                yield stored, file  # type: ignore[misc]  # typeshed: a GzipFile is no IO
         else:
             yield stored, stored
 
