@@ -88,16 +88,18 @@ class FusedLayer:
             for layer in projections
         ]
         query, key, value = (layer.up if isinstance(layer, LowRankLinear) else layer for layer in projections)
+        group = self.heads // attention.kv_heads
         self.query, self.key, self.absorbed = Weights.of(query), None, None
         if keys_latent:
-            by_head = attention.key_up().transpose(1, 2).repeat_interleave(self.heads // attention.kv_heads, 0)
+            by_head = attention.key_up().transpose(1, 2).repeat_interleave(group, 0)
             self.absorbed = tiled(by_head.flatten(0, 1))  # of [H * r, dh]
         else:
             self.key = Weights.of(key)
-        self.value, self.up, self.up_bias = None, None, None
+        self.value, self.up = None, None
         if values_latent:
             up, bias = attention.value_up()
-            self.up, self.up_bias = up.clone(), None if bias is None else bias.clone()
+            bias = None if bias is None else bias.view(up.shape[:2]).repeat_interleave(group, 0).flatten()
+            self.up = Weights(tiled(up.repeat_interleave(group, 0).flatten(0, 1)), bias)  # of [H * dh, r]
         else:
             self.value = Weights.of(value)
         self.output = _chain(attention.o_proj)
@@ -138,7 +140,6 @@ class FusedLayer:
             latents = tuple(x if first is None else _through(program, x, [first]) for first in self.firsts)
         q, k, v = latents
         q = _through(program, q, [self.query])
-        width = self.query.width
         if self.absorbed is not None:
             absorbed = program.room(len(q), self.absorbed.shape[0] * STRIP)
             program.product(q, self.absorbed, absorbed, groups=self.heads)
@@ -147,22 +148,16 @@ class FusedLayer:
             k = _through(program, k, [self.key])
         if self.value is not None:
             v = _through(program, v, [self.value])
-        out = program.room(len(x), width).unflatten(1, (self.heads, -1))
-        call = call_of_layer(
-            q.unflatten(1, (self.heads, -1)),
-            k,
-            v,
-            self.keys,
-            self.values,
-            out,
-            self.scale,
-            turns=turns,
-            up=self.up,
-            up_bias=self.up_bias,
-        )
+        out = program.room(len(x), self.heads * self.values.shape[3])
+        by_head = q.unflatten(1, (self.heads, -1)), out.unflatten(1, (self.heads, -1))
+        call = call_of_layer(by_head[0], k, v, self.keys, self.values, by_head[1], self.scale, turns=turns)
         program.attention()
         program.alive += [q, k, v, turns]
-        return out.flatten(1), call
+        if self.up is None:
+            return out, call
+        rebuilt = program.room(len(x), self.up.width)
+        program.product(out, self.up.tiles, rebuilt, bias=self.up.bias, groups=self.heads)
+        return rebuilt, call
 
     @staticmethod
     def _write_branch(
@@ -181,7 +176,8 @@ class FusedLayer:
 class FusedStep:
     """The rows of a step through all layers of a model whose weights are rotated and joined for inference.
 
-    A row's result depends on nothing but the row: to the bit the same in any company, in any step.
+    A row's result depends on nothing but the row: to the bit the same in any company, in any step. In the cache's pools
+    of values two tokens lie side by side, [num_blocks, heads, block_size / 2, width, 2].
     """
 
     def __init__(self, model: LPAForCausalLM, cache: LatentCache, kernel: Kernel) -> None:

@@ -145,7 +145,7 @@ def can_pack(model: LPAForCausalLM) -> bool:
 def _compile_layers(model: LPAForCausalLM) -> None:
     """Have kernels compiled where there are some for this model's dtype and device."""
     weight = model.embed_tokens.weight
-    decode_kernel = attention.kernel_name(weight.dtype)
+    decode_kernel = attention.KERNELS.get(weight.dtype)
     if weight.device.type != "cpu" or decode_kernel is None:
         return
     for name, module in list(model.named_modules()):

@@ -15,7 +15,7 @@ from lpa_model.fused import can_fuse
 from lpa_model.inference import prepare_for_inference
 from lpa_model.kernels.instructions import paired_products
 from lpa_model.model import LPAForCausalLM
-from tests.conftest import random_model, tiny_config
+from tests.conftest import in_pairs, random_model, tiny_config
 
 pytestmark = pytest.mark.skipif(
     not paired_products(), reason="programs need a processor that multiplies pairs of bfloat16"
@@ -91,9 +91,10 @@ def test_a_program_is_as_exact_as_the_layers(case: str, layout: CacheLayout) -> 
     models, caches = both(case, layout, 2 * len(LENGTHS))
     exact = model_of(case).float()
     texts = Texts(models[1], caches[1])
-    for pools, others in ((caches[0].keys, caches[1].keys), (caches[0].values, caches[1].values)):
-        for pool, other in zip(pools, others, strict=True):
-            pool.copy_(other)
+    for pool, other in zip(caches[0].keys, caches[1].keys, strict=True):
+        pool.copy_(other)
+    for pool, other in zip(caches[0].values, caches[1].values, strict=True):
+        pool.copy_(other if models[0].fused is None else in_pairs(other))
     rows = list(range(len(LENGTHS)))
     fused, layers = (texts.decode(model, cache, rows) for model, cache in zip(models, caches, strict=True))
     expected = torch.stack([exact(ids[None])[0, -1] for ids in texts.ids])

@@ -18,6 +18,7 @@ from lpa_model.kernels.instructions import paired_products
 from lpa_model.kernels.launch import compile_kernel
 from lpa_model.kernels.programs import KERNELS, Program
 from lpa_model.kernels.prompts import NO_PROMPTS
+from tests.conftest import in_pairs
 
 pytestmark = pytest.mark.skipif(
     not paired_products(), reason="the kernel needs a processor that multiplies pairs of bfloat16"
@@ -52,6 +53,7 @@ class Texts:
                 for t in range(context):
                     pool[table[t // BLOCK_SIZE], :, t % BLOCK_SIZE] = text[t]
             pools.append(pool)
+        pools[1] = in_pairs(pools[1])
         new_keys, new_values = (x[:, context:].flatten(2).flatten(0, 1) for x in (keys, values))
         queries, out = q.flatten(0, 1).contiguous(), torch.empty(batch * length, heads, width, dtype=torch.bfloat16)
         program = Program(np.zeros(1, dtype=records.CALL))

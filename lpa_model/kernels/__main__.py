@@ -10,8 +10,8 @@ from lpa_model.kernels.launch import compile_kernel
 
 
 def main() -> None:
-    names = [name for module in (draws, masks, row_scores) for name in module.KERNELS.values()]
-    names += [rms_norm.KERNEL, *filter(None, map(attention.kernel_name, attention.KERNELS))]
+    names = [name for module in (attention, draws, masks, row_scores) for name in module.KERNELS.values()]
+    names.append(rms_norm.KERNEL)
     names += [programs.KERNELS[multiplies] for multiplies in paired_products()[:1]]
     with ProcessPoolExecutor() as processes:
         list(processes.map(_compile, names[::-1]))  # the longest first

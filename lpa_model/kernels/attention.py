@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lpa_model.kernels.instructions import TILES, VECTORS, paired_products
 from lpa_model.kernels.launch import Kernel
 from lpa_model.kernels.records import CALL
 
@@ -20,19 +19,8 @@ KERNELS = {
     torch.bfloat16: "lpa_model.kernels.decode.decode_bfloat16",
     torch.float32: "lpa_model.kernels.decode.decode_float32",
 }
-PAIRED_KERNELS = {  # for bfloat16, where the processor multiplies pairs of it
-    TILES: "lpa_model.kernels.decode.decode_bfloat16_in_tiles",
-    VECTORS: "lpa_model.kernels.decode.decode_bfloat16_in_vectors",
-}
 TILE_TOKENS = 128  # at most, in whole blocks: what one thread attends to at a time
 CALL_BYTES = Struct(f"{len(CALL.names or ()) - 1}qd")
-
-
-def kernel_name(dtype: torch.dtype) -> str | None:
-    """The kernel for a cache of `dtype` on this processor."""
-    if dtype is torch.bfloat16 and paired_products():
-        return PAIRED_KERNELS[paired_products()[0]]
-    return KERNELS.get(dtype)
 
 
 @dataclass(frozen=True)
@@ -148,8 +136,8 @@ def call_of_layer(
     scale: float,
     *,
     turns: Tensor | None,
-    up: Tensor | None,
-    up_bias: Tensor | None,
+    up: Tensor | None = None,
+    up_bias: Tensor | None = None,
 ) -> dict[str, int | float]:
     """What a call says of a layer, with the arguments of `decode_attention` and the tensor of its result."""
     _, heads, key_width = q.shape
@@ -157,7 +145,6 @@ def call_of_layer(
     _, value_heads, _, value_width = values.shape
     up_heads, up_width = (0, 0) if up is None else up.shape[:2]
     assert q.is_contiguous() and keys.is_contiguous() and values.is_contiguous() and out.is_contiguous()
-    fits_tiles = heads <= 16 and block_size % 64 == 0
     return {
         "q": q.data_ptr(),
         "new_keys": new_keys.data_ptr(),
@@ -178,8 +165,8 @@ def call_of_layer(
         "key_stride": new_keys.stride(0),
         "value_stride": new_values.stride(0),
         "block_size": block_size,
-        "key_tiles": fits_tiles and key_heads == 1 and key_width % 32 == 0 and turns is None,
-        "value_tiles": fits_tiles and value_heads == 1 and value_width % 32 == 0,
+        "key_tiles": heads <= 16 and key_heads == 1 and turns is None and block_size % 64 == 0,
+        "value_tiles": heads <= 16 and value_heads == 1,
         "scale": scale,
     }
 

@@ -14,6 +14,7 @@ from numba.core.cgutils import alloca_once_value, for_range
 from numba.extending import intrinsic
 
 from lpa_model.kernels.vectors import (
+    HALVES,
     INTEGERS,
     LANES,
     exp2,
@@ -24,6 +25,7 @@ from lpa_model.kernels.vectors import (
     shuffled,
     spread,
     store,
+    store_some,
     turned,
 )
 
@@ -208,6 +210,27 @@ def to_rows(typing: Any, columns: Any, stride: Any, count: Any, out: Any, out_st
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5), build
+
+
+@intrinsic
+def set_halves(typing: Any, x: Any, vectors: Any, upper: Any, pairs: Any) -> Any:
+    """The lower halves of uint32 [16 * vectors] at `pairs`, or the upper ones, become bfloat16 [16 * vectors] at x. The
+    others are not touched: another thread may be writing them."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, vectors, upper, pairs = arguments
+        halves = ir.VectorType(ir.IntType(16), COLUMNS)
+        shift = builder.trunc(builder.mul(upper, upper.type(LANES)), ir.IntType(32))
+        lower = ir.Constant(ir.IntType(32), 0x55555555)
+        mask = builder.shl(lower, builder.trunc(upper, lower.type))
+        mask = builder.bitcast(mask, ir.VectorType(ir.IntType(1), COLUMNS))
+        with for_range(builder, vectors) as loop:
+            some = load(builder, _at(x, builder, loop.index, vectors.type(2 * LANES)), 0, HALVES)
+            some = builder.bitcast(builder.shl(builder.zext(some, INTEGERS), spread(builder, shift)), halves)
+            store_some(builder, some, _at(pairs, builder, loop.index, vectors.type(HALF)), mask)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), build
 
 
 @intrinsic

@@ -5,12 +5,9 @@ Plain loops that LLVM vectorises. The cache's numbers are widened to float32, in
 
 from __future__ import annotations
 
-from collections import namedtuple
-
 import numpy as np
 from numba import carray, from_dtype, types
 
-from lpa_model.kernels import paired, prompt, singles, tiles
 from lpa_model.kernels.machine import (
     ZERO,
     address,
@@ -20,7 +17,6 @@ from lpa_model.kernels.machine import (
     fetch_add,
     fill,
     narrow,
-    part,
     prefetch_rows,
     widen,
 )
@@ -161,16 +157,7 @@ def _prepare_queries(call, row, position, q, like):
 
 
 @compiled
-def _pair_queries(call, row, pairs, like):
-    """The row's queries as `tiles.scores` takes them."""
-    raw = carray(address(call.q, like), (call.rows, call.heads, call.key_width))[row]
-    for h in range(call.heads):
-        for i in range(call.key_width):
-            pairs[i // 2, h, i % 2] = raw[h, i]
-
-
-@compiled
-def write_new_token(call, row, position, keys, values, block, offset, like):
+def _write_new_token(call, row, position, keys, values, block, offset, like):
     turns = carray(address(call.turns + 4 * position * call.key_width, ZERO), (call.key_width,))
     new_keys = carray(address(call.new_keys, like), (call.rows, call.key_stride))[row]
     new_values = carray(address(call.new_values, like), (call.rows, call.value_stride))[row]
@@ -201,29 +188,6 @@ def _scores_by_head(call, keys, q, tokens, scores, at, ahead):
 
 
 @compiled
-def _scores_in_vectors(call, queries, keys, tokens, scores, at, ahead):
-    """The same from bfloat16 queries [heads, width] at an address, 16 keys at a time: some behind the last one too."""
-    group, size, parts = call.heads // call.key_heads, 2 * call.key_width, call.key_width // 32
-    side, line, scale = singles.SIDE, scores.strides[0], np.float32(call.scale)
-    for k in range(call.key_heads):
-        rows, end = keys.ctypes.data + k * call.block_size * size, (k + 1) * group
-        soon = ahead if k + 1 == call.key_heads else rows + call.block_size * size
-        for t in range(0, tokens, 16):
-            some, found = rows + t * size, scores.ctypes.data + 4 * (at + t)
-            if group < side:
-                prefetch_rows(soon, t, 16, size)
-                for h in range(k * group, end):
-                    singles.score(queries + h * size, some, size, parts, scale, found + h * line)
-            else:
-                for j in range(0, 16, side):
-                    for own in range(0, group, side):
-                        h, row = k * group + min(own, group - side), t + j + own // 2
-                        first, to = queries + h * size, found + h * line + 4 * j
-                        soon_rows = soon + row * size if own < 2 * side else first
-                        singles.score_square(first, some + j * size, size, parts, scale, to, line, soon_rows)
-
-
-@compiled
 def _mix_by_head(call, weights, at, values, tokens, out, ahead):
     """out [heads, width] += weights[:, at : at + tokens] . values[:, :tokens] [value_heads, .., width]."""
     group = call.heads // call.value_heads
@@ -239,23 +203,20 @@ def _mix_by_head(call, weights, at, values, tokens, out, ahead):
 
 
 @compiled
-def _first_keys(call, item, keys):
-    """The address of the keys that an item begins with; of the last one's where there is no such item."""
+def first_keys(call, item, size):
+    """The address of the keys that an item begins with, or the last item if there is no such one; `size`: bytes of keys
+    in a block."""
     item = min(item, call.items - 1)
     row = carray(address(call.item_rows, 0), (call.items,))[item]
     first = carray(address(call.first_items, 0), (call.rows + 1,))[row]
     start = carray(address(call.table_starts, 0), (call.rows,))[row] + (item - first) * call.tile_blocks
-    return call.keys + carray(address(call.tables + 8 * start, 0), (1,))[0] * keys.strides[0]
+    return call.keys + carray(address(call.tables + 8 * start, 0), (1,))[0] * size
 
 
 @compiled
-def _attend(call, item, q, scores, room, like, tiled):
-    """One item: its maximum, sum and weighted values, not normalised, go to `stats` and `partial`.
-
-    Returns its row, and the item that is taken next: what is read next is asked for a block or a head ahead, since the
-    processor's own guesses end at every page.
-    """
-    heads, block_size = call.heads, call.block_size
+def place_of(call, item):
+    """An item's row, that row's length and position, and of the item the first block in the row, how many tokens and
+    blocks there are, and which blocks."""
     row = carray(address(call.item_rows, 0), (call.items,))[item]
     first = carray(address(call.first_items, 0), (call.rows + 1,))[row]
     length = carray(address(call.lengths, 0), (call.rows,))[row]
@@ -263,114 +224,80 @@ def _attend(call, item, q, scores, room, like, tiled):
     start = carray(address(call.table_starts, 0), (call.rows,))[row]
     first_block = (item - first) * call.tile_blocks
     table = carray(address(call.tables + 8 * (start + first_block), 0), (call.tile_blocks,))
-    tokens = min(call.tile_blocks * block_size, length - first_block * block_size)
-    blocks = -(-tokens // block_size)
+    tokens = min(call.tile_blocks * call.block_size, length - first_block * call.block_size)
+    return row, length, position, first_block, tokens, -(-tokens // call.block_size), table
+
+
+@compiled
+def _attend(call, item, q, scores, like):
+    """One item: its maximum, sum and weighted values, not normalised, go to `stats` and `partial`.
+
+    Returns its row, and the item that is taken next: what is read next is asked for a block or a head ahead, since the
+    processor's own guesses end at every page.
+    """
+    heads, block_size = call.heads, call.block_size
+    row, length, position, first_block, tokens, blocks, table = place_of(call, item)
     keys = carray(address(call.keys, like), (1 << 30, call.key_heads, block_size, call.key_width))
     values = carray(address(call.values, like), (1 << 30, call.value_heads, block_size, call.value_width))
     out = carray(address(call.partial, ZERO), (call.items, heads, call.value_width))[item]
     stats = carray(address(call.stats, ZERO), (call.items, 2, heads))[item]
-
-    vectors = room is not None and call.key_width % 32 == 0 and block_size % 16 == 0
-    if tiled is not None and call.key_tiles:
-        _pair_queries(call, row, room.queries, like)
-    elif room is not None and vectors:
-        queries = call.q + 2 * row * heads * call.key_width
-        if call.turns:
-            prompt.turn_heads(call, position, queries, heads, room.turned.ctypes.data)
-            queries = room.turned.ctypes.data
-    else:
-        _prepare_queries(call, row, position, q, like)
+    _prepare_queries(call, row, position, q, like)
     if first_block * block_size + tokens == length:  # the new token is one of these
-        block, offset = table[blocks - 1], (length - 1) % block_size
-        if room is not None and vectors:
-            prompt.write_token(call, row, position, block, offset, like)
-        else:
-            write_new_token(call, row, position, keys, values, block, offset, like)
-
+        _write_new_token(call, row, position, keys, values, table[blocks - 1], (length - 1) % block_size, like)
     for b in range(blocks):
         at = b * block_size
-        count = min(block_size, tokens - at)
         soon = call.values + table[0] * values.strides[0]
         if b + 1 < blocks:
             soon = call.keys + table[b + 1] * keys.strides[0]
-        if tiled is not None and call.key_tiles:
-            scale = np.float32(call.scale)
-            tiles.scores(keys[table[b], 0], room.queries, scale, scores, at, room.found, soon)
-        elif room is not None and vectors:
-            _scores_in_vectors(call, queries, keys[table[b]], count, scores, at, soon)
-        else:
-            _scores_by_head(call, keys[table[b]], q, count, scores, at, soon)
+        _scores_by_head(call, keys[table[b]], q, min(block_size, tokens - at), scores, at, soon)
     for h in range(heads):
-        if room is not None and vectors:
-            weights = room.weights[h]
-            peak = stats.ctypes.data + 4 * h
-            singles.soften(scores[h].ctypes.data, tokens, weights.ctypes.data, peak, peak + 4 * heads)
-            fill(weights.ctypes.data + 2 * tokens, len(weights) - tokens, np.uint16(0))
-        else:
-            stats[0, h], stats[1, h] = _soften(scores[h], tokens)
+        stats[0, h], stats[1, h] = _soften(scores[h], tokens)
     fill(out.ctypes.data, out.size, ZERO)
-    if room is not None and call.value_tiles and not vectors:
-        for h in range(heads):
-            for t in range(tokens):
-                room.weights[h, t] = narrow(scores[h, t], like)
-            fill(room.weights[h, tokens:].ctypes.data, room.weights.shape[1] - tokens, np.uint16(0))
-    if tiled is not None and call.value_tiles:
-        fill(room.total.ctypes.data, room.total.size, ZERO)
     following = fetch_add(call.counters)
     for b in range(blocks):
         at = b * block_size
-        count = min(block_size, tokens - at)
-        soon = _first_keys(call, following, keys)
+        soon = first_keys(call, following, keys.strides[0])
         if b + 1 < blocks:
             soon = call.values + table[b + 1] * values.strides[0]
-        if room is None or not call.value_tiles:
-            _mix_by_head(call, scores, at, values[table[b]], count, out, soon)
-        elif tiled is None:
-            paired.mix(room.weights, at, values[table[b], 0], count, room.values.ctypes.data, out, soon)
-        else:
-            tiles.mix(room.weights, at, values[table[b], 0], count, room.values, room.total, soon)
-    if tiled is not None and call.value_tiles:
-        copy(room.total.ctypes.data, out.ctypes.data, out.size, ZERO)
+        _mix_by_head(call, scores, at, values[table[b]], min(block_size, tokens - at), out, soon)
     return row, following
 
 
 @compiled
-def _merge(call, row, room, like):
-    """The items of a row, all finished, become its output, in the order of their tokens."""
-    heads, width = call.heads, call.value_width
+def mean_of(call, row, head, mean):
+    """mean float32 [value_width] of a head's values, from the items of a row, in the order of their tokens."""
     first_items = carray(address(call.first_items, 0), (call.rows + 1,))
     first, end = first_items[row], first_items[row + 1]
-    partial = carray(address(call.partial, ZERO), (call.items, heads, width))
-    stats = carray(address(call.stats, ZERO), (call.items, 2, heads))
+    partial = carray(address(call.partial, ZERO), (call.items, call.heads, call.value_width))
+    stats = carray(address(call.stats, ZERO), (call.items, 2, call.heads))
+    peak = stats[first, 0, head]
+    for item in range(first + 1, end):
+        peak = max(peak, stats[item, 0, head])
+    total = ZERO
+    for item in range(first, end):
+        share = exp(stats[item, 0, head] - peak)
+        stats[item, 0, head] = share
+        total += share * stats[item, 1, head]
+    fill(mean.ctypes.data, mean.size, ZERO)
+    for item in range(first, end):
+        share = stats[item, 0, head] / total
+        for i in range(call.value_width):
+            mean[i] += share * partial[item, head, i]
+
+
+@compiled
+def _merge(call, row, like):
+    """The items of a row, all finished, become its output."""
+    heads, width = call.heads, call.value_width
     up = carray(address(call.up, like), (call.up_heads, call.up_width, width))
     up_bias = carray(address(call.up_bias, like), (call.up_heads, call.up_width))
     mean, rebuilt = np.empty(width, np.float32), np.empty(call.up_width, np.float32)
     for h in range(heads):
-        peak = stats[first, 0, h]
-        for item in range(first + 1, end):
-            peak = max(peak, stats[item, 0, h])
-        total = ZERO
-        for item in range(first, end):
-            share = exp(stats[item, 0, h] - peak)
-            stats[item, 0, h] = share
-            total += share * stats[item, 1, h]
-        fill(mean.ctypes.data, width, ZERO)
-        for item in range(first, end):
-            share = stats[item, 0, h] / total
-            for i in range(width):
-                mean[i] += share * partial[item, h, i]
+        mean_of(call, row, h, mean)
         if call.up:
             out = carray(address(call.out, like), (call.rows, heads, call.up_width))[row, h]
             g = h // (heads // call.up_heads)
-            if room is not None and width % 32 == 0 and call.up_width % 16 == 0:
-                for i in range(width):
-                    room.mean[i] = narrow(mean[i], like)
-                for i in range(0, call.up_width, 16):
-                    rows = up[g].ctypes.data + 2 * i * width
-                    found = rebuilt.ctypes.data + 4 * i
-                    singles.score(room.mean.ctypes.data, rows, 2 * width, width // 32, np.float32(1), found)
-            else:
-                _scores(mean, up[g], call.up_width, rebuilt, call.up + (g + 1) * up.strides[0])
+            _scores(mean, up[g], call.up_width, rebuilt, call.up + (g + 1) * up.strides[0])
             for i in range(call.up_width):
                 bias = widen(up_bias[g, i]) if call.up_bias else ZERO
                 out[i] = narrow(rebuilt[i] + bias, like)
@@ -380,56 +307,26 @@ def _merge(call, row, room, like):
                 out[i] = narrow(mean[i], like)
 
 
-@part
-def _work(call, room, like, tiled):
+@compiled
+def _work(call, like):
     """Take items until none is left; the thread that ends a row's last item merges the row."""
     first_items = carray(address(call.first_items, 0), (call.rows + 1,))
     q = np.empty((call.heads, call.key_width), np.float32)
     scores = np.empty((call.heads, call.tile_blocks * call.block_size), np.float32)
     item = fetch_add(call.counters)
     while item < call.items:
-        row, item = _attend(call, item, q, scores, room, like, tiled)
+        row, item = _attend(call, item, q, scores, like)
         if fetch_add(call.counters + 8 * (1 + row)) + 1 == first_items[row + 1] - first_items[row]:
-            _merge(call, row, room, like)
+            _merge(call, row, like)
             fetch_add(call.counters + 8 * (1 + call.rows))
-
-
-Room = namedtuple("Room", ["queries", "turned", "found", "weights", "values", "total", "mean"])
-"""What one thread's products of tiles, or of vectors in their place, need beside the cache: see `tiles`."""
-
-
-@compiled
-def work_in_vectors(call, like, tiled):
-    """All of the work; products of what all heads share in tiles if `tiled`, by a thread whose tiles are configured."""
-    heads = max(call.heads, tiles.HEADS)
-    room = Room(
-        np.zeros((call.key_width // 2, heads, 2), np.uint16),
-        np.empty((heads, call.key_width), np.uint16),
-        np.empty((tiles.TOKENS, tiles.HEADS), np.float32),
-        np.zeros((heads, call.tile_blocks * call.block_size), np.uint16),
-        np.empty((tiles.TOKENS // 2, call.value_width), np.uint32),
-        np.empty((heads, call.value_width), np.float32),
-        np.empty(call.value_width, np.uint16),
-    )
-    _work(call, room, like, tiled)
 
 
 SIGNATURE = types.void(types.CPointer(from_dtype(CALL)))
 
 
 def decode_bfloat16(call):
-    _work(carray(call, (1,))[0], None, np.uint16(0), None)
-
-
-def decode_bfloat16_in_vectors(call):
-    work_in_vectors(carray(call, (1,))[0], np.uint16(0), None)
-
-
-def decode_bfloat16_in_tiles(call):
-    tiles.configure()
-    work_in_vectors(carray(call, (1,))[0], np.uint16(0), True)
-    tiles.release()
+    _work(carray(call, (1,))[0], np.uint16(0))
 
 
 def decode_float32(call):
-    _work(carray(call, (1,))[0], None, ZERO, None)
+    _work(carray(call, (1,))[0], ZERO)

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core.cgutils import alloca_once, for_range, get_or_insert_function
 from numba.extending import intrinsic
 
-from lpa_model.kernels.machine import ask, compiled, copy, fill
-from lpa_model.kernels.tiles import TOKENS
+from lpa_model.kernels.machine import ask, compiled
 from lpa_model.kernels.vectors import FLOATS, INTEGERS, dot_pairs, floats, load, spread, store
 
 ROWS = 8  # whose sums stay in registers, two vectors each
@@ -28,15 +26,11 @@ ROW = 4 * COLUMNS  # bytes
 
 def _columns(builder: Any, left: Any, right: Any, pair: Any, size: int | None) -> tuple[list[Any], list[Any]]:
     """Where a pair of 32 columns lies, and the columns in two vectors; see `_rows`."""
-    if size is not None:
-        places = [builder.add(start, builder.mul(pair, pair.type(size))) for start in (left, right)]
-        return places, [load(builder, place, 0, INTEGERS) for place in places]
-    even = builder.add(left, builder.mul(right, builder.mul(pair, pair.type(2))))
-    places = [even, builder.add(even, right)]
-    halves, pairs = (ir.VectorType(ir.IntType(bits), COLUMNS) for bits in (16, 32))
-    low, high = (load(builder, place, 0, halves) for place in places)
-    orders = ([row + lane for lane in range(start, start + 16) for row in (0, COLUMNS)] for start in (0, 16))
-    return places, [builder.shuffle_vector(low, high, ir.Constant(pairs, order)) for order in orders]
+    if size is None:
+        place = builder.add(left, builder.mul(right, pair))
+        return [place, builder.add(place, place.type(64))], [load(builder, place, 64 * i, INTEGERS) for i in range(2)]
+    places = [builder.add(start, builder.mul(pair, pair.type(size))) for start in (left, right)]
+    return places, [load(builder, place, 0, INTEGERS) for place in places]
 
 
 def _write_rows(function: Any, size: int | None) -> None:
@@ -76,7 +70,7 @@ def _write_rows(function: Any, size: int | None) -> None:
 
 def _rows(size: int | None) -> Any:
     """A compiled function for columns in two vectors of pairs, at `left` and `right`, whose next ones lie `size` bytes
-    further on; or, without a size, for rows bfloat16 [32] at `left`, `right` bytes apart, which become pairs.
+    further on; or, without a size, both vectors at `left`, and the next ones `right` bytes further on.
 
     (x, stride, step, left, right, parts, count, fresh, out, out_stride, ahead), all addresses and numbers but `fresh`:
     out float32 [count, 32] += x bfloat16 [count, 32 * parts] . columns, for 1 to ROWS rows; `fresh`: out is
@@ -138,27 +132,11 @@ def multiply_columns(rows, stride, step, strip, parts, fresh, columns, out):
 
 
 @compiled
-def mix(weights, at, values, tokens, some, out, ahead):
-    """As `tiles.mix`, for all of the rows of `out` and no more. As many values are asked for at `ahead`; `some` takes
-    [TOKENS, 32] of them."""
-    heads, width = out.shape
-    stride, step, line = values.strides[0], weights.strides[0], 4 * width
-    for first in range(0, tokens, TOKENS):
-        start, left = values.ctypes.data + first * stride, weights.ctypes.data + 2 * (at + first)
-        for j in range(0, width, COLUMNS):
-            rows, apart, soon = start + 2 * j, stride, ahead - values.ctypes.data
-            if tokens - first < TOKENS:  # what nobody has written need not be a number
-                _copy_rows(rows, stride, tokens - first, some)
-                rows, apart, soon = some, ROW // 2, 0
-            for h in range(0, heads, ROWS):
-                source, to = left + h * step, out.ctypes.data + 4 * (h * width + j)
-                count = min(ROWS, heads - h)
-                _of_values(source, step, 64, rows, apart, TOKENS // 32, count, False, to, line, 0 if h else soon)
-
-
-@compiled
-def _copy_rows(rows, stride, count, out):
-    """out bfloat16 [TOKENS, 32] from the first `count` rows, and zeros."""
-    for t in range(count):
-        copy(rows + t * stride, out + t * ROW // 2, COLUMNS, np.uint16(0))
-    fill(out + count * ROW // 2, (TOKENS - count) * COLUMNS, np.uint16(0))
+def mix(weights, step, values, width, count, fresh, out):
+    """out float32 [count, width] += weights bfloat16 [count, 32], rows `step` bytes apart, . values [16, width, 2], two
+    tokens' side by side; `fresh`: out is overwritten instead."""
+    line = 4 * width
+    for j in range(0, width, COLUMNS):
+        for h in range(0, count, ROWS):
+            to, some = out + h * line + 4 * j, min(ROWS, count - h)
+            _of_values(weights + h * step, step, 0, values + 4 * j, line, 1, some, fresh, to, line, 0)

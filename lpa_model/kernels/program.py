@@ -10,7 +10,7 @@ from collections import namedtuple
 import numpy as np
 from numba import carray, from_dtype, types
 
-from lpa_model.kernels import columns, decode, norm, product, prompt, tiles
+from lpa_model.kernels import columns, norm, paired_decode, product, prompt, tiles
 from lpa_model.kernels.machine import compiled, fetch, fetch_add, part, pause, pointer_to
 from lpa_model.kernels.records import (
     ADD_LAYER_NORM,
@@ -104,7 +104,7 @@ def _run(program, like, tiled):
         if op.kind == ATTENTION:
             call = carray(_call_at(op.x), (1,))[0]
             if call.rows:
-                decode.work_in_vectors(call, like, tiled)
+                paired_decode.work(call, like, tiled)
                 _wait_until(call.counters + 8 * (1 + call.rows), call.rows)
             continue
         taken = program.counters + 16 * i

@@ -4,10 +4,10 @@ Products are in tiles of bfloat16 (AMX), or in vectors where `tiled` is None.
 
 Everything lies transposed, a query in each column: scores are keys times queries, so that maxima and sums run down the
 columns in vectors, and pairs of rows of weights are a tile as they are. Keys are read where they lie in the cache;
-values are copied once for all heads, into tiles. Values that are latents are rebuilt behind the softmax, for each
-query. Tokens are met BLOCK at a time from multiples of BLOCK in the text, each block's weights beneath the largest
-score so far (a little larger ones pass, so that sums are seldom rescaled), and what a query must not see has a weight
-of zero: a query's result is the same to the bit however a prompt is cut into chunks, and whatever is beside it.
+values are copied once for all heads, into tiles. Tokens are met BLOCK at a time from multiples of BLOCK in the text,
+each block's weights beneath the largest score so far (a little larger ones pass, so that sums are seldom rescaled), and
+what a query must not see has a weight of zero: a query's result is the same to the bit however a prompt is cut into
+chunks, and whatever is beside it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numba import carray
 
 from lpa_model.kernels import columns, paired, tiles
 from lpa_model.kernels.columns import COLUMNS, ROW
-from lpa_model.kernels.machine import LOG2_E, ZERO, address, compiled, copy, fill, widen
+from lpa_model.kernels.machine import LOG2_E, ZERO, address, compiled, copy, fill
 from lpa_model.kernels.records import SPAN_FIELDS
 
 TOKENS = 32  # of a tile's products
@@ -28,14 +28,14 @@ LOT = 2  # tiles of COLUMNS queries that a thread takes at a time
 MARGIN = 8  # powers of two by which a weight may exceed 1
 LOWEST = np.float32(-1e30)  # below all scores, and finite
 
-Room = namedtuple("Room", ["queries", "scores", "weights", "out", "found", "peaks", "sums", "factors", "ones"])
+Room = namedtuple("Room", ["queries", "scores", "weights", "out", "found", "peaks", "sums", "factors"])
 """Addresses of one thread's scratch."""
 
 
 @compiled
 def room_rows(widest):
     """How many rows of COLUMNS numbers `room` needs."""
-    return widest // 2 + BLOCK + max(BLOCK, widest) // 2 + widest + 5
+    return widest // 2 + BLOCK + max(BLOCK, widest) // 2 + widest + 4
 
 
 @compiled
@@ -45,8 +45,7 @@ def room(widest, start):
     weights = scores + ROW * BLOCK
     out = weights + ROW * (max(BLOCK, widest) // 2)
     rest = out + ROW * widest
-    fill(rest + 4 * ROW, COLUMNS, np.float32(1))
-    return Room(start, scores, weights, out, rest, rest + ROW, rest + 2 * ROW, rest + 3 * ROW, rest + 4 * ROW)
+    return Room(start, scores, weights, out, rest, rest + ROW, rest + 2 * ROW, rest + 3 * ROW)
 
 
 @compiled
@@ -72,7 +71,7 @@ def turn_heads(call, position, heads, count, out):
 
 @compiled
 def write_token(call, row, position, block, offset, like):
-    """A row's key, turned where positions are rotary, and its value into the cache."""
+    """A row's key, turned where positions are rotary, and its value, beside its neighbour's, into the cache."""
     width = call.key_width
     turns = call.turns + 4 * position * width
     for h in range(call.key_heads):
@@ -85,8 +84,8 @@ def write_token(call, row, position, block, offset, like):
     width = call.value_width
     for h in range(call.value_heads):
         new = call.new_values + 2 * (row * call.value_stride + h * width)
-        value = call.values + 2 * width * ((block * call.value_heads + h) * call.block_size + offset)
-        copy(new, value, width, like)
+        value = call.values + 2 * width * ((block * call.value_heads + h) * call.block_size + offset // 2 * 2)
+        columns.set_halves(new, width // 16, offset % 2, value)
 
 
 @compiled
@@ -100,19 +99,17 @@ def tile_values(call, item, like):
     count = min(call.block_size, context + length - start)
     width, size = call.value_width, call.block_size * call.value_width
     for h in range(call.value_heads):
-        start_of_head = call.values + 2 * (block * call.value_heads + h) * size
-        source = carray(address(start_of_head, like), (call.block_size, width))
+        source = call.values + 2 * (block * call.value_heads + h) * size
         for t in range(0, count, TOKENS):
             for d in range(0, width, 16):
                 strip = (h * width + d) // 16 * call.value_tiles_in_row
                 tile = call.tiled_values + 1024 * (strip + (column + start + t) // TOKENS)
-                target = carray(address(tile, like), (16, TOKENS))
-                some = min(TOKENS, count - t)
-                for i in range(16):
-                    for j in range(some):
-                        target[i, j] = source[t + j, d + i]
-                    for j in range(some, TOKENS):
-                        target[i, j] = 0
+                columns.to_rows(source + 2 * t * width + 4 * d, 4 * width, 16, tile, 64)
+                if count - t < TOKENS:
+                    halves = carray(address(tile, like), (16, TOKENS))
+                    for i in range(16):
+                        for j in range(count - t, TOKENS):
+                            halves[i, j] = 0
 
 
 @compiled
@@ -161,11 +158,8 @@ def _attend_tile(call, span, head, first, room, like, tiled):
             rows = values + d // 16 * next_strip + 1024 * (begin // TOKENS)
             _multiply(rows, 64, 1024, next_strip, some, begin == 0, room.weights, room.out + ROW * d, tiled)
     columns.shares(room.out, call.value_width // 2, room.sums, room.weights)
-    size = call.value_width
-    if call.up:
-        size = call.up_width
-        _rebuild(call, head // (call.heads // call.up_heads), room, like, tiled)
-    _write_rows(room.weights, size, count, call.out + 2 * (row * call.heads + head) * size, 2 * call.heads * size)
+    size = 2 * call.value_width
+    _write_rows(room.weights, call.value_width, count, call.out + (row * call.heads + head) * size, call.heads * size)
 
 
 @compiled
@@ -231,19 +225,3 @@ def _multiply(rows, stride, step, strip, count, fresh, columns, out, tiled):
         paired.multiply_columns(rows, stride, step, strip, parts, fresh, columns, out)
     else:
         tiles.multiply_columns(rows, stride, step, strip, parts, fresh, columns, out)
-
-
-@compiled
-def _rebuild(call, head, room, like, tiled):
-    """Pairs of rows of weights [value_width, COLUMNS] become such of up [up_width, value_width] times these."""
-    stride = 2 * call.value_width
-    for d in range(0, call.up_width, 32):
-        rows = call.up + (head * call.up_width + d) * stride
-        _multiply(rows, stride, 64, 16 * stride, call.value_width, True, room.weights, room.out + ROW * d, tiled)
-    if call.up_bias:
-        bias = carray(address(call.up_bias + 2 * head * call.up_width, like), (call.up_width,))
-        out = carray(address(room.out, ZERO), (call.up_width, COLUMNS))
-        for d in range(call.up_width):
-            for lane in range(COLUMNS):
-                out[d, lane] += widen(bias[d])
-    columns.shares(room.out, call.up_width // 2, room.ones, room.weights)

@@ -15,7 +15,7 @@ CALL = np.dtype(
             "new_keys",  # [rows, key_heads, key_width], rows key_stride apart: the step's own tokens
             "new_values",  # [rows, value_heads, value_width], rows value_stride apart
             "keys",  # [blocks, key_heads, block_size, key_width]
-            "values",  # [blocks, value_heads, block_size, value_width]
+            "values",  # [blocks, value_heads, block_size, value_width]; of a program: [.., block_size / 2, .., 2]
             "up",  # [up_heads, up_width, value_width], multiplied into the output; 0: none
             "up_bias",  # [up_heads, up_width]; 0: none
             "out",  # [rows, heads, up_width, or value_width without an `up`]
@@ -45,7 +45,7 @@ CALL = np.dtype(
             "value_stride",
             "block_size",
             "tile_blocks",
-            # whether all heads share the keys, or values, in shapes that `tiles` takes
+            # of a program: whether all heads share the keys, or values, in shapes that `tiles` takes
             "key_tiles",
             "value_tiles",
             # prompt rows behind the others, see `prompt`: addresses of int64

@@ -14,10 +14,10 @@ from numba import types
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
-from lpa_model.kernels.machine import compiled, fill, prefetch_rows
+from lpa_model.kernels.machine import compiled, prefetch_rows
 
-HEADS = 16  # that a tile holds; rows beyond the model's are zeros
-TOKENS = 64  # a block has to be a multiple of this
+ROWS = 16  # of a tile
+TOKENS = 64  # whose keys are met at a time: a block has to be a multiple of this
 
 
 def _instruction(name: str, tiles: list[Any], kinds: list[Any]) -> Any:
@@ -137,15 +137,15 @@ def multiply_columns(rows, stride, step, strip, parts, fresh, columns, out):
 
 
 @compiled
-def score(queries, keys, stride, width, found, ahead):
+def score(queries, keys, width, found, ahead, also, lines):
     """found float32 [TOKENS, 16] from TOKENS rows of keys [width] and queries [width / 2, 16, 2], two dimensions side
-    by side; all addresses. As many rows are asked for at `ahead`, if that is not 0."""
+    by side; all addresses. As many rows at `ahead` are asked for, and with every 32 of the width `lines` bytes of what
+    is at `also`."""
+    stride = 2 * width
     zero_square()
-    steps = width // 32
-    for i in range(steps):
-        if ahead:
-            soon = TOKENS * i // steps
-            prefetch_rows(ahead, soon, TOKENS * (i + 1) // steps - soon, stride)
+    for i in range(width // 32):
+        prefetch_rows(ahead, i, 1, 64 * TOKENS)
+        prefetch_rows(also, i, 1, lines)
         load(4, queries + 1024 * i, 64)
         load(5, keys + 64 * i, stride)
         multiply(0, 5, 4)
@@ -161,59 +161,52 @@ def score(queries, keys, stride, width, found, ahead):
     store(3, found + 3072, 64)
 
 
+def _weighing(weights):
+    """Tiles 0 and 1 += a tile of weights . values [32, 32], two rows side by side, rows `stride` bytes apart."""
+
+    @compiled
+    def weigh(values, stride):
+        load(6, values, stride)
+        multiply(0, weights, 6)
+        load(7, values + 64, stride)
+        multiply(1, weights, 7)
+
+    return weigh
+
+
+_weigh_first, _weigh_second, _weigh_third, _weigh_fourth = (_weighing(tile) for tile in (2, 3, 4, 5))
+
+
 @compiled
-def scores(keys, pairs, scale, out, at, some, ahead):
-    """keys [tokens, width] . pairs -> out[:, at : at + tokens] [heads, ..], times `scale`.
-
-    `pairs` [width / 2, HEADS, 2] are the queries; `some` [TOKENS, HEADS] is scratch.
-    """
-    stride = keys.strides[0]
-    for first in range(0, keys.shape[0], TOKENS):
-        skipped = first * stride
-        rows, soon = keys.ctypes.data + skipped, ahead + skipped if ahead else 0
-        score(pairs.ctypes.data, rows, stride, keys.shape[1], some.ctypes.data, soon)
-        for h in range(out.shape[0]):
-            for t in range(TOKENS):
-                out[h, at + first + t] = some[t, h] * scale
-
-
-@compiled
-def mix(weights, at, values, tokens, pairs, out, ahead):
-    """out [HEADS, width] += weights[:, at : at + tokens] . values[:tokens] [.., width].
-
-    `pairs` uint32 [TOKENS / 2, width] takes two tokens' values side by side; `weights` [HEADS, ..] bfloat16 are zeros
-    from `tokens` on, to the end of the last 64.
-    """
-    width = out.shape[1]
-    row, right = out.ctypes.data, pairs.ctypes.data
-    for first in range(0, tokens, TOKENS):
-        for i in range(TOKENS // 2):
-            t = first + 2 * i
-            prefetch_rows(ahead, t, 2, values.strides[0])
-            both = pairs[i]
-            if t + 1 < tokens:
-                a, b = values[t], values[t + 1]
-                for j in range(width):
-                    both[j] = np.uint32(a[j]) | (np.uint32(b[j]) << np.uint32(16))
-            elif t < tokens:
-                a = values[t]
-                for j in range(width):
-                    both[j] = a[j]
-            else:  # what nobody has written need not be a number
-                fill(both.ctypes.data, width, np.uint32(0))
-        left = weights.ctypes.data + 2 * (at + first)
-        load(4, left, weights.strides[0])
-        load(5, left + 64, weights.strides[0])
-        for j in range(0, width, 32):
-            load(0, row + 4 * j, 4 * width)
-            load(1, row + 4 * j + 64, 4 * width)
-            load(6, right + 4 * j, 4 * width)
-            multiply(0, 4, 6)
-            load(7, right + 4 * j + 64, 4 * width)
-            multiply(1, 4, 7)
-            load(6, right + 4 * j + 64 * width, 4 * width)
-            multiply(0, 5, 6)
-            load(7, right + 4 * j + 64 + 64 * width, 4 * width)
-            multiply(1, 5, 7)
-            store(0, row + 4 * j, 4 * width)
-            store(1, row + 4 * j + 64, 4 * width)
+def mix(weights, step, values, steps, width, out, ahead, lines):
+    """out float32 [16, width] = weights bfloat16 [16, 32 * steps], rows `step` bytes apart, . values: those are at as
+    many addresses, each of [16, width, 2], two tokens' side by side. With every 32 of the width `lines` bytes of what
+    is at `ahead` are asked for."""
+    row = 4 * width
+    for first in range(0, steps, 4):
+        some, left = min(4, steps - first), weights + 64 * first
+        load(2, left, step)
+        if some > 1:
+            load(3, left + 64, step)
+        if some > 2:
+            load(4, left + 128, step)
+        if some > 3:
+            load(5, left + 192, step)
+        for j in range(width // 32):
+            at, to = 128 * j, out + 128 * j
+            if first:
+                load(0, to, row)
+                load(1, to + 64, row)
+            else:
+                prefetch_rows(ahead, j, 1, lines)
+                zero(0)
+                zero(1)
+            _weigh_first(values[first] + at, row)
+            if some > 1:
+                _weigh_second(values[first + 1] + at, row)
+            if some > 2:
+                _weigh_third(values[first + 2] + at, row)
+            if some > 3:
+                _weigh_fourth(values[first + 3] + at, row)
+            store(0, to, row)
+            store(1, to + 64, row)

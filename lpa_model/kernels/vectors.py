@@ -58,6 +58,14 @@ def store(builder: Any, value: Any, address: Any, offset: int = 0) -> None:
     builder.store(value, _pointer(builder, address, offset, value.type), align=2)
 
 
+def store_some(builder: Any, value: Any, address: Any, mask: Any) -> None:
+    """The lanes of the mask, a vector of bits."""
+    pointer = _pointer(builder, address, 0, value.type)
+    kind = ir.FunctionType(ir.VoidType(), [value.type, pointer.type, ir.IntType(32), mask.type])
+    name = f"llvm.masked.store.v{value.type.count}i{value.type.element.width}.p0"
+    builder.call(get_or_insert_function(builder.module, kind, name), [value, pointer, ir.IntType(32)(2), mask])
+
+
 def spread(builder: Any, number: Any) -> Any:
     """A number in all lanes."""
     empty = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
