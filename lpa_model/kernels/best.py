@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lpa_model.kernels.machine import compiled, fill, order, widen
+from lpa_model.kernels.machine import address_of, compiled, fill, order, widen
 
 COLUMNS = 1024
 BLOCK = 128  # logits that are looked through at a time for what is rare
@@ -32,7 +32,7 @@ def _lower_bound(row, k, columns):
     columns = columns[: min(COLUMNS, row.shape[0])]
     if k > columns.shape[0]:
         return order(np.float32(-np.inf))
-    fill(columns.ctypes.data, len(columns), np.float32(-np.inf))
+    fill(address_of(columns), len(columns), np.float32(-np.inf))
     for start in range(0, row.shape[0], COLUMNS):
         part = row[start : start + COLUMNS]
         for i in range(part.shape[0]):

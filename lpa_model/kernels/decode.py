@@ -11,13 +11,16 @@ from numba import carray, from_dtype, types
 from lpa_model.kernels.machine import (
     ZERO,
     address,
+    address_of,
     compiled,
     copy,
     exp,
     fetch_add,
     fill,
+    give_back,
     narrow,
     prefetch_rows,
+    take,
     widen,
 )
 from lpa_model.kernels.records import CALL
@@ -166,10 +169,10 @@ def _write_new_token(call, row, position, keys, values, block, offset, like):
         if call.turns:
             turn(new, turns, keys[block, h, offset], like)
         else:
-            copy(new.ctypes.data, keys[block, h, offset].ctypes.data, call.key_width, like)
+            copy(address_of(new), address_of(keys[block, h, offset]), call.key_width, like)
     for h in range(call.value_heads):
         new = new_values[h * call.value_width : (h + 1) * call.value_width]
-        copy(new.ctypes.data, values[block, h, offset].ctypes.data, call.value_width, like)
+        copy(address_of(new), address_of(values[block, h, offset]), call.value_width, like)
 
 
 @compiled
@@ -178,7 +181,7 @@ def _scores_by_head(call, keys, q, tokens, scores, at, ahead):
     group = call.heads // call.key_heads
     for k in range(call.key_heads):
         h = k * group
-        soon = ahead if k + 1 == call.key_heads else keys.ctypes.data + (k + 1) * keys.strides[0]
+        soon = ahead if k + 1 == call.key_heads else address_of(keys) + (k + 1) * keys.strides[0]
         while h + 4 <= (k + 1) * group:
             _scores_of_four(q[h : h + 4], keys[k], tokens, scores[h : h + 4], at, soon)
             h += 4
@@ -193,7 +196,7 @@ def _mix_by_head(call, weights, at, values, tokens, out, ahead):
     group = call.heads // call.value_heads
     for k in range(call.value_heads):
         h = k * group
-        soon = ahead if k + 1 == call.value_heads else values.ctypes.data + (k + 1) * values.strides[0]
+        soon = ahead if k + 1 == call.value_heads else address_of(values) + (k + 1) * values.strides[0]
         while h + 4 <= (k + 1) * group:
             _mix_of_four(weights[h : h + 4], at, values[k], tokens, out[h : h + 4], soon)
             h += 4
@@ -252,7 +255,7 @@ def _attend(call, item, q, scores, like):
         _scores_by_head(call, keys[table[b]], q, min(block_size, tokens - at), scores, at, soon)
     for h in range(heads):
         stats[0, h], stats[1, h] = _soften(scores[h], tokens)
-    fill(out.ctypes.data, out.size, ZERO)
+    fill(address_of(out), out.size, ZERO)
     following = fetch_add(call.counters)
     for b in range(blocks):
         at = b * block_size
@@ -278,7 +281,7 @@ def mean_of(call, row, head, mean):
         share = exp(stats[item, 0, head] - peak)
         stats[item, 0, head] = share
         total += share * stats[item, 1, head]
-    fill(mean.ctypes.data, mean.size, ZERO)
+    fill(address_of(mean), mean.size, ZERO)
     for item in range(first, end):
         share = stats[item, 0, head] / total
         for i in range(call.value_width):
@@ -291,7 +294,7 @@ def _merge(call, row, like):
     heads, width = call.heads, call.value_width
     up = carray(address(call.up, like), (call.up_heads, call.up_width, width))
     up_bias = carray(address(call.up_bias, like), (call.up_heads, call.up_width))
-    mean, rebuilt = np.empty(width, np.float32), np.empty(call.up_width, np.float32)
+    mean, rebuilt = take((width,), ZERO), take((call.up_width,), ZERO)
     for h in range(heads):
         mean_of(call, row, h, mean)
         if call.up:
@@ -305,20 +308,24 @@ def _merge(call, row, like):
             out = carray(address(call.out, like), (call.rows, heads, width))[row, h]
             for i in range(width):
                 out[i] = narrow(mean[i], like)
+    give_back(mean)
+    give_back(rebuilt)
 
 
 @compiled
 def _work(call, like):
     """Take items until none is left; the thread that ends a row's last item merges the row."""
     first_items = carray(address(call.first_items, 0), (call.rows + 1,))
-    q = np.empty((call.heads, call.key_width), np.float32)
-    scores = np.empty((call.heads, call.tile_blocks * call.block_size), np.float32)
+    q = take((call.heads, call.key_width), ZERO)
+    scores = take((call.heads, call.tile_blocks * call.block_size), ZERO)
     item = fetch_add(call.counters)
     while item < call.items:
         row, item = _attend(call, item, q, scores, like)
         if fetch_add(call.counters + 8 * (1 + row)) + 1 == first_items[row + 1] - first_items[row]:
             _merge(call, row, like)
             fetch_add(call.counters + 8 * (1 + call.rows))
+    give_back(q)
+    give_back(scores)
 
 
 SIGNATURE = types.void(types.CPointer(from_dtype(CALL)))

@@ -10,7 +10,7 @@ import numpy as np
 from numba import carray, from_dtype, njit, types
 
 from lpa_model.kernels.best import COLUMNS, gather_best
-from lpa_model.kernels.machine import ZERO, address, compiled, fetch_add, widen
+from lpa_model.kernels.machine import ZERO, address, compiled, fetch_add, give_back, take, widen
 from lpa_model.kernels.score import exp_close, find_best
 
 CALL = np.dtype(
@@ -101,13 +101,10 @@ def _work(call, infinity):
     logits = carray(address(call.logits, infinity), (call.rows, call.vocab))
     settings = carray(address(call.settings, 0.0), (call.rows, 4 + call.attempts))
     tokens = carray(address(call.tokens, 0), (call.rows,))
-    sums = np.empty((call.vocab + BLOCK - 1) // BLOCK, np.float32)
-    columns = np.empty(COLUMNS, np.float32)
-    ids, values = np.empty(call.vocab, np.int64), np.empty(call.vocab, np.float32)
-    while True:
-        r = fetch_add(call.counter)
-        if r >= call.rows:
-            return
+    sums, columns = take(((call.vocab + BLOCK - 1) // BLOCK,), ZERO), take((COLUMNS,), ZERO)
+    ids, values = take((call.vocab,), 0), take((call.vocab,), ZERO)
+    r = fetch_add(call.counter)
+    while r < call.rows:
         row, mine = logits[r], settings[r]
         best, finite = find_best(row, infinity)
         peak, k = widen(row[best]), min(np.int64(mine[1]), call.vocab)
@@ -121,6 +118,11 @@ def _work(call, infinity):
             tokens[r] = index if index < 0 else ids[index]
         else:
             tokens[r] = _draw(row, peak, mine, sums)
+        r = fetch_add(call.counter)
+    give_back(sums)
+    give_back(columns)
+    give_back(ids)
+    give_back(values)
 
 
 SIGNATURE = types.void(types.CPointer(from_dtype(CALL)))

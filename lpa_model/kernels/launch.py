@@ -1,6 +1,6 @@
-"""Kernels compiled beside everything else, and run in the threads that torch runs in.
+"""Kernels as machine code, compiled once, and run in the threads that torch runs in.
 
-Nothing here or in what calls it imports numba but the thread that compiles: the import takes time, and may fail.
+Nothing here imports numba but the thread that compiles: the import takes time and memory, and may fail.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import hashlib
 import importlib
 import logging
 import os
-import shutil
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -28,14 +26,17 @@ logger = logging.getLogger(__name__)
 Kernel = Callable[[bytes, int], None]
 """Takes the bytes of a call, and into how many pieces its work falls: it returns when all are done."""
 
+ENTRY = "lpa_kernel"  # the function of an object file
+
 _one_at_a_time = threading.Lock()
+_engines: list[Any] = []  # that hold the kernels' code
 
 
 @cache
 def compile_kernel(name: str) -> Future[Kernel | None]:
-    """Start to compile `module.function`, or to load it from numba's cache; None in the end if that is not possible.
+    """Start to load `module.function`, compiled at installation or now; None in the end if that is not possible.
 
-    It takes seconds without a cache. Whoever needs the kernel waits for it, so that results do not depend on when it
+    Compiling takes seconds. Whoever needs the kernel waits for it, so that results do not depend on when it
     was ready.
     """
     future: Future[Kernel | None] = Future()
@@ -55,16 +56,14 @@ def compile_kernel(name: str) -> Future[Kernel | None]:
 
 
 def _load(name: str) -> Kernel:
-    module_name, function = name.rsplit(".", 1)
-    with _one_at_a_time:
-        import numba
-
-        logging.getLogger("numba").setLevel(logging.WARNING)  # at DEBUG it writes down every step of a compilation
-        numba.config.CACHE_DIR = str(_cache_folder())
-        module = importlib.import_module(module_name)
-        compiled = numba.cfunc(module.SIGNATURE, cache=True)(getattr(module, function))
-    kernel = compiled.ctypes  # holds on to the code
-    kernel.argtypes = [ctypes.c_void_p]
+    file = _folder() / f"{name}.o"
+    try:
+        code = file.read_bytes()
+    except OSError:  # not compiled yet
+        with _one_at_a_time:
+            code = importlib.import_module("lpa_model.kernels.build").object_code(name)
+        _keep(code, file)
+    kernel = _link(code)
     parallel = _openmp()
 
     def start(call: bytes, pieces: int) -> None:
@@ -77,19 +76,50 @@ def _load(name: str) -> Kernel:
     return start
 
 
+def _link(code: bytes) -> Any:
+    """An object file's ENTRY in memory, where it stays."""
+    import llvmlite.binding as llvm
+
+    with _one_at_a_time:
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine())
+        engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(code))
+        engine.finalize_object()
+        _engines.append(engine)
+        return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address(ENTRY))
+
+
+def target_machine() -> Any:
+    """LLVM's for this processor."""
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    features = llvm.get_host_cpu_features().flatten()
+    target = llvm.Target.from_default_triple()
+    return target.create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=3, jit=True)
+
+
 @cache
-def _cache_folder() -> Path:
-    """Where numba keeps what it has compiled: it is told apart by all of the kernels' source, and can be written to."""
+def _folder() -> Path:
+    """Where object files are kept: told apart by all of the kernels' source and by the processor."""
+    import llvmlite.binding as llvm
+
     here = Path(__file__).parent
     source = b"".join(path.read_bytes() for path in sorted(here.glob("*.py")))
-    folder = Path(os.environ.get("NUMBA_CACHE_DIR") or here / "__pycache__") / hashlib.sha256(source).hexdigest()[:16]
+    processor = f"{llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}"
+    key = hashlib.sha256(source + processor.encode()).hexdigest()[:16]
+    return Path(os.environ.get("NUMBA_CACHE_DIR") or here / "__pycache__") / key
+
+
+def _keep(code: bytes, file: Path) -> None:
+    """Write an object file, whole or not at all."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError:  # numba reads nothing where it may not write: what was compiled at installation is copied
-        copy = Path(tempfile.mkdtemp(prefix="lpa-kernels-"))
-        return Path(shutil.copytree(folder, copy, dirs_exist_ok=True)) if folder.is_dir() else copy
-    return folder
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")
+        part.write_bytes(code)
+        part.replace(file)
+    except OSError as error:
+        logger.warning("%s: not kept, so that it will be compiled again: %s", file, error)
 
 
 @cache

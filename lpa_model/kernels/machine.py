@@ -18,6 +18,7 @@ compiled = njit(fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="nu
 # a part of its caller, without floating point: LLVM goes through what is called once for each function above it
 part = njit(inline="always")
 ZERO = np.float32(0)
+LINE = 64  # bytes
 LOG2_E = 1.4426950408889634
 # 2^y on [0, 1), a minimax polynomial, highest power first
 SERIES = (1.8775767e-3, 8.9893397e-3, 5.5826318e-2, 2.4015361e-1, 6.9315308e-1, 0.99999994)
@@ -166,6 +167,32 @@ def prefetch_rows(ahead, row, count, size):
     """Rows `row` to `row + count` of `size` bytes each at the address `ahead`."""
     for line in range(row * size, (row + count) * size, 64):
         prefetch(ahead + line)
+
+
+_aligned_alloc = types.ExternalFunction("aligned_alloc", types.int64(types.int64, types.int64))
+_free = types.ExternalFunction("free", types.void(types.int64))
+
+
+@compiled
+def address_of(array):
+    """As int64: the one that numba knows has no sign, and a sum with it would be floating point."""
+    return np.int64(array.ctypes.data)
+
+
+# numba's own arrays need its library at run time
+@compiled
+def take(shape, like):
+    """An array of numbers of the type of `like`, which are not set, until it is given back. It begins with a line: rows
+    of tiles that lie across two take twice as long."""
+    size = carray(address(0, like), (1,)).itemsize
+    for length in shape:
+        size *= length
+    return carray(address(_aligned_alloc(LINE, -(-size // LINE) * LINE), like), shape)
+
+
+@compiled
+def give_back(array):
+    _free(address_of(array))
 
 
 # loops, since numba compiles the assignment of a slice together with the text of its error

@@ -12,10 +12,23 @@ import numpy as np
 from numba import carray
 
 from lpa_model.kernels import columns, decode, paired, prompt, singles, tiles
-from lpa_model.kernels.machine import ZERO, address, compiled, copy, fetch_add, fill, narrow, part, prefetch_rows
+from lpa_model.kernels.machine import (
+    LINE,
+    ZERO,
+    address,
+    address_of,
+    compiled,
+    copy,
+    fetch_add,
+    fill,
+    give_back,
+    narrow,
+    part,
+    prefetch_rows,
+    take,
+)
 
 STEP = 32  # tokens that a row of a tile holds
-LINE = 64  # bytes
 
 Room = namedtuple("Room", ["queries", "pairs", "found", "scores", "weights", "steps", "last", "total"])
 """One thread's scratch."""
@@ -24,16 +37,30 @@ Room = namedtuple("Room", ["queries", "pairs", "found", "scores", "weights", "st
 @compiled
 def _room(call):
     tokens, rows = call.tile_blocks * call.block_size, max(call.heads, tiles.ROWS)
-    return Room(
-        np.empty((call.heads, call.key_width), np.uint16),
-        np.empty((call.key_width // 2, tiles.ROWS), np.uint32),
-        np.empty((tiles.TOKENS, tiles.ROWS), np.float32),
-        np.empty((call.heads, tokens), np.float32),
-        np.zeros((rows, tokens), np.uint16),
-        np.empty(tokens // STEP, np.int64),
-        np.empty((STEP // 2, call.value_width), np.uint32),
-        np.empty((rows, call.value_width), np.float32),
+    room = Room(
+        take((call.heads, call.key_width), np.uint16(0)),
+        take((call.key_width // 2, tiles.ROWS), np.uint32(0)),
+        take((tiles.TOKENS, tiles.ROWS), ZERO),
+        take((call.heads, tokens), ZERO),
+        take((rows, tokens), np.uint16(0)),
+        take((tokens // STEP,), 0),
+        take((STEP // 2, call.value_width), np.uint32(0)),
+        take((rows, call.value_width), ZERO),
     )
+    fill(address_of(room.weights), room.weights.size, np.uint16(0))  # rows beyond the heads stay so
+    return room
+
+
+@compiled
+def _give_back(room):
+    give_back(room.queries)
+    give_back(room.pairs)
+    give_back(room.found)
+    give_back(room.scores)
+    give_back(room.weights)
+    give_back(room.steps)
+    give_back(room.last)
+    give_back(room.total)
 
 
 @compiled
@@ -41,10 +68,10 @@ def _prepare_queries(call, row, position, room, in_tiles):
     """The address of the row's queries, turned where positions are rotary; as pairs, too, for tiles of scores."""
     queries = call.q + 2 * row * call.heads * call.key_width
     if call.turns:
-        prompt.turn_heads(call, position, queries, call.heads, room.queries.ctypes.data)
-        queries = room.queries.ctypes.data
+        prompt.turn_heads(call, position, queries, call.heads, address_of(room.queries))
+        queries = address_of(room.queries)
     if in_tiles:
-        pairs = room.pairs.ctypes.data
+        pairs = address_of(room.pairs)
         for i in range(0, call.key_width // 2, tiles.ROWS):
             columns.from_rows(queries + 4 * i, 2 * call.key_width, call.heads, pairs + LINE * i, LINE)
     return queries
@@ -68,7 +95,7 @@ def _score(call, queries, keys, tokens, at, room, ahead, values):
         rows, end = keys + k * call.block_size * size, (k + 1) * group
         soon = ahead if k + 1 == call.key_heads else rows + call.block_size * size
         for t in range(0, tokens, 16):
-            some, found = rows + t * size, room.scores.ctypes.data + 4 * (at + t)
+            some, found = rows + t * size, address_of(room.scores) + 4 * (at + t)
             prefetch_rows(values, k * lots + t // 16, 1, more)
             if group < side:
                 prefetch_rows(soon, t, 16, size)
@@ -86,14 +113,14 @@ def _score(call, queries, keys, tokens, at, room, ahead, values):
 @compiled
 def _score_in_tiles(call, keys, at, room, ahead, values):
     """The same of keys that all heads share, for all tokens of the block."""
-    size, found = 2 * call.key_width, room.found.ctypes.data
+    size, found = 2 * call.key_width, address_of(room.found)
     for first in range(0, call.block_size, tiles.TOKENS):
         skipped, more = first * size, 2 * first * call.value_width
         soon, also = ahead + skipped, values + more
         lines = _lines(2 * tiles.TOKENS * call.value_width, call.key_width // 32)
-        tiles.score(room.pairs.ctypes.data, keys + skipped, call.key_width, found, soon, also, lines)
+        tiles.score(address_of(room.pairs), keys + skipped, call.key_width, found, soon, also, lines)
         for t in range(0, tiles.TOKENS, 16):
-            scores = room.scores.ctypes.data + 4 * (at + first + t)
+            scores = address_of(room.scores) + 4 * (at + first + t)
             columns.to_rows(found + LINE * t, LINE, call.heads, scores, room.scores.strides[0])
 
 
@@ -110,9 +137,9 @@ def _take_values(call, head, table, tokens, room):
         room.steps[first // STEP] = step
         some = min(STEP, tokens - first)
         if some < STEP:
-            room.steps[first // STEP] = room.last.ctypes.data
-            fill(room.last.ctypes.data, room.last.size, np.uint32(0))
-            copy(step, room.last.ctypes.data, some // 2 * call.value_width, np.uint32(0))
+            room.steps[first // STEP] = address_of(room.last)
+            fill(address_of(room.last), room.last.size, np.uint32(0))
+            copy(step, address_of(room.last), some // 2 * call.value_width, np.uint32(0))
             if some % 2:
                 half = carray(address(step + 2 * (some - 1) * call.value_width, np.uint32(0)), (call.value_width,))
                 for i in range(call.value_width):
@@ -125,7 +152,7 @@ def _mix(call, head, steps, room, out):
     group, width, line = call.heads // call.value_heads, call.value_width, room.weights.strides[0]
     to = out + 4 * head * group * width
     for s in range(steps):
-        weights = room.weights.ctypes.data + head * group * line + 2 * STEP * s
+        weights = address_of(room.weights) + head * group * line + 2 * STEP * s
         if group < singles.SIDE:
             for h in range(group):
                 singles.mix(weights + h * line, room.steps[s], width // 32, s == 0, to + 4 * h * width)
@@ -160,8 +187,8 @@ def _attend(call, item, room, like, tiled):
             _score(call, queries, keys, min(block_size, tokens - at), at, room, soon, values)
     steps = -(-tokens // STEP)
     for h in range(heads):
-        scores = room.scores.ctypes.data + h * room.scores.strides[0]
-        weights, peak = room.weights.ctypes.data + h * room.weights.strides[0], stats + 4 * h
+        scores = address_of(room.scores) + h * room.scores.strides[0]
+        weights, peak = address_of(room.weights) + h * room.weights.strides[0], stats + 4 * h
         singles.soften(scores, tokens, np.float32(call.scale), weights, peak, peak + 4 * heads)
         fill(weights + 2 * tokens, steps * STEP - tokens, np.uint16(0))
     following = fetch_add(call.counters)
@@ -169,7 +196,7 @@ def _attend(call, item, room, like, tiled):
     for head in range(call.value_heads):
         _take_values(call, head, table, tokens, room)
         if tiled is not None and call.value_tiles:
-            weights, total = room.weights.ctypes.data, room.total.ctypes.data
+            weights, total = address_of(room.weights), address_of(room.total)
             lines = _lines(2 * block_size * call.key_width, call.value_width // 32)
             tiles.mix(weights, room.weights.strides[0], room.steps, steps, call.value_width, total, soon, lines)
             copy(total, out, heads * call.value_width, ZERO)
@@ -203,3 +230,4 @@ def work(call, like, tiled):
         if fetch_add(call.counters + 8 * (1 + row)) + 1 == first_items[row + 1] - first_items[row]:
             _merge(call, row, room, like)
             fetch_add(call.counters + 8 * (1 + call.rows))
+    _give_back(room)

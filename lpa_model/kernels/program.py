@@ -11,7 +11,18 @@ import numpy as np
 from numba import carray, from_dtype, types
 
 from lpa_model.kernels import columns, norm, paired_decode, product, prompt, tiles
-from lpa_model.kernels.machine import compiled, fetch, fetch_add, part, pause, pointer_to
+from lpa_model.kernels.machine import (
+    ZERO,
+    address_of,
+    compiled,
+    fetch,
+    fetch_add,
+    give_back,
+    part,
+    pause,
+    pointer_to,
+    take,
+)
 from lpa_model.kernels.records import (
     ADD_LAYER_NORM,
     ATTENTION,
@@ -83,19 +94,13 @@ def _work(op, rows, item, room, prompt_room, like, tiled):
             prompt.attend(call, item, prompt_room, like, tiled)
 
 
-@compiled
-def _aligned(start):
-    """The next address where a line begins: rows of tiles that lie across two lines take twice as long."""
-    return -(-start // 64) * 64
-
-
 @part
 def _run(program, like, tiled):
-    rows = np.empty((product.ROWS, program.widest), np.uint16)
-    sums = np.empty((2 * product.ROWS + 1, product.PAIR), np.float32)
-    room = Room(rows.ctypes.data, 2 * program.widest, _aligned(sums.ctypes.data))
-    scratch = np.empty((prompt.room_rows(program.widest) + 1, columns.COLUMNS), np.float32)
-    prompt_room = prompt.room(program.widest, _aligned(scratch.ctypes.data))
+    rows = take((product.ROWS, program.widest), like)
+    sums = take((2 * product.ROWS, product.PAIR), ZERO)
+    room = Room(address_of(rows), 2 * program.widest, address_of(sums))
+    scratch = take((prompt.room_rows(program.widest), columns.COLUMNS), ZERO)
+    prompt_room = prompt.room(program.widest, address_of(scratch))
     ops = carray(_op_at(program.ops), (program.operations,))
     if tiled is not None:
         tiles.configure()
@@ -121,7 +126,9 @@ def _run(program, like, tiled):
             _wait_until(done, items)
     if tiled is not None:
         tiles.release()
-    return scratch[0, 0] + sums[0, 0] + rows[0, 0]  # alive until here
+    give_back(rows)
+    give_back(sums)
+    give_back(scratch)
 
 
 SIGNATURE = types.void(types.CPointer(from_dtype(PROGRAM)))

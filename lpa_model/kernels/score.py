@@ -10,12 +10,16 @@ from lpa_model.kernels.machine import (
     LOG2_E,
     ZERO,
     address,
+    address_of,
     as_bits,
     as_float,
     compiled,
+    copy,
     fetch_add,
+    give_back,
     order,
     prefetch_rows,
+    take,
     widen,
 )
 
@@ -130,12 +134,9 @@ def _work(call, infinity):
     ranks = carray(address(call.rank, 0), (call.rows,))
     top_ids = carray(address(call.top_ids, 0), (call.rows, call.top))
     top_logits = carray(address(call.top_logits, ZERO), (call.rows, call.top))
-    columns = np.empty(COLUMNS, np.float32)
-    ids, values = np.empty(call.vocab, np.int64), np.empty(call.vocab, np.float32)
-    while True:
-        first = LOT * fetch_add(call.counter)
-        if first >= call.rows:
-            return
+    columns, ids, values = take((COLUMNS,), ZERO), take((call.vocab,), 0), take((call.vocab,), ZERO)
+    first = LOT * fetch_add(call.counter)
+    while first < call.rows:
         for r in range(first, min(first + LOT, call.rows)):
             row = logits[r]
             best[r], finite = find_best(row, infinity)
@@ -149,7 +150,12 @@ def _work(call, infinity):
             elif call.top and finite:
                 gather_best(row, call.top, columns, ids, values)
                 sort_best(ids[: call.top], values[: call.top])
-                top_ids[r], top_logits[r] = ids[: call.top], values[: call.top]
+                copy(address_of(ids), address_of(top_ids[r]), call.top, 0)
+                copy(address_of(values), address_of(top_logits[r]), call.top, ZERO)
+        first = LOT * fetch_add(call.counter)
+    give_back(columns)
+    give_back(ids)
+    give_back(values)
 
 
 SIGNATURE = types.void(types.CPointer(from_dtype(CALL)))

@@ -14,7 +14,7 @@ from numba import types
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
-from lpa_model.kernels.machine import compiled, prefetch_rows
+from lpa_model.kernels.machine import address_of, compiled, fill, give_back, prefetch_rows, take
 
 ROWS = 16  # of a tile
 TOKENS = 64  # whose keys are met at a time: a block has to be a multiple of this
@@ -78,12 +78,14 @@ def release(typing: Any) -> Any:
 @compiled
 def configure():
     """Make this thread's tiles whole ones, until it releases them."""
-    settings = np.zeros(64, np.uint8)
+    settings = take((64,), np.uint8(0))
+    fill(address_of(settings), 64, np.uint8(0))
     settings[0] = 1  # the palette
     for tile in range(8):
         settings[16 + 2 * tile] = 64  # bytes in a row
         settings[48 + tile] = 16  # rows
-    _configure(settings.ctypes.data)
+    _configure(address_of(settings))
+    give_back(settings)
 
 
 @compiled
