@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lpa_model import kernels
 from lpa_model.inference import CompiledRMSNorm
-from lpa_model.kernels import programs, records
+from lpa_model.kernels import launch, programs, records
 from lpa_model.kernels.attention import KERNELS, DecodeRows, call_of_layer, decode_attention, scratch_of_step
 from lpa_model.kernels.instructions import paired_products
 from lpa_model.kernels.launch import Kernel, compile_kernel
@@ -316,7 +316,7 @@ print("numba" in sys.modules, _folder())
 
 
 def test_what_is_compiled_at_installation_is_read(tmp_path: Path) -> None:
-    """Without numba, and where nothing can be written, too."""
+    """Without numba; what cannot be kept is compiled every time."""
 
     def compiled_in(folder: Path) -> tuple[bool, Path]:
         done = subprocess.run(
@@ -332,11 +332,22 @@ def test_what_is_compiled_at_installation_is_read(tmp_path: Path) -> None:
 
     compiled, folder = compiled_in(tmp_path / "cache")
     assert compiled and folder.parent == tmp_path / "cache"
-    assert [path.name for path in folder.iterdir()] == ["lpa_model.kernels.norm.rms_norm_bfloat16.o"]
+    assert [file.name for file in folder.iterdir()] == ["lpa_model.kernels.norm.rms_norm_bfloat16"]
     assert compiled_in(tmp_path / "cache") == (False, folder)
     # a file where a folder should be is a place that root cannot write to either
     (tmp_path / "blocked").write_text("")
     assert compiled_in(tmp_path / "blocked")[0]
+
+
+def test_machine_code_that_is_damaged_is_not_run(tmp_path: Path) -> None:
+    file = tmp_path / "folder" / "kernel"
+    assert launch._kept(file) is None
+    launch._keep(b"code", file)
+    assert launch._kept(file) == b"code"
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:-1], whole[:10], whole[:-1] + b"E", bytes(len(whole))):
+        file.write_bytes(damaged)
+        assert launch._kept(file) is None
 
 
 def test_nothing_imports_numba_at_start() -> None:

@@ -59,7 +59,7 @@ class Texts:
         program = Program(np.zeros(1, dtype=records.CALL))
         program.attention()
         program.widest = heads * width
-        call = call_of_layer(queries, new_keys, new_values, *pools, out, width**-0.5, turns=None, up=None, up_bias=None)
+        call = call_of_layer(queries, new_keys, new_values, *pools, out, width**-0.5, turns=None)
         spans = [Span(context, length, table, False, self.branches) for table in order.tolist()]
         rows = AttentionMetadata.build(spans, BLOCK_SIZE, torch.device("cpu")).prompt_rows
         tiled_values = torch.full((keys.shape[2] * width, rows.value_tiles * 32), torch.nan, dtype=torch.bfloat16)

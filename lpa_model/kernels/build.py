@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import logging
 
@@ -43,9 +44,10 @@ def object_code(name: str) -> bytes:
     passes = llvm.create_new_module_pass_manager()
     passes.add_global_dead_code_eliminate_pass()  # what only reports errors
     passes.run(code, llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options()))
+    process = ctypes.CDLL(None)
     for symbol in code.functions:
         outside = symbol.is_declaration and not symbol.name.startswith("llvm.")
-        if outside and llvm.address_of_symbol(symbol.name) is None:
-            raise RuntimeError(f"{symbol.name} is not there")
+        if outside and not hasattr(process, symbol.name):
+            raise RuntimeError(f"{symbol.name} is not there without numba")
     emitted: bytes = machine.emit_object(code)
     return emitted

@@ -5,6 +5,7 @@ Nothing here imports numba but the thread that compiles: the import takes time a
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import importlib
@@ -12,9 +13,11 @@ import logging
 import os
 import sys
 import threading
+import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,8 +39,8 @@ _engines: list[Any] = []  # that hold the kernels' code
 def compile_kernel(name: str) -> Future[Kernel | None]:
     """Start to load `module.function`, compiled at installation or now; None in the end if that is not possible.
 
-    Compiling takes seconds. Whoever needs the kernel waits for it, so that results do not depend on when it
-    was ready.
+    Compiling takes seconds, and where numba is not installed there are no kernels. Whoever needs one waits for it, so
+    that results do not depend on when it was ready.
     """
     future: Future[Kernel | None] = Future()
 
@@ -56,10 +59,9 @@ def compile_kernel(name: str) -> Future[Kernel | None]:
 
 
 def _load(name: str) -> Kernel:
-    file = _folder() / f"{name}.o"
-    try:
-        code = file.read_bytes()
-    except OSError:  # not compiled yet
+    file = _folder() / name
+    code = _kept(file)
+    if code is None:
         with _one_at_a_time:
             code = importlib.import_module("lpa_model.kernels.build").object_code(name)
         _keep(code, file)
@@ -101,25 +103,41 @@ def target_machine() -> Any:
 
 @cache
 def _folder() -> Path:
-    """Where object files are kept: told apart by all of the kernels' source and by the processor."""
+    """Where object files are kept: told apart by the kernels' source, the compilers and the processor.
+
+    In the place where numba keeps what it compiles if the environment names one, else beside the source.
+    """
     import llvmlite.binding as llvm
 
     here = Path(__file__).parent
     source = b"".join(path.read_bytes() for path in sorted(here.glob("*.py")))
+    compilers = " ".join(version(name) for name in ("numba", "llvmlite"))
     processor = f"{llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}"
-    key = hashlib.sha256(source + processor.encode()).hexdigest()[:16]
+    key = hashlib.sha256(source + f"{compilers} {processor}".encode()).hexdigest()[:16]
     return Path(os.environ.get("NUMBA_CACHE_DIR") or here / "__pycache__") / key
 
 
 def _keep(code: bytes, file: Path) -> None:
-    """Write an object file, whole or not at all."""
+    """Write an object file behind its checksum: what is damaged would not be an error to the linker, but a crash."""
+    part = file.with_suffix(f".{uuid.uuid4().hex}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")
-        part.write_bytes(code)
+        part.write_bytes(hashlib.sha256(code).digest() + code)
         part.replace(file)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
         logger.warning("%s: not kept, so that it will be compiled again: %s", file, error)
+
+
+def _kept(file: Path) -> bytes | None:
+    """What was written, if it is there and undamaged."""
+    try:
+        kept = file.read_bytes()
+    except OSError:
+        return None
+    checksum, code = kept[: hashlib.sha256().digest_size], kept[hashlib.sha256().digest_size :]
+    return code if hashlib.sha256(code).digest() == checksum else None
 
 
 @cache

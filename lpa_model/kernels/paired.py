@@ -22,6 +22,7 @@ UNROLLED = 4  # pairs in a round of the loop
 PAIRS = 16  # in the 64 bytes of a row that a tile takes
 COLUMNS = 32  # of a square
 ROW = 4 * COLUMNS  # bytes
+STRIP_ROW = ROW // 2
 
 
 def _columns(builder: Any, left: Any, right: Any, pair: Any, size: int | None) -> tuple[list[Any], list[Any]]:
@@ -55,7 +56,7 @@ def _write_rows(function: Any, size: int | None) -> None:
             pair = builder.add(builder.mul(part.index, at.type(PAIRS)), builder.mul(few.index, at.type(UNROLLED)))
             for i in range(UNROLLED):
                 lines, met = _columns(builder, left, right, builder.add(pair, at.type(i)), size)
-                for place in lines:
+                for place in lines if size == STRIP_ROW else ():
                     ask(builder, builder.add(place, ahead))
                 for row, totals in zip(here, sums, strict=False):
                     both = spread(builder, load(builder, row, 4 * i, ir.IntType(32)))
@@ -75,7 +76,7 @@ def _rows(size: int | None) -> Any:
     (x, stride, step, left, right, parts, count, fresh, out, out_stride, ahead), all addresses and numbers but `fresh`:
     out float32 [count, 32] += x bfloat16 [count, 32 * parts] . columns, for 1 to ROWS rows; `fresh`: out is
     overwritten instead. Rows lie `stride` bytes apart, and 32 numbers of a row `step`. What lies `ahead` bytes behind
-    the columns is asked for.
+    the columns of strips is asked for.
     """
 
     @intrinsic
@@ -108,7 +109,7 @@ def _rows(size: int | None) -> Any:
     return rows
 
 
-_of_strips = _rows(64)
+_of_strips = _rows(STRIP_ROW)
 _of_columns = _rows(ROW)
 _of_values = _rows(None)
 

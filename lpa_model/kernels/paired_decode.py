@@ -90,7 +90,7 @@ def _score(call, queries, keys, tokens, at, room, ahead, values):
     group, size, parts = call.heads // call.key_heads, 2 * call.key_width, call.key_width // 32
     side, line = singles.SIDE, room.scores.strides[0]
     lots = -(-tokens // 16)
-    more = _lines(2 * call.value_heads * call.block_size * call.value_width, call.key_heads * lots)
+    more = _lines(2 * call.value_heads * tokens * call.value_width, call.key_heads * lots)
     for k in range(call.key_heads):
         rows, end = keys + k * call.block_size * size, (k + 1) * group
         soon = ahead if k + 1 == call.key_heads else rows + call.block_size * size

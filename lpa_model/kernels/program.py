@@ -91,7 +91,7 @@ def _work(op, rows, item, room, prompt_room, like, tiled):
         elif op.kind == TILE_VALUES:
             prompt.tile_values(call, item, like)
         else:
-            prompt.attend(call, item, prompt_room, like, tiled)
+            prompt.attend(call, item, prompt_room, tiled)
 
 
 @part

@@ -119,17 +119,17 @@ def items(call):
 
 
 @compiled
-def attend(call, item, room, like, tiled):
+def attend(call, item, room, tiled):
     """LOT tiles of a head's queries."""
     lot, head = item // call.heads, item % call.heads
     span, tile = carray(address(call.lots, 0), (call.prompt_lots, 2))[lot]
     length = carray(address(call.spans, 0), (call.num_spans, SPAN_FIELDS))[span, 2]
     for first in range(tile * COLUMNS, min((tile + LOT) * COLUMNS, length), COLUMNS):
-        _attend_tile(call, span, head, first, room, like, tiled)
+        _attend_tile(call, span, head, first, room, tiled)
 
 
 @compiled
-def _attend_tile(call, span, head, first, room, like, tiled):
+def _attend_tile(call, span, head, first, room, tiled):
     start, context, length, table, column = carray(address(call.spans, 0), (call.num_spans, SPAN_FIELDS))[span, :5]
     count = min(COLUMNS, length - first)
     row, end = call.rows + start + first, context + first + count

@@ -16,7 +16,7 @@ CALL = np.dtype(
             "new_values",  # [rows, value_heads, value_width], rows value_stride apart
             "keys",  # [blocks, key_heads, block_size, key_width]
             "values",  # [blocks, value_heads, block_size, value_width]; of a program: [.., block_size / 2, .., 2]
-            "up",  # [up_heads, up_width, value_width], multiplied into the output; 0: none
+            "up",  # [up_heads, up_width, value_width], multiplied into the output; 0: none, as in a program
             "up_bias",  # [up_heads, up_width]; 0: none
             "out",  # [rows, heads, up_width, or value_width without an `up`]
             # of arrays of float32

@@ -1,4 +1,5 @@
-"""Arithmetic of single queries on 16 keys or scores at a time: loops that the compiler does less well by itself.
+"""Arithmetic of single queries on 16 keys, scores or numbers of a value at a time, in loops that the compiler does not
+find by itself.
 
 All arguments are addresses, counts and factors.
 """
@@ -30,7 +31,7 @@ from lpa_model.kernels.vectors import (
 )
 
 SIDE = 4
-ONE = ir.IntType(32)
+PAIR = ir.IntType(32)
 
 
 @intrinsic
@@ -100,7 +101,9 @@ def mix(typing: Any, weights: Any, values: Any, pieces: Any, fresh: Any, out: An
             with for_range(builder, pieces.type(LANES // SIDE)) as few:
                 for i, some in enumerate(totals):  # none waits for the other
                     pair = builder.add(builder.mul(few.index, pieces.type(SIDE)), pieces.type(i))
-                    both = spread(builder, load(builder, builder.add(weights, builder.mul(pair, pair.type(4))), 0, ONE))
+                    both = spread(
+                        builder, load(builder, builder.add(weights, builder.mul(pair, pair.type(4))), 0, PAIR)
+                    )
                     row = builder.add(start, builder.mul(pair, line))
                     for half, total in enumerate(some):
                         there = load(builder, row, 4 * LANES * half, INTEGERS)

@@ -1,7 +1,7 @@
 """Vectors of 16 float32 in LLVM's terms, for loops that the compiler does not find by itself.
 
-They are built of instructions of AVX-512 with bfloat16, one where plain arithmetic
-would take five or ten. Addresses are int64, offsets bytes.
+They are built of instructions of AVX-512 with bfloat16, one where plain arithmetic would take five or ten. Addresses
+are int64, offsets bytes.
 """
 
 from __future__ import annotations
