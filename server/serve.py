@@ -15,6 +15,7 @@ import uvicorn
 from server.app import create_app
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import build_engine
+from server.engine.memory import give_back_code
 from server.metrics import Metrics
 from server.settings import Settings
 
@@ -68,6 +69,7 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
+            give_back_code()
             print(greeting(self._settings, self.port), flush=True)
 
     @property
