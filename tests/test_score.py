@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -333,8 +332,8 @@ def test_an_error_late_in_a_corpus_prints_no_half_answer(
 def test_numbers_that_are_none_name_their_text(
     tiny_checkpoints: dict[Architecture, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(targets: torch.Tensor, logits: torch.Tensor) -> Iterator[tuple[float, int]]:
-        return [(math.nan if target == 77 else -1.0, 1) for target in targets.tolist()]  # type: ignore[return-value]
+    def broken(targets: torch.Tensor, logits: torch.Tensor) -> list[tuple[float, int]]:
+        return [(math.nan if target == 77 else -1.0, 1) for target in targets.tolist()]
 
     monkeypatch.setattr(local, "_scores", broken)
     text = byte_tokenizer().decode([5, 77, 6])
