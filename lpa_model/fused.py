@@ -18,7 +18,7 @@ from lpa_model.kernels import records
 from lpa_model.kernels.attention import call_of_layer, scratch_of_step
 from lpa_model.kernels.instructions import paired_products
 from lpa_model.kernels.launch import Kernel
-from lpa_model.kernels.programs import PAIR, STRIP, Program, fits, product, tiled, tiled_gates
+from lpa_model.kernels.programs import PAIR, Program, fits, product, tiled, tiled_gates
 from lpa_model.kernels.prompts import NO_PROMPTS
 from lpa_model.layers import LayerNorm, LowRankLinear, RMSNorm, SwiGLU
 
@@ -92,7 +92,7 @@ class FusedLayer:
         self.query, self.key, self.absorbed = Weights.of(query), None, None
         if keys_latent:
             by_head = attention.key_up().transpose(1, 2).repeat_interleave(group, 0)
-            self.absorbed = tiled(by_head.flatten(0, 1))  # of [H * r, dh]
+            self.absorbed = Weights(tiled(by_head.flatten(0, 1)), None)  # of [H * r, dh]
         else:
             self.key = Weights.of(key)
         self.value, self.up = None, None
@@ -141,23 +141,17 @@ class FusedLayer:
         q, k, v = latents
         q = _through(program, q, [self.query])
         if self.absorbed is not None:
-            absorbed = program.room(len(q), self.absorbed.shape[0] * STRIP)
-            program.product(q, self.absorbed, absorbed, groups=self.heads)
-            q = absorbed
+            q = _through(program, q, [self.absorbed], groups=self.heads)
         if self.key is not None:
             k = _through(program, k, [self.key])
         if self.value is not None:
             v = _through(program, v, [self.value])
         out = program.room(len(x), self.heads * self.values.shape[3])
-        by_head = q.unflatten(1, (self.heads, -1)), out.unflatten(1, (self.heads, -1))
-        call = call_of_layer(by_head[0], k, v, self.keys, self.values, by_head[1], self.scale, turns=turns)
+        queries, attended = (rows.unflatten(1, (self.heads, -1)) for rows in (q, out))
+        call = call_of_layer(queries, k, v, self.keys, self.values, attended, self.scale, turns=turns)
         program.attention()
         program.alive += [q, k, v, turns]
-        if self.up is None:
-            return out, call
-        rebuilt = program.room(len(x), self.up.width)
-        program.product(out, self.up.tiles, rebuilt, bias=self.up.bias, groups=self.heads)
-        return rebuilt, call
+        return out if self.up is None else _through(program, out, [self.up], groups=self.heads), call
 
     @staticmethod
     def _write_branch(
@@ -261,13 +255,16 @@ class FusedStep:
         self.program, self.calls = program, calls
 
 
-def _through(program: Program, x: Tensor, weights: Sequence[Weights], then: int = records.BFLOAT16) -> Tensor:
-    """x through products one after another, `then` being for the last of them."""
+def _through(
+    program: Program, x: Tensor, weights: Sequence[Weights], then: int = records.BFLOAT16, groups: int = 1
+) -> Tensor:
+    """x through products one after another, each in as many groups, `then` being for the last of them."""
     for i, layer in enumerate(weights):
         last = i + 1 == len(weights)
         width = layer.width // 2 if last and then == records.GATED else layer.width
         out = program.room(len(x), width)
-        program.product(x, layer.tiles, out, bias=layer.bias, then=then if last else records.BFLOAT16)
+        after = then if last else records.BFLOAT16
+        program.product(x, layer.tiles, out, bias=layer.bias, then=after, groups=groups)
         x = out
     return x
 

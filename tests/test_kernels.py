@@ -116,8 +116,6 @@ class Step:
             # scores are rounded, as is a turned query of bfloat16 before them, and weights move by as much
             moved = 2.0**-8 if self.turns is not None and self.q.dtype is torch.bfloat16 else 2.0**-20
             slack = moved * (k.abs() @ q[head].abs() * SCALE).max()
-            if self.kernel in PROGRAMS:  # which round the weights, too
-                slack += 2.0**-9
             if self.up is not None:
                 g = head * len(self.up) // len(q)
                 up = self.up[g].double()
