@@ -83,10 +83,7 @@ class LayerNorm(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotary positions in the rotate-half convention of LLaMA: dimension i turns with dimension i + dh/2.
-
-    `turns`, cos + i sin, is there once the dimensions of queries and keys have been put in another order, in which
-    dimension 2i turns with 2i + 1: a product of complex numbers then does it (see `prepare_for_inference`).
+    """Rotary positions in the rotate-half convention of LLaMA: dimension i rotates with dimension i + dh/2.
 
     `scaling`: None, {"rope_type": "linear", "factor"} or {"rope_type": "llama3", "factor", "low_freq_factor",
     "high_freq_factor", "original_max_position_embeddings"}, as in Hugging Face's configs.
@@ -94,7 +91,6 @@ class RotaryEmbedding(nn.Module):
 
     cos: Tensor
     sin: Tensor
-    turns: Tensor | None = None
 
     def __init__(self, config: LPAConfig) -> None:
         super().__init__()
@@ -110,10 +106,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("sin", angles.sin().float(), persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x [..., T, heads, dh] turned by positions [..., T] (int64); computed in float32, returned in x's dtype."""
-        if self.turns is not None:
-            pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [..., T, heads, dh/2]
-            return torch.view_as_real(pairs * self.turns[positions].unsqueeze(-2)).flatten(-2).to(x.dtype)
+        """x [..., T, heads, dh] rotated by positions [..., T] (int64); computed in float32, returned in x's dtype."""
         cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)  # [..., T, 1, dh/2]
         first, second = x.float().chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -12,14 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lpa_model.backends.features import has_bfloat16, resolve_dtype
 from lpa_model.checkpoint import (
     CheckpointError,
-    has_bfloat16,
     load_config,
     load_model,
     load_tokenizer,
     load_tokenizer_config,
-    resolve_dtype,
     save_checkpoint,
 )
 from lpa_model.config import Architecture

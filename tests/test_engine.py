@@ -16,7 +16,7 @@ from lpa_model.model import LPAForCausalLM
 from server.engine.engine import Engine, EngineOptions, StepFailed, build_engine
 from server.engine.request import FinishReason, Request, RequestOutput, SamplingParams
 from server.errors import ContextLength, InvalidRequest
-from tests.conftest import END_OF_TEXT_ID, random_model, tiny_config, write_checkpoint
+from tests.conftest import END_OF_TEXT_ID, VOCAB_SIZE, random_model, tiny_config, write_checkpoint
 
 
 def make_engine(folder: Path, **options: Any) -> Engine:
@@ -72,7 +72,7 @@ def naive_logprobs(model: LPAForCausalLM, ids: list[int]) -> list[float]:
     return [float(logits[i].double().log_softmax(-1)[ids[i + 1]]) for i in range(len(ids) - 1)]
 
 
-@pytest.mark.parametrize("layout", ["latent", "mixed", "full"])
+@pytest.mark.parametrize("layout", ["auto", "mixed", "full"])
 def test_greedy_equals_naive_under_chunked_mixed_batches(
     tiny_checkpoint: Path, architecture: Architecture, layout: str
 ) -> None:
@@ -86,7 +86,7 @@ def test_greedy_equals_naive_under_chunked_mixed_batches(
         assert outputs[f"r{i}"][-1].finish_reason is FinishReason.LENGTH
 
 
-@pytest.mark.parametrize("layout", ["latent", "mixed", "full"])
+@pytest.mark.parametrize("layout", ["auto", "mixed", "full"])
 def test_prompt_and_output_logprobs_equal_naive(tiny_checkpoint: Path, architecture: Architecture, layout: str) -> None:
     engine = make_engine(tiny_checkpoint, kv_cache_layout=layout, max_num_batched_tokens=13)
     requests = [
@@ -161,7 +161,7 @@ def group(ids: list[int], n: int, name: str = "c", **keys: Any) -> list[Request]
 
 
 @pytest.mark.parametrize("caching", [True, False])
-@pytest.mark.parametrize("layout", ["latent", "mixed", "full"])
+@pytest.mark.parametrize("layout", ["auto", "mixed", "full"])
 def test_choices_share_one_prefill_and_give_what_separate_requests_give(
     tiny_checkpoint: Path, layout: str, caching: bool
 ) -> None:
@@ -322,12 +322,14 @@ def test_a_failing_step_fails_its_own_requests_only(tiny_checkpoint: Path, monke
     assert len(ids_of(drain(engine)["b"])) == 5
 
 
-def test_end_of_text_stop_tokens_and_min_tokens(tmp_path: Path) -> None:
+def test_end_of_text_stop_tokens_and_min_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose head strongly prefers the end of the text."""
     folder = write_checkpoint(tmp_path / "m", tiny_config("setting2", lm_head_bias=True))
     engine = make_engine(folder)
-    engine.runner.model.lm_head.bias[END_OF_TEXT_ID] += 1000.0
-    engine.runner.model.lm_head.bias[65] += 500.0
+    backend: Any = engine.runner.backend
+    bias, head = torch.zeros(VOCAB_SIZE), backend.head
+    bias[END_OF_TEXT_ID], bias[65] = 1000.0, 500.0
+    monkeypatch.setattr(backend, "head", lambda hidden: head(hidden) + bias)
 
     def ask(**keys: Any) -> tuple[list[int], RequestOutput]:
         outputs = run(engine, [Request("x", prompt(1, 4), SamplingParams(temperature=0, max_tokens=6, **keys))])["x"]
@@ -341,7 +343,7 @@ def test_end_of_text_stop_tokens_and_min_tokens(tmp_path: Path) -> None:
     assert (ids, last.finish_reason) == ([END_OF_TEXT_ID] * 6, FinishReason.LENGTH)
     ids, last = ask(ignore_eos=True, min_tokens=2, stop_token_ids=(65,))
     assert ids[2:] == [END_OF_TEXT_ID] * 4
-    engine.runner.model.lm_head.bias[END_OF_TEXT_ID] -= 1000.0
+    bias[END_OF_TEXT_ID] = 0.0
     ids, last = ask(stop_token_ids=(65,))
     assert (ids, last.finish_reason, last.stop_reason) == ([65], FinishReason.STOP, 65)
 

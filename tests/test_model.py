@@ -9,8 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lpa_model.attention import AttentionMetadata, Span
-from lpa_model.cache import LatentCache
 from lpa_model.config import Architecture, LPAConfig
 from lpa_model.model import LPAForCausalLM
 from tests.conftest import random_model, tiny_config
@@ -115,22 +113,19 @@ def bfloat16_model(config: LPAConfig) -> LPAForCausalLM:
 
 
 def bfloat16_run(config: LPAConfig) -> tuple[list[torch.dtype], Tensor, LPAForCausalLM]:
-    """(dtype of the stream after every block, logits of a cached prefill and a decode step, the model)."""
+    """(dtype of the stream after every block, logits of four tokens, the model)."""
     model = bfloat16_model(config)
     streams: list[torch.dtype] = []
     for layer in model.layers:
         layer.register_forward_hook(lambda _module, _inputs, output: streams.append(output.dtype))
-    cache = LatentCache(config, config.default_cache_layout(), 2, 8, torch.bfloat16, torch.device("cpu"))
-    prefill = AttentionMetadata.build([Span(0, 3, [1], False)], 8, torch.device("cpu"))
-    decode = AttentionMetadata.build([Span(3, 1, [1], True)], 8, torch.device("cpu"))
-    hidden = [model(torch.tensor([5, 6, 7]), prefill, cache), model(torch.tensor([8]), decode, cache)]
-    return streams, model.logits(torch.cat(hidden)), model
+    hidden = model(torch.tensor([[5, 6, 7, 8]]))[0]
+    return streams, model.logits(hidden), model
 
 
 def test_stream_and_logits_are_float32_with_bfloat16_weights(architecture: Architecture) -> None:
     config = tiny_config(architecture, hidden_size=16, num_attention_heads=2, attention_rank=4, intermediate_size=8)
     streams, logits, model = bfloat16_run(config)
-    assert streams == [torch.float32] * 4
+    assert streams == [torch.float32] * 2
     assert logits.dtype == torch.float32
     expected = Naive(model).logits([5, 6, 7, 8])
     assert (logits.log_softmax(-1) - expected.log_softmax(-1)).abs().max() < 0.1

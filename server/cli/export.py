@@ -28,7 +28,7 @@ def hf_llama(
     """Merge every low-rank pair into a dense matrix: a LLaMA that transformers, vLLM and llama.cpp's converter read."""
     import torch
 
-    from lpa_model.checkpoint import resolve_dtype
+    from lpa_model.backends.features import resolve_dtype
     from lpa_model.convert.export import export_llama
 
     with user_errors():

@@ -19,7 +19,7 @@ def init(
     """Write a model with random weights and a synthetic tokenizer, for benchmarks; it knows nothing."""
     import torch
 
-    from lpa_model.checkpoint import resolve_dtype
+    from lpa_model.backends.features import resolve_dtype
     from lpa_model.init import init_model
 
     with user_errors():

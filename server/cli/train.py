@@ -50,7 +50,7 @@ def train(context: typer.Context) -> None:
 def _train(given: dict[str, Any]) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from lpa_model.checkpoint import resolve_device
+    from lpa_model.backends.features import resolve_device
     from lpa_model.train import END_OF_TEXT, TrainConfig, encode, prepare
     from lpa_model.train import train as run
 
