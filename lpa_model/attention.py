@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lpa_model.cache import LatentCache
-from lpa_model.config import PROJECTIONS, LPAConfig, Projection
+from lpa_model.config import LPAConfig
 from lpa_model.decode import DecodePairs, decode_attention, decode_pairs
 from lpa_model.kernels.attention import DecodeRows
 from lpa_model.kernels.attention import decode_attention as compiled_decode_attention
 from lpa_model.kernels.launch import Kernel
 from lpa_model.kernels.prompts import PromptRows
-from lpa_model.layers import LowRankLinear, RotaryEmbedding, first_half, projection, second_half
+from lpa_model.layers import LowRankLinear, RMSNorm, RotaryEmbedding, first_half, projection, second_half
 
 TILE = 64  # tokens
 PER_HEAD_ROWS = 16
@@ -264,20 +264,12 @@ class Attention(nn.Module):
         self.layer = layer
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.kv_heads, config.head_size
         self.scale = self.head_dim**-0.5
-        one = config.architecture == "setting1"
-
-        def project(name: Projection) -> nn.Linear | LowRankLinear:
-            output = name == "o"
-            bias = config.attention_bias and not output
-            return projection(
-                *config.projection_sizes(name),
-                config.rank(name, layer),
-                bias_down=one and not output,
-                bias_up=(one and output) or bias,
-                bias_dense=one or bias,
-            )
-
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (project(name) for name in PROJECTIONS)
+        self.q_proj = projection(config, "q", layer)
+        self.k_proj = projection(config, "k", layer)
+        self.v_proj = projection(config, "v", layer)
+        self.o_proj = projection(config, "o", layer)
+        self.q_norm = RMSNorm(config.head_size, config.eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_size, config.eps) if config.qk_norm else None
         # A of q, k and v as one product: set by `prepare_for_inference`
         self.joint_down: nn.Module | None = None
         self.joint_ranks: list[int] = []
@@ -291,7 +283,7 @@ class Attention(nn.Module):
         if meta is None or cache is None:
             return self._plain(x, rotary)
         q, k, v = self._first_halves(x)
-        q = self._split(second_half(self.q_proj, q))
+        q = self._queries(second_half(self.q_proj, q))
         keys_latent, values_latent = cache.forms[self.layer]
         if not keys_latent:
             k = second_half(self.k_proj, k)
@@ -300,9 +292,9 @@ class Attention(nn.Module):
 
         parts = []  # in the order of the rows
         done, real = 0, meta.num_rows
-        # keys that have to be rebuilt and turned are none of the kernel's business
-        rebuilds = keys_latent and rotary is not None
-        if meta.num_decode and not rebuilds and self.kernel is not None and (kernel := self.kernel.result()):
+        # the kernel rotates keys as they are projected: it neither rebuilds nor normalises them before
+        plain_keys = self.k_norm is None and not (keys_latent and rotary is not None)
+        if meta.num_decode and plain_keys and self.kernel is not None and (kernel := self.kernel.result()):
             done = meta.num_decode
             parts.append(self._decode_compiled(kernel, q[:done], k[:done], v[:done], rotary, meta.decode_rows, cache))
         if done < real:
@@ -332,7 +324,7 @@ class Attention(nn.Module):
 
     def _plain(self, x: Tensor, rotary: RotaryEmbedding | None) -> Tensor:
         q, k, v = self._first_halves(x)
-        q, v = self._split(second_half(self.q_proj, q)), self._split(second_half(self.v_proj, v))
+        q, v = self._queries(second_half(self.q_proj, q)), self._split(second_half(self.v_proj, v))
         positions = torch.arange(x.shape[1], device=x.device)
         if rotary is not None:
             q = rotary(q, positions)
@@ -428,8 +420,14 @@ class Attention(nn.Module):
         )
         return out.transpose(1, 2)
 
+    def _queries(self, q: Tensor) -> Tensor:
+        """[..., H·dh] -> [..., H, dh], to be rotated."""
+        q = self._split(q)
+        return q if self.q_norm is None else self.q_norm(q)
+
     def _keys(self, k: Tensor, rotary: RotaryEmbedding | None, positions: Tensor) -> Tensor:
         k = self._split(k)
+        k = k if self.k_norm is None else self.k_norm(k)
         return k if rotary is None else rotary(k, positions)
 
     def _split(self, x: Tensor) -> Tensor:

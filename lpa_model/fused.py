@@ -37,14 +37,15 @@ def rebuilds_keys(model: LPAForCausalLM, cache: LatentCache) -> bool:
 def can_fuse(model: LPAForCausalLM, cache: LatentCache) -> bool:
     """Whether all that a step over this cache meets is there as operations of a program; rebuilding keys is not."""
     linears = [module for block in model.layers for module in block.modules() if isinstance(module, nn.Linear)]
-    gates = [module.gate_proj for module in model.modules() if isinstance(module, SwiGLU)]
+    gated = [module for module in model.modules() if isinstance(module, SwiGLU)]
     return (
         model.embed_tokens.weight.dtype is torch.bfloat16
         and model.embed_tokens.weight.device.type == "cpu"
         and bool(paired_products())
         and all(fits(linear.weight) for linear in linears)
         and model.config.head_size % 32 == 0
-        and all(isinstance(gate, nn.Linear) for gate in gates)
+        and all(isinstance(part, nn.Linear) for ffn in gated for part in (ffn.gate_proj, ffn.up_proj))
+        and not model.config.qk_norm
         and cache.block_size % 32 == 0
         and not rebuilds_keys(model, cache)
     )

@@ -105,6 +105,9 @@ def _interleave(attention: Attention) -> None:
         linear = layer.up if isinstance(layer, LowRankLinear) else layer
         rows = torch.arange(linear.out_features).view(-1, attention.head_dim)[:, order].flatten()
         _replace(linear, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
+    for norm in (attention.q_norm, attention.k_norm):
+        if norm is not None:
+            norm.weight.data = norm.weight.data[order]
 
 
 def _join_down(attention: Attention) -> None:

@@ -121,7 +121,7 @@ def test_default_cache_layout(architecture: Architecture, changes: dict[str, Any
         ("setting2", {"attention_rank": {"q": 8}}, "attention_rank: keys"),
         ("setting2", {"attention_rank": {"q": 8, "k": [8], "v": 8, "o": 8}}, "attention_rank: k lists 1 ranks for 2"),
         ("setting2", {"attention_rank": {"q": 8, "k": [8, -1], "v": 8, "o": 8}}, r"attention_rank \(k, layer 1\): -1"),
-        ("setting2", {"ffn_rank": 2.0}, "ffn_rank: 2.0"),
+        ("setting2", {"ffn_rank": 2.0}, r"ffn_rank \(gate, layer 0\): 2.0"),
         ("setting2", {"rope_theta": 0}, "rope_theta: 0"),
         ("setting2", {"rope_theta": "10000"}, "rope_theta: '10000'"),
         ("setting2", {"norm_eps": -1e-6}, "norm_eps: -1e-06"),

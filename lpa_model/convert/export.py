@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from lpa_model.checkpoint import CheckpointError, load_config, load_model, load_tokenizer
-from lpa_model.config import PROJECTIONS, LPAConfig
+from lpa_model.config import ATTENTION_PROJECTIONS, LPAConfig
 from lpa_model.layers import LowRankLinear
 from lpa_model.model import LPAForCausalLM, Setting2Block
 
@@ -100,7 +100,7 @@ def llama_tensors(model: LPAForCausalLM) -> dict[str, Tensor]:
     for i, block in enumerate(model.layers):
         assert isinstance(block, Setting2Block), "setting 1 was refused"
         prefix = f"model.layers.{i}"
-        for name in PROJECTIONS:
+        for name in ATTENTION_PROJECTIONS:
             weight, bias = _merge(getattr(block.attention, f"{name}_proj"))
             tensors[f"{prefix}.self_attn.{name}_proj.weight"] = weight
             if config.attention_bias:  # LLaMA has it on all four or none; ours is not on the output

@@ -322,6 +322,11 @@ def _cache_layout(config: LPAConfig, name: str) -> CacheLayout:
     if name not in layouts:
         raise ValueError(f"kv_cache_layout: {name!r} is none of auto, {', '.join(layouts)}")
     layout = layouts[layouts.index(name)]
+    if layout == "latent" and config.qk_norm:
+        raise ValueError(
+            "kv_cache_layout: latent needs keys that follow from their latents by a matrix, and this model's are "
+            "normalised (qk_norm); mixed keeps the values' latents"
+        )
     if layout != "full" and not any(any(config.cache_forms(layout, i)) for i in range(config.num_hidden_layers)):
         raise ValueError(f"kv_cache_layout: {name} needs low-rank projections, and this model's are dense")
     return layout
