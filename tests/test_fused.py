@@ -192,7 +192,14 @@ def test_sizes_that_do_not_fit_tiles_go_through_the_layers() -> None:
         cache = LatentCache(model.config, "mixed", 2, block_size, model.embed_tokens.weight.dtype, CPU)
         return can_fuse(model, cache)
 
-    for changes in ({"intermediate_size": 80}, {"head_dim": 16}, {"attention_rank": 24}, {"ffn_rank": 32}):
+    for changes in (
+        {"intermediate_size": 80},
+        {"head_dim": 16},
+        {"attention_rank": 24},
+        {"ffn_rank": 32},
+        {"ffn_rank": {"gate": None, "up": 32, "down": None}},
+        {"qk_norm": True},
+    ):
         model = random_model(tiny_config("setting2", **{**SIZES, **changes})).bfloat16()
         assert not fuses(model), changes
     assert fuses(model_of("setting2"))
