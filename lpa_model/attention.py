@@ -283,18 +283,18 @@ class Attention(nn.Module):
         if meta is None or cache is None:
             return self._plain(x, rotary)
         q, k, v = self._first_halves(x)
-        q = self._queries(second_half(self.q_proj, q))
+        q = self._split(self._normed(second_half(self.q_proj, q), self.q_norm))
         keys_latent, values_latent = cache.forms[self.layer]
         if not keys_latent:
-            k = second_half(self.k_proj, k)
+            k = self._normed(second_half(self.k_proj, k), self.k_norm)
         if not values_latent:
             v = second_half(self.v_proj, v)
 
         parts = []  # in the order of the rows
         done, real = 0, meta.num_rows
-        # the kernel rotates keys as they are projected: it neither rebuilds nor normalises them before
-        plain_keys = self.k_norm is None and not (keys_latent and rotary is not None)
-        if meta.num_decode and plain_keys and self.kernel is not None and (kernel := self.kernel.result()):
+        # keys that have to be rebuilt and turned are none of the kernel's business
+        rebuilds = keys_latent and rotary is not None
+        if meta.num_decode and not rebuilds and self.kernel is not None and (kernel := self.kernel.result()):
             done = meta.num_decode
             parts.append(self._decode_compiled(kernel, q[:done], k[:done], v[:done], rotary, meta.decode_rows, cache))
         if done < real:
@@ -324,11 +324,13 @@ class Attention(nn.Module):
 
     def _plain(self, x: Tensor, rotary: RotaryEmbedding | None) -> Tensor:
         q, k, v = self._first_halves(x)
-        q, v = self._queries(second_half(self.q_proj, q)), self._split(second_half(self.v_proj, v))
+        q = self._split(self._normed(second_half(self.q_proj, q), self.q_norm))
+        k = self._normed(second_half(self.k_proj, k), self.k_norm)
+        v = self._split(second_half(self.v_proj, v))
         positions = torch.arange(x.shape[1], device=x.device)
         if rotary is not None:
             q = rotary(q, positions)
-        k = self._keys(second_half(self.k_proj, k), rotary, positions)
+        k = self._keys(k, rotary, positions)
         y: Tensor = self.o_proj(self._attend(q, k, v, None).flatten(2))
         return y
 
@@ -420,14 +422,12 @@ class Attention(nn.Module):
         )
         return out.transpose(1, 2)
 
-    def _queries(self, q: Tensor) -> Tensor:
-        """[..., H·dh] -> [..., H, dh], to be rotated."""
-        q = self._split(q)
-        return q if self.q_norm is None else self.q_norm(q)
+    def _normed(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """[..., heads·dh] with each head normalised, where the model has a norm for it (`qk_norm`)."""
+        return x if norm is None else norm(self._split(x)).flatten(-2)
 
     def _keys(self, k: Tensor, rotary: RotaryEmbedding | None, positions: Tensor) -> Tensor:
         k = self._split(k)
-        k = k if self.k_norm is None else self.k_norm(k)
         return k if rotary is None else rotary(k, positions)
 
     def _split(self, x: Tensor) -> Tensor:
