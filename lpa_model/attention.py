@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpa_model.config import PROJECTIONS, LPAConfig, Projection
-from lpa_model.layers import LowRankLinear, RotaryEmbedding, first_half, projection, second_half
+from lpa_model.config import LPAConfig
+from lpa_model.layers import LowRankLinear, RMSNorm, RotaryEmbedding, first_half, projection, second_half
 
 
 class Attention(nn.Module):
@@ -23,20 +23,12 @@ class Attention(nn.Module):
         self.layer = layer
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.kv_heads, config.head_size
         self.scale = self.head_dim**-0.5
-        one = config.architecture == "setting1"
-
-        def project(name: Projection) -> nn.Linear | LowRankLinear:
-            output = name == "o"
-            bias = config.attention_bias and not output
-            return projection(
-                *config.projection_sizes(name),
-                config.rank(name, layer),
-                bias_down=one and not output,
-                bias_up=(one and output) or bias,
-                bias_dense=one or bias,
-            )
-
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (project(name) for name in PROJECTIONS)
+        self.q_proj = projection(config, "q", layer)
+        self.k_proj = projection(config, "k", layer)
+        self.v_proj = projection(config, "v", layer)
+        self.o_proj = projection(config, "o", layer)
+        self.q_norm = RMSNorm(config.head_size, config.eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_size, config.eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, rotary: RotaryEmbedding | None, attend: Attend | None = None) -> Tensor:
         """x [batch, T, d], causal; or x [rows, d] with `attend` -> the same shape."""
@@ -57,11 +49,13 @@ class Attention(nn.Module):
 
     def queries(self, latents: Tensor) -> Tensor:
         """[..., r] -> [..., H, dh], before positions."""
-        return self._split(second_half(self.q_proj, latents))
+        q = self._split(second_half(self.q_proj, latents))
+        return q if self.q_norm is None else self.q_norm(q)
 
     def keys(self, latents: Tensor) -> Tensor:
         """[..., r] -> [..., H_kv, dh], before positions."""
-        return self._split(second_half(self.k_proj, latents))
+        k = self._split(second_half(self.k_proj, latents))
+        return k if self.k_norm is None else self.k_norm(k)
 
     def values(self, latents: Tensor) -> Tensor:
         """[..., r] -> [..., H_kv, dh]."""

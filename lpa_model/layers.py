@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpa_model.config import LPAConfig, Rank
+from lpa_model.config import LPAConfig, Projection
 
 
 class LowRankLinear(nn.Module):
@@ -42,13 +42,18 @@ def second_half(layer: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-def projection(
-    width_in: int, width_out: int, rank: Rank, *, bias_down: bool, bias_up: bool, bias_dense: bool
-) -> nn.Linear | LowRankLinear:
-    """A dense layer where `rank` is None, else a low-rank one; the biases differ between the two in setting 1."""
+def projection(config: LPAConfig, name: Projection, layer: int) -> nn.Linear | LowRankLinear:
+    """A projection of one layer, low-rank or dense, with the biases of the published code.
+
+    In setting 1 a projection out of the stream has its bias on A, one back into it on B, and a dense one has one, too.
+    """
+    width_in, width_out = config.projection_sizes(name)
+    rank = config.rank(name, layer)
+    one, into_stream = config.architecture == "setting1", name in ("o", "down")
+    bias = config.attention_bias and name in ("q", "k", "v")
     if rank is None:
-        return nn.Linear(width_in, width_out, bias=bias_dense)
-    return LowRankLinear(width_in, width_out, rank, bias_down, bias_up)
+        return nn.Linear(width_in, width_out, bias=one or bias)
+    return LowRankLinear(width_in, width_out, rank, one and not into_stream, (one and into_stream) or bias)
 
 
 class RMSNorm(nn.Module):
@@ -126,14 +131,12 @@ def _scaled(frequencies: Tensor, scaling: Mapping[str, Any] | None) -> Tensor:
 
 
 class ReluFFN(nn.Module):
-    """Setting 1: down(relu(up(x))), with the biases of the published code in both forms."""
+    """Setting 1: down(relu(up(x)))."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, rank: Rank) -> None:
+    def __init__(self, config: LPAConfig, layer: int) -> None:
         super().__init__()
-        self.up_proj = projection(hidden_size, intermediate_size, rank, bias_down=True, bias_up=False, bias_dense=True)
-        self.down_proj = projection(
-            intermediate_size, hidden_size, rank, bias_down=False, bias_up=True, bias_dense=True
-        )
+        self.up_proj = projection(config, "up", layer)
+        self.down_proj = projection(config, "down", layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d] -> [..., d]."""
@@ -144,15 +147,11 @@ class ReluFFN(nn.Module):
 class SwiGLU(nn.Module):
     """Setting 2: down(silu(gate(x)) * up(x)), no biases."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, rank: Rank) -> None:
+    def __init__(self, config: LPAConfig, layer: int) -> None:
         super().__init__()
-
-        def linear(width_in: int, width_out: int) -> nn.Linear | LowRankLinear:
-            return projection(width_in, width_out, rank, bias_down=False, bias_up=False, bias_dense=False)
-
-        self.gate_proj = linear(hidden_size, intermediate_size)
-        self.up_proj = linear(hidden_size, intermediate_size)
-        self.down_proj = linear(intermediate_size, hidden_size)
+        self.gate_proj = projection(config, "gate", layer)
+        self.up_proj = projection(config, "up", layer)
+        self.down_proj = projection(config, "down", layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d] -> [..., d]."""

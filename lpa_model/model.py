@@ -21,7 +21,7 @@ class Setting1Block(nn.Module):
         super().__init__()
         self.attention = Attention(config, layer)
         self.attention_norm = LayerNorm(config.hidden_size, config.eps)
-        self.ffn = ReluFFN(config.hidden_size, config.intermediate_size, config.ffn_rank)
+        self.ffn = ReluFFN(config, layer)
         self.ffn_norm = LayerNorm(config.hidden_size, config.eps)
 
     def forward(self, x: Tensor, rotary: RotaryEmbedding | None, attend: Attend | None) -> Tensor:
@@ -40,7 +40,7 @@ class Setting2Block(nn.Module):
         self.attention_norm = RMSNorm(config.hidden_size, config.eps)
         self.attention = Attention(config, layer)
         self.ffn_norm = RMSNorm(config.hidden_size, config.eps)
-        self.ffn = SwiGLU(config.hidden_size, config.intermediate_size, config.ffn_rank)
+        self.ffn = SwiGLU(config, layer)
 
     def forward(self, x: Tensor, rotary: RotaryEmbedding | None, attend: Attend | None) -> Tensor:
         """x [..., d] float32 -> [..., d] float32."""

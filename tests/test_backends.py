@@ -46,6 +46,10 @@ CASES: dict[str, tuple[Architecture, dict[str, Any]]] = {
     "setting2-per-layer": ("setting2", {"attention_rank": {"q": [8, None], "k": [None, 6], "v": [5, None], "o": 8}}),
     "setting2-dense": ("setting2", {"attention_rank": None, "tie_word_embeddings": True}),
     "setting2-ffn": ("setting2", {"ffn_rank": 6}),
+    "setting1-mixed-ffn": ("setting1", {"ffn_rank": {"up": [7, None], "down": [None, 5]}}),
+    "setting2-mixed-ffn": ("setting2", {"ffn_rank": {"gate": None, "up": 7, "down": [None, 5]}}),
+    "setting2-qk-norm": ("setting2", {"qk_norm": True}),
+    "setting2-qk-norm-gqa": ("setting2", {"qk_norm": True, "num_key_value_heads": 2, "attention_bias": True}),
     "setting2-wide": ("setting2", {**WIDE, "num_key_value_heads": 2}),
 }
 

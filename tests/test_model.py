@@ -20,11 +20,15 @@ CASES: list[tuple[Architecture, dict[str, Any]]] = [
     ("setting1", {"attention_rank": None, "ffn_rank": 7}),
     ("setting1", {"attention_rank": PER_LAYER, "num_key_value_heads": 2, "head_dim": 6, "lm_head_bias": True}),
     ("setting1", {"tie_word_embeddings": True, "norm_eps": 0.1}),
+    ("setting1", {"ffn_rank": {"up": [7, None], "down": [None, 5]}}),
     ("setting2", {}),
     ("setting2", {"attention_rank": None, "ffn_rank": 7, "rope_theta": 50.0}),
     ("setting2", {"attention_rank": PER_LAYER, "num_key_value_heads": 2, "head_dim": 6, "lm_head_bias": True}),
     ("setting2", {"attention_bias": True, "num_key_value_heads": 1, "rope_scaling": LINEAR}),
     ("setting2", {"attention_bias": True, "attention_rank": None, "tie_word_embeddings": True, "norm_eps": 0.1}),
+    ("setting2", {"ffn_rank": {"gate": None, "up": [7, 9], "down": [None, 5]}}),
+    ("setting2", {"qk_norm": True, "num_key_value_heads": 2, "norm_eps": 0.1}),
+    ("setting2", {"qk_norm": True, "attention_rank": None, "attention_bias": True, "head_dim": 6}),
 ]
 
 
@@ -87,8 +91,10 @@ class Naive:
         outputs = []
         for head in range(heads):
             shared = head // (heads // self.config.kv_heads) * width
-            query = self.turned(q[:, head * width : (head + 1) * width])
-            key, value = self.turned(k[:, shared : shared + width]), v[:, shared : shared + width]
+            query, key = q[:, head * width : (head + 1) * width], k[:, shared : shared + width]
+            if self.config.qk_norm:
+                query, key = self.norm(f"{at}attention.q_norm", query), self.norm(f"{at}attention.k_norm", key)
+            query, key, value = self.turned(query), self.turned(key), v[:, shared : shared + width]
             rows = [(key[: t + 1] @ query[t] / math.sqrt(width)).softmax(0) @ value[: t + 1] for t in range(len(x))]
             outputs.append(torch.stack(rows))
         return self.linear(f"{at}attention.o_proj", torch.cat(outputs, 1))

@@ -136,6 +136,17 @@ def test_streams_do_not_depend_on_company_chunks_hits_or_preemption(
         assert tight.take_stats().preemptions > 0
 
 
+def test_norms_of_keys_and_mixed_ranks_do_not_depend_on_company_or_chunks(tmp_path: Path) -> None:
+    config = tiny_config(**TILES, qk_norm=True, ffn_rank={"gate": None, "up": [7, None], "down": 5})
+    folder = write_checkpoint(tmp_path / "model", config)
+    options: dict[str, Any] = {"dtype": "float32", "batch_invariant": True, "kv_cache_memory": 1 << 22}
+    alone: Generated = {}
+    for request in streams(3):
+        alone |= generated(make_engine(folder, **options, enable_prefix_caching=False), [request])
+    assert generated(make_engine(folder, **options), streams(3)) == alone
+    assert generated(make_engine(folder, **options, max_num_batched_tokens=19), streams(3)) == alone
+
+
 def _memory(engine: Engine, blocks: int) -> int:
     """Bytes of a cache of so many blocks."""
     cache = engine.runner.cache

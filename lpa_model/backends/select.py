@@ -109,6 +109,11 @@ def _layout(config: LPAConfig, name: str, device: torch.device) -> CacheLayout:
     if name not in layouts:
         raise ValueError(f"kv_cache_layout: {name!r} is none of auto, {', '.join(layouts)}")
     layout = layouts[layouts.index(name)]
+    if layout == "latent" and config.qk_norm:
+        raise ValueError(
+            "kv_cache_layout: latent needs keys that follow from their latents by a matrix, and this model's are "
+            "normalised (qk_norm); mixed keeps the values' latents"
+        )
     forms = [config.cache_forms(layout, layer) for layer in range(config.num_hidden_layers)]
     if layout != "full" and not any(any(form) for form in forms):
         raise ValueError(f"kv_cache_layout: {name} needs low-rank projections, and this model's are dense")

@@ -100,7 +100,7 @@ def packed_backend(model: LPAForCausalLM) -> TorchBackend:
         model.rotary = InterleavedRotary(model.rotary)  # type: ignore[assignment]
     if dtype is torch.bfloat16:
         for name, module in list(model.named_modules()):
-            if isinstance(module, RMSNorm):
+            if isinstance(module, RMSNorm) and not name.endswith(("q_norm", "k_norm")):
                 model.set_submodule(name, CompiledRMSNorm(module))
     _pack(model)
     rope = model.rotary.rope_cache if isinstance(model.rotary, InterleavedRotary) else None
@@ -157,6 +157,9 @@ def _interleave(attention: Attention) -> None:
         linear.weight.data = linear.weight.data[rows]
         if linear.bias is not None:
             linear.bias.data = linear.bias.data[rows]
+    for norm in (attention.q_norm, attention.k_norm):
+        if norm is not None:
+            norm.weight.data = norm.weight.data[interleaved(attention.head_dim, attention.head_dim)]
 
 
 def _pack(model: LPAForCausalLM) -> None:

@@ -20,7 +20,7 @@ from lpa_model.backends.cpu.kernels.prompts import NO_PROMPTS, PromptRows
 from lpa_model.backends.cpu.rotary import interleaved, rope_cache
 from lpa_model.batch import Batch
 from lpa_model.cache import LatentCache
-from lpa_model.config import PROJECTIONS, LPAConfig
+from lpa_model.config import LPAConfig
 from lpa_model.layers import LayerNorm, LowRankLinear, RMSNorm, SwiGLU
 from lpa_model.model import LPAForCausalLM, Setting1Block, Setting2Block
 
@@ -32,13 +32,15 @@ def unsupported(config: LPAConfig, block_size: int) -> str | None:
     widths = {"hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size}
     widths["head_dim"] = config.head_size
     for layer in range(config.num_hidden_layers):
-        for projection in PROJECTIONS:
-            widths[f"attention_rank ({projection}, layer {layer})"] = config.rank(projection, layer) or 32
+        for projection in config.projections:
+            widths[f"the rank of {projection} in layer {layer}"] = config.rank(projection, layer) or 32
+            if projection in ("gate", "up") and config.rotary and config.rank(projection, layer) is not None:
+                return "gated feed-forward layers of low rank have no operation"
     for name, width in widths.items():
         if width % 32:
-            return f"{name} {width} is not a multiple of 32"
-    if config.ffn_rank is not None:
-        return "feed-forward layers of low rank have no operation"
+            return f"{name}, {width}, is not a multiple of 32"
+    if config.qk_norm:
+        return "qk_norm has no operation"
     if block_size % 32:
         return f"block_size {block_size} is not a multiple of 32; take 32, 64 or 128"
     return None
