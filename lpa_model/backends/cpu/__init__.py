@@ -1,0 +1,1 @@
+"""The CPU backend: C kernels for each instruction set, and the op lists that they run."""
