@@ -5,7 +5,7 @@ The kernels are `csrc/attention_decode.c` and `csrc/attention_prompt.c`; which o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,15 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lpa_model.backends.cpu.args import ATTENTION, OP, OP_LIST, Dtype, OpKind
-from lpa_model.backends.cpu.library import Kernel, address_of
+from lpa_model.backends.cpu.args import ATTENTION
+from lpa_model.backends.cpu.library import Kernel
+from lpa_model.backends.cpu.oplist import DTYPES, OpList
 
 SPLIT_TOKENS = 128  # at most, in whole blocks: a work item of decode attention
 QUERY_TILE, ITEM_TILES, PACKED_TOKENS = 32, 2, 32  # as in csrc/attention_prompt.c
-DTYPES = {torch.float32: Dtype.FLOAT32, torch.bfloat16: Dtype.BFLOAT16}
-OPS = (OpKind.ATTENTION_DECODE, OpKind.CACHE_WRITE, OpKind.PACK_VALUES, OpKind.ATTENTION_PROMPT)
-"""A layer's attention in an op list: each op's `x` is the address of its record."""
-
 Hidden = tuple[NDArray[np.int64], NDArray[np.int64]]
 """(shared_ends, own_starts) [rows]: a row does not see its text's tokens from one to the other."""
 
@@ -157,7 +154,7 @@ class PromptRows:
         return value_heads * value_width * self.packed_tiles * PACKED_TOKENS
 
 
-NO_DECODES = {"rows": 0, "items": 0, "split_blocks": 1}
+NO_DECODES = {"rows": 0, "items": 0}
 NO_PROMPTS = dict.fromkeys(("prompt_rows", "num_spans", "prompt_blocks", "num_query_tiles"), 0)
 
 
@@ -179,7 +176,7 @@ def layer_fields(
         new_keys: [rows, key heads * key width], the step's own; a slice of a wider tensor will do.
         new_values: [rows, value heads * value width]; likewise.
         keys: the pool [blocks, key heads, block_size, key width]; query heads are consecutive per key head.
-        values: the pool [blocks, value heads, block_size, value width]; in bfloat16 in the VNNI layout
+        values: the pool [blocks, value heads, block_size, value width]; in bfloat16 its numbers lie in the VNNI layout
             [blocks, value heads, block_size / 2, value width, 2], see `to_vnni`.
         out: [rows, H, value width], contiguous.
         scale: factor on the scores, 1/sqrt(dh).
@@ -197,11 +194,12 @@ def layer_fields(
     unit = 32 if is_bf16 else 16
     if key_width % unit or value_width % unit or block_size % 2:
         raise ValueError(f"key width {key_width} and value width {value_width} have to be multiples of {unit}")
-    if heads % key_heads or heads % value_heads or out.shape[1:] != (heads, value_width) or values.ndim != 4 + is_bf16:
+    if heads % key_heads or heads % value_heads or out.shape[1:] != (heads, value_width):
         raise ValueError(f"shapes that do not fit: q {q.shape}, keys {keys.shape}, values {values.shape}")
     if any(x.dtype is not q.dtype for x in (new_keys, new_values, keys, values, out)) or q.dtype not in DTYPES:
         raise ValueError(f"dtypes other than q's, {q.dtype}, or neither float32 nor bfloat16")
-    if not all(x.is_contiguous() for x in (q, keys, values, out)) or new_keys.stride(1) != 1 or new_values.stride(1) != 1:
+    whole = all(x.is_contiguous() for x in (q, keys, values, out))
+    if not whole or new_keys.stride(1) != 1 or new_values.stride(1) != 1:
         raise ValueError("tensors that are not contiguous")
     if rope is not None and (rope.dtype is not torch.complex64 or rope.shape[1] * 2 != key_width):
         raise ValueError(f"rope {rope.dtype} {rope.shape}, not complex64 [.., {key_width // 2}]")
@@ -227,32 +225,36 @@ def layer_fields(
 
 
 def attend(
-    run_op_list: Kernel, layer: dict[str, int | float], decodes: DecodeRows | None, prompts: PromptRows | None
+    kernels: Mapping[str, Kernel],
+    dtype: torch.dtype,
+    layer: Mapping[str, int | float],
+    decodes: DecodeRows | None,
+    prompts: PromptRows | None,
 ) -> None:
     """One layer's attention by itself: the step's own keys and values into the cache, and `out` of all rows.
 
-    A row's result depends on nothing but the row: not on the others, its chunk, nor on the number of threads.
+    A row's result depends on nothing but the row: not on the others, its chunk, nor on the number of threads. `layer` is
+    from `layer_fields`, whose tensors have `dtype`; decode rows come first.
     """
-    heads, width = int(layer["heads"]), int(layer["value_width"])
-    fields = layer | (NO_DECODES if decodes is None else decodes.fields)
-    fields |= NO_PROMPTS if prompts is None else prompts.fields
-    counters = np.zeros(1 if decodes is None else decodes.num_counters, dtype=np.int64)
-    fields["counters"] = counters.ctypes.data
+    heads, value_heads, width = (int(layer[name]) for name in ("heads", "value_heads", "value_width"))
+    record = np.zeros(1, dtype=ATTENTION)
+    fields = dict(layer)
+    alive: list[object] = []
     if decodes is not None:
         scratch = torch.empty(decodes.scratch_floats(heads, width))
-        fields |= decodes.scratch_fields(scratch, heads, width)
+        counters = np.zeros(decodes.num_counters, dtype=np.int64)
+        fields |= decodes.fields | decodes.scratch_fields(scratch, heads, width) | {"counters": counters.ctypes.data}
+        alive += [scratch, counters]
     if prompts is not None:
-        packed = torch.empty(prompts.packed_numbers(int(layer["value_heads"]), width), dtype=torch.bfloat16)
-        fields["packed_values"] = packed.data_ptr()
-    record = np.zeros(1, dtype=ATTENTION)
+        packed = torch.empty(prompts.packed_numbers(value_heads, width), dtype=torch.bfloat16)
+        fields |= prompts.fields | {"packed_values": packed.data_ptr()}
+        alive.append(packed)
     for name, value in fields.items():
         record[name] = value
-    ops = np.zeros(len(OPS), dtype=OP)
-    ops["kind"], ops["x"] = OPS, address_of(record)
-    op_counters = np.zeros(1 + 2 * len(ops), dtype=np.int64)
-    rows = int(fields["rows"] + fields["prompt_rows"])
-    op_list = np.array([(ops.ctypes.data, len(ops), rows, op_counters.ctypes.data)], dtype=OP_LIST)
-    run_op_list(address_of(op_list), len(ops))
+    op_list = OpList(kernels, dtype, record)
+    op_list.attention()
+    op_list.run(int(record["rows"][0] + record["prompt_rows"][0]))
+    del alive
 
 
 def to_vnni(values: Tensor) -> Tensor:
