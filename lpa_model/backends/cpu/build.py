@@ -73,6 +73,11 @@ def library_path(machine: str = platform.machine()) -> Path:
     return HERE / f"kernels-{machine}.so"
 
 
+def emulated_path() -> Path:
+    """Where the flavours of `EMULATED` are kept, which only tests load."""
+    return HERE / "__pycache__" / "emulated.so"
+
+
 def build(
     target: Path, machine: str = platform.machine(), instruction_sets: Sequence[InstructionSet] | None = None
 ) -> Path:

@@ -9,8 +9,9 @@
  * what takes time. With more rows a block of a strip stays in the first-level cache while all row tiles meet it.
  */
 #include "gemm.h"
+#include "gemm_tiles.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || HAS_DOT_BF16
 enum { TILE_ROWS = 12, TILE_STRIPS = 2 }; /* 24 of 32 registers hold sums */
 #elif defined(__AVX2__) || defined(__aarch64__)
 enum { TILE_ROWS = 6, TILE_STRIPS = 1 }; /* 12 of 16 registers; of 24 of 32 on NEON */
@@ -87,10 +88,7 @@ INLINE void multiply(enum operands operands, int rows, const struct tile *t) {
 
 #define CASE(rows) \
     case rows: \
-        if (t->next) \
-            multiply(operands, rows, t); \
-        else \
-            multiply(operands, rows, &(struct tile){t->x, t->x_stride, t->weight, t->strip_bytes, t->lines, 0, t->sums, t->fresh}); \
+        multiply(operands, rows, t); \
         break;
 
 INLINE void multiply_rows(enum operands operands, int64_t rows, const struct tile *t) {
@@ -103,7 +101,7 @@ INLINE void multiply_rows(enum operands operands, int64_t rows, const struct til
         CASE(5)
         CASE(6)
 #endif
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || HAS_DOT_BF16
         CASE(7)
         CASE(8)
         CASE(9)
@@ -116,7 +114,9 @@ INLINE void multiply_rows(enum operands operands, int64_t rows, const struct til
 
 static NOINLINE void multiply_floats(int64_t rows, const struct tile *t) { multiply_rows(FLOATS, rows, t); }
 
-#if HAS_DOT_BF16
+#if HAS_TILES
+/* bfloat16 goes through tiles */
+#elif HAS_DOT_BF16
 static NOINLINE void multiply_bf16(int64_t rows, const struct tile *t) { multiply_rows(PAIRS, rows, t); }
 #else
 static NOINLINE void multiply_bf16(int64_t rows, const struct tile *t) { multiply_rows(WIDENED_X, rows, t); }
@@ -152,24 +152,20 @@ INLINE struct plan plan_of(int is_bf16, const struct op *op, int64_t rows) {
     return p;
 }
 
-/* One thread's scratch. */
-struct room {
-    int64_t *converted; /* the x that `x` holds, as the address of its first row */
-    float *sums;        /* [pairs of the item, rows of the chunk, PAIR] */
-    float *weight;      /* [BLOCK, 16]: a block of a strip, widened */
-    float *x;           /* [rows, block or width]: widened */
+/* Where things are in a thread's scratch, in bytes. */
+struct layout {
+    int64_t sums;   /* float32 [pairs of the item, rows of the chunk, PAIR] */
+    int64_t weight; /* float32 [BLOCK, 16]: a block of a strip, widened */
+    int64_t x;      /* float32 [rows of the chunk, BLOCK or width]: widened */
+    int64_t bytes;
 };
 
-static int64_t room_of(const struct op *op, const struct plan *p, char *scratch, struct room *room) {
-    int64_t bytes = CACHE_LINE;
-    room->converted = (int64_t *)scratch;
-    room->sums = (float *)(scratch + bytes);
-    bytes += p->group * p->chunk * PAIR * 4;
-    room->weight = (float *)(scratch + bytes);
-    bytes += BLOCK * LANES * 4;
-    room->x = (float *)(scratch + bytes);
-    bytes += p->chunk * (p->few ? op->width : BLOCK) * 4;
-    return bytes;
+INLINE struct layout layout_of(const struct op *op, const struct plan *p) {
+    struct layout l = {.sums = CACHE_LINE}; /* the first line says which x is there, widened: see gemm_item */
+    l.weight = l.sums + p->group * p->chunk * PAIR * 4;
+    l.x = l.weight + BLOCK * LANES * 4;
+    l.bytes = l.x + p->chunk * (p->few ? op->width : BLOCK) * 4;
+    return l;
 }
 
 /* x bfloat16 [rows, width] -> float32 [rows, width] at `to`. */
@@ -192,8 +188,10 @@ static void widen_weight(const char *weight, int64_t lines, const char *next, fl
 INLINE void item_of(int is_bf16, const struct op *op, int64_t rows, int64_t item, char *scratch) {
     const int widen = is_bf16 && !HAS_DOT_BF16;
     struct plan p = plan_of(is_bf16, op, rows);
-    struct room room;
-    room_of(op, &p, scratch, &room);
+    struct layout layout = layout_of(op, &p);
+    int64_t *widened = (int64_t *)scratch; /* the address of the x that is there */
+    float *all_sums = (float *)(scratch + layout.sums), *widened_weight = (float *)(scratch + layout.weight);
+    float *widened_x = (float *)(scratch + layout.x);
     int64_t first_row = item / p.groups * CHUNK, count = min_i64(CHUNK, rows - first_row);
     int64_t first_pair = item % p.groups * p.group, pairs = min_i64(p.group, p.pairs - first_pair);
     int64_t units = pairs * (2 / TILE_STRIPS), steps = units * p.blocks;
@@ -218,30 +216,30 @@ INLINE void item_of(int is_bf16, const struct op *op, int64_t rows, int64_t item
         x += strip / op->group_strips * op->width * x_bytes;
         int64_t x_stride = op->x_stride;
         if (widen && p.few) {
-            if (*room.converted != (int64_t)(intptr_t)x) {
-                widen_rows(x, x_stride, count, op->width, room.x);
-                *room.converted = (int64_t)(intptr_t)x;
+            if (*widened != (int64_t)(intptr_t)x) {
+                widen_rows(x, x_stride, count, op->width, widened_x);
+                *widened = (int64_t)(intptr_t)x;
             }
             x_stride = op->width * 4;
-            x = (const char *)room.x + at * 8;
+            x = (const char *)widened_x + at * 8;
         } else {
             x += at * per_line * x_bytes;
             if (widen) {
                 int64_t width = lines * 2;
                 if (x != converted) {
-                    widen_rows(x, x_stride, count, width, room.x);
+                    widen_rows(x, x_stride, count, width, widened_x);
                     converted = x;
                 }
                 x_stride = width * 4;
-                x = (const char *)room.x;
+                x = (const char *)widened_x;
             }
         }
-        float *sums = room.sums + unit * TILE_STRIPS / 2 * count * PAIR + unit * TILE_STRIPS % 2 * LANES;
+        float *sums = all_sums + unit * TILE_STRIPS / 2 * count * PAIR + unit * TILE_STRIPS % 2 * LANES;
         struct tile t = {x, x_stride, weights + strip * strip_bytes + at * LINE, strip_bytes, lines, next, sums, !block};
         int floats = !is_bf16;
         if (widen && TILE_STRIPS == 1 && !p.few) {
-            widen_weight(t.weight, lines, next, room.weight);
-            t.weight = (const char *)room.weight;
+            widen_weight(t.weight, lines, next, widened_weight);
+            t.weight = (const char *)widened_weight;
             t.lines = 2 * lines;
             t.next = 0;
             floats = 1;
@@ -252,30 +250,42 @@ INLINE void item_of(int is_bf16, const struct op *op, int64_t rows, int64_t item
             t.sums = sums + r * PAIR;
             if (floats)
                 multiply_floats(some, &t);
+#if !HAS_TILES
             else
                 multiply_bf16(some, &t);
+#endif
             t.next = 0;
         }
         if (block + 1 == p.blocks && (unit + 1) * TILE_STRIPS % 2 == 0) {
             int64_t pair = strip / 2;
-            finish_pair(is_bf16, op, first_row, count, pair, room.sums + (pair - first_pair) * count * PAIR);
+            finish_pair(is_bf16, op, first_row, count, pair, all_sums + (pair - first_pair) * count * PAIR);
         }
     }
 }
 
 int64_t gemm_items(const struct op *op, int64_t rows) {
+#if HAS_TILES
+    if (op->dtype == BFLOAT16)
+        return ceil_div(op->strips / 2, tiled_group(op, rows)) * ceil_div(rows, TILED_CHUNK);
+#endif
     return plan_of(op->dtype == BFLOAT16, op, rows).groups * ceil_div(rows, CHUNK);
 }
 
 int64_t gemm_scratch(const struct op *op, int64_t rows) {
+#if HAS_TILES
+    if (op->dtype == BFLOAT16) return tiled_scratch(op);
+#endif
     struct plan p = plan_of(op->dtype == BFLOAT16, op, rows);
-    struct room room;
-    return room_of(op, &p, 0, &room);
+    return layout_of(op, &p).bytes;
 }
 
 void gemm_item(const struct op *op, int64_t rows, int64_t item, void *scratch) {
-    if (op->dtype == BFLOAT16)
-        item_of(1, op, rows, item, scratch);
-    else
+    if (op->dtype == FLOAT32)
         item_of(0, op, rows, item, scratch);
+    else
+#if HAS_TILES
+        tiled_item(op, rows, item, scratch);
+#else
+        item_of(1, op, rows, item, scratch);
+#endif
 }
