@@ -17,6 +17,9 @@
 #define attention_prompt_items ISA_NAME(attention_prompt_items)
 #define attention_prompt_item ISA_NAME(attention_prompt_item)
 #define attention_prompt_scratch ISA_NAME(attention_prompt_scratch)
+#define draw_tokens ISA_NAME(draw_tokens)
+#define mask_logits ISA_NAME(mask_logits)
+#define score_rows ISA_NAME(score_rows)
 
 /* A GEMM falls into work items: some strips of outputs for some rows. `scratch` holds gemm_scratch(op, rows) bytes;
  * gemm_item keeps converted rows there from item to item, so that its first 8 bytes are -1 before an op's first one. */
@@ -36,6 +39,11 @@ void pack_values_block(const struct attention *a, int64_t block);
 int64_t attention_prompt_items(const struct attention *a);
 void attention_prompt_item(const struct attention *a, int64_t item, void *scratch);
 int64_t attention_prompt_scratch(const struct attention *a);
+
+/* Rows of logits: every thread of a team calls it with the same record, and takes rows until none is left. */
+void draw_tokens(const struct draw *d);
+void mask_logits(const struct mask *m);
+void score_rows(const struct score *s);
 
 /* All operations of a list; every thread of a team calls it with the same list. */
 void run_op_list(const struct op_list *list);

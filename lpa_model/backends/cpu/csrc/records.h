@@ -111,4 +111,49 @@ struct attention {
     double scale;
 };
 
+/* Tokens drawn from rows of logits. */
+struct draw {
+    int64_t dtype;          /* of logits */
+    const void *logits;     /* [rows, vocab] */
+    const double *settings; /* [rows, 4 + attempts]: temperature, top_k, top_p, min_p, numbers in [0, 1) */
+    int64_t *tokens;        /* [rows] */
+    void *scratch;          /* of each thread that may come */
+    int64_t scratch_bytes;  /* of one thread: see take_scratch in logits.h */
+    int64_t *counters;      /* [2], zeros: next row; threads */
+    int64_t rows;
+    int64_t vocab;
+    int64_t attempts;
+};
+
+/* Rows of logits copied without what masks forbid. */
+struct mask {
+    int64_t dtype;
+    const void *logits;          /* [rows, vocab] */
+    const uint8_t *const *masks; /* [rows]: a bit for each token, lowest first; 0: no mask */
+    float *out;                  /* [rows, vocab] */
+    int64_t *counters;           /* [1], zeros: next row */
+    int64_t rows;
+    int64_t vocab;
+};
+
+/* What rows of logits say of their targets and of their best tokens. */
+struct score {
+    int64_t dtype;
+    const void *logits;     /* [rows, vocab] */
+    const int64_t *targets; /* [rows] */
+    float *own;             /* [rows]: the target's logit */
+    float *peak;            /* [rows]: the best token's */
+    double *norm;           /* [rows]: log of the sum of e^(logit - peak) */
+    int64_t *best;          /* [rows] */
+    int64_t *rank;          /* [rows] */
+    int64_t *top_ids;       /* [rows, top]: the best tokens */
+    float *top_logits;      /* [rows, top] */
+    void *scratch;          /* of each thread that may come */
+    int64_t scratch_bytes;
+    int64_t *counters;      /* [2], zeros: next lot of rows; threads */
+    int64_t rows;
+    int64_t vocab;
+    int64_t top;
+};
+
 #endif
