@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lpa_model.backends.cpu.attention import DecodeRows, PromptRows, attend, from_vnni, layer_fields, to_vnni
-from tests.cpu_kernels import kernels, names
+from tests.cpu_kernels import DTYPES, NAMES, guarded, kernels_here
 
 SHAPES = [(4, 4, 4), (8, 2, 2), (8, 1, 1), (12, 12, 1), (16, 1, 1), (20, 1, 1), (6, 1, 3), (12, 2, 4), (7, 1, 7)]
 
@@ -83,29 +83,31 @@ class Cache:
                 pools[0][place] = rotated(text.keys[t], rope, text.position(t))
                 pools[1][place] = text.values[t]
         scale = texts[0].q.shape[2] ** -0.5
-        return cls(pools[0], to_vnni(pools[1]) if dtype is torch.bfloat16 else pools[1], block_size, scale, rope, name)
+        values = to_vnni(pools[1]) if dtype is torch.bfloat16 else pools[1]
+        return cls(guarded(pools[0]), guarded(values), block_size, scale, rope, name)
 
     def copy(self) -> Cache:
-        return Cache(self.keys.clone(), self.values.clone(), self.block_size, self.scale, self.rope, self.name)
+        return Cache(guarded(self.keys), guarded(self.values), self.block_size, self.scale, self.rope, self.name)
 
     def plain_values(self) -> Tensor:
         return from_vnni(self.values) if self.values.dtype is torch.bfloat16 else self.values
 
     def run(self, texts: list[Text]) -> list[Tensor]:
         """The texts' new tokens, [length, H, value width] each; those of `decode` have to come first."""
-        q = torch.cat([text.q[text.context :] for text in texts])
+        q = guarded(torch.cat([text.q[text.context :] for text in texts]))
         keys, values = (
             torch.cat([x[text.context :] for text, x in zip(texts, rows, strict=True)]).flatten(1)
             for rows in ([text.keys for text in texts], [text.values for text in texts])
         )
-        wide = torch.cat((keys, torch.zeros(len(q), 3, dtype=q.dtype), values), 1)  # as one GEMM leaves them
-        out = torch.full((*q.shape[:2], self.values.shape[3]), torch.nan, dtype=q.dtype)
+        # as one GEMM leaves them
+        wide = guarded(torch.cat((keys, torch.zeros(len(q), 3, dtype=q.dtype), values), 1))
+        out = guarded(torch.full((*q.shape[:2], self.values.shape[3]), torch.nan, dtype=q.dtype))
         width = keys.shape[1]
         layer = layer_fields(
             q, wide[:, :width], wide[:, width + 3 :], self.keys, self.values, out, self.scale, rope=self.rope
         )
         decodes, prompts = [text for text in texts if text.decode], [text for text in texts if not text.decode]
-        attend(kernels(self.name), q.dtype, layer, self.decode_rows(decodes), self.prompt_rows(prompts))
+        attend(kernels_here()[self.name], q.dtype, layer, self.decode_rows(decodes), self.prompt_rows(prompts))
         return list(out.split([text.length for text in texts]))
 
     def decode_rows(self, texts: list[Text]) -> DecodeRows | None:
@@ -170,8 +172,8 @@ def rotated(x: Tensor, rope: Tensor | None, position: int) -> Tensor:
 @st.composite
 def steps(draw: st.DrawFn) -> tuple[Cache, list[Text]]:
     """Decode rows and prompt chunks in one step."""
-    name = draw(st.sampled_from(names()))
-    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    name = draw(st.sampled_from(NAMES))
+    dtype = draw(st.sampled_from(DTYPES))
     block_size = draw(st.sampled_from([32, 64, 128, 96, 2]))
     prefix = draw(st.integers(0, 1))
     heads, key_heads, value_heads = draw(st.sampled_from(SHAPES))
@@ -250,8 +252,8 @@ def test_a_row_depends_on_nothing_but_itself(step: tuple[Cache, list[Text]], rng
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("name", names())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_do_not_change_a_bit(name: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     texts = [

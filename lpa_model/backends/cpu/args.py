@@ -58,6 +58,11 @@ ATTENTION = _record(
 )
 DRAW = _record("dtype logits settings tokens scratch scratch_bytes counters rows vocab attempts")
 MASK = _record("dtype logits masks out counters rows vocab")
-SCORE = _record("dtype logits targets own peak norm best rank top_ids top_logits scratch scratch_bytes counters rows vocab top")
+SCORE = _record(
+    """
+    dtype logits targets own peak norm best rank top_ids top_logits
+    scratch scratch_bytes counters rows vocab top
+    """
+)
 RECORDS = {"op": OP, "op_list": OP_LIST, "attention": ATTENTION, "draw": DRAW, "mask": MASK, "score": SCORE}
 """Every record by its name in records.h."""

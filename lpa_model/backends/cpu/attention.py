@@ -233,8 +233,8 @@ def attend(
 ) -> None:
     """One layer's attention by itself: the step's own keys and values into the cache, and `out` of all rows.
 
-    A row's result depends on nothing but the row: not on the others, its chunk, nor on the number of threads. `layer` is
-    from `layer_fields`, whose tensors have `dtype`; decode rows come first.
+    A row's result depends on nothing but the row: not on the others, its chunk, nor on the number of threads. `layer`
+    is from `layer_fields`, whose tensors have `dtype`; decode rows come first.
     """
     heads, value_heads, width = (int(layer[name]) for name in ("heads", "value_heads", "value_width"))
     record = np.zeros(1, dtype=ATTENTION)

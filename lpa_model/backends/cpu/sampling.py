@@ -46,16 +46,12 @@ def draw_tokens(kernels: Mapping[str, Kernel], logits: Tensor, settings: Tensor)
     scratch = torch.empty(torch.get_num_threads() * size, dtype=torch.uint8)
     places = [tensor.data_ptr() for tensor in (logits, settings, tokens, scratch)]
     attempts = settings.shape[1] - 4
-    record = np.array(
-        [(DTYPES[logits.dtype], *places, size, counters.ctypes.data, rows, vocab, attempts)], dtype=DRAW
-    )
+    record = np.array([(DTYPES[logits.dtype], *places, size, counters.ctypes.data, rows, vocab, attempts)], dtype=DRAW)
     kernels["draw_tokens"](address_of(record), threads)
     return tokens
 
 
-def mask_logits(
-    kernels: Mapping[str, Kernel], logits: Tensor, masks: Sequence[npt.NDArray[np.uint8] | None]
-) -> Tensor:
+def mask_logits(kernels: Mapping[str, Kernel], logits: Tensor, masks: Sequence[npt.NDArray[np.uint8] | None]) -> Tensor:
     """logits float32 or bfloat16 [rows, vocab], contiguous -> float32 [rows, vocab], -inf where a row's mask has 0.
 
     A mask has a bit for each token, lowest first, in vocab / 8 bytes or more; None forbids nothing.

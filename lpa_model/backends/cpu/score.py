@@ -53,8 +53,6 @@ def score_rows(kernels: Mapping[str, Kernel], logits: Tensor, targets: Tensor, t
     counters, size = np.zeros(2, dtype=np.int64), scratch_bytes(vocab)
     scratch = torch.empty(torch.get_num_threads() * size, dtype=torch.uint8)
     places = [tensor.data_ptr() for tensor in (logits, targets, *found, scratch)]
-    record = np.array(
-        [(DTYPES[logits.dtype], *places, size, counters.ctypes.data, rows, vocab, top)], dtype=SCORE
-    )
+    record = np.array([(DTYPES[logits.dtype], *places, size, counters.ctypes.data, rows, vocab, top)], dtype=SCORE)
     kernels["score_rows"](address_of(record), -(-rows // LOT))
     return found

@@ -35,7 +35,7 @@ INLINE int32_t order_at(int is_bf16, const void *row, int64_t i) { return order_
 
 /* e^x for x <= 0, to a unit in the last place, and 1 for 0; it ends at e^-86. */
 INLINE f32x16 exp_close(f32x16 x) {
-    const f32x16 shift = splat_f32(3 << 22); /* added to a small number, it leaves the nearest integer in the lowest bits */
+    const f32x16 shift = splat_f32(3 << 22); /* added to a small number, it leaves the nearest integer in its last bits */
     x = max_f32(x, splat_f32(-86));
     f32x16 shifted = fma_f32(x, splat_f32(LOG2_E), shift);
     f32x16 y = fma_f32(shift - shifted, splat_f32(0.6931471805599453f), x);
@@ -58,27 +58,33 @@ INLINE f32x16 load_or(int is_bf16, const void *row, int64_t i, int64_t count, fl
 
 /* The lowest id of the largest logit, or of NaN. `has_norm`: neither is the row NaN anywhere, nor its largest infinite. */
 INLINE int64_t find_best(int is_bf16, const void *row, int64_t vocab, int *has_norm) {
-    int32_t peak = order_at(is_bf16, row, 0), low = peak;
+    float peak = -INFINITE;
     int64_t home = 0;
+    i32x16 nan = {0};
     for (int64_t start = 0; start < vocab; start += PASS) {
-        int64_t end = min_i64(start + PASS, vocab);
-        int32_t high = peak;
-        for (int64_t i = start; i < end; i++) {
-            int32_t key = order_at(is_bf16, row, i);
-            high = key > high ? key : high;
-            low = key < low ? key : low;
+        int64_t end = min_i64(start + PASS, vocab), i = start;
+        f32x16 high = splat_f32(-INFINITE);
+        for (; i + LANES <= end; i += LANES) {
+            f32x16 x = load_as(is_bf16, row, i);
+            high = max_f32(x, high);
+            nan |= x != x;
         }
-        if (high > peak) peak = high, home = start;
+        if (i < end) {
+            f32x16 x = load_or(is_bf16, row, i, end - i, -INFINITE);
+            high = max_f32(x, high);
+            nan |= x != x;
+        }
+        float most = high[0];
+        for (int lane = 1; lane < LANES; lane++) most = high[lane] > most ? high[lane] : most;
+        if (most > peak) peak = most, home = start;
     }
-    *has_norm = 0;
-    if (peak > order_of(INFINITE) || low < -order_of(INFINITE))
-        for (int64_t i = 0; i < vocab; i++) {
-            float x = logit_at(is_bf16, row, i);
-            if (x != x) return i;
-        }
-    while (order_at(is_bf16, row, home) != peak) home++;
-    *has_norm = peak != order_of(INFINITE) && peak != -order_of(INFINITE);
-    return home;
+    int32_t any = 0;
+    for (int lane = 0; lane < LANES; lane++) any |= nan[lane];
+    *has_norm = !any && peak != INFINITE && peak != -INFINITE;
+    for (int64_t i = any ? 0 : home;; i++) {
+        float x = logit_at(is_bf16, row, i);
+        if (any ? x != x : x == peak) return i;
+    }
 }
 
 /* The order of the k-th largest of `count` numbers. */

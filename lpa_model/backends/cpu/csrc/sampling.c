@@ -31,12 +31,16 @@ INLINE f32x16 weights_of(f32x16 x, struct weights w) {
 INLINE double sum_blocks(int is_bf16, const void *row, int64_t vocab, struct weights w, float *sums) {
     double total = 0;
     for (int64_t start = 0; start < vocab; start += SUM_BLOCK) {
-        int64_t end = min_i64(start + SUM_BLOCK, vocab);
-        f32x16 part = splat_f32(0);
-        for (int64_t i = start; i < end; i += LANES)
-            part += weights_of(load_or(is_bf16, row, i, end - i, -INFINITE), w);
-        sums[start / SUM_BLOCK] = sum_f32(part);
-        total += (double)sums[start / SUM_BLOCK];
+        int64_t end = min_i64(start + SUM_BLOCK, vocab), i = start;
+        f32x16 even = splat_f32(0), odd = even;
+        for (; i + 2 * LANES <= end; i += 2 * LANES) {
+            even += weights_of(load_as(is_bf16, row, i), w);
+            odd += weights_of(load_as(is_bf16, row, i + LANES), w);
+        }
+        for (; i < end; i += LANES) even += weights_of(load_or(is_bf16, row, i, end - i, -INFINITE), w);
+        float part = sum_f32(even + odd);
+        sums[start / SUM_BLOCK] = part;
+        total += (double)part;
     }
     return total;
 }
@@ -107,11 +111,21 @@ void draw_tokens(const struct draw *d) {
 }
 
 INLINE void mask_row(int is_bf16, const struct mask *m, int64_t r) {
+    const u32x16 lanes = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
     const void *row = row_at(is_bf16, m->logits, r, m->vocab);
     const uint8_t *bits = m->masks[r];
     float *out = m->out + r * m->vocab;
-    for (int64_t i = 0; i < m->vocab; i++)
-        out[i] = !bits || bits[i >> 3] >> (i & 7) & 1 ? logit_at(is_bf16, row, i) : -INFINITE;
+    int64_t i = 0;
+    for (; i + LANES <= m->vocab; i += LANES) {
+        f32x16 x = load_as(is_bf16, row, i);
+        if (bits) {
+            uint32_t own = (uint32_t)bits[i / 8] | (uint32_t)bits[i / 8 + 1] << 8;
+            x = select_f32((splat_u32(own) & lanes) == lanes, x, splat_f32(-INFINITE));
+        }
+        store_f32(out + i, x);
+    }
+    for (; i < m->vocab; i++)
+        out[i] = !bits || (bits[i / 8] >> i % 8 & 1) ? logit_at(is_bf16, row, i) : -INFINITE;
 }
 
 void mask_logits(const struct mask *m) {
