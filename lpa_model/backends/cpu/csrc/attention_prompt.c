@@ -1,0 +1,389 @@
+/* Prompt attention: new tokens of some texts, whose earlier tokens are in the paged cache (chunked prefill).
+ *
+ * A work item is ITEM_TILES tiles of QUERIES queries of one head. Scores lie transposed, a query in each column, so that
+ * maxima and sums run down the columns in vectors. Tokens are met TOKENS at a time from multiples of TOKENS in the text
+ * (online softmax): each such group's weights stand beneath the largest score so far (a little larger ones pass, so that
+ * outputs are seldom rescaled), and what a query must not see has a weight of zero. So a query's result is the same to
+ * the bit however a prompt is cut into chunks, and whatever is beside it.
+ *
+ * Keys are read where they lie in the cache, and so are values, except with tiles (AMX): there PACK_VALUES copies them
+ * once for all heads, transposed, and outputs lie transposed like the scores.
+ */
+#include "attention.h"
+#include "tiles.h"
+
+enum {
+    QUERIES = 32,
+    TOKENS = 128,   /* whose scores stay in the first-level cache */
+    ITEM_TILES = 2, /* tiles of queries in a work item */
+    PACKED = 32,    /* tokens in a tile of packed values */
+    SPAN_FIELDS = 6,
+    SPARE = 8, /* rows behind the last one that register tiles may write, and nobody reads */
+    ROW = 4 * QUERIES,
+};
+
+/* Register tiles: scores of KEYS keys and KEY_VECTORS * 16 queries; outputs of up to MOST_ROWS queries and 16 columns. */
+#if defined(__AVX512F__)
+enum { KEYS = 8, KEY_VECTORS = 2, MOST_ROWS = 16 };
+#else
+enum { KEYS = 6, KEY_VECTORS = 1, MOST_ROWS = 6 };
+#endif
+
+static const float MARGIN = 8;     /* powers of two by which a weight may exceed 1 */
+static const float FIRST = -1e30f; /* a maximum below all scores, and finite */
+
+/* Numbers of 4 bytes in a query: float32, or pairs of bfloat16. */
+INLINE int64_t query_units(int is_bf16, const struct attention *a) {
+    return in_pairs(is_bf16) ? a->key_width / 2 : a->key_width;
+}
+
+/* One thread's scratch. */
+struct scratch {
+    char *queries; /* [query_units, QUERIES] */
+    char *scores;  /* float32 [TOKENS, QUERIES]; they become weights, float32 or pairs of bfloat16 [TOKENS / 2, QUERIES] */
+    float *out;    /* [QUERIES, value_width], or transposed with tiles; rows of queries before */
+    float *peaks;  /* [QUERIES]: maxima */
+    float *sums;   /* [QUERIES]: of weights */
+    float *factors; /* [QUERIES]: of rescaling */
+};
+
+INLINE int64_t queries_bytes(const struct attention *a) { return ROW * a->key_width; }
+
+static const int64_t SCORES_BYTES = ROW * (TOKENS + SPARE);
+
+INLINE int64_t out_bytes(const struct attention *a) {
+    return 4 * (QUERIES + SPARE) * max_i64(a->key_width, a->value_width);
+}
+
+int64_t attention_prompt_scratch(const struct attention *a) {
+    return queries_bytes(a) + SCORES_BYTES + out_bytes(a) + 3 * ROW;
+}
+
+INLINE struct scratch scratch_at(const struct attention *a, char *memory) {
+    char *scores = memory + queries_bytes(a), *out = scores + SCORES_BYTES;
+    float *rest = (float *)(out + out_bytes(a));
+    return (struct scratch){memory, scores, (float *)out, rest, rest + QUERIES, rest + 2 * QUERIES};
+}
+
+int64_t attention_prompt_items(const struct attention *a) { return a->num_query_tiles * a->heads; }
+
+/* ---- the cache ---- */
+
+INLINE void write_row(int is_bf16, const struct attention *a, int64_t i) {
+    int64_t slot = a->prompt_slots[i];
+    write_token(is_bf16, a, a->rows + i, a->prompt_positions[i], slot / a->block_size, slot % a->block_size);
+}
+
+void cache_write_row(const struct attention *a, int64_t row) {
+    if (a->dtype == BFLOAT16)
+        write_row(1, a, row);
+    else
+        write_row(0, a, row);
+}
+
+/* 16 vectors of 16 numbers: in each round, squares of half the size change places. */
+INLINE void transpose(u32x16 *rows) {
+    for (int i = 0; i < LANES; i += 2) {
+        u32x16 x = rows[i], y = rows[i + 1];
+        rows[i] = __builtin_shufflevector(x, y, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+        rows[i + 1] = __builtin_shufflevector(x, y, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    }
+    for (int i = 0; i < LANES; i++)
+        if (!(i & 2)) {
+            u32x16 x = rows[i], y = rows[i + 2];
+            rows[i] = __builtin_shufflevector(x, y, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+            rows[i + 2] = __builtin_shufflevector(x, y, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+        }
+    for (int i = 0; i < LANES; i++)
+        if (!(i & 4)) {
+            u32x16 x = rows[i], y = rows[i + 4];
+            rows[i] = __builtin_shufflevector(x, y, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+            rows[i + 4] = __builtin_shufflevector(x, y, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+        }
+    for (int i = 0; i < 8; i++) {
+        u32x16 x = rows[i], y = rows[i + 8];
+        rows[i] = __builtin_shufflevector(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+        rows[i + 8] = __builtin_shufflevector(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
+}
+
+/* Numbers of 4 bytes [16, 16], rows from_bytes apart, become columns of `to`. */
+static void transpose_square(const char *from, int64_t from_bytes, char *to, int64_t to_bytes) {
+    u32x16 rows[LANES];
+    for (int i = 0; i < LANES; i++) rows[i] = load_u32(from + i * from_bytes);
+    transpose(rows);
+    for (int i = 0; i < LANES; i++) store_u32(to + i * to_bytes, rows[i]);
+}
+
+/* A block's values as rows of 32 tokens: packed_values is [value_heads * value_width / 16, packed_value_tiles, 16,
+ * PACKED], with zeros behind a text's last token. */
+void pack_values_block(const struct attention *a, int64_t block) {
+    if (!HAS_TILES || a->dtype != BFLOAT16) return;
+    const int64_t *span = a->spans + SPAN_FIELDS * a->block_spans[block];
+    int64_t place = block - span[5], start = place * a->block_size, width = a->value_width;
+    int64_t count = min_i64(a->block_size, span[1] + span[2] - start), column = span[4] + start;
+    for (int64_t h = 0; h < a->value_heads; h++) {
+        const char *values = values_of(1, a, a->prompt_tables[span[3] + place], h);
+        for (int64_t t = 0; t < count; t += PACKED)
+            for (int64_t d = 0; d < width; d += LANES) {
+                int64_t strip = (h * width + d) / LANES;
+                bf16 *to = (bf16 *)a->packed_values +
+                           LANES * PACKED * (strip * a->packed_value_tiles + (column + t) / PACKED);
+                transpose_square(values + 2 * t * width + 4 * d, 4 * width, (char *)to, 2 * PACKED);
+                for (int64_t i = count - t; i < PACKED; i++)
+                    for (int64_t r = 0; r < LANES; r++) to[r * PACKED + i] = 0;
+            }
+    }
+}
+
+/* ---- scores and weights, a query in each column ---- */
+
+/* `count` queries of a head, rotated where positions are rotary, and zeros in the other columns. */
+INLINE void take_queries(int is_bf16, const struct attention *a, int64_t first, int64_t count, int64_t head,
+                         struct scratch s) {
+    int64_t units = query_units(is_bf16, a);
+    char *rows = (char *)s.out;
+    for (int64_t i = 0; i < count; i++) {
+        const char *query = query_of(is_bf16, a, a->rows + first + i, head);
+        const float *rope = rope_of(a, a->prompt_positions[first + i]);
+        for (int64_t d = 0; d < a->key_width; d += LANES)
+            store_as(in_pairs(is_bf16), rows + 4 * units * i, d, load_rotated(is_bf16, query, rope, d));
+    }
+    __builtin_memset(rows + 4 * units * count, 0, (uint64_t)(4 * units * (QUERIES - count)));
+    for (int64_t i = 0; i < QUERIES; i += LANES)
+        for (int64_t d = 0; d < units; d += LANES)
+            transpose_square(rows + 4 * (i * units + d), 4 * units, s.queries + ROW * d + 4 * i, ROW);
+}
+
+/* What is loaded before it is loaded again after it, instead of being kept in registers that are short. */
+#define RELOAD __asm__ volatile("" ::: "memory")
+
+/* scores [num_keys, 16 * num_vectors] = keys . queries, both at their first of these columns. */
+INLINE void score_tile(int is_bf16, int num_keys, int num_vectors, const char *const *keys, int64_t units,
+                       const char *queries, char *scores) {
+    f32x16 sums[KEYS][KEY_VECTORS];
+    for (int k = 0; k < num_keys; k++)
+        for (int v = 0; v < num_vectors; v++) sums[k][v] = splat_f32(0);
+    int pairs = in_pairs(is_bf16);
+    int64_t steps = is_bf16 && !pairs ? units / 2 : units;
+    for (int64_t i = 0; i < steps; i++, queries += is_bf16 && !pairs ? 2 * ROW : ROW) {
+        if (pairs) {
+            for (int v = 0; v < num_vectors; v++) {
+                u32x16 query = load_u32(queries + 64 * v);
+                for (int k = 0; k < num_keys; k++)
+                    sums[k][v] = dot_bf16_pairs(sums[k][v], splat_u32(((const uint32_t *)keys[k])[i]), query);
+            }
+            continue;
+        }
+        for (int v = 0; v < num_vectors; v++) {
+            f32x16 query = load_f32((const float *)(queries + 64 * v));
+            for (int k = 0; k < num_keys; k++) {
+                f32x16 key = is_bf16 ? low_bf16(splat_u32(((const uint32_t *)keys[k])[i]))
+                                     : splat_f32(((const float *)keys[k])[i]);
+                sums[k][v] = fma_f32(key, query, sums[k][v]);
+            }
+        }
+        if (!is_bf16) continue;
+        RELOAD;
+        for (int v = 0; v < num_vectors; v++) {
+            f32x16 query = load_f32((const float *)(queries + ROW + 64 * v));
+            for (int k = 0; k < num_keys; k++)
+                sums[k][v] = fma_f32(high_bf16(splat_u32(((const uint32_t *)keys[k])[i])), query, sums[k][v]);
+        }
+    }
+    for (int k = 0; k < num_keys; k++)
+        for (int v = 0; v < num_vectors; v++) store_f32((float *)(scores + ROW * k + 64 * v), sums[k][v]);
+}
+
+/* A text's tokens begin to begin + count: their keys of a head times the queries. */
+INLINE void score(int is_bf16, const struct attention *a, const int64_t *table, int64_t key_head, int64_t begin,
+                  int64_t count, int vectors, struct scratch s) {
+    int64_t key_bytes = number_bytes(is_bf16) * a->key_width, units = query_units(is_bf16, a);
+    for (int64_t t = 0; t < count; t += KEYS) {
+        const char *keys[KEYS];
+        for (int k = 0; k < KEYS; k++) {
+            int64_t at = begin + min_i64(t + k, count - 1);
+            keys[k] = keys_of(is_bf16, a, table[at / a->block_size], key_head) + at % a->block_size * key_bytes;
+        }
+        for (int v = 0; v < vectors; v += KEY_VECTORS)
+            score_tile(is_bf16, KEYS, KEY_VECTORS, keys, units, s.queries + 64 * v, s.scores + ROW * t + 64 * v);
+    }
+}
+
+/* What comes behind each query's own token, the first query's being number `own` of `count`, is hidden. */
+INLINE void hide_later(int64_t own, int64_t count, int vectors, char *scores) {
+    const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int64_t t = max_i64(own + 1, 0); t < count; t++)
+        for (int v = 0; v < vectors; v++) {
+            float *row = (float *)(scores + ROW * t) + LANES * v;
+            i32x16 hidden = lanes < (i32x16)splat_u32((uint32_t)(t - own - LANES * v));
+            store_f32(row, select_f32(hidden, splat_f32(LOWEST), load_f32(row)));
+        }
+}
+
+/* So are the tokens of other branches. */
+INLINE void hide_branches(const struct attention *a, int64_t first, int64_t queries, int64_t begin, int64_t count,
+                          char *scores) {
+    for (int64_t q = 0; q < queries; q++) {
+        int64_t end = min_i64(a->own_starts[first + q] - begin, count);
+        for (int64_t t = max_i64(a->shared_ends[first + q] - begin, 0); t < end; t++)
+            ((float *)(scores + ROW * t))[q] = LOWEST;
+    }
+}
+
+/* Scores of 16 queries become weights 2^(power * (score - peak)), and zeros behind `count` to a multiple of `whole`.
+ * Returns whether a peak had to be raised: what was summed beneath the old one has to be multiplied by the factors. */
+INLINE int softmax_columns(int is_bf16, int64_t count, int64_t whole, float power, int v, struct scratch s) {
+    float *peaks = s.peaks + LANES * v, *sums = s.sums + LANES * v;
+    char *scores = s.scores + 64 * v;
+    f32x16 even = splat_f32(LOWEST), odd = even;
+    int64_t end = ceil_div(count, whole) * whole;
+    for (int64_t t = count; t < end; t++) store_f32((float *)(scores + ROW * t), splat_f32(LOWEST));
+    for (int64_t t = 0; t < count; t += 2) {
+        even = max_f32(load_f32((const float *)(scores + ROW * t)), even);
+        if (t + 1 < count) odd = max_f32(load_f32((const float *)(scores + ROW * (t + 1))), odd);
+    }
+    f32x16 old = load_f32(peaks), highest = max_f32(even, odd);
+    i32x16 higher = highest > old + splat_f32(MARGIN / power);
+    f32x16 peak = select_f32(higher, highest, old);
+    f32x16 factor = select_f32(higher, exp2_f32((old - highest) * splat_f32(power)), splat_f32(1));
+    store_f32(peaks, peak);
+    store_f32(s.factors + LANES * v, factor);
+    even = odd = splat_f32(0);
+    for (int64_t t = 0; t < end; t += whole == 1 ? 1 : 2) {
+        float *row = (float *)(scores + ROW * t), *next = row + QUERIES;
+        f32x16 x = exp2_f32((load_f32(row) - peak) * splat_f32(power)), y = splat_f32(0);
+        if (whole != 1) y = exp2_f32((load_f32(next) - peak) * splat_f32(power));
+        even += x;
+        odd += y;
+        if (in_pairs(is_bf16)) {
+            store_u32(scores + ROW * (t / 2), pair_bf16(x, y));
+        } else {
+            store_f32(row, x);
+            if (whole != 1) store_f32(next, y);
+        }
+    }
+    store_f32(sums, fma_f32(load_f32(sums), factor, even + odd));
+    int raised = 0;
+    for (int i = 0; i < LANES; i++) raised |= higher[i];
+    return raised;
+}
+
+/* ---- outputs ---- */
+
+/* out [num_rows, 16], rows 4 * value_width bytes apart, += weights . values of `count` tokens of a block. */
+INLINE void weigh_tile(int is_bf16, int num_rows, const char *weights, const char *values, int64_t count,
+                       int64_t width, float *out) {
+    f32x16 sums[MOST_ROWS];
+    for (int r = 0; r < num_rows; r++) sums[r] = load_f32(out + r * width);
+    int64_t steps = is_bf16 ? ceil_div(count, 2) : count;
+    for (int64_t i = 0; i < steps; i++, values += 4 * width) {
+        if (!is_bf16) {
+            f32x16 value = load_f32((const float *)values);
+            for (int r = 0; r < num_rows; r++)
+                sums[r] = fma_f32(splat_f32(((const float *)weights)[r]), value, sums[r]);
+            weights += ROW;
+            continue;
+        }
+        u32x16 there = splat_u32(2 * i + 1 < count ? ~0u : 0xffff); /* the other half need not be a number */
+        if (in_pairs(is_bf16)) {
+            u32x16 pairs = load_u32(values) & there;
+            for (int r = 0; r < num_rows; r++)
+                sums[r] = dot_bf16_pairs(sums[r], splat_u32(((const uint32_t *)weights)[r]), pairs);
+            weights += ROW;
+            continue;
+        }
+        f32x16 value = low_bf16(load_u32(values));
+        for (int r = 0; r < num_rows; r++) sums[r] = fma_f32(splat_f32(((const float *)weights)[r]), value, sums[r]);
+        RELOAD;
+        value = high_bf16(load_u32(values) & there);
+        weights += ROW;
+        for (int r = 0; r < num_rows; r++) sums[r] = fma_f32(splat_f32(((const float *)weights)[r]), value, sums[r]);
+        weights += ROW;
+    }
+    for (int r = 0; r < num_rows; r++) store_f32(out + r * width, sums[r]);
+}
+
+/* The same for all queries. */
+INLINE void weigh_rows(int is_bf16, int64_t queries, const char *weights, const char *values, int64_t count,
+                       int64_t width, float *out) {
+    for (int64_t q = 0; q < queries;) {
+        int64_t left = queries - q;
+        const char *own = weights + 4 * q;
+        if (MOST_ROWS > 8 && left > 8) {
+            weigh_tile(is_bf16, MOST_ROWS > 8 ? 16 : 4, own, values, count, width, out + q * width);
+            q += 16;
+        } else if (MOST_ROWS > 8 && left > 4) {
+            weigh_tile(is_bf16, MOST_ROWS > 8 ? 8 : 4, own, values, count, width, out + q * width);
+            q += 8;
+        } else if (left > 8 || left == 5 || left == 6) {
+            weigh_tile(is_bf16, 6, own, values, count, width, out + q * width);
+            q += 6;
+        } else {
+            weigh_tile(is_bf16, 4, own, values, count, width, out + q * width);
+            q += 4;
+        }
+    }
+}
+
+/* out += weights . values of the tokens begin to begin + count of a text, in the blocks of its table. */
+INLINE void weigh(int is_bf16, const struct attention *a, const int64_t *table, int64_t value_head, int64_t begin,
+                  int64_t count, int64_t queries, struct scratch s) {
+    int64_t size = a->block_size, width = a->value_width, step_bytes = in_pairs(is_bf16) ? ROW / 2 : ROW;
+    for (int64_t column = 0; column < width; column += LANES)
+        for (int64_t t = 0; t < count;) {
+            int64_t offset = (begin + t) % size, some = min_i64(size - offset, count - t);
+            const char *values = values_of(is_bf16, a, table[(begin + t) / size], value_head);
+            weigh_rows(is_bf16, queries, s.scores + t * step_bytes,
+                       values + number_bytes(is_bf16) * offset * width + 4 * column, some, width, s.out + column);
+            t += some;
+        }
+}
+
+INLINE void attend_tile(int is_bf16, const struct attention *a, const int64_t *span, int64_t head, int64_t first,
+                        struct scratch s) {
+    int64_t context = span[1], queries = min_i64(QUERIES, span[2] - first), width = a->value_width;
+    int64_t row = span[0] + first, end = context + first + queries;
+    const int64_t *table = a->prompt_tables + span[3];
+    int64_t key_head = head / (a->heads / a->key_heads), value_head = head / (a->heads / a->value_heads);
+    int vectors = queries > LANES || KEY_VECTORS == 2 ? 2 : 1;
+    float power = (float)a->scale * LOG2_E;
+    take_queries(is_bf16, a, row, queries, head, s);
+    __builtin_memset(s.out, 0, (uint64_t)out_bytes(a));
+    for (int i = 0; i < QUERIES; i++) s.peaks[i] = FIRST, s.sums[i] = 0;
+    for (int64_t begin = 0; begin < end; begin += TOKENS) {
+        int64_t count = min_i64(TOKENS, end - begin);
+        score(is_bf16, a, table, key_head, begin, count, vectors, s);
+        hide_later(context + first - begin, count, vectors, s.scores);
+        if (a->shared_ends) hide_branches(a, row, queries, begin, count, s.scores);
+        int raised = 0;
+        for (int v = 0; v < vectors; v++)
+            raised |= softmax_columns(is_bf16, count, is_bf16 ? 2 : 1, power, v, s);
+        if (raised && begin)
+            for (int64_t q = 0; q < queries; q++)
+                for (int64_t d = 0; d < width; d += LANES) {
+                    float *out = s.out + q * width + d;
+                    store_f32(out, load_f32(out) * splat_f32(s.factors[q]));
+                }
+        weigh(is_bf16, a, table, value_head, begin, count, queries, s);
+    }
+    for (int64_t q = 0; q < queries; q++) {
+        f32x16 share = splat_f32(1 / s.sums[q]);
+        for (int64_t d = 0; d < width; d += LANES)
+            store_as(is_bf16, a->out, ((a->rows + row + q) * a->heads + head) * width + d,
+                     load_f32(s.out + q * width + d) * share);
+    }
+}
+
+INLINE void attend(int is_bf16, const struct attention *a, int64_t item, struct scratch s) {
+    const int64_t *place = a->query_tiles + 2 * (item / a->heads), *span = a->spans + SPAN_FIELDS * place[0];
+    int64_t first = place[1] * QUERIES, end = min_i64(first + ITEM_TILES * QUERIES, span[2]);
+    for (; first < end; first += QUERIES) attend_tile(is_bf16, a, span, item % a->heads, first, s);
+}
+
+void attention_prompt_item(const struct attention *a, int64_t item, void *scratch) {
+    if (a->dtype == BFLOAT16)
+        attend(1, a, item, scratch_at(a, scratch));
+    else
+        attend(0, a, item, scratch_at(a, scratch));
+}

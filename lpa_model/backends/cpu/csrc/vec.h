@@ -1,0 +1,252 @@
+/* The vector layer: one type of 16 float32, and the few operations that the kernels are written in.
+ *
+ * The compiler maps the type to two ymm registers on AVX2, one zmm on AVX-512, four q registers on NEON and four xmm
+ * in the portable build. Every source file is compiled once per instruction set, with ISA as the suffix of its symbols.
+ * HAS_DOT_BF16 and HAS_TILES say which instructions the flavour may use; where the compiler's target lacks them (the
+ * flavour for tests) they are computed in plain C.
+ */
+#ifndef LPA_VEC_H
+#define LPA_VEC_H
+
+#include <stdint.h>
+
+#if defined(__AVX512BF16__) || defined(__AMX_TILE__)
+#include <immintrin.h>
+#endif
+
+#ifndef HAS_DOT_BF16
+#define HAS_DOT_BF16 0
+#endif
+#ifndef HAS_TILES
+#define HAS_TILES 0
+#endif
+
+#define JOIN_SUFFIX(name, suffix) name##_##suffix
+#define JOIN_EXPANDED(name, suffix) JOIN_SUFFIX(name, suffix)
+/* A symbol that other files of the same instruction set refer to. */
+#define ISA_NAME(name) JOIN_EXPANDED(name, ISA)
+#define INLINE static inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
+
+enum { LANES = 16, CACHE_LINE = 64 };
+
+typedef uint16_t bf16; /* the bits of a bfloat16 */
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef float f32x4 __attribute__((vector_size(16)));
+
+/* ---- load and store: no alignment is assumed ---- */
+
+INLINE f32x16 load_f32(const float *p) {
+    f32x16 v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void store_f32(float *p, f32x16 v) { __builtin_memcpy(p, &v, sizeof v); }
+
+INLINE u32x16 load_u32(const void *p) {
+    u32x16 v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void store_u32(void *p, u32x16 v) { __builtin_memcpy(p, &v, sizeof v); }
+
+INLINE f32x16 splat_f32(float x) { return (f32x16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+
+INLINE u32x16 splat_u32(uint32_t x) { return (u32x16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+
+/* ---- arithmetic ---- */
+
+/* a * b + c, rounded once where the processor can. The build turns contraction off, so that nothing else is fused. */
+INLINE f32x16 fma_f32(f32x16 a, f32x16 b, f32x16 c) {
+#if defined(__FMA__) || defined(__AVX512F__) || defined(__aarch64__)
+    return __builtin_elementwise_fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+/* Lanes of `a` where the mask's are all ones, of `b` where they are zero. */
+INLINE f32x16 select_f32(i32x16 mask, f32x16 a, f32x16 b) {
+    return (f32x16)(((i32x16)a & mask) | ((i32x16)b & ~mask));
+}
+
+/* The larger of both; b where one is NaN. */
+INLINE f32x16 max_f32(f32x16 a, f32x16 b) { return select_f32(a > b, a, b); }
+
+/* The sum of all lanes, in a fixed order. */
+INLINE float sum_f32(f32x16 v) {
+    f32x8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+              __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    f32x4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+    return (b[0] + b[2]) + (b[1] + b[3]);
+}
+
+/* 2^power to 2 units in the last place; 0 below -126, NaN stays NaN. `power` is at most 127. */
+INLINE f32x16 exp2_f32(f32x16 power) {
+    f32x16 clamped = max_f32(power, splat_f32(-127)); /* a whole number fits into int32, and NaN becomes one */
+    i32x16 whole = __builtin_convertvector(clamped, i32x16);
+    whole += __builtin_convertvector(whole, f32x16) > clamped; /* towards -infinity: a true comparison is -1 */
+    f32x16 y = select_f32(power < clamped, splat_f32(0), power - __builtin_convertvector(whole, f32x16));
+    f32x16 series = splat_f32(1.8775767e-3f); /* 2^y on [0, 1): a minimax polynomial */
+    series = fma_f32(series, y, splat_f32(8.9893397e-3f));
+    series = fma_f32(series, y, splat_f32(5.5826318e-2f));
+    series = fma_f32(series, y, splat_f32(2.4015361e-1f));
+    series = fma_f32(series, y, splat_f32(6.9315308e-1f));
+    series = fma_f32(series, y, splat_f32(0.99999994f));
+    return series * (f32x16)((whole + 127) << 23);
+}
+
+#define LOG2_E 1.4426950408889634f
+
+/* x * sigmoid(x). */
+INLINE f32x16 silu_f32(f32x16 x) {
+    f32x16 power = x * splat_f32(-LOG2_E);
+    power = select_f32(power > splat_f32(126), splat_f32(126), power);
+    return x / (exp2_f32(power) + splat_f32(1));
+}
+
+/* ---- bfloat16 ---- */
+
+INLINE float widen_bf16(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float v;
+    __builtin_memcpy(&v, &bits, sizeof v);
+    return v;
+}
+
+INLINE f32x16 load_bf16(const bf16 *p) {
+    u16x16 v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return (f32x16)(__builtin_convertvector(v, u32x16) << 16);
+}
+
+/* The bits of bfloat16 in the lower halves, rounded to nearest even; NaN stays NaN. */
+INLINE u32x16 round_bf16(f32x16 v) {
+    u32x16 bits = (u32x16)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    u32x16 nan = (u32x16)(v != v);
+    return (rounded & ~nan) | (((bits >> 16) | 0x40) & nan);
+}
+
+INLINE void store_bf16(bf16 *p, f32x16 v) {
+#if defined(__AVX512BF16__)
+    __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
+    __builtin_memcpy(p, &narrow, sizeof narrow);
+#else
+    u16x16 narrow = __builtin_convertvector(round_bf16(v), u16x16);
+    __builtin_memcpy(p, &narrow, sizeof narrow);
+#endif
+}
+
+/* v as it is after a store as bfloat16. */
+INLINE f32x16 through_bf16(f32x16 v) {
+#if defined(__AVX512BF16__)
+    bf16 narrow[LANES];
+    store_bf16(narrow, v);
+    return load_bf16(narrow);
+#else
+    return (f32x16)(round_bf16(v) << 16);
+#endif
+}
+
+/* The lower and the upper of two bfloat16 in each lane. */
+INLINE f32x16 low_bf16(u32x16 pairs) { return (f32x16)(pairs << 16); }
+
+INLINE f32x16 high_bf16(u32x16 pairs) { return (f32x16)(pairs & 0xffff0000u); }
+
+/* Both as bfloat16 side by side, `low` in the lower halves. */
+INLINE u32x16 pair_bf16(f32x16 low, f32x16 high) {
+#if defined(__AVX512BF16__)
+    bf16 both[2][LANES];
+    store_bf16(both[0], low);
+    store_bf16(both[1], high);
+    u16x16 a, b;
+    __builtin_memcpy(&a, both[0], sizeof a);
+    __builtin_memcpy(&b, both[1], sizeof b);
+    return __builtin_convertvector(a, u32x16) | (__builtin_convertvector(b, u32x16) << 16);
+#else
+    return round_bf16(low) | (round_bf16(high) << 16);
+#endif
+}
+
+/* acc + the products of 32 bfloat16 in x and w, two in each lane. */
+INLINE f32x16 dot_bf16_pairs(f32x16 acc, u32x16 x, u32x16 w) {
+#if defined(__AVX512BF16__)
+    return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)x, (__m512bh)w);
+#else
+    acc = fma_f32(low_bf16(x), low_bf16(w), acc);
+    return fma_f32(high_bf16(x), high_bf16(w), acc);
+#endif
+}
+
+/* ---- numbers of either dtype: `is_bf16` is a constant wherever these are called, and folds ---- */
+
+INLINE f32x16 load_as(int is_bf16, const void *base, int64_t index) {
+    return is_bf16 ? load_bf16((const bf16 *)base + index) : load_f32((const float *)base + index);
+}
+
+INLINE void store_as(int is_bf16, void *base, int64_t index, f32x16 v) {
+    if (is_bf16)
+        store_bf16((bf16 *)base + index, v);
+    else
+        store_f32((float *)base + index, v);
+}
+
+/* The first `count` numbers (1 to 16); the other lanes are 0. Nothing behind them is read. */
+INLINE f32x16 load_some(int is_bf16, const void *base, int64_t index, int64_t count) {
+    f32x16 v = splat_f32(0);
+    if (is_bf16) {
+        bf16 some[LANES] = {0};
+        __builtin_memcpy(some, (const bf16 *)base + index, (uint64_t)count * sizeof(bf16));
+        return load_bf16(some);
+    }
+    __builtin_memcpy(&v, (const float *)base + index, (uint64_t)count * sizeof(float));
+    return v;
+}
+
+/* Nothing behind the first `count` numbers (1 to 16) is written. */
+INLINE void store_some(int is_bf16, void *base, int64_t index, f32x16 v, int64_t count) {
+    if (is_bf16) {
+        bf16 some[LANES];
+        store_bf16(some, v);
+        __builtin_memcpy((bf16 *)base + index, some, (uint64_t)count * sizeof(bf16));
+    } else {
+        __builtin_memcpy((float *)base + index, &v, (uint64_t)count * sizeof(float));
+    }
+}
+
+/* ---- memory and threads ---- */
+
+/* Have the line at p, which need not be anything's, come to the second-level cache. */
+INLINE void prefetch(const void *p) { __builtin_prefetch(p, 0, 2); }
+
+INLINE void prefetch_bytes(const void *p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += CACHE_LINE) prefetch((const char *)p + i);
+}
+
+/* Some dozen nanoseconds that the processor leaves to whoever shares the core. */
+INLINE void pause_core(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("isb");
+#endif
+}
+
+/* Adds 1 for all threads to see; returns what was there. */
+INLINE int64_t fetch_add(int64_t *counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL); }
+
+INLINE int64_t fetch(const int64_t *counter) { return __atomic_load_n(counter, __ATOMIC_ACQUIRE); }
+
+INLINE int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+INLINE int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+#endif

@@ -1,0 +1,63 @@
+"""What the tests of the C kernels share: every instruction set that runs here, and memory that ends where it ends."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Mapping
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lpa_model.backends.cpu.build import EMULATED, LIBRARY, build, objects_of
+from lpa_model.backends.cpu.library import Kernel, Library, load
+
+DTYPES = (torch.float32, torch.bfloat16)
+PAGE = mmap.PAGESIZE
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@cache
+def kernels_here() -> Mapping[str, Mapping[str, Kernel]]:
+    """Instruction sets by name: those of this processor, and newer ones' control flow with emulated instructions."""
+    library = load()
+    found = {name: library.kernels(name) for name in library.supported()}
+    emulated = Library(build(objects_of(LIBRARY) / "emulated.so", instruction_sets=EMULATED))
+    for flavour in EMULATED:
+        found[f"{flavour.name}, emulated"] = emulated.kernels(flavour.name)
+    return found
+
+
+NAMES = tuple(kernels_here())
+
+
+def guarded(tensor: Tensor) -> Tensor:
+    """A copy whose last number is the last of a page of memory, with nothing behind it that may be read or written."""
+    size = tensor.numel() * tensor.itemsize
+    pages = -(-size // PAGE)
+    memory = mmap.mmap(-1, (pages + 1) * PAGE)
+    buffer = np.frombuffer(memory, dtype=np.uint8)
+    assert _libc.mprotect(ctypes.c_void_p(buffer.ctypes.data + pages * PAGE), ctypes.c_size_t(PAGE), 0) == 0
+    at = pages * PAGE - size
+    copy = torch.from_numpy(buffer[at : at + size]).view(tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+def rows_of(values: Tensor, spare: int) -> Tensor:
+    """The same rows, `spare` numbers apart that are NaN, with NaN in front and nothing behind the last one."""
+    rows, width = values.shape
+    memory = torch.full((rows * (width + spare),), torch.nan, dtype=values.dtype)
+    memory = guarded(memory[spare:])
+    view = memory.as_strided((rows, width), (width + spare, 1))
+    return view.copy_(values)
+
+
+def float64(tensor: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    return tensor.double().numpy()
+
+
+def error_of(dtype: torch.dtype) -> float:
+    """Of one rounding to a dtype, relative."""
+    return float(torch.finfo(dtype).eps) / 2
