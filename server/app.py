@@ -40,6 +40,7 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await engine.start()
+        metrics.set_build_info(package_version(), engine.backend.name, engine.backend.batch_invariant)
         try:
             yield
         finally:

@@ -59,7 +59,18 @@ class Metrics:
         finished = Counter(
             "lpa:request_success", "Sequences that ended.", [LABEL, "finished_reason"], registry=self.registry
         )
+        self._build_info = Gauge(
+            "lpa:build_info",
+            "1; the version, and what computes.",
+            [LABEL, "version", "backend", "batch_invariant"],
+            registry=self.registry,
+        )
+        self._model_name = model_name
         self._finished = {reason: finished.labels(model_name, reason.value) for reason in FinishReason}
+
+    def set_build_info(self, version: str, backend: str, batch_invariant: bool) -> None:
+        """Said once, when the model is loaded."""
+        self._build_info.labels(self._model_name, version, backend, str(batch_invariant).lower()).set(1)
 
     def observe(self, stats: EngineStats) -> None:
         """Take in one report of the engine."""

@@ -100,7 +100,7 @@ class Settings(BaseSettings):
         description="Most milliseconds of prompt and scoring work in a step while completions stream; less where that "
         "would make the step more than about twice (scoring) or 2.6 times (prompts) as long as its decodes alone.",
     )
-    block_size: int = Field(64, ge=1, description="Tokens in a block of the cache.")
+    block_size: Literal[32, 64, 128] = Field(64, description="Tokens in a block of the cache.")
     kv_cache_layout: Literal["auto", "latent", "mixed", "full"] = Field(
         "auto", description="What the cache stores: latents, latents of values only, or full keys and values."
     )

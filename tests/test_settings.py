@@ -39,6 +39,7 @@ def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
         ("max_num_batched_tokens", "-1"),
         ("step_budget_ms", "0"),
         ("block_size", "0"),
+        ("block_size", "16"),
         ("kv_cache_layout", "dense"),
         ("kv_cache_memory", "2GB"),
         ("enable_prefix_caching", "perhaps"),
@@ -104,9 +105,9 @@ def test_the_first_of_several_names_is_the_models() -> None:
 
 def test_every_engine_option_is_a_setting_with_the_same_default() -> None:
     assert load_settings().engine_options() == EngineOptions()
-    settings = load_settings(dtype="float32", max_num_seqs=3, block_size=16, enable_prefix_caching=False, max_queue=5)
+    settings = load_settings(dtype="float32", max_num_seqs=3, block_size=32, enable_prefix_caching=False, max_queue=5)
     assert settings.engine_options() == EngineOptions(
-        dtype="float32", max_num_seqs=3, block_size=16, enable_prefix_caching=False
+        dtype="float32", max_num_seqs=3, block_size=32, enable_prefix_caching=False
     )
     assert {field.name for field in dataclasses.fields(EngineOptions)} < set(Settings.model_fields)
 

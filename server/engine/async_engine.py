@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterable
 from dataclasses import replace
 
 from lpa_model.config import LPAConfig
-from server.engine.engine import Engine, StepFailed
+from server.engine.engine import BackendInfo, Engine, StepFailed
 from server.engine.request import EngineStats, FinishReason, GrammarSpec, Request, RequestOutput
 from server.engine.tokenizer import Tokenizer
 from server.errors import EngineError, InvalidRequest, QueueFull, TimedOut, Unavailable
@@ -94,6 +94,11 @@ class AsyncEngine:
     @property
     def max_model_len(self) -> int:
         return self._engine.max_model_len
+
+    @property
+    def backend(self) -> BackendInfo:
+        """What computes."""
+        return self._engine.backend
 
     @property
     def max_num_seqs(self) -> int:

@@ -58,6 +58,15 @@ class EngineOptions:
     chat_template: str | None = None
 
 
+@dataclass(frozen=True)
+class BackendInfo:
+    """What computes, and what faster backend does not and why."""
+
+    name: str = ""
+    batch_invariant: bool = False
+    refused: tuple[tuple[str, str], ...] = ()  # (backend, reason and remedy)
+
+
 class StepFailed(Exception):
     """A step raised; `outputs` end the requests that were in it, and their blocks are free."""
 
@@ -69,10 +78,13 @@ class StepFailed(Exception):
 class Engine:
     """Continuous batching over one model: `add_request`, `abort`, `step` while `has_work`."""
 
-    def __init__(self, runner: ModelRunner, scheduler: Scheduler, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, runner: ModelRunner, scheduler: Scheduler, tokenizer: Tokenizer, backend: BackendInfo = BackendInfo()
+    ) -> None:
         self.runner = runner
         self.scheduler = scheduler
         self.tokenizer = tokenizer
+        self.backend = backend
         self._requests: dict[str, tuple[Request, Detokenizer]] = {}
         self._report = EngineStats()
 
@@ -304,7 +316,8 @@ def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
         max_model_len=max_model_len,
         replays=invariant,
     )
-    return Engine(ModelRunner(backend, cache, GrammarCompiler(tokenizer)), scheduler, tokenizer)
+    runner = ModelRunner(backend, cache, GrammarCompiler(tokenizer))
+    return Engine(runner, scheduler, tokenizer, BackendInfo(backend.name, invariant, choice.refused))
 
 
 def _max_model_len(config: LPAConfig, asked: int | None, cache_tokens: int) -> int:

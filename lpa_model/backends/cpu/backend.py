@@ -41,10 +41,11 @@ class CpuBackend:
         make_plan: Callable[[LPAForCausalLM, LatentCache], Plan],
         instruction_set: str,
         width_unit: int,
+        name: str,
     ) -> None:
         """`width_unit`: numbers that the plan's kernels want the cache's widths to be multiples of."""
         self.config, self.dtype = model.config, model.embed_tokens.weight.dtype
-        self.name = f"cpu ({instruction_set}, {str(self.dtype).removeprefix('torch.')})"
+        self.name = name
         self._model: LPAForCausalLM | None = model  # until its weights are packed
         self._make_plan, self._width_unit = make_plan, width_unit
         self._ops = row_ops(instruction_set)
