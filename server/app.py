@@ -27,7 +27,7 @@ from server.routes.loglikelihood import loglikelihood_router
 from server.routes.metrics import metrics_router
 from server.routes.models import models_router
 from server.routes.perplexity import perplexity_router
-from server.routes.playground import playground_router
+from server.routes.playground import PLAYGROUND_PATHS, playground_router
 from server.routes.requests import Running, requests_router
 from server.routes.respond import error_response
 from server.routes.tokenize import tokenize_router
@@ -46,7 +46,7 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
         finally:
             await engine.stop(settings.drain_timeout)
 
-    keys, running = keys_of(settings), Running()
+    keys, running = keys_of(settings, PLAYGROUND_PATHS), Running()
     app = FastAPI(
         title="LPA inference server",
         version=package_version(),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -61,9 +64,8 @@ class CpuBackend:
     def make_cache(self, layout: CacheLayout, num_blocks: int, block_size: int) -> LatentCache:
         """The pools; and weights are packed, since the op list points to both."""
         assert self._model is not None, "the cache is made once"
-        self._cache = LatentCache(
-            self.config, layout, num_blocks, block_size, self.dtype, torch.device("cpu"), self._width_unit
-        )
+        allocate = partial(_untouched_zeros, dtype=self.dtype)
+        self._cache = LatentCache(self.config, layout, num_blocks, block_size, allocate, self._width_unit)
         self._plan = self._make_plan(self._model, self._cache)
         self._model = None
         return self._cache
@@ -94,3 +96,9 @@ class CpuBackend:
 
     def warm_up(self) -> None:
         """Nothing waits for the first step."""
+
+
+def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Pages that the system hands out when they are first touched: a block that was never used takes no memory."""
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,8 @@ class TorchBackend:
         return features.free_memory(self.device)
 
     def make_cache(self, layout: CacheLayout, num_blocks: int, block_size: int) -> LatentCache:
-        self.cache = LatentCache(self.config, layout, num_blocks, block_size, self.dtype, self.device)
+        allocate = partial(torch.zeros, dtype=self.dtype, device=self.device)
+        self.cache = LatentCache(self.config, layout, num_blocks, block_size, allocate)
         return self.cache
 
     @torch.inference_mode()
