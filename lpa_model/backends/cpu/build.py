@@ -87,6 +87,7 @@ def build(
     target: Path = LIBRARY,
     machine: str = platform.machine(),
     instruction_sets: Sequence[InstructionSet] | None = None,
+    flags: Sequence[str] = FLAGS,
 ) -> Path:
     """Compile what has changed since the last time, and link it into the library at `target`.
 
@@ -104,10 +105,10 @@ def build(
     for source in sorted(SOURCES.glob("*.c")):
         flavours = [InstructionSet("all", instruction_sets[0].cpu)] if source.name in ONCE else instruction_sets
         for flavour in flavours:
-            flags = [*_target(machine), *FLAGS, f"-mcpu={flavour.cpu}", f"-DISA={flavour.name}", *flavour.defines]
-            text = f"{version('ziglang')} {flags}".encode() + headers + source.read_bytes()
+            command = [*_target(machine), *flags, f"-mcpu={flavour.cpu}", f"-DISA={flavour.name}", *flavour.defines]
+            text = f"{version('ziglang')} {command}".encode() + headers + source.read_bytes()
             output = objects / f"{source.stem}-{flavour.name}-{hashlib.sha256(text).hexdigest()[:16]}.o"
-            jobs.append((output, [*flags, "-c", str(source)]))
+            jobs.append((output, [*command, "-c", str(source)]))
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda job: _compile(*job), jobs))
     wanted = [output for output, _ in jobs]
