@@ -66,6 +66,16 @@ EMULATED = [
     InstructionSet("avx512bf16", "x86_64_v3", (DOT,)),
     InstructionSet("amx", "x86_64_v3", (DOT, TILES)),
 ]
+# to be run with the runtime libraries of the sanitizers loaded beforehand
+SANITIZED = [flag for flag in FLAGS if flag not in ("-O3", "-fno-sanitize=all")] + [
+    "-O1",
+    "-g1",
+    "-fno-omit-frame-pointer",
+    "-Xclang",
+    "-fsanitize=address",  # zig's own driver has no runtime library for it, and drops it
+    "-fsanitize=undefined",
+    "-fno-sanitize-recover=all",
+]
 ONCE = ("library.c",)  # of the sources, whatever the instruction sets
 
 
@@ -116,7 +126,7 @@ def build(
     names = "\n".join(path.name for path in wanted)
     if not (target.exists() and stamp.exists() and stamp.read_text() == names):
         part = target.with_suffix(f".{os.getpid()}.part")
-        _run_compiler([*_target(machine), "-shared", "-s", "-o", str(part), *map(str, wanted)])
+        _run_compiler([*_target(machine), "-shared", "-o", str(part), *map(str, wanted)])
         part.replace(target)
         stamp.write_text(names)
         for old in set(objects.glob("*.o")) - set(wanted):

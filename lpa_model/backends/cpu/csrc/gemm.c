@@ -53,6 +53,7 @@ INLINE void multiply(enum operands operands, int rows, const struct tile *t) {
     int64_t x_stride = t->x_stride, strip_bytes = t->strip_bytes;
 #pragma clang loop unroll_count(4)
     for (int64_t i = 0; i < t->lines; i++) {
+        __asm__ volatile("" ::: "memory"); /* x of the next lines is not loaded yet: the registers are full */
         u32x16 w[TILE_STRIPS];
 #pragma clang loop unroll(full)
         for (int s = 0; s < TILE_STRIPS; s++) {
