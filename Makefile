@@ -2,6 +2,7 @@
 # make test      the same environment plus test tools; lint, types, tests
 # make test-extra    the tests against heavy peers (lm-eval, transformers, schemathesis, LangChain, a browser), in an
 #                    environment of their own; the browser is Debian's chromium, installed with apt-get if there is none
+# make kernels   compile the C kernels again, after a change of lpa_model/backends/cpu/csrc
 #
 # Settings of the server are LPA_* variables here as anywhere: `LPA_PORT=9000 make serve`.
 #
@@ -12,7 +13,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 
-.PHONY: install serve test test-extra clean
+.PHONY: install serve kernels test test-extra clean
 
 install: .venv/installed
 
@@ -23,12 +24,15 @@ install: .venv/installed
 .venv/installed: .venv/bin/python pyproject.toml
 	$(PIP) install "torch==2.13.0" $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	$(PIP) install -e .
-	.venv/bin/python -m lpa_model.kernels
+	.venv/bin/python -m lpa_model.backends.cpu.kernels
 	touch $@
 
 .venv/installed-dev: .venv/installed
 	$(PIP) install -e ".[dev]"
 	touch $@
+
+kernels: .venv/installed-dev
+	.venv/bin/python -m lpa_model.backends.cpu.build
 
 serve: install
 	.venv/bin/lpa serve

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpa_model.backends.cpu.build import EMULATED, build, emulated_path
+from lpa_model.backends.cpu.build import EMULATED, LIBRARY, build, objects_of
 from lpa_model.backends.cpu.library import Kernel, Library, load
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -24,7 +24,7 @@ def kernels_here() -> Mapping[str, Mapping[str, Kernel]]:
     """Instruction sets by name: those of this processor, and newer ones' control flow with emulated instructions."""
     library = load()
     found = {name: library.kernels(name) for name in library.supported()}
-    emulated = Library(build(emulated_path(), instruction_sets=EMULATED))
+    emulated = Library(build(objects_of(LIBRARY) / "emulated.so", instruction_sets=EMULATED))
     for flavour in EMULATED:
         found[f"{flavour.name}, emulated"] = emulated.kernels(flavour.name)
     return found

@@ -172,9 +172,9 @@ def test_padded_outputs_and_inputs_change_no_bits(name: str) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     kernels = next(iter(kernels_here().values()))
     weight = pack(torch.zeros(32, 32))
-    with pytest.raises(ValueError, match="float32 or bfloat16, not torch.float16"):
+    with pytest.raises(ValueError, match=r"float32 or bfloat16, not torch\.float16"):
         OpList(kernels, torch.float16)
-    with pytest.raises(ValueError, match="float32 or bfloat16, not torch.float16"):
+    with pytest.raises(ValueError, match=r"float32 or bfloat16, not torch\.float16"):
         pack(torch.zeros(32, 32, dtype=torch.float16))
     ops = OpList(kernels, torch.float32)
     good = torch.zeros(2, 32)

@@ -1,8 +1,8 @@
 """Compiles the C kernels into one shared library with every instruction set of a platform: `python -m
-lpa_model.backends.cpu.build`.
+lpa_model.backends.cpu.build`, `make kernels`, and every build of the package (see `packaging`).
 
-The compiler is zig's clang (PyPI: ziglang), so that no system compiler is needed and the glibc that the library asks for
-is fixed. Nothing here is imported to run the library; see `library`.
+The compiler is zig's clang (PyPI: ziglang): no system compiler is needed, and the glibc that the library asks for is
+fixed. Only the standard library is imported: neither the package nor what it depends on is there when it is built.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -68,18 +69,24 @@ EMULATED = [
 ONCE = ("library.c",)  # of the sources, whatever the instruction sets
 
 
-def library_path(machine: str = platform.machine()) -> Path:
-    """Where the library of a platform is."""
-    return HERE / f"kernels-{machine}.so"
+LIBRARY = HERE / "kernels.so"
+"""The library of this platform."""
 
 
-def emulated_path() -> Path:
-    """Where the flavours of `EMULATED` are kept, which only tests load."""
-    return HERE / "__pycache__" / "emulated.so"
+def compiles_here() -> bool:
+    """Whether there are kernels for this platform."""
+    return sys.platform == "linux" and platform.machine() in INSTRUCTION_SETS
+
+
+def objects_of(target: Path) -> Path:
+    """The folder where a library's object files are kept."""
+    return target.parent / "__pycache__" / target.stem
 
 
 def build(
-    target: Path, machine: str = platform.machine(), instruction_sets: Sequence[InstructionSet] | None = None
+    target: Path = LIBRARY,
+    machine: str = platform.machine(),
+    instruction_sets: Sequence[InstructionSet] | None = None,
 ) -> Path:
     """Compile what has changed since the last time, and link it into the library at `target`.
 
@@ -90,17 +97,17 @@ def build(
         if machine not in INSTRUCTION_SETS:
             raise RuntimeError(f"no kernels for {machine}, only for {', '.join(INSTRUCTION_SETS)}")
         instruction_sets = INSTRUCTION_SETS[machine]
-    objects = _objects_folder(target)
+    objects = objects_of(target)
     objects.mkdir(parents=True, exist_ok=True)
     headers = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.h")))
     jobs = []
     for source in sorted(SOURCES.glob("*.c")):
         flavours = [InstructionSet("all", instruction_sets[0].cpu)] if source.name in ONCE else instruction_sets
         for flavour in flavours:
-            command = _compiler(machine) + FLAGS + [f"-mcpu={flavour.cpu}", f"-DISA={flavour.name}", *flavour.defines]
-            key = hashlib.sha256(" ".join(command).encode() + headers + source.read_bytes()).hexdigest()[:16]
-            output = objects / f"{source.stem}-{flavour.name}-{key}.o"
-            jobs.append((output, [*command, "-c", str(source)]))
+            flags = [*_target(machine), *FLAGS, f"-mcpu={flavour.cpu}", f"-DISA={flavour.name}", *flavour.defines]
+            text = f"{version('ziglang')} {flags}".encode() + headers + source.read_bytes()
+            output = objects / f"{source.stem}-{flavour.name}-{hashlib.sha256(text).hexdigest()[:16]}.o"
+            jobs.append((output, [*flags, "-c", str(source)]))
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda job: _compile(*job), jobs))
     wanted = [output for output, _ in jobs]
@@ -108,7 +115,7 @@ def build(
     names = "\n".join(path.name for path in wanted)
     if not (target.exists() and stamp.exists() and stamp.read_text() == names):
         part = target.with_suffix(f".{os.getpid()}.part")
-        _run([*_compiler(machine), "-shared", "-s", "-o", str(part), *map(str, wanted)])
+        _run_compiler([*_target(machine), "-shared", "-s", "-o", str(part), *map(str, wanted)])
         part.replace(target)
         stamp.write_text(names)
         for old in set(objects.glob("*.o")) - set(wanted):
@@ -116,29 +123,27 @@ def build(
     return target
 
 
-def _objects_folder(target: Path) -> Path:
-    return target.parent / "__pycache__" / target.stem
+def _target(machine: str) -> list[str]:
+    return ["-target", f"{machine}-linux-gnu.{GLIBC}"]
 
 
-def _compiler(machine: str) -> list[str]:
-    return [sys.executable, "-m", "ziglang", "cc", "-target", f"{machine}-linux-gnu.{GLIBC}"]
-
-
-def _compile(output: Path, command: list[str]) -> None:
+def _compile(output: Path, arguments: list[str]) -> None:
     if not output.exists():
         part = output.with_suffix(f".{os.getpid()}.part")
-        _run([*command, "-o", str(part)])
+        _run_compiler([*arguments, "-o", str(part)])
         part.replace(output)
 
 
-def _run(command: list[str]) -> None:
+def _run_compiler(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "ziglang", "cc", *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
     parser.add_argument("--machine", default=platform.machine(), choices=sorted(INSTRUCTION_SETS))
+    parser.add_argument("--output", type=Path, default=LIBRARY)
     arguments = parser.parse_args()
-    print(build(library_path(arguments.machine), arguments.machine))
+    print(build(arguments.output, arguments.machine))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lpa_model.backends.cpu.args import RECORDS
-from lpa_model.backends.cpu.build import INSTRUCTION_SETS, library_path
+from lpa_model.backends.cpu.build import INSTRUCTION_SETS, LIBRARY
 
 Kernel = Callable[[int, int], None]
 """(address of the kernel's record, work items): returns when all work is done. One item runs in the calling thread."""
@@ -116,7 +116,7 @@ def load() -> Library:
     Raises:
         LibraryError: see `Library`.
     """
-    return Library(library_path())
+    return Library(LIBRARY)
 
 
 def address_of(record: np.ndarray[tuple[int, ...], np.dtype[np.void]]) -> int:

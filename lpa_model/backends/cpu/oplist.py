@@ -29,8 +29,8 @@ class OpList:
     def __init__(
         self, kernels: Mapping[str, Kernel], dtype: torch.dtype, attentions: NDArray[np.void] | None = None
     ) -> None:
-        """`kernels`: of one instruction set, from `Library.kernels`. `attentions`: a record of `args.ATTENTION` for each
-        call of `attention`, in their order; filled in before the list runs.
+        """`kernels`: of one instruction set, from `Library.kernels`. `attentions`: a record of `args.ATTENTION` for
+        each call of `attention`, in their order; filled in before the list runs.
 
         Raises:
             ValueError: a dtype that there are no kernels for.

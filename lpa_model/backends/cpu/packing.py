@@ -1,7 +1,7 @@
 """Weights as the GEMM reads them: packed panels of 16 outputs each, padded with zeros to whole ones.
 
-float32 panels are [out / 16, in, 16]; bfloat16 ones [out / 16, in / 32, 16, 16, 2], in which two inputs lie side by side
-(the VNNI layout, whose [16, 16, 2] is a tile of AMX).
+float32 panels are [out / 16, in, 16]; bfloat16 ones [out / 16, in / 32, 16, 16, 2], in which two inputs lie side by
+side (the VNNI layout, whose [16, 16, 2] is a tile of AMX).
 """
 
 from __future__ import annotations
