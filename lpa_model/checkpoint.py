@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -176,34 +174,3 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LPAFor
     if model.rotary is not None:  # its tables are computed, not stored
         model.rotary.build(config, device)
     return model.eval().requires_grad_(False)
-
-
-def resolve_device(name: str) -> torch.device:
-    """`cpu`, `cuda` or `cuda:N`; ValueError where torch finds no such device."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"device: {name!r} is none of cpu, cuda and cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        reason = (
-            f"torch finds {count} GPUs" if torch.version.cuda else f"torch {torch.__version__} is built without CUDA"
-        )
-        raise ValueError(f"device: {name} is not there: {reason}")
-    return device
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 in hardware (on a CPU: AVX512-BF16, AMX, or ARM's bf16 extension)."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return platform.system() == "Darwin" and platform.machine() == "arm64"
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` (bfloat16 where the device has it in hardware, else float32), `float32` or `bfloat16`."""
-    if name == "auto":
-        return torch.bfloat16 if has_bfloat16(device) else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

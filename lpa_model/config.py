@@ -14,14 +14,20 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 Architecture = Literal["setting1", "setting2"]
-Projection = Literal["q", "k", "v", "o"]
+Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
 CacheLayout = Literal["latent", "mixed", "full"]
 Rank = int | None
 """Rank of one projection; None is a dense matrix."""
 RankSpec = Rank | Mapping[str, "Rank | list[Rank]"]
-"""One rank for all projections, or {"q": ..., "k": ..., "v": ..., "o": ...} with a rank or one rank per layer."""
+"""One rank for a group of projections, or every one's by name: a rank, or a list of one rank per layer."""
 
-PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
+FORMAT_VERSION = 2
+"""Of a written `config.json`. 1, which files do not name: one rank for the feed-forward layers, no `qk_norm`."""
+ATTENTION_PROJECTIONS: tuple[Projection, ...] = ("q", "k", "v", "o")
+FFN_PROJECTIONS: dict[Architecture, tuple[Projection, ...]] = {
+    "setting1": ("up", "down"),
+    "setting2": ("gate", "up", "down"),
+}
 ROPE_SCALING = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -35,6 +41,10 @@ class LPAConfig:
 
     `setting1`: learned positions, LayerNorm on the branch output, ReLU FFN, biases.
     `setting2`: rotary positions, RMSNorm before the branch and at the end, SwiGLU, no biases.
+
+    `attention_rank` (q, k, v, o) and `ffn_rank` (gate, up, down; without a gate in setting 1) follow one rule: null is
+    dense, a number is the rank of each projection, and an object says it by name, {"q": 128, "k": [128, 64], "v": null,
+    "o": 128}, where a list has a rank or null per layer.
 
     Raises:
         ValueError: a size is out of range or a combination is not supported; the message names the key.
@@ -50,8 +60,9 @@ class LPAConfig:
     num_key_value_heads: int | None = None  # None: as many as query heads
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     attention_rank: RankSpec = None
-    ffn_rank: Rank = None
+    ffn_rank: RankSpec = None
     attention_bias: bool = False  # a bias after B on q, k and v (setting 2 only; setting 1 fixes its own)
+    qk_norm: bool = False  # RMSNorm of each head's queries and keys before RoPE, as in Qwen3 (setting 2 only)
     lm_head_bias: bool = False
     tie_word_embeddings: bool = False
     rope_theta: float = 10000.0
@@ -89,7 +100,7 @@ class LPAConfig:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise ValueError(f"{name}: {value!r} is not a positive number")
-        for name in ("attention_bias", "lm_head_bias", "tie_word_embeddings"):
+        for name in ("attention_bias", "qk_norm", "lm_head_bias", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is neither true nor false")
         for name in ("bos_token_id", "eos_token_id"):
@@ -105,18 +116,30 @@ class LPAConfig:
         if self.architecture == "setting1":
             if self.attention_bias:
                 raise ValueError("attention_bias: setting 1 has its own fixed attention biases; leave it false")
+            if self.qk_norm:
+                raise ValueError("qk_norm: setting 1 does not normalise queries and keys; leave it false")
             if self.rope_scaling is not None:
                 raise ValueError("rope_scaling: setting 1 has learned positions, not rotary ones")
         if self.rope_scaling is not None:
             _check_rope_scaling(self.rope_scaling)
-        if isinstance(self.attention_rank, Mapping) and set(self.attention_rank) != set(PROJECTIONS):
-            raise ValueError(f"attention_rank: keys {sorted(self.attention_rank)} are not exactly q, k, v, o")
+        self._check_ranks("attention_rank", self.attention_rank, ATTENTION_PROJECTIONS)
+        self._check_ranks("ffn_rank", self.ffn_rank, self.ffn_projections)
+
+    def _check_ranks(self, key: str, spec: RankSpec, projections: tuple[Projection, ...]) -> None:
+        if isinstance(spec, Mapping):
+            if set(spec) != set(projections):
+                raise ValueError(f"{key}: keys {sorted(spec)} are not exactly {', '.join(projections)}")
+            for name, ranks in spec.items():
+                if isinstance(ranks, list) and len(ranks) != self.num_hidden_layers:
+                    raise ValueError(f"{key}: {name} lists {len(ranks)} ranks for {self.num_hidden_layers} layers")
         for layer in range(self.num_hidden_layers):
-            for projection in PROJECTIONS:
-                if (rank := self.rank(projection, layer)) is not None:
-                    _check_positive(f"attention_rank ({projection}, layer {layer})", rank)
-        if self.ffn_rank is not None:
-            _check_positive("ffn_rank", self.ffn_rank)
+            for projection in projections:
+                if (rank := self.rank(projection, layer)) is None:
+                    continue
+                where, limit = f"{key} ({projection}, layer {layer})", max(self.projection_sizes(projection))
+                _check_positive(where, rank)
+                if rank > limit:
+                    raise ValueError(f"{where}: {rank} is more than {limit}, the longer side of its matrix")
 
     @property
     def head_size(self) -> int:
@@ -141,52 +164,67 @@ class LPAConfig:
         """Whether positions are rotary, so that key latents cannot be absorbed into the queries."""
         return self.architecture == "setting2"
 
+    @property
+    def ffn_projections(self) -> tuple[Projection, ...]:
+        """Those of a feed-forward layer."""
+        return FFN_PROJECTIONS[self.architecture]
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """Those of a layer, attention's first."""
+        return ATTENTION_PROJECTIONS + self.ffn_projections
+
     def rank(self, projection: Projection, layer: int) -> Rank:
         """The rank of one projection of one layer; None is a dense matrix."""
-        ranks = self.attention_rank
-        if not isinstance(ranks, Mapping):
-            return ranks
-        of_projection = ranks[projection]
-        if not isinstance(of_projection, list):
-            return of_projection
-        if len(of_projection) != self.num_hidden_layers:
-            raise ValueError(
-                f"attention_rank: {projection} lists {len(of_projection)} ranks for {self.num_hidden_layers} layers"
-            )
-        return of_projection[layer]
+        spec = self.attention_rank if projection in ATTENTION_PROJECTIONS else self.ffn_rank
+        ranks = spec[projection] if isinstance(spec, Mapping) else spec
+        return ranks[layer] if isinstance(ranks, list) else ranks
 
     def projection_sizes(self, projection: Projection) -> tuple[int, int]:
-        """(input width, output width) of an attention projection."""
+        """(input width, output width) of a projection."""
         queries, keys = self.num_attention_heads * self.head_size, self.kv_heads * self.head_size
-        d = self.hidden_size
-        return {"q": (d, queries), "k": (d, keys), "v": (d, keys), "o": (queries, d)}[projection]
+        d, f = self.hidden_size, self.intermediate_size
+        return {
+            "q": (d, queries),
+            "k": (d, keys),
+            "v": (d, keys),
+            "o": (queries, d),
+            "gate": (d, f),
+            "up": (d, f),
+            "down": (f, d),
+        }[projection]
+
+    def weight_count(self, projection: Projection, layer: int) -> int:
+        """Numbers in the matrix of one projection of one layer, or in both of its factors."""
+        width_in, width_out = self.projection_sizes(projection)
+        rank = self.rank(projection, layer)
+        return width_in * width_out if rank is None else rank * (width_in + width_out)
 
     def parameter_count(self) -> int:
         """Number of trained parameters, tied ones counted once."""
-        d, f = self.hidden_size, self.intermediate_size
+        d = self.hidden_size
         one = self.architecture == "setting1"
         total = self.vocab_size * d + (self.max_position_embeddings * d if one else 0)
         for layer in range(self.num_hidden_layers):
-            for projection in PROJECTIONS:
-                width_in, width_out = self.projection_sizes(projection)
-                rank = self.rank(projection, layer)
-                total += _matrix_count(width_in, width_out, rank)
+            for projection in self.projections:
+                total += self.weight_count(projection, layer)
+                width_out, rank = self.projection_sizes(projection)[1], self.rank(projection, layer)
                 if one:
-                    total += width_out if rank is None or projection == "o" else rank
-                elif self.attention_bias and projection != "o":
+                    total += width_out if rank is None or projection in ("o", "down") else rank
+                elif self.attention_bias and projection in ("q", "k", "v"):
                     total += width_out
-            if one:
-                total += 2 * _matrix_count(d, f, self.ffn_rank) + 4 * d  # two LayerNorms
-                total += f + d if self.ffn_rank is None else self.ffn_rank + d
-            else:
-                total += 3 * _matrix_count(d, f, self.ffn_rank) + 2 * d  # two RMSNorms
+            total += 4 * d if one else 2 * d  # two LayerNorms, two RMSNorms
+            total += 2 * self.head_size if self.qk_norm else 0
         total += 0 if one else d
         total += 0 if self.tie_word_embeddings else self.vocab_size * d
         return total + (self.vocab_size if self.lm_head_bias else 0)
 
     def cache_forms(self, layout: CacheLayout, layer: int) -> tuple[bool, bool]:
-        """Whether (keys, values) of a layer are cached as latents; a dense projection has no latent to cache."""
-        keys = layout == "latent" and self.rank("k", layer) is not None
+        """Whether (keys, values) of a layer are cached as latents.
+
+        A dense projection has no latent to cache, and keys that `qk_norm` normalises are not linear in theirs.
+        """
+        keys = layout == "latent" and self.rank("k", layer) is not None and not self.qk_norm
         values = layout in ("latent", "mixed") and self.rank("v", layer) is not None
         return keys, values
 
@@ -205,17 +243,25 @@ class LPAConfig:
         return min(candidates, key=self.cache_elements_per_token)
 
     def vanilla(self) -> LPAConfig:
-        """The twin of the same shape with dense attention."""
-        return dataclasses.replace(self, attention_rank=None)
+        """The twin of the same shape in which every matrix is dense."""
+        return dataclasses.replace(self, attention_rank=None, ffn_rank=None)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: every key, defaults filled in."""
-        return {"model_type": "lpa", **dataclasses.asdict(self)}
+        return {"model_type": "lpa", "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LPAConfig:
-        """Read the JSON form; an unknown or missing key is a ValueError that names it."""
-        values = {name: value for name, value in values.items() if name != "model_type"}
+        """Read the JSON form, of any version up to FORMAT_VERSION.
+
+        Raises:
+            ValueError: a newer version, or an unknown or missing key; the message names it.
+        """
+        version = values.get("format_version", 1)
+        _check_positive("format_version", version)
+        if version > FORMAT_VERSION:
+            raise ValueError(f"format_version {version} is newer than this version reads ({FORMAT_VERSION})")
+        values = {name: value for name, value in values.items() if name not in ("model_type", "format_version")}
         fields = {field.name: field for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - set(fields)):
             raise ValueError(f"unknown keys {', '.join(unknown)}")
@@ -256,10 +302,6 @@ def _check_rope_scaling(scaling: object) -> None:
             raise ValueError(f"rope_scaling: {key} {value!r} is not a positive number, which type {kind!r} needs")
     if kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
         raise ValueError("rope_scaling: low_freq_factor is not below high_freq_factor")
-
-
-def _matrix_count(width_in: int, width_out: int, rank: Rank) -> int:
-    return width_in * width_out if rank is None else rank * (width_in + width_out)
 
 
 _LPA_PRESETS = {
@@ -310,4 +352,4 @@ PRESETS: dict[str, LPAConfig] = {
     **_LPA_PRESETS,
     **{name.replace("lpa-", "vanilla-"): config.vanilla() for name, config in _LPA_PRESETS.items()},
 }
-"""What `lpa init` and `lpa train` accept; the vanilla twins have the same shape with dense attention."""
+"""What `lpa init` and `lpa train` accept; the vanilla twins have the same shape with dense matrices."""

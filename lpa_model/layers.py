@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpa_model.config import LPAConfig, Rank
+from lpa_model.config import LPAConfig, Projection
 
 
 class LowRankLinear(nn.Module):
@@ -42,13 +42,18 @@ def second_half(layer: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-def projection(
-    width_in: int, width_out: int, rank: Rank, *, bias_down: bool, bias_up: bool, bias_dense: bool
-) -> nn.Linear | LowRankLinear:
-    """A dense layer where `rank` is None, else a low-rank one; the biases differ between the two in setting 1."""
+def projection(config: LPAConfig, name: Projection, layer: int) -> nn.Linear | LowRankLinear:
+    """A projection of one layer, low-rank or dense, with the biases of the published code.
+
+    In setting 1 a projection out of the stream has its bias on A, one back into it on B, and a dense one has one, too.
+    """
+    width_in, width_out = config.projection_sizes(name)
+    rank = config.rank(name, layer)
+    one, into_stream = config.architecture == "setting1", name in ("o", "down")
+    bias = config.attention_bias and name in ("q", "k", "v")
     if rank is None:
-        return nn.Linear(width_in, width_out, bias=bias_dense)
-    return LowRankLinear(width_in, width_out, rank, bias_down, bias_up)
+        return nn.Linear(width_in, width_out, bias=one or bias)
+    return LowRankLinear(width_in, width_out, rank, one and not into_stream, (one and into_stream) or bias)
 
 
 class RMSNorm(nn.Module):
@@ -83,10 +88,7 @@ class LayerNorm(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotary positions in the rotate-half convention of LLaMA: dimension i turns with dimension i + dh/2.
-
-    `turns`, cos + i sin, is there once the dimensions of queries and keys have been put in another order, in which
-    dimension 2i turns with 2i + 1: a product of complex numbers then does it (see `prepare_for_inference`).
+    """Rotary positions in the rotate-half convention of LLaMA: dimension i rotates with dimension i + dh/2.
 
     `scaling`: None, {"rope_type": "linear", "factor"} or {"rope_type": "llama3", "factor", "low_freq_factor",
     "high_freq_factor", "original_max_position_embeddings"}, as in Hugging Face's configs.
@@ -94,7 +96,6 @@ class RotaryEmbedding(nn.Module):
 
     cos: Tensor
     sin: Tensor
-    turns: Tensor | None = None
 
     def __init__(self, config: LPAConfig) -> None:
         super().__init__()
@@ -110,10 +111,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("sin", angles.sin().float(), persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x [..., T, heads, dh] turned by positions [..., T] (int64); computed in float32, returned in x's dtype."""
-        if self.turns is not None:
-            pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [..., T, heads, dh/2]
-            return torch.view_as_real(pairs * self.turns[positions].unsqueeze(-2)).flatten(-2).to(x.dtype)
+        """x [..., T, heads, dh] rotated by positions [..., T] (int64); computed in float32, returned in x's dtype."""
         cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)  # [..., T, 1, dh/2]
         first, second = x.float().chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -133,14 +131,12 @@ def _scaled(frequencies: Tensor, scaling: Mapping[str, Any] | None) -> Tensor:
 
 
 class ReluFFN(nn.Module):
-    """Setting 1: down(relu(up(x))), with the biases of the published code in both forms."""
+    """Setting 1: down(relu(up(x)))."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, rank: Rank) -> None:
+    def __init__(self, config: LPAConfig, layer: int) -> None:
         super().__init__()
-        self.up_proj = projection(hidden_size, intermediate_size, rank, bias_down=True, bias_up=False, bias_dense=True)
-        self.down_proj = projection(
-            intermediate_size, hidden_size, rank, bias_down=False, bias_up=True, bias_dense=True
-        )
+        self.up_proj = projection(config, "up", layer)
+        self.down_proj = projection(config, "down", layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d] -> [..., d]."""
@@ -151,15 +147,11 @@ class ReluFFN(nn.Module):
 class SwiGLU(nn.Module):
     """Setting 2: down(silu(gate(x)) * up(x)), no biases."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, rank: Rank) -> None:
+    def __init__(self, config: LPAConfig, layer: int) -> None:
         super().__init__()
-
-        def linear(width_in: int, width_out: int) -> nn.Linear | LowRankLinear:
-            return projection(width_in, width_out, rank, bias_down=False, bias_up=False, bias_dense=False)
-
-        self.gate_proj = linear(hidden_size, intermediate_size)
-        self.up_proj = linear(hidden_size, intermediate_size)
-        self.down_proj = linear(intermediate_size, hidden_size)
+        self.gate_proj = projection(config, "gate", layer)
+        self.up_proj = projection(config, "up", layer)
+        self.down_proj = projection(config, "down", layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d] -> [..., d]."""

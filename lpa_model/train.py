@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
-from lpa_model.checkpoint import has_bfloat16, resolve_device, save_checkpoint
+from lpa_model.backends.features import has_bfloat16, resolve_device
+from lpa_model.checkpoint import save_checkpoint
 from lpa_model.config import LPAConfig
 from lpa_model.model import LPAForCausalLM
 from lpa_model.muon import Muon

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lpa_model.attention import Span
+from lpa_model.batch import Span
 from lpa_model.config import Architecture
 from server.engine.request import Request, SamplingParams
 from tests.conftest import VOCAB_SIZE, random_model, tiny_config
@@ -72,7 +72,7 @@ def test_what_is_scored_does_not_depend_on_the_cut(parts: tuple[int, list[int]],
     assert all(token < total - 1 for token, _ in whole)  # the last token is not computed
 
 
-@pytest.mark.parametrize("layout", ["latent", "mixed", "full"])
+@pytest.mark.parametrize("layout", ["auto", "mixed", "full"])
 @pytest.mark.parametrize("budget", [7, 64, 2048])
 def test_branches_score_like_one_by_one(
     tiny_checkpoint: Path, architecture: Architecture, layout: str, budget: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lpa_model.backends.features import has_bfloat16, resolve_dtype
 from lpa_model.checkpoint import (
     CheckpointError,
-    has_bfloat16,
     load_config,
     load_model,
     load_tokenizer,
     load_tokenizer_config,
-    resolve_dtype,
     save_checkpoint,
 )
 from lpa_model.config import Architecture
@@ -48,6 +48,7 @@ def load(folder: Path) -> Tensor:
         {},
         {"attention_rank": None, "ffn_rank": 5, "lm_head_bias": True},
         {"tie_word_embeddings": True, "num_key_value_heads": 2},
+        {"attention_rank": {"q": [8, None], "k": 6, "v": None, "o": 8}, "ffn_rank": 5},
     ],
 )
 def test_round_trip(tmp_path: Path, architecture: Architecture, changes: dict[str, Any]) -> None:
@@ -193,6 +194,27 @@ def test_the_config_decides_what_is_needed(tmp_path: Path, tiny_checkpoint: Path
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, "attention_rank": 9}))
     with pytest.raises(CheckpointError, match=r"layers\.\d\.attention\.._proj\."):
+        load(folder)
+
+
+def test_every_part_of_a_mixed_model_is_needed(tmp_path: Path) -> None:
+    config = tiny_config(ffn_rank={"gate": None, "up": [7, None], "down": 5}, qk_norm=True)
+    write_checkpoint(tmp_path / "model", config)
+    for name in (
+        "layers.0.ffn.gate_proj.weight",
+        "layers.0.ffn.up_proj.down.weight",
+        "layers.1.ffn.up_proj.weight",
+        "layers.1.ffn.down_proj.up.weight",
+        "layers.1.attention.q_norm.weight",
+        "layers.0.attention.k_norm.weight",
+    ):
+        folder = shutil.copytree(tmp_path / "model", tmp_path / name)
+        rewrite(folder, **{name: None})
+        with pytest.raises(CheckpointError, match=f"missing tensor {re.escape(name)}$"):
+            load(folder)
+    folder = tmp_path / "model"
+    (folder / "config.json").write_text(json.dumps({**config.to_dict(), "qk_norm": False}))
+    with pytest.raises(CheckpointError, match=r"unexpected tensor layers\.\d\.attention\.[kq]_norm\.weight"):
         load(folder)
 
 

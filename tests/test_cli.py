@@ -230,6 +230,38 @@ def test_init_takes_presets_and_configs(tmp_path: Path) -> None:
     assert load_config(tmp_path / "tiny").num_hidden_layers == 6
 
 
+def test_ranks_of_a_preset_can_be_changed(run: list[object], tmp_path: Path) -> None:
+    succeed("init", "lpa-tiny", tmp_path / "low-all", "--ffn-rank", 32)
+    succeed("init", "vanilla-tiny", tmp_path / "low-ffn", "--ffn-rank", 32)
+    succeed("init", "lpa-tiny", tmp_path / "vanilla", "--attention-rank", "dense")
+    found = [load_config(tmp_path / name) for name in ("low-all", "low-ffn", "vanilla")]
+    assert [(config.attention_rank, config.ffn_rank) for config in found] == [(64, 32), (None, 32), (None, None)]
+    assert load_model(tmp_path / "low-ffn", torch.float32, torch.device("cpu")).config == found[1]
+    succeed(*run, "--steps", 1, "--attention-rank", 7, "--ffn-rank", 9)
+    trained = load_config(tmp_path / "run" / "model")
+    assert (trained.attention_rank, trained.ffn_rank) == (7, 9)
+    tensors = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert tensors["layers.1.ffn.gate_proj.down.weight"].shape == (9, 32)
+    for key, value, message in (
+        ("--ffn-rank", "small", "ffn_rank: 'small' is neither a number nor dense"),
+        ("--attention-rank", 0, r"attention_rank \(q, layer 0\): 0"),
+        ("--ffn-rank", 705, r"ffn_rank \(gate, layer 0\): 705 is more than 704"),
+    ):
+        assert_one_line(lpa("init", "lpa-tiny", tmp_path / "m", key, value), message)
+    assert_one_line(lpa(*run, "--steps", 1, "--ffn-rank", "small"), "ffn_rank: 'small' is neither")
+
+
+def test_info_lists_the_ranks_of_a_mixed_model(tmp_path: Path) -> None:
+    config = tiny_config(ffn_rank={"gate": None, "up": [7, None], "down": 5}, qk_norm=True)
+    (tmp_path / "shape.json").write_text(json.dumps(config.to_dict()))
+    text = succeed("info", tmp_path / "shape.json")
+    rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in text.splitlines()]
+    start = rows.index(["ffn_rank", "gate: dense"])
+    assert rows[start + 1 : start + 3] == [["", "up: 7, dense"], ["", "down: 5"]]
+    assert ["qk_norm", "True"] in rows
+    assert f"{config.vanilla().parameter_count():,} (" in text
+
+
 def test_mistakes_with_init_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").touch()
@@ -264,6 +296,8 @@ def test_info_shows_a_preset_beside_its_dense_twin() -> None:
     assert ["full", "49,152", "98,304", "196,608", "1.00x"] in rows
     assert ["dense twin", "49,152", "98,304", "196,608", "1.00x"] in rows
     assert ["attention_rank", "320"] in rows
+    assert ["ffn_rank", "dense"] in rows
+    assert not any("format_version" in row for row in rows)
 
 
 def test_info_reads_folders_and_says_how_they_are_stored(tiny_checkpoint: Path, architecture: Architecture) -> None:

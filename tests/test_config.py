@@ -9,9 +9,11 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lpa_model.cache import LatentCache, bytes_per_token
-from lpa_model.config import PRESETS, Architecture, CacheLayout, LPAConfig
+from lpa_model.config import FORMAT_VERSION, PRESETS, Architecture, CacheLayout, LPAConfig, Projection
 from lpa_model.model import LPAForCausalLM
 from tests.conftest import tiny_config
 
@@ -26,6 +28,29 @@ ODD: list[dict[str, Any]] = [
     {"tie_word_embeddings": True},
     {"tie_word_embeddings": True, "lm_head_bias": True, "head_dim": 10},
 ]
+OLD = """{
+  "model_type": "lpa",
+  "architecture": "setting1",
+  "vocab_size": 300,
+  "hidden_size": 32,
+  "intermediate_size": 48,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+  "max_position_embeddings": 128,
+  "num_key_value_heads": 4,
+  "head_dim": 8,
+  "attention_rank": {"q": [8, null], "k": [null, 6], "v": 5, "o": [3, 9]},
+  "ffn_rank": 7,
+  "attention_bias": false,
+  "lm_head_bias": true,
+  "tie_word_embeddings": false,
+  "rope_theta": 10000.0,
+  "rope_scaling": null,
+  "norm_eps": 1e-05,
+  "bos_token_id": null,
+  "eos_token_id": 0
+}"""
+"""A config.json as it was written before files carried a version."""
 
 
 def count(config: LPAConfig) -> int:
@@ -60,7 +85,7 @@ def test_presets_have_the_published_sizes() -> None:
     assert {config.max_position_embeddings for config in (small, large, three)} == {2048}
     for name, config in PRESETS.items():
         twin = PRESETS["vanilla-" + name.split("-", 1)[1]]
-        assert twin == dataclasses.replace(config, attention_rank=None)
+        assert twin == dataclasses.replace(config, attention_rank=None, ffn_rank=None)
         assert twin.parameter_count() >= config.parameter_count()
 
 
@@ -121,7 +146,16 @@ def test_default_cache_layout(architecture: Architecture, changes: dict[str, Any
         ("setting2", {"attention_rank": {"q": 8}}, "attention_rank: keys"),
         ("setting2", {"attention_rank": {"q": 8, "k": [8], "v": 8, "o": 8}}, "attention_rank: k lists 1 ranks for 2"),
         ("setting2", {"attention_rank": {"q": 8, "k": [8, -1], "v": 8, "o": 8}}, r"attention_rank \(k, layer 1\): -1"),
-        ("setting2", {"ffn_rank": 2.0}, "ffn_rank: 2.0"),
+        ("setting2", {"ffn_rank": 2.0}, r"ffn_rank \(gate, layer 0\): 2.0"),
+        ("setting2", {"ffn_rank": {"gate": 8, "up": [8, 0], "down": 8}}, r"ffn_rank \(up, layer 1\): 0"),
+        ("setting2", {"ffn_rank": {"gate": 8, "up": [8] * 3, "down": 8}}, "ffn_rank: up lists 3 ranks for 2 layers"),
+        ("setting2", {"ffn_rank": {"up": 8, "down": 8}}, "ffn_rank: keys .* are not exactly gate, up, down"),
+        ("setting1", {"ffn_rank": {"gate": 8, "up": 8, "down": 8}}, "ffn_rank: keys .* are not exactly up, down"),
+        ("setting2", {"attention_rank": {"q": 8, "k": 8, "v": [33, 8], "o": 8}}, r"attention_rank \(v, layer 0\): 33"),
+        ("setting1", {"ffn_rank": {"up": 8, "down": [8, 49]}}, r"ffn_rank \(down, layer 1\): 49 is more than 48"),
+        ("setting2", {"ffn_rank": "8"}, r"ffn_rank \(gate, layer 0\): '8'"),
+        ("setting2", {"qk_norm": 1}, "qk_norm: 1"),
+        ("setting1", {"qk_norm": True}, "qk_norm: setting 1"),
         ("setting2", {"rope_theta": 0}, "rope_theta: 0"),
         ("setting2", {"rope_theta": "10000"}, "rope_theta: '10000'"),
         ("setting2", {"norm_eps": -1e-6}, "norm_eps: -1e-06"),
@@ -145,6 +179,84 @@ def test_refusals_name_the_key(architecture: Any, changes: dict[str, Any], messa
 def test_json_round_trip(architecture: Architecture, changes: dict[str, Any]) -> None:
     config = tiny_config(architecture, **changes)
     assert LPAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> tuple[LPAConfig, dict[str, list[int | None]]]:
+    """A config of one to three layers with random ranks, and the rank of each projection and layer."""
+    architecture = draw(st.sampled_from(get_args(Architecture)))
+    layers, rank = draw(st.integers(1, 3)), st.none() | st.integers(1, 32)
+    ranks: dict[str, list[int | None]] = {}
+
+    def spec(*names: str) -> Any:
+        if draw(st.booleans()):
+            same = draw(rank)
+            ranks.update({name: [same] * layers for name in names})
+            return same
+        written: dict[str, Any] = {}
+        for name in draw(st.permutations(names)):
+            written[name] = draw(rank | st.lists(rank, min_size=layers, max_size=layers))
+            ranks[name] = written[name] if isinstance(written[name], list) else [written[name]] * layers
+        return written
+
+    config = tiny_config(
+        architecture,
+        num_hidden_layers=layers,
+        attention_rank=spec("q", "k", "v", "o"),
+        ffn_rank=spec("up", "down") if architecture == "setting1" else spec("gate", "up", "down"),
+        num_key_value_heads=draw(st.sampled_from([1, 2, 4])),
+        qk_norm=architecture == "setting2" and draw(st.booleans()),
+        attention_bias=architecture == "setting2" and draw(st.booleans()),
+        lm_head_bias=draw(st.booleans()),
+    )
+    return config, ranks
+
+
+@given(configs())
+@settings(max_examples=60, deadline=None)
+def test_any_ranks_come_back_and_are_counted(case: tuple[LPAConfig, dict[Projection, list[int | None]]]) -> None:
+    config, ranks = case
+    assert {name: [config.rank(name, i) for i in range(config.num_hidden_layers)] for name in ranks} == ranks
+    assert set(config.projections) == set(ranks)
+    assert LPAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.parameter_count() == count(config)
+    with torch.device("meta"):
+        model = LPAForCausalLM(config)
+    for layer, block in enumerate(model.layers):
+        for name in config.projections:
+            module = getattr(block.attention if name in "qkvo" else block.ffn, f"{name}_proj")
+            factors = [part.weight for part in (getattr(module, "down", None), getattr(module, "up", None)) if part]
+            assert (len(factors[0]) if factors else None) == ranks[name][layer]
+            assert config.weight_count(name, layer) == sum(w.numel() for w in factors or [module.weight])
+    assert count(config.vanilla()) == config.vanilla().parameter_count()
+    assert not any(config.vanilla().rank(name, 0) for name in ranks)
+    layout: CacheLayout
+    for layout in get_args(CacheLayout):
+        forms = [config.cache_forms(layout, layer) for layer in range(config.num_hidden_layers)]
+        assert [keys for keys, _ in forms] == [
+            layout == "latent" and rank is not None and not config.qk_norm for rank in ranks["k"]
+        ]
+
+
+def test_files_without_a_version_are_read_as_before(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(OLD)
+    config = LPAConfig.load(path)
+    assert config == tiny_config("setting1", attention_rank=PER_LAYER, ffn_rank=7, lm_head_bias=True)
+    assert [config.rank(name, 1) for name in config.projections] == [None, 6, 5, 9, 7, 7]
+    assert not config.qk_norm
+
+
+def test_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
+    values = tiny_config().to_dict()
+    assert values["format_version"] == FORMAT_VERSION == 2
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**values, "format_version": 3, "num_experts": 8}))  # before keys that it may bring
+    with pytest.raises(ValueError, match=r"config\.json: format_version 3 is newer than this version reads \(2\)"):
+        LPAConfig.load(path)
+    for version in (0, "2", True, None, 1.0):
+        with pytest.raises(ValueError, match=r"format_version: .* is not a positive integer"):
+            LPAConfig.from_dict({**values, "format_version": version})
 
 
 def test_defaults_follow_the_architecture() -> None:

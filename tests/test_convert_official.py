@@ -272,6 +272,39 @@ def test_log_probabilities_equal_the_published_module(
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
 
 
+def test_ranks_are_read_off_every_projection_and_layer(tmp_path: Path) -> None:
+    two = published("setting2")
+    first, second = two.lpa.transformer_blocks
+    first.attention.q_proj = linear(HIDDEN, HEADS * HEAD_DIM, None, "")
+    second.attention.o_proj = linear(HEADS * HEAD_DIM, HIDDEN, 4, "")
+    for block in (first, second):
+        block.attention.v_proj = linear(HIDDEN, HEADS * HEAD_DIM, 9, "")
+        block.ffn.up_proj = linear(HIDDEN, FFN, 7, "")
+    second.ffn.down_proj = linear(FFN, HIDDEN, 5, "")
+    one = published("setting1")
+    first, second = one.lpa.transformer_blocks
+    second.attention.key_proj = linear(HIDDEN, HEADS * HEAD_DIM, None, "dense")
+    second.fc = Block1(6, 5).fc
+    second.fc[3], second.fc[4] = nn.Linear(FFN, 8, bias=False), nn.Linear(8, HIDDEN)
+    expected: dict[str, Any] = {
+        "setting2": (
+            {"q": [None, 6], "k": 6, "v": 9, "o": [6, 4]},
+            {"gate": None, "up": 7, "down": [None, 5]},
+        ),
+        "setting1": ({"q": 6, "k": [6, None], "v": 6, "o": 6}, {"up": [None, 5], "down": [None, 8]}),
+    }
+    ids = torch.randint(VOCAB_SIZE, (50,), generator=torch.Generator().manual_seed(1))
+    for setting, source in (("setting1", one), ("setting2", two)):
+        src = write(tmp_path / setting, dict(source.state_dict()))
+        config = convert_official(src, tmp_path / f"{setting}-native", **OPTIONS[setting])
+        assert (config.attention_rank, config.ffn_rank) == expected[setting]
+        with torch.inference_mode():
+            truth = source.double()(ids).log_softmax(-1)
+            model = load_model(tmp_path / f"{setting}-native", torch.float32, torch.device("cpu"))
+            found = model.logits(model(ids[None])[0]).log_softmax(-1)
+        torch.testing.assert_close(found.double(), truth, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("setting", PUBLISHED)
 @pytest.mark.parametrize(("rank", "ffn_rank"), [(6, 5), (None, None)])
 def test_every_missing_tensor_is_named_and_nothing_is_left(

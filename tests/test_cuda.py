@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from lpa_model.backends.features import resolve_device, resolve_dtype
 from lpa_model.cache import bytes_per_token
-from lpa_model.checkpoint import load_model, resolve_device, resolve_dtype
+from lpa_model.checkpoint import load_model
 from lpa_model.config import Architecture, CacheLayout
-from lpa_model.inference import prepare_for_inference
 from lpa_model.train import TrainConfig, encode, train
 from server.engine.engine import EngineOptions, build_engine
 from server.engine.request import FinishReason, GrammarSpec, Request, RequestOutput, SamplingParams
@@ -41,11 +41,9 @@ def test_logits(architecture: Architecture, changes: dict[str, Any], tmp_path: P
     expected = (plain := random_model(config)).logits(plain(IDS))
     folder = write_checkpoint(tmp_path / "model", config)
     model = load_model(folder, torch.float32, torch.device("cuda"))
-    prepare_for_inference(model)
     torch.testing.assert_close(model.logits(model(IDS.cuda())).cpu(), expected, rtol=0, atol=1e-4)
     rounded = load_model(folder, torch.bfloat16, CPU)
     model = load_model(folder, torch.bfloat16, torch.device("cuda"))
-    prepare_for_inference(model)
     ours, theirs = model.logits(model(IDS.cuda())).cpu() - expected, rounded.logits(rounded(IDS)) - expected
     assert ours.square().mean() < 1.5 * theirs.square().mean() + 1e-6  # as near to the truth as on the CPU
 
@@ -149,6 +147,6 @@ def test_training_learns_and_resumes(tmp_path: Path, rate: float | None) -> None
 def test_default_dtype_is_bfloat16_where_the_gpu_has_it(tiny_checkpoint: Path) -> None:
     engine = make_engine(tiny_checkpoint, device="cuda", dtype="auto")
     expected = resolve_dtype("auto", torch.device("cuda"))
-    assert engine.runner.model.embed_tokens.weight.dtype is expected
+    assert engine.runner.cache.keys[0].dtype is expected
     outputs = run(engine, [Request(f"r{i}", prompt(i, 5 + i), greedy(8)) for i in range(9)])
     assert all(found[-1].finish_reason is FinishReason.LENGTH for found in outputs.values())

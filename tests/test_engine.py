@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from lpa_model.config import Architecture
+from lpa_model.config import Architecture, CacheLayout
 from lpa_model.model import LPAForCausalLM
 from server.engine.engine import Engine, EngineOptions, StepFailed, build_engine
 from server.engine.request import FinishReason, Request, RequestOutput, SamplingParams
 from server.errors import ContextLength, InvalidRequest
-from tests.conftest import END_OF_TEXT_ID, random_model, tiny_config, write_checkpoint
+from tests.conftest import END_OF_TEXT_ID, VOCAB_SIZE, random_model, tiny_config, write_checkpoint
 
 
 def make_engine(folder: Path, **options: Any) -> Engine:
@@ -72,7 +72,7 @@ def naive_logprobs(model: LPAForCausalLM, ids: list[int]) -> list[float]:
     return [float(logits[i].double().log_softmax(-1)[ids[i + 1]]) for i in range(len(ids) - 1)]
 
 
-@pytest.mark.parametrize("layout", ["latent", "mixed", "full"])
+@pytest.mark.parametrize("layout", ["auto", "mixed", "full"])
 def test_greedy_equals_naive_under_chunked_mixed_batches(
     tiny_checkpoint: Path, architecture: Architecture, layout: str
 ) -> None:
@@ -86,7 +86,7 @@ def test_greedy_equals_naive_under_chunked_mixed_batches(
         assert outputs[f"r{i}"][-1].finish_reason is FinishReason.LENGTH
 
 
-@pytest.mark.parametrize("layout", ["latent", "mixed", "full"])
+@pytest.mark.parametrize("layout", ["auto", "mixed", "full"])
 def test_prompt_and_output_logprobs_equal_naive(tiny_checkpoint: Path, architecture: Architecture, layout: str) -> None:
     engine = make_engine(tiny_checkpoint, kv_cache_layout=layout, max_num_batched_tokens=13)
     requests = [
@@ -108,6 +108,46 @@ def test_prompt_and_output_logprobs_equal_naive(tiny_checkpoint: Path, architect
         assert columns.ranks == [1]
         assert columns.top_logprobs[0][0] == columns.logprobs[0]
         assert len(columns.top_ids[0]) == 3
+
+
+MIXED: list[tuple[Architecture, dict[str, Any]]] = [
+    ("setting1", {"attention_rank": {"q": None, "k": [6, None], "v": 5, "o": [None, 9]}, "ffn_rank": 7}),
+    ("setting1", {"attention_rank": None, "ffn_rank": {"up": None, "down": [7, 30]}}),
+    ("setting2", {"attention_rank": {"q": 9, "k": [6, None], "v": 5, "o": None}, "ffn_rank": 7}),
+    ("setting2", {"ffn_rank": {"gate": None, "up": 7, "down": [None, 30]}, "num_key_value_heads": 2}),
+    ("setting2", {"qk_norm": True, "ffn_rank": {"gate": 7, "up": None, "down": None}}),
+    ("setting2", {"qk_norm": True, "attention_rank": None, "num_key_value_heads": 2, "attention_bias": True}),
+]
+
+
+@pytest.mark.parametrize("layout", ["latent", "mixed", "full"])
+@pytest.mark.parametrize(("architecture", "changes"), MIXED)
+def test_any_ranks_give_what_the_naive_forward_gives(
+    tmp_path: Path, architecture: Architecture, changes: dict[str, Any], layout: CacheLayout
+) -> None:
+    config = tiny_config(architecture, **changes)
+    folder = write_checkpoint(tmp_path / "model", config)
+    if layout == "latent" and config.qk_norm:
+        with pytest.raises(ValueError, match=r"kv_cache_layout: latent .* \(qk_norm\)"):
+            make_engine(folder, kv_cache_layout=layout)
+        return
+    if layout != "full" and config.attention_rank is None:
+        layout = "full"  # others are refused, as there is no latent
+    model = random_model(config)
+    engine = make_engine(folder, kv_cache_layout=layout, max_num_batched_tokens=13)
+    prompts = {f"r{i}": prompt(5, 24) + prompt(i, n) for i, n in enumerate((1, 9, 30))}
+    text = prompt(5, 24) + prompt(9, 20)
+    for turn in range(2):  # the second one finds the prefix in the cache
+        requests = [Request(name, ids, greedy(6, logprobs=0)) for name, ids in prompts.items()]
+        outputs = run(engine, [*requests, Request("score", text, greedy(0, prompt_logprobs=0))])
+        for name, ids in prompts.items():
+            tokens = ids_of(outputs[name])
+            assert tokens == naive_greedy(model, ids, 6)
+            found = [value for output in outputs[name] for value in output.logprobs.logprobs]
+            assert found == pytest.approx(naive_logprobs(model, ids + tokens)[-6:], abs=1e-4)
+            assert turn == 0 or outputs[name][-1].num_cached_tokens >= 24
+        scored = outputs["score"][-1].prompt_logprobs.logprobs
+        assert scored == pytest.approx(naive_logprobs(model, text), abs=1e-4)
 
 
 def test_prefix_hits_change_nothing(tiny_checkpoint: Path, architecture: Architecture) -> None:
@@ -161,7 +201,7 @@ def group(ids: list[int], n: int, name: str = "c", **keys: Any) -> list[Request]
 
 
 @pytest.mark.parametrize("caching", [True, False])
-@pytest.mark.parametrize("layout", ["latent", "mixed", "full"])
+@pytest.mark.parametrize("layout", ["auto", "mixed", "full"])
 def test_choices_share_one_prefill_and_give_what_separate_requests_give(
     tiny_checkpoint: Path, layout: str, caching: bool
 ) -> None:
@@ -322,12 +362,14 @@ def test_a_failing_step_fails_its_own_requests_only(tiny_checkpoint: Path, monke
     assert len(ids_of(drain(engine)["b"])) == 5
 
 
-def test_end_of_text_stop_tokens_and_min_tokens(tmp_path: Path) -> None:
+def test_end_of_text_stop_tokens_and_min_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose head strongly prefers the end of the text."""
     folder = write_checkpoint(tmp_path / "m", tiny_config("setting2", lm_head_bias=True))
     engine = make_engine(folder)
-    engine.runner.model.lm_head.bias[END_OF_TEXT_ID] += 1000.0
-    engine.runner.model.lm_head.bias[65] += 500.0
+    backend: Any = engine.runner.backend
+    bias, head = torch.zeros(VOCAB_SIZE), backend.head
+    bias[END_OF_TEXT_ID], bias[65] = 1000.0, 500.0
+    monkeypatch.setattr(backend, "head", lambda hidden: head(hidden) + bias)
 
     def ask(**keys: Any) -> tuple[list[int], RequestOutput]:
         outputs = run(engine, [Request("x", prompt(1, 4), SamplingParams(temperature=0, max_tokens=6, **keys))])["x"]
@@ -341,7 +383,7 @@ def test_end_of_text_stop_tokens_and_min_tokens(tmp_path: Path) -> None:
     assert (ids, last.finish_reason) == ([END_OF_TEXT_ID] * 6, FinishReason.LENGTH)
     ids, last = ask(ignore_eos=True, min_tokens=2, stop_token_ids=(65,))
     assert ids[2:] == [END_OF_TEXT_ID] * 4
-    engine.runner.model.lm_head.bias[END_OF_TEXT_ID] -= 1000.0
+    bias[END_OF_TEXT_ID] = 0.0
     ids, last = ask(stop_token_ids=(65,))
     assert (ids, last.finish_reason, last.stop_reason) == ([65], FinishReason.STOP, 65)
 

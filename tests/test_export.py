@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -33,6 +32,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dense": {"attention_rank": None},
     "per-layer": {"attention_rank": {"q": [8, None], "k": [None, 6], "v": [5, None], "o": 8}},
     "low-rank-ffn": {"ffn_rank": 6},
+    "mixed-ffn": {"ffn_rank": {"gate": None, "up": [6, 9], "down": [None, 5]}},
+    "qk-norm": {"qk_norm": True, "num_key_value_heads": 2, "attention_bias": True, "norm_eps": 1e-2},
     "gqa-head-dim": {"num_key_value_heads": 2, "head_dim": 6},
     "bias": {"attention_bias": True},
     "tied": {"tie_word_embeddings": True},
@@ -72,8 +73,11 @@ def dense_logits(folder: Path, ids: list[int]) -> Tensor:
     for i in range(config["num_hidden_layers"]):
         p = f"model.layers.{i}"
         y = norm(x, f"{p}.input_layernorm.weight")
-        q = rotate(project(y, f"{p}.self_attn.q_proj", heads))
-        k = rotate(project(y, f"{p}.self_attn.k_proj", kv_heads)).repeat_interleave(heads // kv_heads, 0)
+        q = project(y, f"{p}.self_attn.q_proj", heads)
+        k = project(y, f"{p}.self_attn.k_proj", kv_heads)
+        if config["model_type"] == "qwen3":
+            q, k = norm(q, f"{p}.self_attn.q_norm.weight"), norm(k, f"{p}.self_attn.k_norm.weight")
+        q, k = rotate(q), rotate(k).repeat_interleave(heads // kv_heads, 0)
         v = project(y, f"{p}.self_attn.v_proj", kv_heads).repeat_interleave(heads // kv_heads, 0)
         scores = (q @ k.transpose(1, 2) / math.sqrt(width)).masked_fill(hidden, -math.inf)
         o = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
@@ -104,10 +108,11 @@ def test_the_dense_model_gives_the_same_logits(tmp_path: Path, changes: dict[str
     ids = [(7 * i * i + 3) % config.vocab_size for i in range(100)]
     expected = random_model(config).logits(random_model(config)(torch.tensor([ids])))[0]
     torch.testing.assert_close(dense_logits(folder, ids).float(), expected, rtol=0, atol=1e-4)
-    twin = dataclasses.replace(config, attention_rank=None, ffn_rank=None)
+    twin = config.vanilla()
     zeros = config.num_hidden_layers * config.hidden_size * config.attention_bias  # LLaMA's bias on the output
     assert parameters == twin.parameter_count() + zeros
     written = json.loads((folder / "config.json").read_text())
+    assert written["architectures"] == ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"]
     generation = json.loads((folder / "generation_config.json").read_text())
     for name in ("bos_token_id", "eos_token_id"):  # LLaMA's defaults are 1 and 2, so none is written too
         assert written[name] == generation[name] == getattr(config, name)

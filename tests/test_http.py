@@ -126,9 +126,9 @@ def test_a_model_that_gives_no_numbers_is_an_error_not_an_answer(
     tiny_checkpoints: dict[Architecture, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(tiny_checkpoints["setting2"]) as server:
-        runner = server.engine.runner
-        head = runner.model.head
-        monkeypatch.setattr(runner.model, "head", lambda hidden: head(hidden) * torch.nan)
+        backend: Any = server.engine.runner.backend
+        head = backend.head
+        monkeypatch.setattr(backend, "head", lambda hidden: head(hidden) * torch.nan)
         answer = server.post("/v1/perplexity", input="the sea")
         assert answer.status_code == 500
         assert "input" in answer.json()["error"]["message"]

@@ -29,6 +29,16 @@ OUTER = tuple(
 # a file or folder, and what nothing in it may import (modules and all below them)
 RULES: list[tuple[str, tuple[str, ...]]] = [
     ("lpa_model", ("server", *WEB)),
+    # what a model is does not know how it is computed
+    *(
+        (f"lpa_model/{name}.py", ("lpa_model.backends",))
+        for name in ("attention", "batch", "cache", "checkpoint", "compare", "config", "layers", "model", "perplexity")
+    ),
+    ("lpa_model/batch.py", ("torch",)),
+    ("lpa_model/backends/base.py", ("torch",)),
+    ("lpa_model/backends/torch", ("lpa_model.backends.cpu", "lpa_model.backends.select")),
+    ("lpa_model/backends/cpu", ("lpa_model.backends.select",)),
+    ("server", ("lpa_model.backends.cpu",)),
     ("server/engine", (*WEB, *OUTER)),
     ("server/errors.py", ("torch", "lpa_model", "server", *WEB)),
     ("server/engine/request.py", ("torch", "lpa_model", "server")),

@@ -16,20 +16,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lpa_model import kernels
-from lpa_model.inference import CompiledRMSNorm
-from lpa_model.kernels import launch, programs, records
-from lpa_model.kernels.attention import KERNELS, DecodeRows, call_of_layer, decode_attention, scratch_of_step
-from lpa_model.kernels.instructions import paired_products
-from lpa_model.kernels.launch import Kernel, compile_kernel
-from lpa_model.kernels.prompts import NO_PROMPTS
+from lpa_model.backends.cpu import kernels
+from lpa_model.backends.cpu.kernels import launch, programs, records
+from lpa_model.backends.cpu.kernels.attention import (
+    KERNELS,
+    DecodeRows,
+    call_of_layer,
+    decode_attention,
+    scratch_of_step,
+)
+from lpa_model.backends.cpu.kernels.launch import Kernel, compile_kernel
+from lpa_model.backends.cpu.kernels.prompts import NO_PROMPTS
+from lpa_model.backends.cpu.packed import CompiledRMSNorm
+from lpa_model.backends.features import instruction_sets
 from lpa_model.layers import RMSNorm
 from tests.conftest import in_pairs, out_of_pairs
 
 SCALE = 0.7
 
 
-PROGRAMS = [programs.KERNELS[name] for name in paired_products()]
+PROGRAMS = [programs.KERNELS[name] for name in instruction_sets() if name in programs.KERNELS]
 NAMES = [*KERNELS.values(), *PROGRAMS]
 
 
@@ -269,21 +275,19 @@ import logging, sys
 if {absent}:
     sys.modules["numba"] = None
 import torch
-from lpa_model.inference import prepare_for_inference
+from lpa_model.backends.cpu.kernels import attention
+from lpa_model.backends.cpu.kernels.launch import compile_kernel
+from lpa_model.backends.cpu.packed import packed_backend
+from lpa_model.batch import Batch, Span
 from tests.conftest import random_model, tiny_config
 
 logging.basicConfig()
-model = random_model(tiny_config())
-prepare_for_inference(model)
-from lpa_model.attention import AttentionMetadata, Span
-from lpa_model.cache import LatentCache
-cache = LatentCache(model.config, "mixed", 4, 8, torch.float32, torch.device("cpu"))
-with torch.inference_mode():
-    for span in (Span(0, 3, [1], False), Span(3, 1, [1], True)):
-        meta = AttentionMetadata.build([span], 8, torch.device("cpu"))
-        hidden = model(torch.arange(span.length), meta, cache)
-assert hidden.isfinite().all()
-assert model.layers[0].attention.kernel.result() is None
+backend = packed_backend(random_model(tiny_config()))
+backend.make_cache("mixed", 4, 8)
+for span in (Span(0, 3, [1], False), Span(3, 1, [1], True)):
+    step = backend.submit(Batch.build(range(span.length), [span], 8), [])
+assert step.hidden.isfinite().all()
+assert compile_kernel(attention.KERNELS[torch.float32]).result() is None
 print("done")
 """
 
@@ -306,8 +310,8 @@ def test_torch_does_it_without_numba(absent: bool, tmp_path: Path) -> None:
 
 CACHED = """
 import sys
-from lpa_model.kernels.launch import _folder, compile_kernel
-kernel = compile_kernel("lpa_model.kernels.norm.rms_norm_bfloat16").result()
+from lpa_model.backends.cpu.kernels.launch import _folder, compile_kernel
+kernel = compile_kernel("lpa_model.backends.cpu.kernels.norm.rms_norm_bfloat16").result()
 assert kernel is not None
 print("numba" in sys.modules, _folder())
 """
@@ -330,7 +334,7 @@ def test_what_is_compiled_at_installation_is_read(tmp_path: Path) -> None:
 
     compiled, folder = compiled_in(tmp_path / "cache")
     assert compiled and folder.parent == tmp_path / "cache"
-    assert [file.name for file in folder.iterdir()] == ["lpa_model.kernels.norm.rms_norm_bfloat16"]
+    assert [file.name for file in folder.iterdir()] == ["lpa_model.backends.cpu.kernels.norm.rms_norm_bfloat16"]
     assert compiled_in(tmp_path / "cache") == (False, folder)
     # a file where a folder should be is a place that root cannot write to either
     (tmp_path / "blocked").write_text("")
@@ -350,4 +354,4 @@ def test_machine_code_that_is_damaged_is_not_run(tmp_path: Path) -> None:
 
 def test_nothing_imports_numba_at_start() -> None:
     code = "import sys, server.cli, server.engine.engine; assert 'numba' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(kernels.__file__).parent.parent.parent)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(kernels.__file__).parents[4])

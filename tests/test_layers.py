@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lpa_model.layers import LayerNorm, LowRankLinear, ReluFFN, RMSNorm, RotaryEmbedding, SwiGLU, projection
+from lpa_model.layers import LayerNorm, LowRankLinear, ReluFFN, RMSNorm, RotaryEmbedding, SwiGLU
 from tests.conftest import tiny_config
 
 LLAMA3 = {
@@ -111,8 +111,7 @@ def dense(layer: torch.nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def test_low_rank_linear_is_the_product_of_its_factors() -> None:
-    layer = projection(6, 5, 2, bias_down=True, bias_up=True, bias_dense=False)
-    assert isinstance(layer, LowRankLinear)
+    layer = LowRankLinear(6, 5, 2, bias_down=True, bias_up=True)
     matrix, bias = dense(layer)
     torch.testing.assert_close(matrix, layer.up.weight @ layer.down.weight)
     torch.testing.assert_close(bias, layer.up.weight @ layer.down.bias + layer.up.bias)
@@ -123,7 +122,9 @@ def test_low_rank_linear_is_the_product_of_its_factors() -> None:
 def test_feed_forward_layers(rank: int | None) -> None:
     torch.manual_seed(0)
     x = torch.randn(7, 6)
-    relu, gated = ReluFFN(6, 9, rank), SwiGLU(6, 9, rank)
+    sizes = {"hidden_size": 6, "num_attention_heads": 1, "intermediate_size": 9, "attention_rank": None}
+    relu = ReluFFN(tiny_config("setting1", **sizes, ffn_rank={"up": rank, "down": [2, rank]}), layer=1)
+    gated = SwiGLU(tiny_config("setting2", **sizes, ffn_rank={"gate": [rank, 5], "up": rank, "down": None}), layer=0)
     (up, up_bias), (down, down_bias) = dense(relu.up_proj), dense(relu.down_proj)
     torch.testing.assert_close(relu(x), (x @ up.T + up_bias).clamp(min=0) @ down.T + down_bias, atol=1e-6, rtol=1e-5)
     assert up_bias.abs().max() > 0 and down_bias.abs().max() > 0

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lpa_model.kernels.launch import compile_kernel
-from lpa_model.kernels.masks import KERNELS, copy_allowed
-from server.engine import plain_rows
+from lpa_model.backends.cpu.kernels.launch import compile_kernel
+from lpa_model.backends.cpu.kernels.masks import KERNELS, copy_allowed
+from lpa_model.backends.torch import rows as torch_rows
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -35,6 +35,6 @@ def test_what_a_mask_forbids_is_minus_infinity(
     )
     kernel = compile_kernel(KERNELS[dtype]).result()
     assert kernel is not None
-    for found in (copy_allowed(kernel, logits, masks), plain_rows.copy_allowed(logits, masks)):
+    for found in (copy_allowed(kernel, logits, masks), torch_rows.copy_allowed(logits, masks)):
         assert found.dtype is torch.float32
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)

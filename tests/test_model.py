@@ -9,8 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lpa_model.attention import AttentionMetadata, Span
-from lpa_model.cache import LatentCache
 from lpa_model.config import Architecture, LPAConfig
 from lpa_model.model import LPAForCausalLM
 from tests.conftest import random_model, tiny_config
@@ -22,11 +20,15 @@ CASES: list[tuple[Architecture, dict[str, Any]]] = [
     ("setting1", {"attention_rank": None, "ffn_rank": 7}),
     ("setting1", {"attention_rank": PER_LAYER, "num_key_value_heads": 2, "head_dim": 6, "lm_head_bias": True}),
     ("setting1", {"tie_word_embeddings": True, "norm_eps": 0.1}),
+    ("setting1", {"ffn_rank": {"up": [7, None], "down": [None, 5]}}),
     ("setting2", {}),
     ("setting2", {"attention_rank": None, "ffn_rank": 7, "rope_theta": 50.0}),
     ("setting2", {"attention_rank": PER_LAYER, "num_key_value_heads": 2, "head_dim": 6, "lm_head_bias": True}),
     ("setting2", {"attention_bias": True, "num_key_value_heads": 1, "rope_scaling": LINEAR}),
     ("setting2", {"attention_bias": True, "attention_rank": None, "tie_word_embeddings": True, "norm_eps": 0.1}),
+    ("setting2", {"ffn_rank": {"gate": None, "up": [7, 9], "down": [None, 5]}}),
+    ("setting2", {"qk_norm": True, "num_key_value_heads": 2, "norm_eps": 0.1}),
+    ("setting2", {"qk_norm": True, "attention_rank": None, "attention_bias": True, "head_dim": 6}),
 ]
 
 
@@ -89,8 +91,10 @@ class Naive:
         outputs = []
         for head in range(heads):
             shared = head // (heads // self.config.kv_heads) * width
-            query = self.turned(q[:, head * width : (head + 1) * width])
-            key, value = self.turned(k[:, shared : shared + width]), v[:, shared : shared + width]
+            query, key = q[:, head * width : (head + 1) * width], k[:, shared : shared + width]
+            if self.config.qk_norm:
+                query, key = self.norm(f"{at}attention.q_norm", query), self.norm(f"{at}attention.k_norm", key)
+            query, key, value = self.turned(query), self.turned(key), v[:, shared : shared + width]
             rows = [(key[: t + 1] @ query[t] / math.sqrt(width)).softmax(0) @ value[: t + 1] for t in range(len(x))]
             outputs.append(torch.stack(rows))
         return self.linear(f"{at}attention.o_proj", torch.cat(outputs, 1))
@@ -115,22 +119,19 @@ def bfloat16_model(config: LPAConfig) -> LPAForCausalLM:
 
 
 def bfloat16_run(config: LPAConfig) -> tuple[list[torch.dtype], Tensor, LPAForCausalLM]:
-    """(dtype of the stream after every block, logits of a cached prefill and a decode step, the model)."""
+    """(dtype of the stream after every block, logits of four tokens, the model)."""
     model = bfloat16_model(config)
     streams: list[torch.dtype] = []
     for layer in model.layers:
         layer.register_forward_hook(lambda _module, _inputs, output: streams.append(output.dtype))
-    cache = LatentCache(config, config.default_cache_layout(), 2, 8, torch.bfloat16, torch.device("cpu"))
-    prefill = AttentionMetadata.build([Span(0, 3, [1], False)], 8, torch.device("cpu"))
-    decode = AttentionMetadata.build([Span(3, 1, [1], True)], 8, torch.device("cpu"))
-    hidden = [model(torch.tensor([5, 6, 7]), prefill, cache), model(torch.tensor([8]), decode, cache)]
-    return streams, model.logits(torch.cat(hidden)), model
+    hidden = model(torch.tensor([[5, 6, 7, 8]]))[0]
+    return streams, model.logits(hidden), model
 
 
 def test_stream_and_logits_are_float32_with_bfloat16_weights(architecture: Architecture) -> None:
     config = tiny_config(architecture, hidden_size=16, num_attention_heads=2, attention_rank=4, intermediate_size=8)
     streams, logits, model = bfloat16_run(config)
-    assert streams == [torch.float32] * 4
+    assert streams == [torch.float32] * 2
     assert logits.dtype == torch.float32
     expected = Naive(model).logits([5, 6, 7, 8])
     assert (logits.log_softmax(-1) - expected.log_softmax(-1)).abs().max() < 0.1

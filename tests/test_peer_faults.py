@@ -191,15 +191,15 @@ def test_14_no_route_but_the_probes_goes_without_the_key(tiny_checkpoints: dict[
 def test_15_infinite_logprobs_are_numbers_that_json_has(
     served: Served, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer
 ) -> None:
-    model = served.engine.runner.model
-    plain = model.head
+    backend: Any = served.engine.runner.backend
+    plain = backend.head
 
     def with_holes(hidden: Any) -> Any:
         logits = plain(hidden).clone()
         logits[..., 7:] = -float("inf")
         return logits
 
-    monkeypatch.setattr(model, "head", with_holes)
+    monkeypatch.setattr(backend, "head", with_holes)
     response = served.post("/v1/completions", prompt=[5, 9, 3], echo=True, logprobs=20, max_tokens=2)
     text = response.text
     assert response.status_code == 200

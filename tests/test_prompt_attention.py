@@ -11,21 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lpa_model.attention import AttentionMetadata, Span
-from lpa_model.kernels import records
-from lpa_model.kernels.attention import call_of_layer
-from lpa_model.kernels.instructions import paired_products
-from lpa_model.kernels.launch import compile_kernel
-from lpa_model.kernels.programs import KERNELS, Program
-from lpa_model.kernels.prompts import NO_PROMPTS
+from lpa_model.backends.cpu.kernels import records
+from lpa_model.backends.cpu.kernels.attention import call_of_layer
+from lpa_model.backends.cpu.kernels.launch import compile_kernel
+from lpa_model.backends.cpu.kernels.programs import KERNELS, Program
+from lpa_model.backends.cpu.kernels.prompts import NO_PROMPTS, PromptRows
+from lpa_model.backends.features import instruction_sets
+from lpa_model.batch import Batch, Span
 from tests.conftest import in_pairs
 
+PROGRAM_SETS = [name for name in instruction_sets() if name in KERNELS]
 pytestmark = pytest.mark.skipif(
-    not paired_products(), reason="the kernel needs a processor that multiplies pairs of bfloat16"
+    not PROGRAM_SETS, reason="the kernel needs a processor that multiplies pairs of bfloat16"
 )
 
 BLOCK_SIZE = 64
-INSTRUCTIONS = st.sampled_from(paired_products() or ["none"])
+INSTRUCTIONS = st.sampled_from(PROGRAM_SETS or ["none"])
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Texts:
         program.widest = heads * width
         call = call_of_layer(queries, new_keys, new_values, *pools, out, width**-0.5, turns=None)
         spans = [Span(context, length, table, False, self.branches) for table in order.tolist()]
-        rows = AttentionMetadata.build(spans, BLOCK_SIZE, torch.device("cpu")).prompt_rows
+        rows = PromptRows.of(Batch.build([0] * sum(span.length for span in spans), spans, BLOCK_SIZE))
         tiled_values = torch.full((keys.shape[2] * width, rows.value_tiles * 32), torch.nan, dtype=torch.bfloat16)
         for name, value in (NO_PROMPTS | call | rows.fields | {"tiled_values": tiled_values.data_ptr()}).items():
             program.calls[name] = value
@@ -119,7 +120,7 @@ def test_a_query_depends_on_what_it_sees_alone(case: Texts, data: st.DataObject)
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("instructions", paired_products())
+@pytest.mark.parametrize("instructions", PROGRAM_SETS)
 def test_what_is_not_a_number_stays_where_it_is_seen(instructions: str) -> None:
     generator = torch.Generator().manual_seed(0)
     q, keys, values = (torch.randn(2, 70, 2, 32, generator=generator).bfloat16() for _ in range(3))

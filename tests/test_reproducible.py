@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from lpa_model.backends import select
 from lpa_model.config import Architecture
-from lpa_model.kernels.instructions import paired_products
 from server.engine.engine import Engine
 from server.engine.request import Request, SamplingParams
 from tests.conftest import tiny_config, write_checkpoint
@@ -42,7 +42,7 @@ def alone(tiny_checkpoint: Path) -> list[list[float]]:
     return [scores([scoring("x", ids)], engine)["x"] for ids in TEXTS]
 
 
-@pytest.mark.parametrize("layout", ["latent", "mixed", "full"])
+@pytest.mark.parametrize("layout", ["auto", "mixed", "full"])
 @pytest.mark.parametrize("budget", [5, 17, 64, 200, 2048])
 def test_scores_do_not_depend_on_chunks_or_company(
     tiny_checkpoint: Path, alone: list[list[float]], layout: str, budget: int
@@ -60,7 +60,7 @@ def test_scores_do_not_depend_on_chunks_or_company(
     ]
     together = scores([*streams, *(scoring(f"t{i}", ids) for i, ids in enumerate(TEXTS))], engine)
     assert [together[f"t{i}"] for i in range(len(TEXTS))] == singles
-    if layout == engine.runner.model.config.default_cache_layout():
+    if layout == "auto":
         assert singles == alone
 
 
@@ -75,8 +75,10 @@ def test_scores_do_not_depend_on_prefix_hits(tiny_checkpoint: Path, alone: list[
     assert engine.take_stats().prefix_cache_hits > 0
 
 
-DTYPES = ["float32", *(["bfloat16"] if paired_products() else [])]
 TILES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 32, "attention_rank": 32}
+INVARIANT = [
+    name for name in ("float32", "bfloat16") if select.choose(tiny_config(**TILES), dtype=name).batch_invariant
+]
 Generated = dict[str, tuple[list[int], list[float]]]
 
 
@@ -110,7 +112,7 @@ def generated(engine: Engine, requests: list[Request]) -> Generated:
     return found
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", INVARIANT)
 @pytest.mark.parametrize("architecture", ["setting1", "setting2"])
 def test_streams_do_not_depend_on_company_chunks_hits_or_preemption(
     folders: dict[Architecture, Path], architecture: Architecture, dtype: str
@@ -134,13 +136,24 @@ def test_streams_do_not_depend_on_company_chunks_hits_or_preemption(
         assert tight.take_stats().preemptions > 0
 
 
+def test_norms_of_keys_and_mixed_ranks_do_not_depend_on_company_or_chunks(tmp_path: Path) -> None:
+    config = tiny_config(**TILES, qk_norm=True, ffn_rank={"gate": None, "up": [7, None], "down": 5})
+    folder = write_checkpoint(tmp_path / "model", config)
+    options: dict[str, Any] = {"dtype": "float32", "batch_invariant": True, "kv_cache_memory": 1 << 22}
+    alone: Generated = {}
+    for request in streams(3):
+        alone |= generated(make_engine(folder, **options, enable_prefix_caching=False), [request])
+    assert generated(make_engine(folder, **options), streams(3)) == alone
+    assert generated(make_engine(folder, **options, max_num_batched_tokens=19), streams(3)) == alone
+
+
 def _memory(engine: Engine, blocks: int) -> int:
     """Bytes of a cache of so many blocks."""
     cache = engine.runner.cache
     return blocks * sum(pool[0].nbytes for pool in (*cache.keys, *cache.values))
 
 
-@pytest.mark.skipif(not paired_products(), reason="in bfloat16 it needs a processor that multiplies pairs of it")
+@pytest.mark.skipif("bfloat16" not in INVARIANT, reason="no backend here keeps bits in bfloat16")
 @pytest.mark.parametrize("architecture", ["setting1", "setting2"])
 def test_bfloat16_scores_do_not_depend_on_chunks_company_or_hits(
     folders: dict[Architecture, Path], architecture: Architecture
@@ -164,11 +177,17 @@ def test_bfloat16_scores_do_not_depend_on_chunks_company_or_hits(
     drain(cached)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_it_is_refused_where_it_cannot_be_kept(folders: dict[Architecture, Path], dtype: str) -> None:
-    options: dict[str, Any] = {"dtype": dtype, "kv_cache_layout": "latent", "block_size": 32}
-    with pytest.raises(ValueError, match="batch_invariant: needs a CPU"):
-        make_engine(folders["setting2"], **options, batch_invariant=True)
-    assert not make_engine(folders["setting2"], **options).scheduler.replays
-    assert not make_engine(folders["setting2"], batch_invariant=False).scheduler.replays
-    assert make_engine(folders["setting2"]).scheduler.replays
+def test_it_is_refused_where_it_cannot_be_kept(
+    folders: dict[Architecture, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert make_engine(folders["setting2"], block_size=32).scheduler.replays
+    assert not make_engine(folders["setting2"], block_size=32, batch_invariant=False).scheduler.replays
+    monkeypatch.setattr(select, "CANDIDATES", select.CANDIDATES[-1:])
+    assert not make_engine(folders["setting2"]).scheduler.replays
+    with pytest.raises(ValueError, match="batch_invariant: the backend torch is not"):
+        make_engine(folders["setting2"], batch_invariant=True)
+
+
+def test_rotary_keys_are_not_cached_as_latents_on_a_cpu(folders: dict[Architecture, Path]) -> None:
+    with pytest.raises(ValueError, match=r"kv_cache_layout: latent would rebuild .* take mixed"):
+        make_engine(folders["setting2"], kv_cache_layout="latent")

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lpa_model.kernels.launch import compile_kernel
-from lpa_model.kernels.row_scores import KERNELS, RowScores, row_scores
+from lpa_model.backends.cpu.kernels.launch import compile_kernel
+from lpa_model.backends.cpu.kernels.row_scores import KERNELS, row_scores
+from lpa_model.backends.torch.rows import RowScores
 
 DTYPES = [torch.bfloat16, torch.float32]
 

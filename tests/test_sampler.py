@@ -6,11 +6,9 @@ import itertools
 import math
 import random
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,18 +16,36 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine import plain_rows, sampler
+from lpa_model.backends.base import Mask, SamplingRow, Scores, uniform
+from lpa_model.backends.cpu.logits import kernel_rows
+from lpa_model.backends.torch import rows as torch_rows
+from lpa_model.backends.torch import sampling
+from lpa_model.backends.torch.sampling import TORCH_ROWS, RowOps
 from server.engine.request import Request, SamplingParams
-from server.engine.sampler import SamplingRow, sample, score, uniform
 from server.engine.sampling_state import SamplingState
 
 VOCAB = 40
 PROMPT = [3, 5, 5, 9]
 
 
+def kernels(dtype: torch.dtype = torch.float32) -> RowOps:
+    """What a CPU samples with; there are no kernels for other types."""
+    return kernel_rows(dtype) if dtype in (torch.float32, torch.bfloat16) else TORCH_ROWS
+
+
+def sample(
+    logits: torch.Tensor, rows: list[SamplingRow], masks: list[Mask | None] | None = None, ops: RowOps | None = None
+) -> list[int]:
+    return sampling.sample(logits, rows, masks or [None] * len(rows), ops or kernels(logits.dtype))
+
+
+def score(logits: torch.Tensor, targets: torch.Tensor, top: int, ops: RowOps | None = None) -> Scores:
+    return sampling.score(logits, targets, top, ops or kernels(logits.dtype))
+
+
 def row(draw: float = 0.5, **keys: Any) -> SamplingRow:
     """A row without a past."""
-    return SamplingRow(params=SamplingParams(**keys), draws=lambda attempt: draw)
+    return row_after([], draw, eos=None, **keys)
 
 
 def row_after(generated: list[int], draw: float, eos: int | None = 0, **keys: Any) -> SamplingRow:
@@ -37,9 +53,9 @@ def row_after(generated: list[int], draw: float, eos: int | None = 0, **keys: An
     request = Request("r", PROMPT, SamplingParams(max_tokens=50, **keys))
     state = SamplingState(request, eos)
     for token in generated:
-        state.row(request)
+        state.row(request, 0)
         request.token_ids.append(token)
-    return replace(state.row(request), draws=lambda attempt: draw)
+    return replace(state.row(request, 0), draws=lambda attempt: draw)
 
 
 def mask_of(tokens: set[int]) -> np.ndarray:
@@ -139,10 +155,9 @@ def test_every_parameter_equals_its_definition(
         logits = logits.round()
     params = SamplingParams(**keys)
     it = row_after(generated, draw, **keys)
-    it = replace(it, grammar_mask=None if grammar is None else mask_of(grammar))
+    mask = None if grammar is None else mask_of(grammar)
     before = logits.clone()
-    with nullcontext() if compiled else patch.object(sampler, "_kernel", lambda names, logits: None):
-        (token,) = sample(logits[None], [it])
+    (token,) = sample(logits[None], [it], [mask], kernels() if compiled else TORCH_ROWS)
     assert torch.equal(logits, before)
 
     steered = steer(logits.tolist(), params, generated, grammar)
@@ -170,24 +185,22 @@ def test_a_row_does_not_depend_on_its_company(
     many: list[tuple[dict[str, Any], list[int], set[int] | None, float]], seed: int
 ) -> None:
     logits = torch.randn(len(many), VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
-    rows = []
-    for keys, generated, grammar, draw in many:
-        it = row_after(generated, draw, **keys)
-        rows.append(replace(it, grammar_mask=None if grammar is None else mask_of(grammar)))
-    together = sample(logits, rows)
-    assert together == [sample(logits[i : i + 1], [it])[0] for i, it in enumerate(rows)]
-    assert together[::-1] == sample(logits.flip(0), rows[::-1])
+    rows = [row_after(generated, draw, **keys) for keys, generated, _, draw in many]
+    masks = [None if grammar is None else mask_of(grammar) for _, _, grammar, _ in many]
+    together = sample(logits, rows, masks)
+    assert together == [sample(logits[i : i + 1], [it], [masks[i]])[0] for i, it in enumerate(rows)]
+    assert together[::-1] == sample(logits.flip(0), rows[::-1], masks[::-1])
 
 
 def test_sums_and_scores_of_a_row_are_the_same_bits_in_any_batch(two_threads: None) -> None:
     """A vocabulary that is no multiple of anything, and enough of it for one row's sum to be split among threads."""
     logits = torch.randn(17, 70001, generator=torch.Generator().manual_seed(0)).bfloat16().float()
     weights = (logits - logits.amax(-1, keepdim=True)).exp()
-    sums = plain_rows._block_sums(weights).sum(-1)
+    sums = torch_rows._block_sums(weights).sum(-1)
     targets = torch.arange(17) * 7
     whole = score(logits, targets, 5)
     for i in (0, 1, 16):
-        assert torch.equal(sums[i : i + 1], plain_rows._block_sums(weights[i : i + 1]).sum(-1))
+        assert torch.equal(sums[i : i + 1], torch_rows._block_sums(weights[i : i + 1]).sum(-1))
         one = score(logits[i : i + 1], targets[i : i + 1], 5)
         assert (one.logprobs[0], one.ranks[0]) == (whole.logprobs[i], whole.ranks[i])
         assert (one.top_ids[0], one.top_logprobs[0]) == (whole.top_ids[i], whole.top_logprobs[i])
@@ -203,8 +216,8 @@ def test_draws_of_a_large_vocabulary_are_what_sorting_would_keep(scale: float, c
     logits = logits.bfloat16().float() if coarse else logits
     weights, order = (logits - logits.max()).exp().double().sort(descending=True, stable=True)
     for top_k, top_p in [(1, 1.0), (17, 1.0), (2500, 1.0), (9999, 1.0), (0, 0.5), (0, 0.999), (1000, 0.8), (3, 0.01)]:
-        params = SamplingParams(top_k=top_k, top_p=top_p)
-        rows = [SamplingRow(params=params, draws=partial(uniform, 1, 0, i)) for i in range(300)]
+        one = row(top_k=top_k, top_p=top_p)
+        rows = [replace(one, draws=partial(uniform, 1, 0, i)) for i in range(300)]
         drawn = torch.tensor(sample(logits.expand(300, -1), rows))
         mine = weights[:top_k] if top_k else weights
         first = torch.searchsorted(-mine, -mine)  # of those that are equal
@@ -260,7 +273,7 @@ def test_hashed_draws_pass_a_chi_square_test(keys: dict[str, Any], step: float) 
     logits = logits.round() if step else logits
     count = 6000
     params = SamplingParams(**keys)
-    rows = [SamplingRow(params=params, draws=partial(uniform, 7, 0, i)) for i in range(count)]
+    rows = [replace(row(**keys), draws=partial(uniform, 7, 0, i)) for i in range(count)]
     counts = Counter(sample(logits.expand(count, -1), rows))
     expected = distribution(logits.tolist(), params)
     assert set(counts) <= set(expected)
@@ -281,9 +294,9 @@ def test_a_grammar_wins_over_everything() -> None:
     logits = torch.zeros(1, VOCAB)
     keys = {"logit_bias": ((1, 100.0),), "allowed_token_ids": (1, 2), "bad_words": ((2,),), "temperature": 0.0}
     assert sample(logits, [row_after([], 0.0, **keys)]) == [1]
-    assert sample(logits, [replace(row_after([], 0.0, **keys), grammar_mask=mask_of({7, 9}))]) == [7]
-    ends = replace(row_after([], 0.0, min_tokens=5), grammar_mask=mask_of({0}))  # the end of the text is all there is
-    assert sample(logits, [ends]) == [0]
+    assert sample(logits, [row_after([], 0.0, **keys)], [mask_of({7, 9})]) == [7]
+    # the end of the text is all there is
+    assert sample(logits, [row_after([], 0.0, min_tokens=5)], [mask_of({0})]) == [0]
 
 
 def test_bad_words_look_at_generated_tokens_only() -> None:
@@ -305,8 +318,8 @@ def test_counts_are_kept_up(generated: list[int], unasked: int) -> None:
     for i, token in enumerate(generated):
         request.token_ids.append(token)
         if i % (unasked + 1) == 0:
-            state.row(request)
-    it = state.row(request)
+            state.row(request, 0)
+    it = state.row(request, 0)
     assert it.seen is not None and it.counts is not None
     found = dict(zip(it.seen.tolist(), it.counts.tolist(), strict=True))
     assert found == {token: generated.count(token) for token in {*PROMPT, *generated}}
@@ -355,7 +368,7 @@ def test_ranks_and_best_equal_a_stable_sort(seed: int, rows: int, top: int, step
 
 @pytest.mark.parametrize("top", [0, 1, 6])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_scores_without_a_kernel_are_the_same(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, top: int) -> None:
+def test_scores_without_a_kernel_are_the_same(dtype: torch.dtype, top: int) -> None:
     """Where logits are not finite too."""
     logits = (torch.randn(20, VOCAB, generator=torch.Generator().manual_seed(5)) * 2).round()  # many equal ones
     for i, bad in enumerate((math.nan, -math.nan, math.inf, -math.inf)):
@@ -365,8 +378,7 @@ def test_scores_without_a_kernel_are_the_same(monkeypatch: pytest.MonkeyPatch, d
     targets = torch.arange(20) % 10
     logits = logits.to(dtype)
     compiled = score(logits, targets, top)
-    monkeypatch.setattr(sampler, "_kernel", lambda names, logits: None)
-    plain = score(logits, targets, top)
+    plain = score(logits, targets, top, TORCH_ROWS)
     assert (compiled.ranks, compiled.top_ids) == (plain.ranks, plain.top_ids)
     assert compiled.logprobs == pytest.approx(plain.logprobs, rel=1e-6, nan_ok=True)
     for found, expected in zip(compiled.top_logprobs, plain.top_logprobs, strict=True):
@@ -380,7 +392,14 @@ def test_what_numpy_does_on_a_cpu_torch_does_elsewhere(monkeypatch: pytest.Monke
     targets = torch.arange(20)
     asked: list[dict[str, Any]] = [{"temperature": 0.0}, {"top_k": 3}, {"top_k": 7, "top_p": 0.5}, {"top_p": 0.5}]
     rows = [row(i / 20, **asked[i % 4]) for i in range(20)]
-    monkeypatch.setattr(sampler, "_kernel", lambda names, logits: None)
-    expected = sample(logits, rows), score(logits, targets, 0), score(logits, targets, 6)
-    monkeypatch.setattr(plain_rows, "_in_numpy", lambda tensor: False)
-    assert (sample(logits, rows), score(logits, targets, 0), score(logits, targets, 6)) == expected
+
+    def found() -> tuple[list[int], Scores, Scores]:
+        return (
+            sample(logits, rows, ops=TORCH_ROWS),
+            score(logits, targets, 0, TORCH_ROWS),
+            score(logits, targets, 6, TORCH_ROWS),
+        )
+
+    expected = found()
+    monkeypatch.setattr(torch_rows, "_in_numpy", lambda tensor: False)
+    assert found() == expected

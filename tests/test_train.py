@@ -152,6 +152,19 @@ def test_learning_rate_rises_in_a_line_and_falls_along_a_cosine() -> None:
     assert [config.rate(step) for step in (10, 60, 110)] == pytest.approx([1.0, 0.55, 0.1])
 
 
+@pytest.mark.parametrize("config", [CONFIG, MUON], ids=["adamw", "muon"])
+def test_mixed_ranks_and_norms_of_keys_learn(tmp_path: Path, config: TrainConfig) -> None:
+    mixed = tiny_config(ffn_rank={"gate": None, "up": [7, None], "down": 5}, qk_norm=True)
+    before = LPAForCausalLM(mixed)
+    initialize(before, config.seed)
+    steps = run(tmp_path, config, model=mixed)
+    assert steps[-1].loss < 0.8 * steps[0].loss
+    assert steps[0].loss == pytest.approx(math.log(300), rel=0.2)
+    for name, tensor in weights(tmp_path).items():
+        assert not torch.equal(tensor, before.get_parameter(name)), name
+    assert load_model(tmp_path / "model", torch.float32, CPU).config == mixed
+
+
 def test_data_too_short_for_a_sequence_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="sequence_length"):
         run(tmp_path, dataclasses.replace(CONFIG, sequence_length=4096, batch_tokens=4096))

@@ -1,7 +1,7 @@
 """Export to dense LLaMA: every low-rank pair becomes the product of its two matrices.
 
-What is written is an ordinary LlamaForCausalLM folder, so any server of dense models can run the model, without what
-its structure saves.
+What is written is an ordinary LlamaForCausalLM folder, or Qwen3ForCausalLM (LLaMA with `qk_norm`), so any server of
+dense models can run the model, without what its structure saves.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from lpa_model.checkpoint import CheckpointError, load_config, load_model, load_tokenizer
-from lpa_model.config import PROJECTIONS, LPAConfig
+from lpa_model.config import ATTENTION_PROJECTIONS, LPAConfig
 from lpa_model.layers import LowRankLinear
 from lpa_model.model import LPAForCausalLM, Setting2Block
 
@@ -66,14 +66,14 @@ def inexpressible(config: LPAConfig) -> str | None:
 
 
 def llama_config(config: LPAConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The `config.json` of a LlamaForCausalLM, in the keys that every reader's version knows."""
+    """The `config.json` of a Llama- or Qwen3ForCausalLM, in the keys that every reader's version knows."""
     scaling = None
     if config.rope_scaling is not None:
         scaling = {key: value for key, value in config.rope_scaling.items() if key != "type"}
         scaling["rope_type"] = config.rope_scaling.get("rope_type", config.rope_scaling.get("type"))
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
+        "model_type": "qwen3" if config.qk_norm else "llama",
         "torch_dtype": str(dtype).removeprefix("torch."),
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -94,13 +94,13 @@ def llama_config(config: LPAConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def llama_tensors(model: LPAForCausalLM) -> dict[str, Tensor]:
-    """LLaMA's tensors by name: merged ones in float64, the others as they are. A tied head is left out."""
+    """LLaMA's (Qwen3's) tensors by name: merged ones in float64, the others as they are. A tied head is left out."""
     config = model.config
     tensors: dict[str, Tensor] = {"model.embed_tokens.weight": model.embed_tokens.weight}
     for i, block in enumerate(model.layers):
         assert isinstance(block, Setting2Block), "setting 1 was refused"
         prefix = f"model.layers.{i}"
-        for name in PROJECTIONS:
+        for name in ATTENTION_PROJECTIONS:
             weight, bias = _merge(getattr(block.attention, f"{name}_proj"))
             tensors[f"{prefix}.self_attn.{name}_proj.weight"] = weight
             if config.attention_bias:  # LLaMA has it on all four or none; ours is not on the output
@@ -109,6 +109,9 @@ def llama_tensors(model: LPAForCausalLM) -> dict[str, Tensor]:
                 )
         for part in ("gate", "up", "down"):
             tensors[f"{prefix}.mlp.{part}_proj.weight"], _ = _merge(getattr(block.ffn, f"{part}_proj"))
+        for which, norm in (("q", block.attention.q_norm), ("k", block.attention.k_norm)):
+            if norm is not None:
+                tensors[f"{prefix}.self_attn.{which}_norm.weight"] = norm.weight
         tensors[f"{prefix}.input_layernorm.weight"] = block.attention_norm.weight
         tensors[f"{prefix}.post_attention_layernorm.weight"] = block.ffn_norm.weight
     assert model.norm is not None, "setting 2 has a final norm"

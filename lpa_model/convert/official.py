@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from lpa_model.checkpoint import CheckpointError, read_tokenizer, save_checkpoint
-from lpa_model.config import LPAConfig
+from lpa_model.config import ATTENTION_PROJECTIONS, FFN_PROJECTIONS, LPAConfig, Projection, Rank, RankSpec
 from lpa_model.model import LPAForCausalLM
 
 EMBEDDING = "lpa.token_embedding.weight"
@@ -173,18 +173,22 @@ def _setting1(
     positions, _ = _matrix(tensors, POSITIONS)
     if max_positions not in (None, positions):
         raise CheckpointError(f"--max-position-embeddings: the checkpoint has {positions} positions")
-    rank, width = _projection(tensors, "attention.query_proj")
-    low_rank_ffn = any(f"{BLOCK}.0.fc.{i}.weight" in tensors for i in (1, 3, 4))
+    layers = range(_num_layers(tensors))
+    attention = {
+        name: [_projection(tensors, f"{BLOCK}.{layer}.{SETTING1[f'attention.{name}_proj']}")[0] for layer in layers]
+        for name in ATTENTION_PROJECTIONS
+    }
+    ffn = [_relu_ffn(tensors, layer) for layer in layers]
     return {
         "architecture": "setting1",
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
-        "intermediate_size": _matrix(tensors, f"{BLOCK}.0.fc.{1 if low_rank_ffn else 0}.weight")[0],
-        "ffn_rank": _matrix(tensors, f"{BLOCK}.0.fc.0.weight")[0] if low_rank_ffn else None,
-        "num_hidden_layers": _num_layers(tensors),
-        "attention_rank": rank,
+        "intermediate_size": ffn[0][2],
+        "ffn_rank": _shortest({"up": [up for up, _, _ in ffn], "down": [down for _, down, _ in ffn]}),
+        "num_hidden_layers": len(layers),
+        "attention_rank": _shortest(attention),
         "max_position_embeddings": positions,
-        **_heads(num_heads, width),
+        **_heads(num_heads, _projection(tensors, f"{BLOCK}.0.attention.query_proj")[1]),
     }
 
 
@@ -198,8 +202,17 @@ def _setting2(
         )
     vocab_size, hidden_size = _matrix(tensors, EMBEDDING)
     layers = _num_layers(tensors)
-    rank, width = _projection(tensors, "attention.q_proj")
-    ffn_rank, ffn_width = _projection(tensors, "ffn.gate_proj")
+    _, width = _projection(tensors, f"{BLOCK}.0.attention.q_proj")
+    _, ffn_width = _projection(tensors, f"{BLOCK}.0.ffn.gate_proj")
+
+    def ranks(part: str, names: tuple[Projection, ...]) -> RankSpec:
+        return _shortest(
+            {
+                name: [_projection(tensors, f"{BLOCK}.{layer}.{part}.{name}_proj")[0] for layer in range(layers)]
+                for name in names
+            }
+        )
+
     if _buffer_name(0) in tensors:
         num_heads, rope_theta = _rotary(tensors, layers, width, num_heads, rope_theta)
     for flag, value in (("--num-heads", num_heads), ("--rope-theta", rope_theta)):
@@ -210,9 +223,9 @@ def _setting2(
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "intermediate_size": ffn_width,
-        "ffn_rank": ffn_rank,
+        "ffn_rank": ranks("ffn", FFN_PROJECTIONS["setting2"]),
         "num_hidden_layers": layers,
-        "attention_rank": rank,
+        "attention_rank": ranks("attention", ATTENTION_PROJECTIONS),
         "max_position_embeddings": max_positions,
         "rope_theta": rope_theta,
         **_heads(num_heads, width),
@@ -229,12 +242,33 @@ def _matrix(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
     return rows, columns
 
 
-def _projection(tensors: Mapping[str, Tensor], module: str) -> tuple[int | None, int]:
-    """(rank or None, output width) of a projection of the first block; the others must agree with it."""
-    dense, down, up = (f"{BLOCK}.0.{module}{part}.weight" for part in ("", ".0", ".1"))
+def _projection(tensors: Mapping[str, Tensor], module: str) -> tuple[Rank, int]:
+    """(rank, output width) of a projection."""
+    dense, down, up = (f"{module}{part}.weight" for part in ("", ".0", ".1"))
     if down in tensors or up in tensors:
         return _matrix(tensors, down)[0], _matrix(tensors, up)[0]
     return None, _matrix(tensors, dense)[0]
+
+
+def _relu_ffn(tensors: Mapping[str, Tensor], layer: int) -> tuple[Rank, Rank, int]:
+    """(rank up, rank down, width between them) of a feed-forward layer in setting 1, both low-rank or both dense."""
+    at = f"{BLOCK}.{layer}.fc"
+    if any(f"{at}.{i}.weight" in tensors for i in (1, 3, 4)):
+        return (
+            _matrix(tensors, f"{at}.0.weight")[0],
+            _matrix(tensors, f"{at}.3.weight")[0],
+            _matrix(tensors, f"{at}.1.weight")[0],
+        )
+    return None, None, _matrix(tensors, f"{at}.0.weight")[0]
+
+
+def _shortest(ranks: Mapping[Projection, list[Rank]]) -> RankSpec:
+    """The shortest way to write down ranks that are given per projection and layer."""
+    short: dict[str, Rank | list[Rank]] = {
+        name: of_layers[0] if len(set(of_layers)) == 1 else of_layers for name, of_layers in ranks.items()
+    }
+    first, *others = short.values()
+    return short if isinstance(first, list) or any(other != first for other in others) else first
 
 
 def _num_layers(tensors: Mapping[str, Tensor]) -> int:

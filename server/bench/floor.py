@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from lpa_model.config import PROJECTIONS, CacheLayout, LPAConfig
+from lpa_model.config import CacheLayout, LPAConfig
 
 REPEATS = 20
 GEMM_ROWS = 1024
@@ -75,16 +75,8 @@ def _head(config: LPAConfig) -> int:
 
 def _body(config: LPAConfig) -> int:
     """Numbers in the matrices that every token meets, the head's aside."""
-
-    def matrix(width_in: int, width_out: int, rank: int | None) -> int:
-        return width_in * width_out if rank is None else rank * (width_in + width_out)
-
-    gates = 2 if config.architecture == "setting1" else 3
-    total = config.num_hidden_layers * gates * matrix(config.hidden_size, config.intermediate_size, config.ffn_rank)
-    for layer in range(config.num_hidden_layers):
-        for name in PROJECTIONS:
-            total += matrix(*config.projection_sizes(name), config.rank(name, layer))
-    return total
+    layers = range(config.num_hidden_layers)
+    return sum(config.weight_count(name, layer) for layer in layers for name in config.projections)
 
 
 def _decode_attention(config: LPAConfig, layout: CacheLayout, layer: int) -> int:

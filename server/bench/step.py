@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lpa_model.backends.features import resolve_dtype
 from lpa_model.cache import bytes_per_token
-from lpa_model.checkpoint import load_config, resolve_dtype
+from lpa_model.checkpoint import load_config
 from lpa_model.config import CacheLayout, LPAConfig
 from server.bench.floor import Machine, Work, decode_work, measure_machine, prompt_work
 from server.bench.stopwatch import Stopwatch
@@ -153,8 +154,8 @@ def _watching(engine: Engine) -> Iterator[Stopwatch]:
     watch, runner = Stopwatch(), engine.runner
     with (
         watch.watch(runner, "run", "run"),
-        watch.watch(runner.model, "forward", "forward"),
-        watch.watch(runner.model, "head", "head"),
+        watch.watch(runner.backend, "submit", "forward"),
+        watch.watch(runner.backend, "head", "head"),
         watch.watch(Detokenizer, "append", "detokenization"),
     ):
         yield watch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -78,6 +79,26 @@ def flag(name: str, annotation: Any, text: str, default: object, metavar: str | 
         text += f" [default: {default if annotation is not bool else 'yes' if default else 'no'}]"
     option = typer.Option(None, names, help=text, show_default=False, metavar=metavar)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation | None)
+
+
+RANK_HELP = "Rank of every {} projection, or dense."
+AttentionRank = Annotated[
+    str | None, typer.Option(help=RANK_HELP.format("attention"), metavar="N|dense", show_default="the model's own")
+]
+FFNRank = Annotated[
+    str | None, typer.Option(help=RANK_HELP.format("feed-forward"), metavar="N|dense", show_default="the model's own")
+]
+
+
+def with_ranks(config: LPAConfig, attention_rank: str | None, ffn_rank: str | None) -> LPAConfig:
+    """The config with other ranks, where they are given; ValueError for one that is neither a number nor `dense`."""
+    changes: dict[str, int | None] = {}
+    for key, given in (("attention_rank", attention_rank), ("ffn_rank", ffn_rank)):
+        if given is not None:
+            if given != "dense" and not given.isdecimal():
+                raise ValueError(f"{key}: {given!r} is neither a number nor dense")
+            changes[key] = None if given == "dense" else int(given)
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]  # mypy takes a value for any field
 
 
 def config_of(name: str) -> LPAConfig:

@@ -32,7 +32,7 @@ def official(
     """Import a checkpoint of the LPA paper's authors; what its shapes do not tell is an option."""
     import torch
 
-    from lpa_model.checkpoint import resolve_dtype
+    from lpa_model.backends.features import resolve_dtype
     from lpa_model.convert.official import convert_official
 
     with user_errors():

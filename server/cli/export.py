@@ -25,14 +25,19 @@ def hf_llama(
     folder: Annotated[Path, typer.Argument(help="Where to write it.")],
     dtype: StoredDtype = "float32",
 ) -> None:
-    """Merge every low-rank pair into a dense matrix: a LLaMA that transformers, vLLM and llama.cpp's converter read."""
+    """Merge every low-rank pair into a dense matrix: a LLaMA that transformers, vLLM and llama.cpp's converter read.
+
+    A model with qk_norm becomes a Qwen3, which is LLaMA with that norm.
+    """
     import torch
 
-    from lpa_model.checkpoint import resolve_dtype
+    from lpa_model.backends.features import resolve_dtype
+    from lpa_model.checkpoint import load_config
     from lpa_model.convert.export import export_llama
 
     with user_errors():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder}: exists and is not an empty folder")
         parameters = export_llama(source, folder, resolve_dtype(dtype, torch.device("cpu")))
-    typer.echo(f"{folder}: LLaMA, {parameters:,} parameters in {dtype}")
+        name = "Qwen3" if load_config(source).qk_norm else "LLaMA"
+    typer.echo(f"{folder}: {name}, {parameters:,} parameters in {dtype}")

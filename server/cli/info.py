@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from server.cli.command import config_of, user_errors
+
+if TYPE_CHECKING:
+    from lpa_model.config import Rank, RankSpec
 
 
 def info(
@@ -18,7 +22,7 @@ def info(
         ),
     ] = None,
 ) -> None:
-    """Sizes, ranks, parameters and cache bytes per token, beside those of the twin with dense attention."""
+    """Sizes, ranks, parameters and cache bytes per token, beside those of the dense twin."""
     from rich.console import Console
     from rich.table import Table
 
@@ -31,8 +35,10 @@ def info(
         stored = _stored_dtypes(Path(name)) if Path(name).is_dir() else None
     dense = config.vanilla()
     facts = Table(title=name, show_header=False)
-    for key, value in config.to_dict().items():
-        if key != "model_type" and value is not None:
+    for key, value in dataclasses.asdict(config).items():
+        if key in ("attention_rank", "ffn_rank"):
+            facts.add_row(key, _ranks(value))
+        elif value is not None:
             facts.add_row(key, str(value))
     if stored is not None:
         facts.add_row("stored as", stored)
@@ -53,6 +59,18 @@ def info(
     cache.add_row("dense twin", *(f"{cell:,}" for cell in cells), "1.00x")
     console = Console()
     console.print(facts, cache, highlight=False)
+
+
+def _ranks(spec: RankSpec) -> str:
+    """One rank, or a line per projection: its rank, or that of each layer."""
+
+    def text(rank: Rank) -> str:
+        return "dense" if rank is None else str(rank)
+
+    if spec is None or isinstance(spec, int):
+        return text(spec)
+    lines = {name: ranks if isinstance(ranks, list) else [ranks] for name, ranks in spec.items()}
+    return "\n".join(f"{name}: {', '.join(map(text, ranks))}" for name, ranks in lines.items())
 
 
 def _stored_dtypes(folder: Path) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli.command import StoredDtype, config_of, user_errors
+from server.cli.command import AttentionRank, FFNRank, StoredDtype, config_of, user_errors, with_ranks
 
 
 def init(
@@ -15,15 +15,18 @@ def init(
     folder: Annotated[Path, typer.Argument(help="Where to write it.")],
     seed: Annotated[int, typer.Option(help="The weights follow from it.")] = 0,
     dtype: StoredDtype = "float32",
+    attention_rank: AttentionRank = None,
+    ffn_rank: FFNRank = None,
 ) -> None:
     """Write a model with random weights and a synthetic tokenizer, for benchmarks; it knows nothing."""
     import torch
 
-    from lpa_model.checkpoint import resolve_dtype
+    from lpa_model.backends.features import resolve_dtype
     from lpa_model.init import init_model
 
     with user_errors():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder}: exists and is not an empty folder")
-        config = init_model(config_of(preset), folder, seed, resolve_dtype(dtype, torch.device("cpu")))
+        config = with_ranks(config_of(preset), attention_rank, ffn_rank)
+        config = init_model(config, folder, seed, resolve_dtype(dtype, torch.device("cpu")))
     typer.echo(f"{folder}: {config.parameter_count():,} random parameters in {dtype}")

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 import typer
 
-from server.cli.command import config_of, flag, run_with_flags, user_errors
+from server.cli.command import RANK_HELP, config_of, flag, run_with_flags, user_errors, with_ranks
 
 
 def train(context: typer.Context) -> None:
@@ -30,6 +30,8 @@ def train(context: typer.Context) -> None:
         required("data", Path, "Training text (UTF-8, .gz too)."),
         required("valid", Path, "Validation text."),
         required("out", Path, "Folder of the run: tokenizer, tokens, state, and the model in `model`."),
+        flag("attention_rank", str, RANK_HELP.format("attention"), "the model's own", "N|dense"),
+        flag("ffn_rank", str, RANK_HELP.format("feed-forward"), "the model's own", "N|dense"),
         flag("device", str, "cpu, cuda or cuda:N.", defaults["device"].default),
         flag("report_every", int, "Steps between reports; a GPU idles at each.", defaults["report_every"].default),
         flag("validate_every", int, "Steps between validations.", defaults["validate_every"].default),
@@ -50,14 +52,14 @@ def train(context: typer.Context) -> None:
 def _train(given: dict[str, Any]) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from lpa_model.checkpoint import resolve_device
+    from lpa_model.backends.features import resolve_device
     from lpa_model.train import END_OF_TEXT, TrainConfig, encode, prepare
     from lpa_model.train import train as run
 
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     out: Path = given["out"]
     with user_errors():
-        model_config = config_of(given["preset"])
+        model_config = with_ranks(config_of(given["preset"]), given.get("attention_rank"), given.get("ffn_rank"))
         config = TrainConfig(**{name: value for name, value in given.items() if name in names})
         context = model_config.max_position_embeddings
         if config.sequence_length > context:

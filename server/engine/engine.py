@@ -8,21 +8,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import torch
 
-from lpa_model.cache import LatentCache, bytes_per_token
-from lpa_model.checkpoint import load_model, resolve_device, resolve_dtype
-from lpa_model.config import CacheLayout, LPAConfig
-from lpa_model.fused import rebuilds_keys
-from lpa_model.inference import can_pack, prepare_for_inference
-from lpa_model.model import LPAForCausalLM
+from lpa_model.backends import select
+from lpa_model.checkpoint import load_config
+from lpa_model.config import LPAConfig
 from server.engine.block_manager import BlockManager
 from server.engine.detokenizer import Detokenizer, unfinished_bytes
 from server.engine.grammar import GrammarCompiler
 from server.engine.memory import give_back_freed_memory, keep_freed_memory
-from server.engine.model_runner import ModelRunner, StepResult
+from server.engine.model_runner import BatchResult, ModelRunner
 from server.engine.request import (
     EngineStats,
     FinishedRequest,
@@ -82,7 +78,7 @@ class Engine:
 
     @property
     def model_config(self) -> LPAConfig:
-        return self.runner.model.config
+        return self.runner.backend.config
 
     @property
     def max_model_len(self) -> int:
@@ -165,7 +161,7 @@ class Engine:
         advanced = [self._advance(request, token, result) for request, token in updated]
         return outputs + [output for output in advanced if output is not None]
 
-    def _advance(self, request: Request, token: int | None, result: StepResult) -> RequestOutput | None:
+    def _advance(self, request: Request, token: int | None, result: BatchResult) -> RequestOutput | None:
         """What a step that ran means for one of its requests; None if its prompt is not through yet."""
         request.prompt_logprobs.extend(result.prompt_logprobs.get(request.id, Logprobs()))
         _, detokenizer = self._requests[request.id]
@@ -224,7 +220,7 @@ class Engine:
             self._report.inter_token_latency.append(now - request.last_token_time)
         request.last_token_time = now
 
-    def _count(self, batch: ScheduledBatch, result: StepResult) -> None:
+    def _count(self, batch: ScheduledBatch, result: BatchResult) -> None:
         report = self._report
         report.prefix_cache_queries += batch.prefix_queries
         report.prefix_cache_hits += batch.prefix_hits
@@ -256,16 +252,25 @@ def build_engine(model_dir: Path, options: EngineOptions) -> Engine:
 
 
 def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
-    device = resolve_device(options.device)
-    dtype = resolve_dtype(options.dtype, device)
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
-    model = load_model(model_dir, dtype, device)
-    config = model.config
+    config = load_config(model_dir)
+    choice = select.choose(
+        config,
+        dtype=options.dtype,
+        device=options.device,
+        layout=options.kv_cache_layout,
+        block_size=options.block_size,
+    )
+    invariant = choice.batch_invariant if options.batch_invariant is None else options.batch_invariant
+    if invariant and not choice.batch_invariant:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.refused)
+        raise ValueError(f"batch_invariant: the backend {choice.candidate.name} is not; {reasons}")
     tokenizer = load_tokenizer(model_dir, config, options.chat_template)
-    layout = _cache_layout(config, options.kv_cache_layout)
-    block_bytes = bytes_per_token(config, layout, dtype) * options.block_size
+    backend = choice.load(model_dir)
+    layout = choice.case.layout
+    block_bytes = backend.cache_bytes_per_token(layout) * options.block_size
     if options.kv_cache_memory is None:
-        affordable = min(DEFAULT_CACHE_LIMIT, int(_free_memory(device) * DEFAULT_CACHE_SHARE))
+        affordable = min(DEFAULT_CACHE_LIMIT, int(backend.free_memory() * DEFAULT_CACHE_SHARE))
         longest = -(-(options.max_model_len or config.max_position_embeddings) // options.block_size)
         memory = min(affordable, options.max_num_seqs * longest * block_bytes)  # no more than sequences can fill
     else:
@@ -274,22 +279,21 @@ def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
     if num_blocks < 1:
         raise ValueError(f"kv_cache_memory: {memory} bytes do not hold one block of {block_bytes} bytes")
     max_model_len = _max_model_len(config, options.max_model_len, num_blocks * options.block_size)
-    cache = LatentCache(config, layout, num_blocks, options.block_size, dtype, device)
-    prepare_for_inference(model, cache)
-    invariant = _batch_invariant(model, cache, options.batch_invariant)
+    cache = backend.make_cache(layout, num_blocks, options.block_size)
+    backend.warm_up()
     give_back_freed_memory()
     keep_freed_memory()
+    logger.info("backend: %s%s", backend.name, ", batch-invariant" if invariant else "")
+    for name, reason in choice.refused:
+        logger.info("backend %s was not taken: %s", name, reason)
     logger.info(
-        "kv cache: layout %s, %d bytes per token, %d blocks of %d tokens = %d tokens (%.0f MiB); weights %s on %s%s",
+        "kv cache: layout %s, %d bytes per token, %d blocks of %d tokens = %d tokens (%.0f MiB)",
         layout,
-        bytes_per_token(config, layout, dtype),
+        backend.cache_bytes_per_token(layout),
         num_blocks,
         options.block_size,
         num_blocks * options.block_size,
         num_blocks * block_bytes / 2**20,
-        str(dtype).removeprefix("torch."),
-        device,
-        "; batch-invariant" if invariant else "",
     )
     scheduler = Scheduler(
         BlockManager(num_blocks, options.block_size, options.enable_prefix_caching),
@@ -300,31 +304,7 @@ def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
         max_model_len=max_model_len,
         replays=invariant,
     )
-    return Engine(ModelRunner(model, cache, device, GrammarCompiler(tokenizer)), scheduler, tokenizer)
-
-
-def _batch_invariant(model: LPAForCausalLM, cache: LatentCache, asked: bool | None) -> bool:
-    """Whether results are to depend on nothing else in the batch: if not asked otherwise, where they can be."""
-    exact = model.embed_tokens.weight.dtype is torch.float32 and can_pack(model) and not rebuilds_keys(model, cache)
-    possible = model.fused is not None or exact
-    if asked and not possible:
-        raise ValueError(
-            "batch_invariant: needs a CPU, and float32 or, on a processor with AVX512-BF16, bfloat16 of a model whose "
-            "sizes are multiples of 32, with a cache of keys that need not be rebuilt"
-        )
-    return possible if asked is None else asked
-
-
-def _cache_layout(config: LPAConfig, name: str) -> CacheLayout:
-    if name == "auto":
-        return config.default_cache_layout()
-    layouts: tuple[CacheLayout, ...] = get_args(CacheLayout)
-    if name not in layouts:
-        raise ValueError(f"kv_cache_layout: {name!r} is none of auto, {', '.join(layouts)}")
-    layout = layouts[layouts.index(name)]
-    if layout != "full" and not any(any(config.cache_forms(layout, i)) for i in range(config.num_hidden_layers)):
-        raise ValueError(f"kv_cache_layout: {name} needs low-rank projections, and this model's are dense")
-    return layout
+    return Engine(ModelRunner(backend, cache, GrammarCompiler(tokenizer)), scheduler, tokenizer)
 
 
 def _max_model_len(config: LPAConfig, asked: int | None, cache_tokens: int) -> int:
@@ -338,21 +318,3 @@ def _max_model_len(config: LPAConfig, asked: int | None, cache_tokens: int) -> i
     if asked > cache_tokens:
         raise ValueError(f"max_model_len: {asked} is more than the {cache_tokens} tokens that the cache holds")
     return asked
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that could be allocated now, within the container's limit where there is one."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-    except OSError:
-        free = 4 << 30
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        limit = Path("/sys/fs/cgroup") / name
-        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-            free = min(free, int(text))
-    return free

@@ -1,36 +1,29 @@
-"""A scheduled batch through the model: tensors in, the few logits rows that somebody needs out."""
+"""A scheduled batch through a backend: requests as arrays in, results by request out."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from lpa_model.attention import AttentionMetadata, Span
+from lpa_model.backends.base import Backend, Mask, SamplingRow
+from lpa_model.batch import Batch, ScoredRows, Span
 from lpa_model.cache import LatentCache
-from lpa_model.model import LPAForCausalLM
 from server.engine.grammar import GrammarCompiler, GrammarFailed, GrammarState
 from server.engine.request import Logprobs, Request
-from server.engine.sampler import sample, score
 from server.engine.sampling_state import SamplingState
 from server.engine.scheduler import ScheduledBatch, ScheduledRequest
 from server.errors import InvalidRequest
 
-Mask = npt.NDArray[np.uint8]  # a bit per token, lowest first
-
-MIN_ROWS = 8  # a float32 product with fewer rows takes another path and rounds differently
-LOGIT_ROWS = 256  # rows of logits held at once, in the head's dtype
 MASK_GRACE = 0.002  # seconds that a step waits for a late grammar mask before it goes on without that request
 MASK_THREADS = 2
 
 
 @dataclass
-class StepResult:
+class BatchResult:
     """By request id: the sampled token, its log-probability, and log-probabilities of prompt tokens.
 
     `ended`: the grammar's text is complete, with this step's token or, if it has none, without another.
@@ -47,30 +40,50 @@ class StepResult:
 
 
 class ModelRunner:
-    """Owns the model and its cache; everything it needs to know of a step is in the batch."""
+    """Owns the backend and its cache; everything it needs to know of a step is in the batch."""
 
-    def __init__(
-        self, model: LPAForCausalLM, cache: LatentCache, device: torch.device, compiler: GrammarCompiler
-    ) -> None:
-        self.model = model
+    def __init__(self, backend: Backend, cache: LatentCache, compiler: GrammarCompiler) -> None:
+        self.backend = backend
         self.cache = cache
-        self.device = device
         self.compiler = compiler
         self._mask_pool = ThreadPoolExecutor(MASK_THREADS, "grammar")
         # what a request needs from one token to the next lives as long as the request
         self._grammars: WeakKeyDictionary[Request, GrammarState] = WeakKeyDictionary()
         self._states: WeakKeyDictionary[Request, SamplingState] = WeakKeyDictionary()
 
-    @torch.inference_mode()
-    def run(self, batch: ScheduledBatch) -> StepResult:
+    def run(self, scheduled: ScheduledBatch) -> BatchResult:
         """Compute a step. The cache holds the batch's keys and values afterwards."""
-        items = batch.items
-        filled = {block for item in items for block in _filled_blocks(item, self.cache.block_size)}
-        if partial := [block for block in batch.new_blocks if block not in filled]:
-            self.cache.zero(torch.tensor(partial, device=self.device))
+        items = scheduled.items
         self._start_masks(items)
-        ids = [t for item in items for t in _input_ids(item)]
-        padding = max(0, MIN_ROWS - len(ids))
+        batch, runs = self._batch(scheduled)
+        requests, sampling = self._sampling(items)
+        handle = self.backend.submit(batch, sampling)
+        if scheduled.copies:
+            sources, destinations = zip(*scheduled.copies, strict=True)
+            self.backend.copy_blocks(sources, destinations)
+        result = BatchResult()
+        masks: dict[str, Mask] = {}
+        if any(row.constrained for row in sampling):
+            self.backend.wait(handle)  # masks are late when the forward pass is done, not when it is launched
+            masks = self._join_masks(items, result)
+        allowed = {i: masks[request.id] for i, request in enumerate(requests) if request.id in masks}
+        found = self.backend.collect(handle, allowed)
+        for i, (request, token) in enumerate(zip(requests, found.tokens, strict=True)):
+            if token is None:
+                continue
+            result.tokens[request.id] = token
+            if i in found.scores:
+                result.logprobs[request.id] = Logprobs(*found.scores[i])
+            if request.params.grammar:
+                self._advance_grammar(request, result)
+        columns = Logprobs(*found.prompt_scores)
+        for request, first, end, top in runs:
+            result.prompt_logprobs[request.id] = columns.part(first, end, top)
+        return result
+
+    def _batch(self, scheduled: ScheduledBatch) -> tuple[Batch, list[tuple[Request, int, int, int]]]:
+        """The step's arrays; and for each scored request its first scored row, the one after its last, and its top."""
+        items, block_size = scheduled.items, self.cache.block_size
         spans = [
             Span(
                 item.request.num_computed_tokens,
@@ -82,21 +95,38 @@ class ModelRunner:
             for item in items
             if item.num_tokens  # a follower samples from its leader's last row
         ]
-        meta = AttentionMetadata.build(spans, self.cache.block_size, self.device, padding)
-        hidden = self.model(torch.tensor(ids + [0] * padding, device=self.device), meta, self.cache)
-        if batch.copies:
-            self.cache.copy(*torch.tensor(batch.copies, device=self.device).unbind(1))
-        result = StepResult()
-        self._sample(items, hidden, result)
-        self._score_prompts(items, hidden, result)
-        if self.device.type == "cuda":  # a step that only fills the cache has waited for nothing yet
-            torch.cuda.synchronize(self.device)  # whoever times it, to learn what prompts cost, is to see all of it
-        return result
+        rows: list[int] = []
+        targets: list[int] = []
+        tops: list[int] = []
+        runs = []
+        at = 0
+        for item in items:
+            request, start = item.request, at - item.request.num_computed_tokens
+            at += item.num_tokens
+            if scored := request.scored(request.num_computed_tokens, item.num_tokens):
+                ids, first, top = request.token_ids, len(rows), request.params.prompt_logprobs or 0
+                rows += [start + token for token, _ in scored]
+                targets += [ids[target] for _, target in scored]
+                tops += [top] * len(scored)
+                runs.append((request, first, len(rows), top))
+        filled = {block for item in items for block in _filled_blocks(item, block_size)}
+        batch = Batch.build(
+            [token for item in items for token in _input_ids(item)],
+            spans,
+            block_size,
+            scored=ScoredRows(*(np.array(column, dtype=np.int64) for column in (rows, targets, tops))),
+            zero_blocks=[block for block in scheduled.new_blocks if block not in filled],
+        )
+        return batch, runs
 
-    def _head(self, hidden: Tensor, rows: list[int]) -> Tensor:
-        """[len(rows), vocab] in the head's dtype."""
-        padded = rows + [rows[-1]] * (MIN_ROWS - len(rows))
-        return self.model.head(hidden[padded])[: len(rows)]
+    def _sampling(self, items: list[ScheduledRequest]) -> tuple[Sequence[Request], Sequence[SamplingRow]]:
+        requests, rows, at = [], [], 0
+        for item in items:
+            at += item.num_tokens
+            if item.samples:
+                requests.append(item.request)
+                rows.append(self._state(item.request).row(item.request, at - 1))
+        return requests, rows
 
     def _start_masks(self, items: list[ScheduledRequest]) -> None:
         """Compute what grammars allow beside the forward pass."""
@@ -106,16 +136,12 @@ class ModelRunner:
                     self._grammars[item.request] = GrammarState(self.compiler, spec)
                 self._grammars[item.request].start(self._mask_pool)
 
-    def _join_masks(self, items: list[ScheduledRequest], result: StepResult) -> dict[str, Mask]:
+    def _join_masks(self, items: list[ScheduledRequest], result: BatchResult) -> dict[str, Mask]:
         """Masks of the requests that can be sampled now; the others are named in the result.
 
         A late mask costs the other requests no more than MASK_GRACE, unless more than half of the step is late.
         """
         constrained = [item.request for item in items if item.samples and item.request.params.grammar]
-        if not constrained:
-            return {}
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # the forward pass has only been launched
         jobs = [self._grammars[request].start(self._mask_pool) for request in constrained]
         late = wait(jobs, timeout=MASK_GRACE).not_done
         while 2 * len(late) > len(items):
@@ -136,25 +162,7 @@ class ModelRunner:
                 masks[request.id] = mask
         return masks
 
-    def _sample(self, items: list[ScheduledRequest], hidden: Tensor, result: StepResult) -> None:
-        masks = self._join_masks(items, result)
-        sampling, rows, at = [], [], 0
-        for item in items:
-            at += item.num_tokens
-            if item.samples and (item.request.params.grammar is None or item.request.id in masks):
-                sampling.append(item.request)
-                rows.append(at - 1)
-        if not sampling:
-            return
-        logits = self._head(hidden, rows)
-        tokens = sample(logits, [self._state(request).row(request, masks.get(request.id)) for request in sampling])
-        result.tokens = {request.id: token for request, token in zip(sampling, tokens, strict=True)}
-        self._score_tokens(sampling, logits, tokens, result)
-        for request in sampling:
-            if request.params.grammar:
-                self._advance_grammar(request, result)
-
-    def _advance_grammar(self, request: Request, result: StepResult) -> None:
+    def _advance_grammar(self, request: Request, result: BatchResult) -> None:
         try:
             if self._grammars[request].advance(result.tokens[request.id]):
                 result.ended.add(request.id)
@@ -164,42 +172,8 @@ class ModelRunner:
 
     def _state(self, request: Request) -> SamplingState:
         if request not in self._states:
-            self._states[request] = SamplingState(request, self.model.config.eos_token_id)
+            self._states[request] = SamplingState(request, self.backend.config.eos_token_id)
         return self._states[request]
-
-    def _score_tokens(self, sampling: list[Request], logits: Tensor, tokens: list[int], result: StepResult) -> None:
-        """Log-probabilities of the sampled tokens, all rows that want them in one go."""
-        scored = [(i, top) for i, request in enumerate(sampling) if (top := request.params.logprobs) is not None]
-        if not scored:
-            return
-        rows = [i for i, _ in scored]
-        targets = torch.tensor([tokens[i] for i in rows], device=logits.device)
-        columns = score(logits if len(rows) == len(logits) else logits[rows], targets, max(top for _, top in scored))
-        for n, (i, top) in enumerate(scored):
-            result.logprobs[sampling[i].id] = columns.part(n, n + 1, top)
-
-    def _score_prompts(self, items: list[ScheduledRequest], hidden: Tensor, result: StepResult) -> None:
-        """Log-probabilities of prompt tokens; all requests' rows meet the head together."""
-        rows: list[int] = []
-        targets: list[int] = []
-        runs: list[tuple[Request, int, int, int]] = []  # a request, its first row and the one after its last, its top
-        at = 0
-        for item in items:
-            request, start = item.request, at - item.request.num_computed_tokens
-            at += item.num_tokens
-            if scored := request.scored(request.num_computed_tokens, item.num_tokens):
-                ids, first = request.token_ids, len(rows)
-                rows += [start + token for token, _ in scored]
-                targets += [ids[target] for _, target in scored]
-                runs.append((request, first, len(rows), request.params.prompt_logprobs or 0))
-        columns = Logprobs()
-        for at in range(0, len(rows), LOGIT_ROWS):
-            chunk = slice(at, at + LOGIT_ROWS)
-            wanted = torch.tensor(targets[chunk], device=self.device)
-            top = max(top for _, first, end, top in runs if first < at + LOGIT_ROWS and end > at)
-            columns.extend(score(self._head(hidden, rows[chunk]), wanted, top))
-        for request, first, end, top in runs:
-            result.prompt_logprobs[request.id] = columns.part(first, end, top)
 
 
 def _filled_blocks(item: ScheduledRequest, block_size: int) -> list[int]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
+from lpa_model.backends.base import SamplingRow, uniform
 from server.engine.request import Request
-from server.engine.sampler import SamplingRow, uniform
 
 
 class SamplingState:
@@ -43,16 +42,24 @@ class SamplingState:
         self._seen[: len(self._places)] = list(self._places)
         self._counts = np.zeros(size, np.float32)
 
-    def row(self, request: Request, grammar_mask: npt.NDArray[np.uint8] | None = None) -> SamplingRow:
-        """How the request's next token is sampled. The row's arrays change with the next call."""
+    def row(self, request: Request, row: int) -> SamplingRow:
+        """How the token after row `row` of a batch is sampled. The row's arrays change with the next call."""
         params = request.params
         if self._penalizes:
             self._follow(request)
         used = len(self._places)
         return SamplingRow(
-            params=params,
+            row=row,
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            repetition_penalty=params.repetition_penalty,
+            frequency_penalty=params.frequency_penalty,
+            presence_penalty=params.presence_penalty,
+            logprobs=params.logprobs,
+            constrained=params.grammar is not None,
             draws=partial(uniform, request.seed, request.choice, len(request.token_ids)),
-            grammar_mask=grammar_mask,
             allowed=self._allowed,
             banned=self._bans(request),
             bias_ids=self._bias_ids,

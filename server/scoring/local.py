@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 
+from lpa_model.backends.torch.sampling import score
 from lpa_model.compare import Comparison, measure_pairs
 from lpa_model.model import LPAForCausalLM
 from lpa_model.perplexity import Convention, Tally, Window, own_tokens, windows
 from lpa_model.scoring import measure_windows
-from server.engine import sampler
 from server.engine.request import Logprobs
 from server.engine.tokenizer import Tokenizer
 from server.protocol.logprobs import TextOffsets
@@ -159,7 +159,7 @@ def _measure(
 
 def _scores(targets: torch.Tensor, logits: torch.Tensor) -> list[tuple[float, int]]:
     """(log-probability, rank) of each, as the server's."""
-    found = sampler.score(logits, targets, 0)
+    found = score(logits, targets, 0)
     return list(zip(found.logprobs, found.ranks, strict=True))
 
 

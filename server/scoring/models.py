@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from lpa_model.checkpoint import load_model, resolve_device, resolve_dtype
-from lpa_model.inference import prepare_for_inference
+from lpa_model.backends.features import resolve_device, resolve_dtype
+from lpa_model.checkpoint import load_model
 from lpa_model.model import LPAForCausalLM
 from lpa_model.perplexity import Convention, adds_bos, resolve_convention
 from server.engine.tokenizer import Tokenizer, load_tokenizer
@@ -32,7 +32,6 @@ def load(folder: Path, settings: Settings) -> Scorer:
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
     model = load_model(folder, dtype, device)
-    prepare_for_inference(model)
     return Scorer(model, load_tokenizer(folder, model.config), str(dtype).removeprefix("torch."))
 
 

@@ -1,1 +1,1 @@
-"""The CPU backend: C kernels for each instruction set, and the op lists that they run."""
+"""Kernels for CPUs: packed weights, a step as one op list, batch-invariant to the bit."""

@@ -259,7 +259,8 @@ def attend(
 
 def to_vnni(values: Tensor) -> Tensor:
     """[.., block_size, width] -> [.., block_size / 2, width, 2]: two neighbouring tokens' numbers side by side."""
-    return values.unflatten(-2, (-1, 2)).transpose(-1, -2).contiguous()
+    pairs: Tensor = values.unflatten(-2, (-1, 2))
+    return pairs.transpose(-1, -2).contiguous()
 
 
 def from_vnni(values: Tensor) -> Tensor:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lpa_model.backends.base import Mask
 from lpa_model.backends.cpu.args import DRAW, MASK
 from lpa_model.backends.cpu.library import Kernel, address_of
 from lpa_model.backends.cpu.oplist import DTYPES
 
-NOTHING, UNDECIDED = -1, -2  # as in csrc/sampling.c
 COLUMNS, SUM_BLOCK = 1024, 128  # as in csrc/logits.h
 
 
@@ -23,7 +22,8 @@ def scratch_bytes(vocab: int) -> int:
 
 
 def draw_tokens(kernels: Mapping[str, Kernel], logits: Tensor, settings: Tensor) -> Tensor:
-    """A token of each row, or NOTHING where all logits are -inf, or UNDECIDED where the numbers were not enough.
+    """A token of each row, or NOTHING where all logits are -inf, or UNDECIDED where the numbers were not enough
+    (`backends.torch.rows`).
 
     A row's token depends on nothing but the row and its settings.
 
@@ -51,7 +51,7 @@ def draw_tokens(kernels: Mapping[str, Kernel], logits: Tensor, settings: Tensor)
     return tokens
 
 
-def mask_logits(kernels: Mapping[str, Kernel], logits: Tensor, masks: Sequence[npt.NDArray[np.uint8] | None]) -> Tensor:
+def mask_logits(kernels: Mapping[str, Kernel], logits: Tensor, masks: Sequence[Mask | None]) -> Tensor:
     """logits float32 or bfloat16 [rows, vocab], contiguous -> float32 [rows, vocab], -inf where a row's mask has 0.
 
     A mask has a bit for each token, lowest first, in vocab / 8 bytes or more; None forbids nothing.

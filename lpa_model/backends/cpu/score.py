@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,20 +12,9 @@ from lpa_model.backends.cpu.args import SCORE
 from lpa_model.backends.cpu.library import Kernel, address_of
 from lpa_model.backends.cpu.oplist import DTYPES
 from lpa_model.backends.cpu.sampling import scratch_bytes
+from lpa_model.backends.torch.rows import RowScores
 
 LOT = 4  # rows that a thread takes at a time: as in csrc/score.c
-
-
-class RowScores(NamedTuple):
-    """The norm is NaN for a row with NaN or +inf in it, or with nothing above -inf."""
-
-    own: Tensor  # float32 [rows]: the target's logit
-    peak: Tensor  # float32 [rows]: the largest logit, or NaN if there is one
-    norm: Tensor  # float64 [rows]: log of the sum of e^(logit - peak)
-    best: Tensor  # int64 [rows]: lowest id of the largest logit, or of NaN
-    rank: Tensor  # int64 [rows]: 1 + how many tokens are before the target, by logit, then by id
-    top_ids: Tensor  # int64 [rows, top]: the best tokens, best first, equal ones by id
-    top_logits: Tensor  # float32 [rows, top]: theirs
 
 
 def score_rows(kernels: Mapping[str, Kernel], logits: Tensor, targets: Tensor, top: int = 0) -> RowScores:

@@ -1,0 +1,89 @@
+"""What this processor and its devices can do, and how much memory is free: detected here and nowhere else."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from functools import cache
+from pathlib import Path
+
+import torch
+
+AMX, AVX512_BF16, AVX512, AVX2 = "amx", "avx512bf16", "avx512", "avx2"
+# words of /proc/cpuinfo that each needs, best first
+_X86 = {
+    AMX: {"amx_tile", "amx_bf16", "avx512_bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    AVX512_BF16: {"avx512_bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    AVX512: {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma"},
+    AVX2: {"avx2", "fma", "f16c"},
+}
+NEON, SCALAR = "neon", "scalar"
+
+
+@cache
+def instruction_sets() -> tuple[str, ...]:
+    """Instruction sets of this processor that kernels exist for, the best first; `scalar` is always the last."""
+    machine = platform.machine().lower()
+    if machine in ("aarch64", "arm64"):
+        return (NEON, SCALAR)
+    words = _cpu_words()
+    found = [name for name, needed in _X86.items() if needed <= words]
+    if AMX in found and not getattr(torch.cpu, "_init_amx", lambda: False)():  # Linux grants tiles on request
+        found.remove(AMX)
+    return (*found, SCALAR)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 in hardware (on a CPU: AVX512-BF16, AMX, or ARM's bf16 extension)."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if platform.system() == "Darwin":
+        return platform.machine() == "arm64"
+    return bool(_cpu_words() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def resolve_device(name: str) -> torch.device:
+    """`cpu`, `cuda` or `cuda:N`; ValueError where torch finds no such device."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device: {name!r} is none of cpu, cuda and cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        reason = (
+            f"torch finds {count} GPUs" if torch.version.cuda else f"torch {torch.__version__} is built without CUDA"
+        )
+        raise ValueError(f"device: {name} is not there: {reason}")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` (bfloat16 where the device has it in hardware, else float32), `float32` or `bfloat16`."""
+    if name == "auto":
+        return torch.bfloat16 if has_bfloat16(device) else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated now, within the container's limit where there is one."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    except OSError:
+        free = 4 << 30
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        limit = Path("/sys/fs/cgroup") / name
+        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+            free = min(free, int(text))
+    return free
+
+
+@cache
+def _cpu_words() -> frozenset[str]:
+    try:
+        return frozenset(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return frozenset()

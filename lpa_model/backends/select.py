@@ -1,0 +1,178 @@
+"""The one table: which backend computes a model, and for every faster one that does not, the reason and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+import torch
+
+from lpa_model.backends import features
+from lpa_model.backends.base import Backend
+from lpa_model.backends.cpu import packed, plan
+from lpa_model.backends.cpu.backend import CpuBackend
+from lpa_model.backends.cpu.kernels import programs
+from lpa_model.backends.cpu.kernels.launch import compile_kernel
+from lpa_model.backends.features import AMX, AVX512_BF16
+from lpa_model.backends.torch.backend import TorchBackend
+from lpa_model.checkpoint import load_model
+from lpa_model.config import CacheLayout, LPAConfig
+from lpa_model.model import LPAForCausalLM
+
+BLOCK_SIZES = (32, 64, 128)
+"""Tokens of a cache block: what `--block-size` offers, since every backend is fast with them."""
+
+
+class Case(NamedTuple):
+    """What is to be computed, and on what."""
+
+    config: LPAConfig
+    dtype: torch.dtype
+    device: torch.device
+    layout: CacheLayout
+    block_size: int
+    instruction_sets: tuple[str, ...]  # of the processor, the best first
+
+
+class Candidate(NamedTuple):
+    """A row of the table."""
+
+    name: str
+    refuses: Callable[[Case], str | None]  # the reason why not, with the remedy
+    batch_invariant: Callable[[Case], bool]
+    build: Callable[[Case, LPAForCausalLM], Backend]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend of a case, and the faster candidates that cannot compute it."""
+
+    case: Case
+    candidate: Candidate
+    refused: tuple[tuple[str, str], ...]  # (candidate, why not)
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether a row's bits depend on the row alone."""
+        return self.candidate.batch_invariant(self.case)
+
+    def load(self, folder: Path) -> Backend:
+        """The folder's model in this backend; CheckpointError names what is wrong with it."""
+        return self.build(load_model(folder, self.case.dtype, self.case.device))
+
+    def build(self, model: LPAForCausalLM) -> Backend:
+        """This backend for a loaded model, which is its own from now on."""
+        return self.candidate.build(self.case, model)
+
+
+def choose(
+    config: LPAConfig,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    layout: str = "auto",
+    block_size: int = 64,
+    instruction_sets: tuple[str, ...] | None = None,
+) -> Choice:
+    """The best backend for a model.
+
+    Args:
+        config: the model's sizes.
+        dtype: auto (bfloat16 where the device has it in hardware), float32 or bfloat16.
+        device: cpu, cuda or cuda:N.
+        layout: auto, latent, mixed or full.
+        block_size: tokens of a cache block.
+        instruction_sets: instead of the processor's own.
+
+    Raises:
+        ValueError: an option does not fit the model or the machine; the message names it.
+    """
+    place = features.resolve_device(device)
+    sets = features.instruction_sets() if instruction_sets is None else instruction_sets
+    case = Case(config, features.resolve_dtype(dtype, place), place, _layout(config, layout, place), block_size, sets)
+    refused: list[tuple[str, str]] = []
+    for candidate in CANDIDATES:
+        reason = candidate.refuses(case)
+        if reason is None:
+            return Choice(case, candidate, tuple(refused))
+        refused.append((candidate.name, reason))
+    raise AssertionError("torch refuses nothing")
+
+
+def _layout(config: LPAConfig, name: str, device: torch.device) -> CacheLayout:
+    if name == "auto":
+        return config.default_cache_layout()
+    layouts: tuple[CacheLayout, ...] = get_args(CacheLayout)
+    if name not in layouts:
+        raise ValueError(f"kv_cache_layout: {name!r} is none of auto, {', '.join(layouts)}")
+    layout = layouts[layouts.index(name)]
+    if layout == "latent" and config.qk_norm:
+        raise ValueError(
+            "kv_cache_layout: latent needs keys that follow from their latents by a matrix, and this model's are "
+            "normalised (qk_norm); mixed keeps the values' latents"
+        )
+    forms = [config.cache_forms(layout, layer) for layer in range(config.num_hidden_layers)]
+    if layout != "full" and not any(any(form) for form in forms):
+        raise ValueError(f"kv_cache_layout: {name} needs low-rank projections, and this model's are dense")
+    if device.type == "cpu" and config.rotary and any(keys_latent for keys_latent, _ in forms):
+        raise ValueError(
+            f"kv_cache_layout: {name} would rebuild every rotary key from its latent in every step, which a CPU does "
+            "slower than it reads whole keys; take mixed (latent values) or full"
+        )
+    return layout
+
+
+def _no_program(case: Case) -> str | None:
+    if case.device.type != "cpu":
+        return "is for CPUs"
+    if case.dtype is not torch.bfloat16:
+        return "computes bfloat16; take --dtype bfloat16"
+    if not _program_set(case):
+        return "needs a processor with AVX512-BF16"
+    if find_spec("numba") is None:
+        return "needs numba to compile its kernels; install it"
+    return plan.unsupported(case.config, case.block_size) or _rebuilt_keys(case)
+
+
+def _program_set(case: Case) -> str | None:
+    return next((name for name in case.instruction_sets if name in (AMX, AVX512_BF16)), None)
+
+
+def _build_program(case: Case, model: LPAForCausalLM) -> Backend:
+    instruction_set = _program_set(case)
+    assert instruction_set is not None
+    kernel = compile_kernel(programs.KERNELS[instruction_set]).result()
+    if kernel is None:
+        raise RuntimeError("the op list's kernel was not compiled")
+    return CpuBackend(model, kernel, instruction_set)
+
+
+def _no_packed(case: Case) -> str | None:
+    if case.device.type != "cpu":
+        return "is for CPUs"
+    if not packed.can_pack(case.dtype):
+        return "oneDNN packs no weights of this type on this processor"
+    return _rebuilt_keys(case)
+
+
+def _rebuilt_keys(case: Case) -> str | None:
+    config = case.config
+    if config.rotary and any(config.cache_forms(case.layout, layer)[0] for layer in range(config.num_hidden_layers)):
+        return "rotary keys cached as latents would be rebuilt in every step; take --kv-cache-layout mixed"
+    return None
+
+
+CANDIDATES = (
+    Candidate("cpu", _no_program, lambda case: True, _build_program),
+    Candidate(
+        "cpu (oneDNN)",
+        _no_packed,
+        lambda case: case.dtype is torch.float32,
+        lambda case, model: packed.packed_backend(model),
+    ),
+    Candidate("torch", lambda case: None, lambda case: False, lambda case, model: TorchBackend(model)),
+)
+"""The fastest first."""

@@ -1,0 +1,212 @@
+"""Attention of one step over the paged latent cache, in plain torch.
+
+A token's path follows from its role alone, so that no result depends on scheduling: prompt and scored tokens go
+`expanded` (keys and values are rebuilt from the latents once and meet ordinary attention), generated tokens go
+`absorbed` where positions allow it, and read the pools where they lie (LPA.md section 4; DeepSeek-V2's MLA).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lpa_model.attention import Attention
+from lpa_model.backends.torch.decode import decode_attention, decode_pairs
+from lpa_model.batch import Batch, Span
+from lpa_model.cache import LatentCache
+
+TILE = 64  # tokens
+PER_HEAD_ROWS = 16
+
+
+Decode = Callable[[Attention, Tensor, Tensor, Tensor], Tensor]
+"""A kernel's attention for decode rows, which rotates and writes the cache itself: a layer, queries [rows, H, dh], and
+keys and values [rows, heads, width] in the cache's form -> [rows, H, dh]."""
+
+
+class PagedAttention:
+    """What `Attention` calls in every layer of one step: writes the step's keys and values, then attends."""
+
+    def __init__(
+        self,
+        batch: Batch,
+        cache: LatentCache,
+        rotary: nn.Module | None,
+        *,
+        padding: int = 0,
+        decode: Decode | None = None,
+    ) -> None:
+        """`padding`: rows behind the batch's, which nobody reads. `decode`: in place of this file's own."""
+        device = cache.keys[0].device
+
+        def tensor(array: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+        self.cache, self.rotary, self.decode = cache, rotary, decode
+        self.rows, self.num_decode = batch.num_rows, batch.num_decode
+        self.positions = tensor(np.pad(batch.positions, (0, padding)))
+        self.slots = tensor(batch.slots // batch.block_size), tensor(batch.slots % batch.block_size)
+        self.pairs = None
+        if batch.num_decode and decode is None:
+            decodes = batch.spans[: batch.num_decode]
+            lengths = np.array([span.context + 1 for span in decodes])
+            self.pairs = decode_pairs(lengths, [span.block_table for span in decodes], batch.block_size, device)
+        self.groups = list(_prefill_groups(batch, device))
+
+    def __call__(self, layer: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Latents [rows, r] of q, k and v (a dense projection's input) -> [rows, H, dh]."""
+        keys_latent, values_latent = self.cache.forms[layer.layer]
+        q = layer.queries(q)
+        k = k.unsqueeze(1) if keys_latent else layer.keys(k)
+        v = v.unsqueeze(1) if values_latent else layer.values(v)
+        parts, done = [], 0
+        if self.num_decode and self.decode is not None:
+            done = self.num_decode
+            parts.append(self.decode(layer, q[:done], k[:done], v[:done]))
+        if done < len(q):
+            if self.rotary is not None:
+                q = self.rotary(q, self.positions)
+                k = k if keys_latent else self.rotary(k, self.positions)
+            blocks, offsets = self.slots
+            self.cache.write(layer.layer, (blocks[done:], offsets[done:]), k[done : self.rows], v[done : self.rows])
+            if done < self.num_decode:
+                parts.append(self._decode(layer, q[: self.num_decode]))
+            for group in self.groups:
+                parts.append(self._expanded(layer, q[group.rows], k[group.rows], v[group.rows], group))
+            parts.append(q[self.rows :])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _decode(self, layer: Attention, q: Tensor) -> Tensor:
+        """q [requests, H, dh], rotated -> [requests, H, dh]; absorbs B_k into the queries and B_v into the outputs."""
+        assert self.pairs is not None
+        keys_latent, values_latent = self.cache.forms[layer.layer]
+        blocks = self.pairs.blocks
+        keys, values = self.cache.keys[layer.layer][blocks], self.cache.values[layer.layer][blocks]
+        if keys_latent and self.rotary is None:
+            q = per_kv_head(q, layer.key_up())
+        elif (
+            keys_latent and self.rotary is not None
+        ):  # rebuilt block by block: rotation stands between the query and B_k
+            keys = self.rotary(layer.keys(keys[:, 0]), self.pairs.positions).transpose(1, 2)
+        out = decode_attention(q, keys, values, self.pairs, layer.scale)
+        if values_latent:
+            up, up_bias = layer.value_up()
+            out = per_kv_head(out, up.transpose(1, 2))
+            if up_bias is not None:  # attention weights sum to 1, so the values' bias comes through whole
+                out = out + up_bias.repeat_interleave(layer.heads // layer.kv_heads, 0)
+        return out
+
+    def _expanded(self, layer: Attention, q: Tensor, k: Tensor, v: Tensor, group: PrefillGroup) -> Tensor:
+        """Prompt rows [batch·length, ...] against their cached context and themselves -> [batch·length, H, dh]."""
+        keys_latent, values_latent = self.cache.forms[layer.layer]
+        q, k, v = (x.view(group.batch, group.length, *x.shape[1:]) for x in (q, k, v))
+        if group.context:
+            pools = self.cache.keys[layer.layer], self.cache.values[layer.layer]
+            k, v = (
+                torch.cat((self.cache.gather(pool, group.blocks, group.context), new), dim=1)
+                for pool, new in zip(pools, (k, v), strict=True)
+            )
+        if keys_latent:
+            k = layer.keys(k.squeeze(2))
+            k = k if self.rotary is None else self.rotary(k, group.positions)
+        if values_latent:
+            v = layer.values(v.squeeze(2))
+        before, behind = group.padding
+        q = _pad_tokens(q, before, behind)
+        k, v = _pad_tokens(k, 0, behind), _pad_tokens(v, 0, behind)
+        tiles = [
+            layer.attention(rows, k[:, : mask.shape[1]], v[:, : mask.shape[1]], mask)
+            for rows, mask in zip(q.split(TILE, dim=1), group.masks, strict=True)
+        ]
+        out = tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
+        return out[:, before : before + group.length].flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class PrefillGroup:
+    """Consecutive prompt spans of equal shape, attended together.
+
+    Queries meet keys in tiles of TILE tokens that begin at multiples of TILE, filled up with rows and keys that
+    nobody reads. So every product has the same shape however a prompt is cut into chunks and whatever else is in the
+    batch, and a row's result is the same to the bit.
+    """
+
+    rows: slice  # batch * length rows of the step
+    batch: int
+    length: int
+    context: int
+    blocks: Tensor  # [batch, blocks of the context] int64
+    positions: Tensor  # [context + length] int64
+    masks: tuple[Tensor, ...]  # of each tile [TILE, end of the tile] bool, True where visible
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Rows that fill up the first tile before the span, and the last one behind it."""
+        end = self.context + self.length
+        return self.context % TILE, -end % TILE
+
+
+def _prefill_groups(batch: Batch, device: torch.device) -> Iterator[PrefillGroup]:
+    def tensor(array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    start, spans = batch.num_decode, batch.prompts
+    while spans:
+        first = spans[0]
+        count = next((i for i, span in enumerate(spans) if span.shape != first.shape), len(spans))
+        blocks = [np.asarray(span.block_table, dtype=np.int64) for span in spans[:count]]
+        used = -(-first.context // batch.block_size)
+        end = start + count * first.length
+        yield PrefillGroup(
+            rows=slice(start, end),
+            batch=count,
+            length=first.length,
+            context=first.context,
+            blocks=tensor(np.stack([table[:used] for table in blocks])),
+            positions=tensor(first.positions()),
+            masks=tuple(mask.to(device) for mask in _masks(first)),
+        )
+        start, spans = end, spans[count:]
+
+
+def _masks(span: Span) -> Sequence[Tensor]:
+    context, end = span.context, span.context + span.length
+    ends = range(context // TILE * TILE + TILE, end + TILE, TILE)
+    if not span.is_branched:
+        # what any tile sees is the right end of this: all tokens before it, and of its own those up to each row
+        causal = torch.from_numpy(np.arange(end + TILE) <= end + np.arange(TILE)[:, None])
+        return [causal[:, end + TILE - tile_end :] for tile_end in ends]
+    mask = span.mask()
+    whole = np.zeros((len(ends) * TILE, ends[-1]), dtype=bool)
+    whole[context % TILE : context % TILE + len(mask), : mask.shape[1]] = mask
+    return [torch.from_numpy(whole[i * TILE : (i + 1) * TILE, :tile_end]) for i, tile_end in enumerate(ends)]
+
+
+def _pad_tokens(x: Tensor, before: int, behind: int) -> Tensor:
+    """x [batch, T, heads, width] with rows of zeros around it."""
+    return F.pad(x, (0, 0, 0, 0, before, behind)) if before or behind else x
+
+
+def per_kv_head(x: Tensor, weight: Tensor) -> Tensor:
+    """x [rows, H, a], weight [H_kv, a, b] -> [rows, H, b]; consecutive query heads share a key-value head.
+
+    Rows are met PER_HEAD_ROWS at a time: a product with more rows, or fewer, might round differently.
+    """
+    rows, heads, width = x.shape
+    kv_heads = weight.shape[0]
+    tiles = F.pad(x, (0, 0, 0, 0, 0, -rows % PER_HEAD_ROWS)).view(-1, PER_HEAD_ROWS, kv_heads, heads // kv_heads, width)
+    by_head = tiles.transpose(1, 2).flatten(2, 3)  # [tiles, H_kv, PER_HEAD_ROWS·group, a]
+    found = torch.cat([tile @ weight for tile in by_head.unbind()])  # [tiles·H_kv, PER_HEAD_ROWS·group, b]
+    return (
+        found.view(len(tiles), kv_heads, PER_HEAD_ROWS, -1, weight.shape[2])
+        .transpose(1, 2)
+        .flatten(0, 1)[:rows]
+        .flatten(1, 2)
+    )

@@ -1,0 +1,70 @@
+"""From hidden states to a step's result: only the rows that are needed meet the head, a bounded number at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lpa_model.backends.base import Mask, SamplingRow, Scores, StepResult
+from lpa_model.backends.torch.sampling import TORCH_ROWS, RowOps, sample, score
+from lpa_model.batch import Batch, Ints
+
+
+class ComputedStep(NamedTuple):
+    """A handle: the step's hidden states [rows, d], padding rows behind them."""
+
+    batch: Batch
+    sampling: Sequence[SamplingRow]
+    hidden: Tensor
+
+
+LOGIT_ROWS = 256  # rows of logits held at once, in the head's dtype
+
+
+def step_result(
+    step: ComputedStep, head: Callable[[Tensor], Tensor], masks: Mapping[int, Mask], ops: RowOps = TORCH_ROWS
+) -> StepResult:
+    """Sample and score a step; `head` takes some of its rows [n, d] to logits [n, vocab]."""
+    batch, sampling, hidden = step
+    result = StepResult([None] * len(sampling), prompt_scores=_score_rows(hidden, head, batch, ops))
+    able = [i for i, row in enumerate(sampling) if not row.constrained or i in masks]
+    if not able:
+        return result
+    rows = [sampling[i] for i in able]
+    logits = head(hidden[[row.row for row in rows]])
+    tokens = sample(logits, rows, [masks.get(i) for i in able], ops)
+    for i, token in zip(able, tokens, strict=True):
+        result.tokens[i] = token
+    if scored := [n for n, row in enumerate(rows) if row.logprobs is not None]:
+        targets = torch.tensor([tokens[n] for n in scored], device=logits.device)
+        some = logits if len(scored) == len(logits) else logits[scored]
+        tops = [rows[n].logprobs or 0 for n in scored]
+        columns = score(some, targets, max(tops), ops)
+        for at, (n, top) in enumerate(zip(scored, tops, strict=True)):
+            result.scores[able[n]] = _part(columns, at, top)
+    return result
+
+
+def _part(scores: Scores, at: int, top: int) -> Scores:
+    return Scores(
+        [scores.logprobs[at]], [scores.ranks[at]], [scores.top_ids[at][:top]], [scores.top_logprobs[at][:top]]
+    )
+
+
+def _score_rows(hidden: Tensor, head: Callable[[Tensor], Tensor], batch: Batch, ops: RowOps) -> Scores:
+    columns = Scores([], [], [], [])
+    rows, targets, tops = batch.scored
+    for at in range(0, len(rows), LOGIT_ROWS):
+        chunk = slice(at, at + LOGIT_ROWS)
+        wanted = _tensor(targets[chunk], hidden)
+        found = score(head(hidden[_tensor(rows[chunk], hidden)]), wanted, int(tops[chunk].max()), ops)
+        for column, more in zip(columns, found, strict=True):
+            column += more  # type: ignore[operator]  # each of its own kind
+    return columns
+
+
+def _tensor(ids: Ints, like: Tensor) -> Tensor:
+    return torch.from_numpy(ids).to(like.device)

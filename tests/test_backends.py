@@ -1,0 +1,335 @@
+"""The contract that every backend keeps: each layout and model against the plain forward, and bits that stay.
+
+A new backend is tested by adding its name to BACKENDS.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from lpa_model.backends import features, select
+from lpa_model.backends.base import Backend, SamplingRow
+from lpa_model.backends.torch.backend import TorchBackend
+from lpa_model.batch import Batch, ScoredRows, Span
+from lpa_model.cache import LatentCache
+from lpa_model.config import Architecture, CacheLayout
+from lpa_model.model import LPAForCausalLM
+from tests.conftest import VOCAB_SIZE, random_model, tiny_config
+
+CPU = torch.device("cpu")
+BLOCK_SIZE = 32
+MAX_POSITIONS = 100  # not a multiple of the block size
+LAYOUTS: tuple[CacheLayout, ...] = get_args(CacheLayout)
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 32, "attention_rank": 32}
+
+CASES: dict[str, tuple[Architecture, dict[str, Any]]] = {
+    "setting1": ("setting1", {}),
+    "setting1-gqa": ("setting1", {"num_key_value_heads": 2, "head_dim": 6}),
+    "setting1-dense-k": ("setting1", {"attention_rank": {"q": 8, "k": None, "v": 8, "o": 8}}),
+    "setting1-dense-v": ("setting1", {"attention_rank": {"q": 8, "k": 8, "v": None, "o": 8}}),
+    "setting1-per-layer": ("setting1", {"attention_rank": {"q": [8, None], "k": [None, 6], "v": [5, None], "o": 8}}),
+    "setting1-dense": ("setting1", {"attention_rank": None, "lm_head_bias": True, "vocab_size": 301}),
+    "setting1-ffn": ("setting1", {"ffn_rank": 6}),
+    "setting1-wide": ("setting1", WIDE),
+    "setting2": ("setting2", {}),
+    "setting2-gqa": ("setting2", {"num_key_value_heads": 2, "head_dim": 6}),
+    "setting2-bias": ("setting2", {"attention_bias": True, "num_key_value_heads": 2}),
+    "setting2-dense-k": ("setting2", {"attention_rank": {"q": 8, "k": None, "v": 8, "o": 8}, "attention_bias": True}),
+    "setting2-dense-v": ("setting2", {"attention_rank": {"q": 8, "k": 8, "v": None, "o": 8}, "attention_bias": True}),
+    "setting2-per-layer": ("setting2", {"attention_rank": {"q": [8, None], "k": [None, 6], "v": [5, None], "o": 8}}),
+    "setting2-dense": ("setting2", {"attention_rank": None, "tie_word_embeddings": True}),
+    "setting2-ffn": ("setting2", {"ffn_rank": 6}),
+    "setting1-mixed-ffn": ("setting1", {"ffn_rank": {"up": [7, None], "down": [None, 5]}}),
+    "setting2-mixed-ffn": ("setting2", {"ffn_rank": {"gate": None, "up": 7, "down": [None, 5]}}),
+    "setting2-qk-norm": ("setting2", {"qk_norm": True}),
+    "setting2-qk-norm-gqa": ("setting2", {"qk_norm": True, "num_key_value_heads": 2, "attention_bias": True}),
+    "setting2-wide": ("setting2", {**WIDE, "num_key_value_heads": 2}),
+}
+
+
+class Subject(NamedTuple):
+    """A backend under test."""
+
+    dtype: torch.dtype
+    candidate: str  # of `select.CANDIDATES`
+    instruction_sets: tuple[str, ...] = ()
+
+
+def _chosen(dtype: torch.dtype) -> list[tuple[str, Subject]]:
+    """Those that `select` takes on this processor, with each of its instruction sets as the best one."""
+    sets = features.instruction_sets()
+    config = tiny_config(**WIDE)
+    name = str(dtype).removeprefix("torch.")
+    found = {}
+    for i in range(len(sets)):
+        choice = select.choose(config, dtype=name, block_size=BLOCK_SIZE, instruction_sets=sets[i:])
+        found[f"{choice.candidate.name}-{name}"] = Subject(dtype, choice.candidate.name, sets[i:])
+    return list(found.items())
+
+
+BACKENDS: dict[str, Subject] = {
+    "torch-float32": Subject(torch.float32, "torch"),
+    "torch-bfloat16": Subject(torch.bfloat16, "torch"),
+    **dict(_chosen(torch.float32)),
+    **dict(_chosen(torch.bfloat16)),
+}
+
+
+def build(tested: Subject, model: LPAForCausalLM, layout: CacheLayout) -> Backend | None:
+    """None where the backend refuses the model."""
+    candidate = next(row for row in select.CANDIDATES if row.name == tested.candidate)
+    case = select.Case(model.config, tested.dtype, CPU, layout, BLOCK_SIZE, tested.instruction_sets)
+    return None if candidate.refuses(case) is not None else candidate.build(case, model)
+
+
+def loaded(case: str, dtype: torch.dtype) -> LPAForCausalLM:
+    """As a checkpoint in `dtype` is loaded: tables of positions stay float32."""
+    architecture, changes = CASES[case]
+    config = tiny_config(architecture, **{"max_position_embeddings": MAX_POSITIONS, **changes})
+    model = random_model(config).to(dtype)
+    if model.rotary is not None:
+        model.rotary.build(config, CPU)
+    return model
+
+
+@dataclass(eq=False)
+class Text:
+    """A text whose first `prompt` tokens are a prompt and whose others count as generated."""
+
+    ids: list[int]
+    prompt: int
+    shared: int = 0  # tokens taken over from the sequence before it
+    computed: int = 0
+    table: list[int] = field(default_factory=list)
+    rows: list[Tensor] = field(default_factory=list)  # log-probabilities [n, vocab] of computed tokens
+
+
+class Pool:
+    """Blocks in random order; a free block holds NaN."""
+
+    def __init__(self, cache: LatentCache, rng: random.Random) -> None:
+        self.cache, self.rng = cache, rng
+        self.free = list(range(cache.num_blocks))
+        self.users = [0] * cache.num_blocks
+        self._poison(self.free)
+
+    def _poison(self, blocks: Sequence[int]) -> None:
+        for pool in (*self.cache.keys, *self.cache.values):
+            pool[list(blocks)] = float("nan")
+
+    def allocate(self) -> int:
+        block = self.free.pop(self.rng.randrange(len(self.free)))
+        self.users[block] = 1
+        return block
+
+    def share(self, block: int) -> int:
+        self.users[block] += 1
+        return block
+
+    def release(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self.users[block] -= 1
+            if not self.users[block]:
+                self._poison([block])
+                self.free.append(block)
+
+
+def random_texts(rng: random.Random, number: int) -> list[Text]:
+    """Random texts; every second one starts with the full blocks of the prompt before it."""
+    made: list[Text] = []
+    for i in range(number):
+        if i % 2:
+            shared = made[-1].prompt // BLOCK_SIZE * BLOCK_SIZE
+            ids, prompt = made[-1].ids[:shared], shared + rng.randint(1, 6)
+        else:
+            shared, ids, prompt = 0, [], rng.randint(1, 80)
+        length = rng.randint(prompt, MAX_POSITIONS)
+        made.append(Text(ids + [rng.randrange(VOCAB_SIZE) for _ in range(length - len(ids))], prompt, shared))
+    return made
+
+
+def run(backend: Backend, layout: CacheLayout, texts: list[Text], seed: int, most: int = MAX_POSITIONS) -> None:
+    """Push texts through the cache in random chunks of at most `most` tokens, in random batches."""
+    rng = random.Random(seed)
+    cache = backend.make_cache(layout, 24, BLOCK_SIZE)
+    pool = Pool(cache, rng)
+    waiting, running = list(texts), list[Text]()
+    while waiting or running:
+        while waiting and len(running) < 4:
+            text = waiting[0]
+            source = texts[texts.index(text) - 1]
+            if text.shared and source.computed < text.shared:
+                break  # its prefix is not computed yet
+            if text.shared:
+                text.table = [pool.share(block) for block in source.table[: text.shared // BLOCK_SIZE]]
+                text.computed = text.shared
+            running.append(waiting.pop(0))
+        step(backend, pool, rng.sample(running, rng.randint(1, len(running))), rng, most)
+        for text in [text for text in running if text.computed == len(text.ids)]:
+            if any(other.shared and texts[texts.index(other) - 1] is text for other in waiting):
+                continue  # another text will share its blocks
+            running.remove(text)
+            pool.release(text.table)
+    assert sorted(pool.free) == list(range(cache.num_blocks))
+
+
+def step(backend: Backend, pool: Pool, texts: list[Text], rng: random.Random, most: int) -> None:
+    active = [text for text in texts if text.computed < len(text.ids)]
+    decodes = [text for text in active if text.computed >= text.prompt]
+    active = decodes + [text for text in active if text.computed < text.prompt]
+    if not active:
+        return
+    spans, new_blocks = [], []
+    for text in active:
+        left = text.prompt - text.computed
+        length = min(most, rng.choice([left, rng.randint(1, left), min(left, 5)])) if left > 0 else 1
+        while len(text.table) * BLOCK_SIZE < text.computed + length:
+            text.table.append(pool.allocate())
+            new_blocks.append(text.table[-1])
+        spans.append(Span(text.computed, length, text.table, left <= 0))
+    ids = [i for text, span in zip(active, spans, strict=True) for i in text.ids[span.context :][: span.length]]
+    found = all_logprobs(backend, ids, spans, new_blocks)
+    for text, span, rows in zip(active, spans, found.split([span.length for span in spans]), strict=True):
+        text.rows.append(rows)
+        text.computed += span.length
+
+
+def all_logprobs(backend: Backend, ids: list[int], spans: list[Span], zero_blocks: Sequence[int] = ()) -> Tensor:
+    """Log-probabilities of every token after each row of a step: float32 [rows, vocab], through the contract alone."""
+    vocab, rows = backend.config.vocab_size, torch.arange(len(ids)).numpy()
+    scored = ScoredRows(rows, rows * 0, rows * 0 + vocab)
+    batch = Batch.build(ids, spans, BLOCK_SIZE, scored=scored, zero_blocks=zero_blocks)
+    scores = backend.collect(backend.submit(batch, []), {}).prompt_scores
+    out = torch.empty(len(ids), vocab)
+    return out.scatter_(1, torch.tensor(scores.top_ids), torch.tensor(scores.top_logprobs))
+
+
+def expected_of(model: LPAForCausalLM, text: Text) -> Tensor:
+    return model.logits(model(torch.tensor([text.ids]))[0, text.shared :]).log_softmax(-1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", BACKENDS)
+@torch.inference_mode()
+def test_every_row_equals_the_plain_forward(name: str, case: str, layout: CacheLayout) -> None:
+    tested = BACKENDS[name]
+    model, exact = loaded(case, tested.dtype), loaded(case, torch.float32)
+    if tested.dtype is not torch.float32:  # the truth about rounded weights
+        exact.load_state_dict({key: value.float() for key, value in model.state_dict().items()})
+    if (backend := build(tested, model, layout)) is None:
+        assert tested.candidate != "torch", "torch refuses nothing"
+        return
+    texts = random_texts(random.Random(len(case)), 4)
+    run(backend, layout, texts, seed=len(case))
+    found, expected = torch.cat([torch.cat(text.rows) for text in texts]), []
+    expected = torch.cat([expected_of(exact, text) for text in texts])
+    if tested.dtype is torch.float32:
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    else:  # no further from the truth than the plain forward in this dtype
+        plain = torch.cat([expected_of(loaded(case, tested.dtype), text) for text in texts])
+        assert 0 < (found - expected).abs().mean() < 1.3 * (plain - expected).abs().mean()
+
+
+def _branched(backend: Backend, layout: CacheLayout, chunk: int) -> Tensor:
+    """A beginning of 40 tokens and three continuations that do not see each other, `chunk` tokens at a time."""
+    backend.make_cache(layout, 4, BLOCK_SIZE)
+    ids = [(7 * i * i + 3) % VOCAB_SIZE for i in range(70)]
+    table, branches = [2, 0, 3], (40, 45, 58)
+    rows = []
+    for start in range(0, 70, chunk):
+        length = min(chunk, 70 - start)
+        span = Span(start, length, table, False, branches)
+        rows.append(all_logprobs(backend, ids[start : start + length], [span], table if start == 0 else ()))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("case", ["setting1", "setting2", "setting1-wide", "setting2-wide"])
+@pytest.mark.parametrize("name", BACKENDS)
+@torch.inference_mode()
+def test_branches_see_the_beginning_and_themselves(name: str, case: str) -> None:
+    tested = BACKENDS[name]
+    layout: CacheLayout = "latent" if case.startswith("setting1") else "mixed"
+    ids = [(7 * i * i + 3) % VOCAB_SIZE for i in range(70)]
+    plain, expected = loaded(case, tested.dtype), []
+    for start, end in ((0, 45), (45, 58), (58, 70)):
+        text = ids[:40] + ids[max(start, 40) : end]
+        rows = plain.logits(plain(torch.tensor([text]))[0]).log_softmax(-1)
+        expected.append(rows if start == 0 else rows[40:])
+    for chunk in (70, 9):
+        if (backend := build(tested, loaded(case, tested.dtype), layout)) is not None:
+            found = _branched(backend, layout, chunk)
+            bound = 1e-4 if tested.dtype is torch.float32 else 0.15
+            torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("case", ["setting1", "setting2", "setting1-wide", "setting2-wide", "setting2-per-layer"])
+@pytest.mark.parametrize("name", BACKENDS)
+@torch.inference_mode()
+def test_bits_do_not_depend_on_chunks_batches_or_threads(name: str, case: str, two_threads: None) -> None:
+    tested = BACKENDS[name]
+    layout: CacheLayout = "latent" if case.startswith("setting1") else "mixed"
+    found = []
+    for seed, most, threads in ((1, MAX_POSITIONS, 1), (2, MAX_POSITIONS, 2), (3, 7, 2)):
+        torch.set_num_threads(threads)
+        backend = build(tested, loaded(case, tested.dtype), layout)
+        if backend is None or not backend.batch_invariant:
+            return
+        texts = random_texts(random.Random(5), 6)
+        run(backend, layout, texts, seed, most)
+        found.append(torch.cat([torch.cat(text.rows) for text in texts]))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@torch.inference_mode()
+def test_sampling_scores_and_copied_blocks(name: str) -> None:
+    """The rest of the contract: sampled rows, masks that come late, and blocks that are copied whole."""
+    tested = BACKENDS[name]
+    backend = build(tested, loaded("setting2-wide", tested.dtype), "mixed")
+    assert backend is not None
+    backend.make_cache("mixed", 4, BLOCK_SIZE)
+    ids = list(range(10, 20))
+    batch = Batch.build(ids, [Span(0, 10, [1], False)], BLOCK_SIZE, zero_blocks=[1])
+    rows = [
+        SamplingRow(row=9, temperature=0.0, logprobs=2),
+        SamplingRow(row=9, temperature=0.0, constrained=True),
+        SamplingRow(row=3, draws=lambda attempt: 0.5, top_k=3),
+    ]
+    handle = backend.submit(batch, rows)
+    backend.copy_blocks([1], [3])
+    backend.wait(handle)
+    result = backend.collect(handle, {})
+    best = all_logprobs(backend, [ids[-1]], [Span(9, 1, [3], True)])[0]  # once more, from the copy
+    assert result.tokens[0] == best.argmax() and result.tokens[1] is None and result.tokens[2] is not None
+    scores = result.scores[0]
+    assert (scores.ranks, scores.top_ids[0][0], len(scores.top_ids[0])) == ([1], result.tokens[0], 2)
+    assert scores.logprobs[0] == pytest.approx(best.max().item(), abs=1e-4 if tested.dtype is torch.float32 else 0.05)
+    handle = backend.submit(Batch.build([ids[-1]], [Span(9, 1, [3], True)], BLOCK_SIZE), [replace_row(rows[1], 0)])
+    mask = torch.zeros(-(-VOCAB_SIZE // 8), dtype=torch.uint8).numpy()
+    mask[7 // 8] = 1 << 7 % 8
+    assert backend.collect(handle, {0: mask}).tokens == [7]
+
+
+def replace_row(row: SamplingRow, index: int) -> SamplingRow:
+    from dataclasses import replace
+
+    return replace(row, row=index)
+
+
+Chosen = Callable[[str], Backend]
+
+
+def test_torch_is_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "CANDIDATES", select.CANDIDATES[-1:])
+    choice = select.choose(tiny_config(), dtype="float32")
+    assert isinstance(choice.build(random_model(tiny_config())), TorchBackend)
+    assert not choice.batch_invariant and not choice.refused
