@@ -15,7 +15,7 @@ enum op_kind {
     RMS_NORM,       /* out = RMSNorm(x), x float32 */
     HEAD_RMS_NORM,  /* the same of each head, x as `dtype` says */
     ADD_LAYER_NORM, /* residual += LayerNorm(x); out = residual */
-    SWIGLU,         /* out = silu(x) * gate's partner at `weight` */
+    SWIGLU,         /* out = silu(x) * weight, both of a row */
     /* attention: x is the address of a struct attention */
     ATTENTION_DECODE, /* the decode rows */
     CACHE_WRITE,      /* the prompt rows' keys and values into the cache, their queries rotated */
@@ -59,7 +59,7 @@ struct op_list {
     const struct op *ops;
     int64_t num_ops;
     int64_t rows;
-    int64_t *counters; /* [1 + 2 * num_ops], zeros: threads without memory; work items taken, and done, of each op */
+    int64_t *counters; /* [1 + 2 * num_ops], zeros: threads that got scratch; items taken and done of each op */
 };
 
 /* A layer's attention over a paged cache, in the ops from ATTENTION_DECODE on. Numbers are as `dtype` says. */
