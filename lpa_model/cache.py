@@ -32,7 +32,9 @@ class LatentCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        width_unit: int = 1,
     ) -> None:
+        """`width_unit`: widths are padded to multiples of it, for kernels that read so many numbers at once."""
         self.layout = layout
         self.block_size = block_size
         self.num_blocks = num_blocks
@@ -41,7 +43,7 @@ class LatentCache:
 
         def pool(layer: int, latent: bool, rank: int | None) -> Tensor:
             heads, width = (1, rank or 0) if latent else (config.kv_heads, config.head_size)
-            return _zeros((num_blocks, heads, block_size, width), dtype, device)
+            return _zeros((num_blocks, heads, block_size, -(-width // width_unit) * width_unit), dtype, device)
 
         self.keys = [pool(i, self.forms[i][0], config.rank("k", i)) for i in layers]
         self.values = [pool(i, self.forms[i][1], config.rank("v", i)) for i in layers]
@@ -80,6 +82,6 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
-def bytes_per_token(config: LPAConfig, layout: CacheLayout, dtype: torch.dtype) -> int:
-    """Cache bytes that one token takes over all layers."""
-    return config.cache_elements_per_token(layout) * dtype.itemsize
+def bytes_per_token(config: LPAConfig, layout: CacheLayout, dtype: torch.dtype, width_unit: int = 1) -> int:
+    """Cache bytes that one token takes over all layers, with widths padded to multiples of `width_unit`."""
+    return config.cache_elements_per_token(layout, width_unit) * dtype.itemsize

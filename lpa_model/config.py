@@ -228,13 +228,20 @@ class LPAConfig:
         values = layout in ("latent", "mixed") and self.rank("v", layer) is not None
         return keys, values
 
-    def cache_elements_per_token(self, layout: CacheLayout) -> int:
-        """Cached numbers per token over all layers (LPA.md section 4: 2r, H·dh + r, or 2·H·dh per layer)."""
-        full, total = self.kv_heads * self.head_size, 0
+    def cache_elements_per_token(self, layout: CacheLayout, width_unit: int = 1) -> int:
+        """Cached numbers per token over all layers (LPA.md section 4: 2r, H·dh + r, or 2·H·dh per layer).
+
+        Widths of heads and latents are padded to multiples of `width_unit`.
+        """
+
+        def width(latent: bool, rank: Rank) -> int:
+            heads, own = (1, rank or 0) if latent else (self.kv_heads, self.head_size)
+            return heads * -(-own // width_unit) * width_unit
+
+        total = 0
         for layer in range(self.num_hidden_layers):
             keys_latent, values_latent = self.cache_forms(layout, layer)
-            total += (self.rank("k", layer) or 0) if keys_latent else full
-            total += (self.rank("v", layer) or 0) if values_latent else full
+            total += width(keys_latent, self.rank("k", layer)) + width(values_latent, self.rank("v", layer))
         return total
 
     def default_cache_layout(self) -> CacheLayout:

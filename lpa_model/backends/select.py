@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -12,11 +13,12 @@ import torch
 
 from lpa_model.backends import features
 from lpa_model.backends.base import Backend
-from lpa_model.backends.cpu import packed, plan
+from lpa_model.backends.cpu import library, plan
 from lpa_model.backends.cpu.backend import CpuBackend
-from lpa_model.backends.cpu.kernels import programs
-from lpa_model.backends.cpu.kernels.launch import compile_kernel
-from lpa_model.backends.features import AMX, AVX512_BF16
+from lpa_model.backends.cpu.build import LIBRARY
+from lpa_model.backends.cpu.numba import plan as numba_plan
+from lpa_model.backends.cpu.numba import programs
+from lpa_model.backends.cpu.numba.launch import compile_kernel
 from lpa_model.backends.torch.backend import TorchBackend
 from lpa_model.checkpoint import load_model
 from lpa_model.config import CacheLayout, LPAConfig
@@ -125,20 +127,24 @@ def _layout(config: LPAConfig, name: str, device: torch.device) -> CacheLayout:
     return layout
 
 
+def _not_a_cpu(case: Case) -> str | None:
+    return None if case.device.type == "cpu" else "is for CPUs"
+
+
 def _no_program(case: Case) -> str | None:
-    if case.device.type != "cpu":
-        return "is for CPUs"
+    if reason := _not_a_cpu(case):
+        return reason
     if case.dtype is not torch.bfloat16:
-        return "computes bfloat16; take --dtype bfloat16"
+        return "computes bfloat16 only"
     if not _program_set(case):
         return "needs a processor with AVX512-BF16"
     if find_spec("numba") is None:
         return "needs numba to compile its kernels; install it"
-    return plan.unsupported(case.config, case.block_size) or _rebuilt_keys(case)
+    return numba_plan.unsupported(case.config, case.block_size) or _rebuilt_keys(case)
 
 
 def _program_set(case: Case) -> str | None:
-    return next((name for name in case.instruction_sets if name in (AMX, AVX512_BF16)), None)
+    return next((name for name in case.instruction_sets if name in programs.KERNELS), None)
 
 
 def _build_program(case: Case, model: LPAForCausalLM) -> Backend:
@@ -146,16 +152,23 @@ def _build_program(case: Case, model: LPAForCausalLM) -> Backend:
     assert instruction_set is not None
     kernel = compile_kernel(programs.KERNELS[instruction_set]).result()
     if kernel is None:
-        raise RuntimeError("the op list's kernel was not compiled")
-    return CpuBackend(model, kernel, instruction_set)
+        raise RuntimeError("numba did not compile the op list's kernel")
+    return CpuBackend(model, partial(numba_plan.FusedStep, kernel=kernel), instruction_set, width_unit=1)
 
 
-def _no_packed(case: Case) -> str | None:
-    if case.device.type != "cpu":
-        return "is for CPUs"
-    if not packed.can_pack(case.dtype):
-        return "oneDNN packs no weights of this type on this processor"
+def _no_op_list(case: Case) -> str | None:
+    if reason := _not_a_cpu(case):
+        return reason
+    if not LIBRARY.exists():
+        return "its kernels are not compiled; `make kernels` does it, and so does an installation on Linux"
+    if case.block_size % 2:
+        return f"block_size {case.block_size} is odd; take 32, 64 or 128"
     return _rebuilt_keys(case)
+
+
+def _build_op_list(case: Case, model: LPAForCausalLM) -> Backend:
+    kernels = library.load().kernels(case.instruction_sets[0])
+    return CpuBackend(model, partial(plan.StepPlan, kernels=kernels), case.instruction_sets[0], plan.WIDTH_UNIT)
 
 
 def _rebuilt_keys(case: Case) -> str | None:
@@ -166,13 +179,8 @@ def _rebuilt_keys(case: Case) -> str | None:
 
 
 CANDIDATES = (
-    Candidate("cpu", _no_program, lambda case: True, _build_program),
-    Candidate(
-        "cpu (oneDNN)",
-        _no_packed,
-        lambda case: case.dtype is torch.float32,
-        lambda case, model: packed.packed_backend(model),
-    ),
+    Candidate("cpu (numba)", _no_program, lambda case: True, _build_program),
+    Candidate("cpu", _no_op_list, lambda case: True, _build_op_list),
     Candidate("torch", lambda case: None, lambda case: False, lambda case, model: TorchBackend(model)),
 )
 """The fastest first."""

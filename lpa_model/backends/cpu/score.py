@@ -18,7 +18,7 @@ LOT = 4  # rows that a thread takes at a time: as in csrc/score.c
 
 
 def score_rows(kernels: Mapping[str, Kernel], logits: Tensor, targets: Tensor, top: int = 0) -> RowScores:
-    """logits float32 or bfloat16 [rows, vocab], contiguous; targets int64 [rows]; top at most vocab.
+    """logits float32 or bfloat16 [rows, vocab]; targets int64 [rows]; top at most vocab.
 
     A row's numbers depend on nothing but the row, to the bit. From its logits as they are to the log-probability, the
     error is below 3e-7 of it; below 2e-6 where float32 logits differ by so much that their difference is rounded.
@@ -28,7 +28,8 @@ def score_rows(kernels: Mapping[str, Kernel], logits: Tensor, targets: Tensor, t
         IndexError: a target is not within the vocabulary.
     """
     rows, vocab = logits.shape
-    assert logits.is_contiguous() and targets.dtype is torch.int64 and 0 <= top <= vocab
+    logits = logits.contiguous()
+    assert targets.dtype is torch.int64 and 0 <= top <= vocab
     targets = targets.contiguous()
     if rows and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
         raise IndexError(f"a target is not within the vocabulary of {vocab}")

@@ -56,7 +56,7 @@ INLINE f32x16 load_or(int is_bf16, const void *row, int64_t i, int64_t count, fl
     return select_f32(lanes < (i32x16)splat_u32((uint32_t)count), load_some(is_bf16, row, i, count), splat_f32(other));
 }
 
-/* The lowest id of the largest logit, or of NaN. `has_norm`: the row is NaN nowhere, and its largest is not infinite. */
+/* The lowest id of the largest logit, or of NaN. `has_norm`: the row is NaN nowhere, and its largest not infinite. */
 INLINE int64_t find_best(int is_bf16, const void *row, int64_t vocab, int *has_norm) {
     float peak = -INFINITE;
     int64_t home = 0;

@@ -13,8 +13,8 @@ from numba import types
 from numba.core.cgutils import alloca_once_value, for_range
 from numba.extending import intrinsic
 
-from lpa_model.backends.cpu.kernels.machine import LOG2_E, ask
-from lpa_model.backends.cpu.kernels.vectors import (
+from lpa_model.backends.cpu.numba.machine import LOG2_E, ask
+from lpa_model.backends.cpu.numba.vectors import (
     INTEGERS,
     LANES,
     dot_pairs,

@@ -5,23 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from struct import Struct
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lpa_model.backends.cpu.kernels.launch import Kernel
-from lpa_model.backends.cpu.kernels.records import CALL
 from lpa_model.batch import Batch
 
-KERNELS = {
-    torch.bfloat16: "lpa_model.backends.cpu.kernels.decode.decode_bfloat16",
-    torch.float32: "lpa_model.backends.cpu.kernels.decode.decode_float32",
-}
 TILE_TOKENS = 128  # at most, in whole blocks: what one thread attends to at a time
-CALL_BYTES = Struct(f"{len(CALL.names or ()) - 1}qd")
 
 
 @dataclass(frozen=True)
@@ -85,54 +76,6 @@ class DecodeRows:
             block_size=block_size,
             tile_blocks=tile_blocks,
         )
-
-
-def decode_attention(
-    kernel: Kernel,
-    q: Tensor,
-    new_keys: Tensor,
-    new_values: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    rows: DecodeRows,
-    scale: float,
-    *,
-    turns: Tensor | None = None,
-    up: Tensor | None = None,
-    up_bias: Tensor | None = None,
-) -> Tensor:
-    """Write the step's own keys and values into the cache, and attend to all that is there.
-
-    A row's result depends on nothing but the row: not on the others, nor on the number of threads.
-
-    Args:
-        kernel: the one of the cache's dtype, compiled.
-        q: [rows, H, key width], in the cache's dtype like all that follow; contiguous.
-        new_keys: [rows, key heads * key width]; a slice of a wider tensor will do.
-        new_values: [rows, value heads * value width]; likewise.
-        keys: the pool [blocks, key heads, block_size, key width]; query heads are consecutive per key head.
-        values: the pool [blocks, value heads, block_size, value width].
-        rows: where each query stands.
-        scale: factor on the scores, 1/sqrt(dh).
-        turns: complex64 [positions, key width / 2], cos + i sin of rotary positions whose pairs are neighbours;
-            applied to queries and new keys.
-        up: [up heads, out, value width], multiplied into the outputs; query heads are consecutive per up head.
-        up_bias: [up heads * out], added after `up`.
-
-    Returns:
-        [rows, H, out, or value width without `up`]; computed in float32, rounded once.
-    """
-    count, heads, _ = q.shape
-    width = values.shape[3]
-    out = torch.empty(count, heads, up.shape[1] if up is not None else width, dtype=q.dtype)
-    layer = call_of_layer(q, new_keys, new_values, keys, values, out, scale, turns=turns, up=up, up_bias=up_bias)
-    items = len(rows.item_rows)
-    partial = torch.empty(items * heads * (width + 2), dtype=torch.float32)
-    rows.counters.fill(0)
-    step = rows.fields | scratch_of_step(partial, items * heads * width) | {"counters": rows.counters_address}
-    call = layer | step
-    kernel(CALL_BYTES.pack(*(call.get(name, 0) for name in CALL.names or ())), items)
-    return out
 
 
 def call_of_layer(

@@ -12,7 +12,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core.cgutils import get_or_insert_function
 
-from lpa_model.backends.cpu.kernels.machine import LOG2_E, SERIES
+from lpa_model.backends.cpu.numba.machine import LOG2_E, SERIES
 
 LANES = 16
 

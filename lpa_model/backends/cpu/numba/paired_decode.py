@@ -11,8 +11,8 @@ from collections import namedtuple
 import numpy as np
 from numba import carray
 
-from lpa_model.backends.cpu.kernels import columns, decode, paired, prompt, singles, tiles
-from lpa_model.backends.cpu.kernels.machine import (
+from lpa_model.backends.cpu.numba import columns, decode, paired, prompt, singles, tiles
+from lpa_model.backends.cpu.numba.machine import (
     LINE,
     ZERO,
     address,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, from_dtype, types
 
-from lpa_model.backends.cpu.kernels.machine import ZERO, address, compiled, fetch_add, narrow, widen
+from lpa_model.backends.cpu.numba.machine import ZERO, address, compiled, fetch_add, narrow, widen
 
 CALL = np.dtype(
     [

@@ -14,7 +14,7 @@ from numba import types
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
-from lpa_model.backends.cpu.kernels.machine import address_of, compiled, fill, give_back, prefetch_rows, take
+from lpa_model.backends.cpu.numba.machine import address_of, compiled, fill, give_back, prefetch_rows, take
 
 ROWS = 16  # of a tile
 TOKENS = 64  # whose keys are met at a time: a block has to be a multiple of this

@@ -9,7 +9,7 @@ import logging
 import llvmlite.binding as llvm
 import numba
 
-from lpa_model.backends.cpu.kernels.launch import ENTRY, target_machine
+from lpa_model.backends.cpu.numba.launch import ENTRY, target_machine
 
 # numba's function returns whether it raised an error, and none of the kernels does; its arrays never own their memory
 MORE = """

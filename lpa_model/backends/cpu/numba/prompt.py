@@ -17,10 +17,10 @@ from collections import namedtuple
 import numpy as np
 from numba import carray
 
-from lpa_model.backends.cpu.kernels import columns, paired, tiles
-from lpa_model.backends.cpu.kernels.columns import COLUMNS, ROW
-from lpa_model.backends.cpu.kernels.machine import LOG2_E, ZERO, address, compiled, copy, fill
-from lpa_model.backends.cpu.kernels.records import SPAN_FIELDS
+from lpa_model.backends.cpu.numba import columns, paired, tiles
+from lpa_model.backends.cpu.numba.columns import COLUMNS, ROW
+from lpa_model.backends.cpu.numba.machine import LOG2_E, ZERO, address, compiled, copy, fill
+from lpa_model.backends.cpu.numba.records import SPAN_FIELDS
 
 TOKENS = 32  # of a tile's products
 BLOCK = 128  # tokens whose scores stay in the first-level cache

@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lpa_model.backends.cpu.kernels import records
-from lpa_model.backends.cpu.kernels.launch import Kernel
+from lpa_model.backends.cpu.numba import records
+from lpa_model.backends.cpu.numba.launch import Kernel
 from lpa_model.backends.features import AMX, AVX512_BF16
 
 KERNELS = {
-    AMX: "lpa_model.backends.cpu.kernels.program.run_in_tiles",
-    AVX512_BF16: "lpa_model.backends.cpu.kernels.program.run_in_vectors",
+    AMX: "lpa_model.backends.cpu.numba.program.run_in_tiles",
+    AVX512_BF16: "lpa_model.backends.cpu.numba.program.run_in_vectors",
 }
 PROGRAM = Struct(f"{len(records.PROGRAM.names or ())}q")
 STRIP, DEPTH = 16, 32  # outputs and inputs of a tile

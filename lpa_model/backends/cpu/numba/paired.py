@@ -14,8 +14,8 @@ from numba import types
 from numba.core.cgutils import alloca_once, for_range, get_or_insert_function
 from numba.extending import intrinsic
 
-from lpa_model.backends.cpu.kernels.machine import ask, compiled
-from lpa_model.backends.cpu.kernels.vectors import FLOATS, INTEGERS, dot_pairs, floats, load, spread, store
+from lpa_model.backends.cpu.numba.machine import ask, compiled
+from lpa_model.backends.cpu.numba.vectors import FLOATS, INTEGERS, dot_pairs, floats, load, spread, store
 
 ROWS = 8  # whose sums stay in registers, two vectors each
 UNROLLED = 4  # pairs in a round of the loop

@@ -10,8 +10,8 @@ from collections import namedtuple
 import numpy as np
 from numba import carray, from_dtype, types
 
-from lpa_model.backends.cpu.kernels import columns, norm, paired_decode, product, prompt, tiles
-from lpa_model.backends.cpu.kernels.machine import (
+from lpa_model.backends.cpu.numba import columns, norm, paired_decode, product, prompt, tiles
+from lpa_model.backends.cpu.numba.machine import (
     ZERO,
     address_of,
     compiled,
@@ -23,7 +23,7 @@ from lpa_model.backends.cpu.kernels.machine import (
     pointer_to,
     take,
 )
-from lpa_model.backends.cpu.kernels.records import (
+from lpa_model.backends.cpu.numba.records import (
     ADD_LAYER_NORM,
     ATTENTION,
     CALL,

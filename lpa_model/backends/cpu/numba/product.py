@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from numba import carray
 
-from lpa_model.backends.cpu.kernels import paired, sums, tiles
-from lpa_model.backends.cpu.kernels.machine import ZERO, address, compiled, copy, prefetch_rows, widen
-from lpa_model.backends.cpu.kernels.records import ADDED, GATED, RELU
+from lpa_model.backends.cpu.numba import paired, sums, tiles
+from lpa_model.backends.cpu.numba.machine import ZERO, address, compiled, copy, prefetch_rows, widen
+from lpa_model.backends.cpu.numba.records import ADDED, GATED, RELU
 
 ROWS = 32  # of x that meet two strips of weights at a time
 CHUNK = 256  # rows of one item: what stays in a core's second-level cache with the strips

@@ -13,7 +13,7 @@ from numba import types
 from numba.core.cgutils import alloca_once_value, for_range
 from numba.extending import intrinsic
 
-from lpa_model.backends.cpu.kernels.vectors import (
+from lpa_model.backends.cpu.numba.vectors import (
     HALVES,
     INTEGERS,
     LANES,

@@ -63,7 +63,7 @@ def _load(name: str) -> Kernel:
     code = _kept(file)
     if code is None:
         with _one_at_a_time:
-            code = importlib.import_module("lpa_model.backends.cpu.kernels.build").object_code(name)
+            code = importlib.import_module("lpa_model.backends.cpu.numba.build").object_code(name)
         _keep(code, file)
     kernel = _link(code)
     parallel = _openmp()

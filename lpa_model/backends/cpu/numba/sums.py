@@ -12,7 +12,7 @@ from numba import types
 from numba.core.cgutils import for_range
 from numba.extending import intrinsic
 
-from lpa_model.backends.cpu.kernels import vectors
+from lpa_model.backends.cpu.numba import vectors
 
 ROW = 128  # bytes of sums
 
