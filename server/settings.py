@@ -32,7 +32,7 @@ def _split(value: Any) -> list[str]:
 
 
 def _read_keys(path: Path) -> list[SecretStr]:
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    lines = (line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
     return [SecretStr(line) for line in lines if line and not line.startswith("#")]
 
 

@@ -7,7 +7,6 @@ an option.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from lpa_model.checkpoint import CheckpointError, read_tokenizer, save_checkpoint
 from lpa_model.config import ATTENTION_PROJECTIONS, FFN_PROJECTIONS, LPAConfig, Projection, Rank, RankSpec
+from lpa_model.hf_keys import read_object
 from lpa_model.model import LPAForCausalLM
 
 EMBEDDING = "lpa.token_embedding.weight"
@@ -150,10 +150,10 @@ def _special_ids(src: Path, tokenizer: Tokenizer, vocab_size: int) -> dict[str, 
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         if (src / file).is_file():
             try:
-                found = json.loads((src / file).read_text(encoding="utf-8"))
-                names |= {key: found[key] for key in names if key in found}
-            except (ValueError, TypeError) as error:
-                raise CheckpointError(f"{src / file}: not a JSON object: {error}") from error
+                found = read_object(src / file)
+            except ValueError as error:
+                raise CheckpointError(str(error)) from error
+            names |= {key: found[key] for key in names if key in found}
     ids: dict[str, int | None] = {}
     for key, token in names.items():
         text = token.get("content") if isinstance(token, dict) else token

@@ -139,7 +139,9 @@ class PairTokenizer:
 
     def _ids(self, value: str | list[int], where: str) -> list[int]:
         if isinstance(value, str):
-            return self._tokenizer.encode(value, add_special_tokens=False)
+            ids = self._tokenizer.encode(value, add_special_tokens=False)
+            self._tokenizer.check(ids, where)
+            return ids
         check_token_ids(value, self._tokenizer.vocab_size, where)
         return value
 

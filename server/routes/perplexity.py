@@ -175,6 +175,7 @@ def _text(tokenizer: Tokenizer, convention: Convention, where: str, value: str |
     start = 0
     if isinstance(value, str):
         given = tokenizer.encode(value, add_special_tokens=False)
+        tokenizer.check(given, where)
         ids = own_tokens(given, convention)
         text = value
         if len(ids) < len(given):
