@@ -88,12 +88,18 @@ def no_folder(name: str) -> str:
         )
     if Path(name).exists():
         return f"{name}: is a file; a model is a folder with config.json, model.safetensors and tokenizer.json"
-    if hub := re.fullmatch(r"(?:https?:/+(?:huggingface\.co|hf\.co)/)?(\w[\w.-]*/\w[\w.-]*)/?", name):
-        return (
-            f"{name}: no such model folder, and models are read from folders alone; if it is a name of the Hugging "
-            f"Face hub, `hf download {hub[1]} --local-dir FOLDER` fetches it"
-        )
-    return f"{name}: no such model folder"
+    return f"{name}: no such model folder{hub_hint(name)}"
+
+
+def hub_hint(name: str) -> str:
+    """How to fetch what may be a model of the Hugging Face hub; "" for what cannot be one's name."""
+    hub = re.fullmatch(r"(?:https?:/+(?:huggingface\.co|hf\.co)/)?(\w[\w.-]*/\w[\w.-]*)/?", name)
+    if hub is None:
+        return ""
+    return (
+        "; models are read from folders alone: if it is a name of the Hugging Face hub, "
+        f"`hf download {hub[1]} --local-dir FOLDER` fetches it"
+    )
 
 
 _EMBEDDED = "; without a name the embedded lpa-tiny is taken"
@@ -136,14 +142,19 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         raise CheckpointError(f"{folder}: neither model.safetensors nor model.safetensors.index.json")
+    return shards(index)
+
+
+def shards(index: Path) -> list[Path]:
+    """The files that a `*.index.json` beside them names; CheckpointError when it is broken or one is missing."""
     try:
         names = sorted(set(read_object(index)["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index}: not a shard index: {error!r}") from error
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+        if not isinstance(name, str) or Path(name).name != name or not (index.parent / name).is_file():
             raise CheckpointError(f"{index}: names a shard {name!r} that is not in the folder")
-    return [folder / name for name in names]
+    return [index.parent / name for name in names]
 
 
 class _LeftEmpty(TorchFunctionMode):

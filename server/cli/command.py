@@ -103,7 +103,7 @@ def with_ranks(config: LPAConfig, attention_rank: str | None, ffn_rank: str | No
 
 def config_of(name: str) -> LPAConfig:
     """A preset's config, or the one in a JSON file or a model folder."""
-    from lpa_model.checkpoint import load_config, no_folder
+    from lpa_model.checkpoint import hub_hint, load_config
     from lpa_model.config import PRESETS, LPAConfig
 
     path = Path(name)
@@ -113,4 +113,5 @@ def config_of(name: str) -> LPAConfig:
         return PRESETS[name]
     if path.suffix == ".json":
         return LPAConfig.load(path)
-    raise ValueError(f"{no_folder(name)}; presets are {', '.join(PRESETS)}")
+    presets = ", ".join(PRESETS)
+    raise ValueError(f"{name}: neither a model folder nor a .json config nor a preset ({presets}){hub_hint(name)}")

@@ -21,19 +21,21 @@ def _convert() -> None:
 
 @convert.command()
 def official(
-    source: Annotated[Path, typer.Argument(help="Folder with model.safetensors or pytorch_model.bin.")],
+    source: Annotated[Path, typer.Argument(help="Training folder, checkpoint-N folder, or file of weights.")],
     folder: Annotated[Path, typer.Argument(help="Where to write the model folder.")],
     num_heads: Annotated[int | None, typer.Option(min=1, help="Attention heads; needed in setting 1.")] = None,
     rope_theta: Annotated[float | None, typer.Option(help="Base of the rotary positions (setting 2).")] = None,
     max_position_embeddings: Annotated[int | None, typer.Option(min=1, help="Context in tokens (setting 2).")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json, if the source folder has none.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json or .model, if the source has none.")] = None,
     dtype: StoredDtype = "float32",
 ) -> None:
     """Import a checkpoint of the LPA paper's authors; what its shapes do not tell is an option."""
     import torch
 
     from lpa_model.backends.features import resolve_dtype
+    from lpa_model.config import PROJECTIONS
     from lpa_model.convert.official import convert_official
+    from lpa_model.convert.source import find_weights
 
     with user_errors():
         config = convert_official(
@@ -45,4 +47,11 @@ def official(
             tokenizer=tokenizer,
             dtype=resolve_dtype(dtype, torch.device("cpu")),
         )
-    typer.echo(f"{folder}: {config.architecture}, {config.parameter_count():,} parameters in {dtype}")
+        for path in find_weights(source):
+            typer.echo(f"read {path}")
+    typer.echo(f"{folder}: {config.architecture}, {config.parameter_count():,} parameters in {dtype}, all finite")
+    typer.echo(f"heads {config.num_attention_heads} of head_dim {config.head_size}, layers {config.num_hidden_layers}")
+    ranks = {name: config.rank(name, 0) for name in PROJECTIONS}
+    shown = "  ".join(f"{name} {'dense' if rank is None else rank}" for name, rank in ranks.items())
+    typer.echo(f"ranks {shown}  ffn {'dense' if config.ffn_rank is None else config.ffn_rank}")
+    typer.echo(f"context {config.max_position_embeddings} tokens, vocabulary {config.vocab_size}")
