@@ -228,7 +228,8 @@ def test_a_name_that_is_no_folder_says_what_it_is(
     name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for arguments in (["serve", name], ["serve", "--model", name], ["generate", "a", "--model", name]):
+    (tmp_path / "text.txt").write_text("hello")
+    for arguments in (["generate", "a", "--model", name], ["score", "text.txt", "--model", name]):
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 2 and result.stderr.count("\n") == 1
         assert words in result.stderr, result.stderr
