@@ -140,6 +140,8 @@ class LPAConfig:
             )
 
     def _check_ranks(self, key: str, spec: RankSpec, projections: tuple[Projection, ...]) -> None:
+        if isinstance(spec, list):
+            raise ValueError(f"{key}: {spec!r} is neither a rank nor an object with one for {', '.join(projections)}")
         if isinstance(spec, Mapping):
             if set(spec) != set(projections):
                 raise ValueError(f"{key}: keys {sorted(spec)} are not exactly {', '.join(projections)}")

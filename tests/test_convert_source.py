@@ -178,7 +178,7 @@ def test_the_command_says_what_the_model_is(tmp_path: Path) -> None:
         "setting1",
         "parameters in float32, all finite",
         f"heads {HEADS} of head_dim 10",
-        "ranks q 6  k 6  v 6  o 6  ffn dense",
+        "ranks q 6  k 6  v 6  o 6  up dense  down dense",
         f"context {POSITIONS} tokens",
     ):
         assert words in out

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from server.cli.command import StoredDtype, user_errors
+
+if TYPE_CHECKING:
+    from lpa_model.config import LPAConfig, Projection
 
 convert = typer.Typer(
     help="Import models that other code has trained.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -33,7 +36,6 @@ def official(
     import torch
 
     from lpa_model.backends.features import resolve_dtype
-    from lpa_model.config import PROJECTIONS
     from lpa_model.convert.official import convert_official
     from lpa_model.convert.source import find_weights
 
@@ -51,7 +53,13 @@ def official(
             typer.echo(f"read {path}")
     typer.echo(f"{folder}: {config.architecture}, {config.parameter_count():,} parameters in {dtype}, all finite")
     typer.echo(f"heads {config.num_attention_heads} of head_dim {config.head_size}, layers {config.num_hidden_layers}")
-    ranks = {name: config.rank(name, 0) for name in PROJECTIONS}
-    shown = "  ".join(f"{name} {'dense' if rank is None else rank}" for name, rank in ranks.items())
-    typer.echo(f"ranks {shown}  ffn {'dense' if config.ffn_rank is None else config.ffn_rank}")
+    typer.echo("ranks " + "  ".join(f"{name} {_ranks(config, name)}" for name in config.projections))
     typer.echo(f"context {config.max_position_embeddings} tokens, vocabulary {config.vocab_size}")
+
+
+def _ranks(config: LPAConfig, projection: Projection) -> str:
+    """A projection's rank, or from which to which it goes over the layers."""
+    found = [config.rank(projection, layer) for layer in range(config.num_hidden_layers)]
+    low_rank = [rank for rank in found if rank is not None]
+    shown = [str(rank) for rank in sorted({min(low_rank), max(low_rank)})] if low_rank else []
+    return " to ".join(shown + ["dense"] * (None in found))
