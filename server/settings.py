@@ -132,6 +132,13 @@ class Settings(BaseSettings):
     request_timeout: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="Seconds after which a request is cut off (default: never)."
     )
+    waiting_comment_interval: float = Field(
+        10.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds between comments (: waiting) in a stream that has not begun, as its request waits in "
+        "the queue or its prompt is computed.",
+    )
     drain_timeout: float = Field(
         30.0,
         ge=0,

@@ -128,6 +128,45 @@ def test_one_request_with_many_choices_does_not_hold_all_places(folder: Path, mo
         until(served.idle)
 
 
+@pytest.mark.parametrize("path", [COMPLETIONS, "/v1/chat/completions"])
+def test_a_stream_that_waits_in_the_queue_sends_comments_after_its_headers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    with serving(folder, max_num_seqs=1, max_queue=1, waiting_comment_interval=0.05) as served:
+        slow_steps(served, monkeypatch, 0.02)
+        running: dict[str, Any] = {"prompt": "a", "max_tokens": 60, "ignore_eos": True}
+        thread, found = in_background(lambda: served.post(COMPLETIONS, **running))
+        until(lambda: len(served.engine.scheduler.running) == 1)
+        body: dict[str, Any] = {"model": "tiny", "max_tokens": 3, "ignore_eos": True, "stream": True}
+        body |= {"prompt": "b"} if path == COMPLETIONS else {"messages": [{"role": "user", "content": "b"}]}
+        with httpx.stream("POST", served.url + path, json=body, timeout=60) as answer:
+            assert answer.status_code == 200
+            lines = answer.iter_lines()
+            assert next(lines) == ": waiting"
+            assert not found  # the other one is still running
+            refused = served.post(path, **{**body, "stream": True})
+            assert refused.status_code == 429  # before the headers a refusal has its own status
+            rest = [line for line in lines if line]
+        assert rest.count(": waiting") >= 1
+        events = [line for line in rest if line != ": waiting"]
+        assert rest[-len(events) :] == events and events[-1] == "data: [DONE]"  # no comment once it has begun
+        thread.join(20)
+
+
+def test_a_stream_that_is_left_while_it_waits_costs_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(folder, max_num_seqs=1, waiting_comment_interval=0.05) as served:
+        slow_steps(served, monkeypatch, 0.02)
+        thread, _ = in_background(lambda: served.post(COMPLETIONS, prompt="a", max_tokens=60, ignore_eos=True))
+        until(lambda: len(served.engine.scheduler.running) == 1)
+        body = {"model": "tiny", "prompt": "b", "stream": True}
+        with httpx.stream("POST", served.url + COMPLETIONS, json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            assert next(lines) == ": waiting"
+        until(lambda: not served.engine.scheduler.waiting)
+        thread.join(20)
+        until(served.idle)
+
+
 def test_scoring_behind_a_full_queue_gets_its_turn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(folder, max_num_seqs=2, max_queue=0) as served:
         slow_steps(served, monkeypatch, 0.002)
