@@ -17,11 +17,6 @@ convert = typer.Typer(
 )
 
 
-@convert.callback()
-def _convert() -> None:
-    """Keeps `official` a sub-command while it is the only one."""
-
-
 @convert.command()
 def official(
     source: Annotated[Path, typer.Argument(help="Training folder, checkpoint-N folder, or file of weights.")],
@@ -55,6 +50,25 @@ def official(
     typer.echo(f"heads {config.num_attention_heads} of head_dim {config.head_size}, layers {config.num_hidden_layers}")
     typer.echo("ranks " + "  ".join(f"{name} {_ranks(config, name)}" for name in config.projections))
     typer.echo(f"context {config.max_position_embeddings} tokens, vocabulary {config.vocab_size}")
+
+
+@convert.command()
+def llama(
+    source: Annotated[Path, typer.Argument(help="Hugging Face folder of a LLaMA (config.json, weights, tokenizer).")],
+    folder: Annotated[Path, typer.Argument(help="Where to write the model folder.")],
+    dtype: StoredDtype = "float32",
+) -> None:
+    """Take over a dense LLaMA as it is: setting 2 with dense matrices, which computes the same."""
+    import torch
+
+    from lpa_model.backends.features import resolve_dtype
+    from lpa_model.convert.llama import convert_llama
+
+    with user_errors():
+        config = convert_llama(source, folder, resolve_dtype(dtype, torch.device("cpu")))
+    typer.echo(
+        f"{folder}: {config.architecture}, dense, {config.parameter_count():,} parameters in {dtype}, all finite"
+    )
 
 
 def _ranks(config: LPAConfig, projection: Projection) -> str:
