@@ -52,9 +52,9 @@ def _check_keys(path: Path | None) -> Path | None:
     return path
 
 
-def _whole_number(value: Any) -> Any:
-    """Flags and variables are text, which a Literal of numbers does not read."""
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
+BLOCK_SIZES = {"32": 32, "64": 64, "128": 128}
+BlockSize = Annotated[Literal[32, 64, 128], BeforeValidator(lambda value: BLOCK_SIZES.get(value, value))]
+"""Flags and variables are text, which a Literal of numbers does not read."""
 
 
 def _check_threads(threads: int | None) -> int | None:
@@ -120,9 +120,7 @@ class Settings(BaseSettings):
         description="Most milliseconds of prompt and scoring work in a step while completions stream; less where that "
         "would make the step more than about twice (scoring) or 2.6 times (prompts) as long as its decodes alone.",
     )
-    block_size: Annotated[Literal[32, 64, 128], BeforeValidator(_whole_number)] = Field(
-        64, description="Tokens in a block of the cache."
-    )
+    block_size: BlockSize = Field(64, description="Tokens in a block of the cache.")
     kv_cache_layout: Literal["auto", "latent", "mixed", "full"] = Field(
         "auto", description="What the cache stores: latents, latents of values only, or full keys and values."
     )
