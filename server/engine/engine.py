@@ -125,6 +125,10 @@ class Engine:
         """Have a grammar ready for its request; from any thread. Raises InvalidRequest if it cannot be compiled."""
         self.runner.compiler.compile(spec)
 
+    def close(self) -> None:
+        """End the threads and processes that grammars have needed. No step may follow."""
+        self.runner.close()
+
     def add_request(self, request: Request) -> None:
         """Queue a request that `validate` has accepted."""
         params = request.params

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -149,5 +148,5 @@ async def begin(
                 param=prompt.where if len(prompt.token_ids) > engine.max_model_len else limit_field,
             )
     if params.grammar is not None:
-        await asyncio.to_thread(engine.compile_grammar, params.grammar)
+        await engine.compile_grammar(params.grammar)
     return Generation(engine, body, prompts, width, params, request_id, deadline_of(settings))
