@@ -54,6 +54,7 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
         redirect_slashes=False,
         openapi_url=None,  # FastAPI's document and pages: the pages load their programs from elsewhere
     )
+    app.state.settings = settings
     app.include_router(completions_router(engine, settings))
     app.include_router(chat_router(engine, settings))
     app.include_router(perplexity_router(engine, settings))
@@ -95,6 +96,8 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     what: UserError
     if isinstance(error.__cause__, UserError):  # FastAPI wraps what reading the body raises
         what = error.__cause__
+    elif isinstance(error.__cause__, RequestValidationError):
+        what = _explain(error.__cause__.errors()[0])
     elif error.status_code == NotFound.status:
         what = NotFound(f"there is no route {request.method} {request.url.path}")
     elif error.status_code == MethodNotAllowed.status:

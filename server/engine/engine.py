@@ -111,8 +111,9 @@ class Engine:
         if not request.token_ids:
             raise InvalidRequest("prompt: is empty; it must have at least one token", param="prompt")
         vocab = self.model_config.vocab_size
-        if wrong := [t for t in request.token_ids if not 0 <= t < vocab]:
-            raise InvalidRequest(f"prompt: token id {wrong[0]} is outside the vocabulary of {vocab}", param="prompt")
+        if min(request.token_ids) < 0 or max(request.token_ids) >= vocab:
+            wrong = next(t for t in request.token_ids if not 0 <= t < vocab)
+            raise InvalidRequest(f"prompt: token id {wrong} is outside the vocabulary of {vocab}", param="prompt")
         total = request.num_prompt_tokens + request.params.max_tokens
         if total > self.max_model_len:
             raise ContextLength(
