@@ -74,7 +74,7 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     app.add_middleware(Guard, keys=keys, max_body=settings.max_body_bytes, running=running)
     if settings.cors_origins:
         app.add_middleware(Cors, origins=settings.cors_origins)
-    app.add_middleware(RequestLog, enabled=settings.log_requests)
+    app.add_middleware(RequestLog, enabled=settings.log_requests, max_headers=settings.max_header_fields)
     return app
 
 

@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import BodyTooLarge, EngineError, InvalidRequest, UserError
+from server.errors import BodyTooLarge, EngineError, HeadersTooLarge, InvalidRequest, UserError
 from server.keys import METRICS, PROBES, Keys
 from server.routes.ndjson import has_lines
 from server.routes.requests import Running
@@ -30,11 +30,13 @@ EXPOSED_HEADERS = ("x-request-id", "retry-after")
 
 
 class RequestLog:
-    """Request id, a line in the log, and HEAD as GET, whose body the HTTP server keeps back."""
+    """Request id, a line in the log, a limit on the number of headers, and HEAD as GET, whose body the HTTP server
+    keeps back."""
 
-    def __init__(self, app: ASGIApp, enabled: bool) -> None:
+    def __init__(self, app: ASGIApp, enabled: bool, max_headers: int) -> None:
         self._app = app
         self._enabled = enabled
+        self._max_headers = max_headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,7 +58,11 @@ class RequestLog:
 
         try:
             method = "GET" if scope["method"] == "HEAD" else scope["method"]
-            await self._app({**scope, "method": method}, receive, send_with_id)
+            answer = self._app
+            if len(scope["headers"]) > self._max_headers:
+                limit = f"the request has more than {self._max_headers} headers, the server's max_header_fields"
+                answer = error_response(HeadersTooLarge(limit))
+            await answer({**scope, "method": method}, receive, send_with_id)
         finally:
             if self._enabled:
                 self._log(scope, 499 if state.get("client_left") else status, time.monotonic() - began)
