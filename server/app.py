@@ -17,7 +17,7 @@ from server.engine.async_engine import AsyncEngine
 from server.errors import BodyTooLarge, Cancelled, InvalidRequest, MethodNotAllowed, NotFound, UserError
 from server.keys import keys_of
 from server.metrics import Metrics
-from server.middleware import Cors, Guard, RequestLog
+from server.middleware import Cors, Guard, HeaderLimits, RequestLog
 from server.openapi import openapi_document
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
@@ -74,7 +74,8 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     app.add_middleware(Guard, keys=keys, max_body=settings.max_body_bytes, running=running)
     if settings.cors_origins:
         app.add_middleware(Cors, origins=settings.cors_origins)
-    app.add_middleware(RequestLog, enabled=settings.log_requests, max_headers=settings.max_header_fields)
+    limits = HeaderLimits(settings.max_header_fields, settings.max_header_bytes)
+    app.add_middleware(RequestLog, enabled=settings.log_requests, max_headers=limits)
     return app
 
 

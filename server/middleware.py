@@ -10,6 +10,7 @@ import logging
 import re
 import secrets
 import time
+from typing import NamedTuple
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -29,11 +30,18 @@ REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 EXPOSED_HEADERS = ("x-request-id", "retry-after")
 
 
+class HeaderLimits(NamedTuple):
+    """Of a request's head."""
+
+    fields: int
+    bytes: int
+
+
 class RequestLog:
-    """Request id, a line in the log, a limit on the number of headers, and HEAD as GET, whose body the HTTP server
+    """Request id, a line in the log, limits on the headers, and HEAD as GET, whose body the HTTP server
     keeps back."""
 
-    def __init__(self, app: ASGIApp, enabled: bool, max_headers: int) -> None:
+    def __init__(self, app: ASGIApp, enabled: bool, max_headers: HeaderLimits) -> None:
         self._app = app
         self._enabled = enabled
         self._max_headers = max_headers
@@ -58,14 +66,25 @@ class RequestLog:
 
         try:
             method = "GET" if scope["method"] == "HEAD" else scope["method"]
-            answer = self._app
-            if len(scope["headers"]) > self._max_headers:
-                limit = f"the request has more than {self._max_headers} headers, the server's max_header_fields"
-                answer = error_response(HeadersTooLarge(limit))
+            answer = self._refusal(scope) or self._app
             await answer({**scope, "method": method}, receive, send_with_id)
         finally:
             if self._enabled:
                 self._log(scope, 499 if state.get("client_left") else status, time.monotonic() - began)
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        """Of headers that are too many, or, though they came at once, too large."""
+        headers, most = scope["headers"], self._max_headers
+        if len(headers) > most.fields:
+            return error_response(
+                HeadersTooLarge(f"the request has more than {most.fields} headers, the server's max_header_fields")
+            )
+        size = len(scope["path"]) + len(scope["query_string"]) + sum(len(name) + len(value) for name, value in headers)
+        if size > most.bytes:
+            return error_response(
+                HeadersTooLarge(f"the headers have more than {most.bytes} bytes, the server's max_header_bytes")
+            )
+        return None
 
     def _log(self, scope: Scope, status: int, seconds: float) -> None:
         fields = {

@@ -154,8 +154,8 @@ class Settings(BaseSettings):
     max_connections: int = Field(
         4096,
         ge=1,
-        description="Most connections at once (no more than descriptors allow); beyond, the one that is idle longest is "
-        "closed, or, where none is, the new one gets a 503.",
+        description="Most connections at once, if there are descriptors for them; beyond, the one that is idle longest "
+        "is closed, or, where none is, the new one gets a 503.",
     )
     max_body_values: int = Field(
         1 << 18,

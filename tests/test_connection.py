@@ -71,8 +71,10 @@ def error_of(answer: tuple[int, dict[bytes, bytes], bytes], status: int) -> str:
 
 
 def test_large_headers_are_a_431(served: Served) -> None:
-    assert "16384" in error_of(ask(served, GET + b"x: " + b"y" * 20_000 + b"\r\n\r\n"), 431)
-    assert "16384" in error_of(ask(served, b"GET /" + b"y" * 20_000 + b" HTTP/1.1\r\nhost: x\r\n\r\n"), 431)
+    assert "16384" in error_of(ask(served, GET + b"x: " + b"y" * 20_000 + b"\r\nconnection: close\r\n\r\n"), 431)
+    assert "16384" in error_of(
+        ask(served, b"GET /" + b"y" * 20_000 + b" HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"), 431
+    )
     many = b"".join(b"x-%d: y\r\n" % i for i in range(101))
     assert "max_header_fields" in error_of(ask(served, GET + many + b"connection: close\r\n\r\n"), 431)
     some = b"".join(b"x-%d: y\r\n" % i for i in range(90))
@@ -131,7 +133,7 @@ def test_half_a_body_ends_with_a_408(hasty: Served, sent: bytes) -> None:
 def test_a_body_of_lines_may_stand_still(hasty: Served) -> None:
     head = b"POST /v1/perplexity?model=tiny HTTP/1.1\r\nhost: x\r\ncontent-type: application/x-ndjson\r\n"
     with connect(hasty) as connection:
-        connection.sendall(head + b'content-length: 16\r\nconnection: close\r\n\r\n"the sea')
+        connection.sendall(head + b'content-length: 15\r\nconnection: close\r\n\r\n"the sea')
         time.sleep(0.8)
         connection.sendall(b' side"\n')
         assert parse(read_all(connection))[0] == 200
