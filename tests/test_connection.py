@@ -71,10 +71,9 @@ def error_of(answer: tuple[int, dict[bytes, bytes], bytes], status: int) -> str:
 
 
 def test_large_headers_are_a_431(served: Served) -> None:
-    assert "16384" in error_of(ask(served, GET + b"x: " + b"y" * 20_000 + b"\r\nconnection: close\r\n\r\n"), 431)
-    assert "16384" in error_of(
-        ask(served, b"GET /" + b"y" * 20_000 + b" HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"), 431
-    )
+    end = b"\r\nconnection: close\r\n\r\n"
+    assert "16384" in error_of(ask(served, GET + b"x: " + b"y" * 20_000 + end), 431)
+    assert "16384" in error_of(ask(served, b"GET /" + b"y" * 20_000 + b" HTTP/1.1\r\nhost: x" + end), 431)
     many = b"".join(b"x-%d: y\r\n" % i for i in range(101))
     assert "max_header_fields" in error_of(ask(served, GET + many + b"connection: close\r\n\r\n"), 431)
     some = b"".join(b"x-%d: y\r\n" % i for i in range(90))

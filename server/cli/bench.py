@@ -311,3 +311,49 @@ def loglikelihood(
         f"{speedup['median']:.2f}x as fast as pairs one by one ({speedup['low']:.2f} to {speedup['high']:.2f}; tokens "
         f"{found['bound']:.2f}x); sums of log-probabilities differ by {found['difference']:.1e} nats at most"
     )
+
+
+@bench.command()
+def health(
+    url: Url,
+    api_key: ApiKey = None,
+    limit_ms: Annotated[
+        float | None, typer.Option(min=0, help="End with status 1 if a silence is longer than this.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The longest silence of /health beside each kind of the largest request that the server's limits allow.
+
+    The limits are those of this command's own LPA_ variables: set them as the server's are.
+    """
+    import dataclasses
+
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from server.bench.health import bench_health
+    from server.settings import load_settings
+
+    with user_errors(), Progress(transient=True) as progress:
+        task = progress.add_task("nothing else", total=None)
+        found = bench_health(url, api_key, load_settings(), lambda name: progress.update(task, description=name))
+    longest = max(silence.longest_ms for silence in found)
+    if as_json:
+        rows = [dataclasses.asdict(silence) for silence in found]
+        typer.echo(json.dumps({"longest_ms": longest, "kinds": rows}, indent=2))
+    else:
+        table = Table("request", "bytes", "answer", "took ms", "longest silence ms", "answers of /health")
+        for one in found:
+            figures = (
+                f"{one.body_bytes:,}",
+                one.status,
+                f"{one.took_ms:,.0f}",
+                f"{one.longest_ms:.1f}",
+                str(one.answers),
+            )
+            table.add_row(one.name, *figures)
+        Console().print(table)
+        typer.echo(f"The longest silence is {longest:.1f} ms.")
+    if limit_ms is not None and longest > limit_ms:
+        raise typer.Exit(1)
