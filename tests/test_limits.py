@@ -191,7 +191,7 @@ def test_large_requests_are_read_and_answered_beside_the_event_loop(
             ("/tokenize", {"prompt": "the sea " * 5000}),
             ("/detokenize", {"tokens": [5] * 20_000}),
             (COMPLETIONS, {"prompt": ["a"] * 100, "bad_words": ["a b"] * 1000, "max_tokens": 1, "user": padding}),
-            (CHAT, {"messages": [message()] * 30, "max_tokens": 1, "user": padding}),
+            (CHAT, {"messages": [message()] * 5, "max_tokens": 1, "user": padding}),
             ("/v1/perplexity", {"input": ["the sea"] * 3000}),
             ("/v1/loglikelihood", {"pairs": [["the", " sea"]] * 2000}),
         ):
