@@ -30,7 +30,9 @@ class Silence:
     answers: int
 
 
-def bench_health(url: str, api_key: str | None, settings: Settings, on_kind: Callable[[str], None]) -> list[Silence]:
+def bench_health(
+    url: str, api_key: str | None, settings: Settings, on_done: Callable[[Silence], None]
+) -> list[Silence]:
     """Every kind in turn, with /health asked all the while; `settings` has the server's limits.
 
     Raises:
@@ -39,16 +41,16 @@ def bench_health(url: str, api_key: str | None, settings: Settings, on_kind: Cal
 
     async def measure() -> list[Silence]:
         client = Client(url, api_key=api_key)
+        found = []
         try:
-            found = []
             for kind in largest_requests(await client.model_name(), settings):
-                on_kind(kind.name)
                 found.append(await _beside(client, kind))
-            return found
+                on_done(found[-1])
         except (RequestFailed, OSError) as error:
             raise ValueError(f"{url}: {error}") from error
         finally:
             await client.close()
+        return found
 
     return asyncio.run(measure())
 

@@ -328,32 +328,24 @@ def health(
     """
     import dataclasses
 
-    from rich.console import Console
-    from rich.progress import Progress
-    from rich.table import Table
-
-    from server.bench.health import bench_health
+    from server.bench.health import Silence, bench_health
     from server.settings import load_settings
 
-    with user_errors(), Progress(transient=True) as progress:
-        task = progress.add_task("nothing else", total=None)
-        found = bench_health(url, api_key, load_settings(), lambda name: progress.update(task, description=name))
+    def show(one: Silence) -> None:
+        typer.echo(
+            f"{one.name:26} {one.body_bytes:>12,} {one.took_ms:>10,.0f} {one.longest_ms:>10.1f} {one.answers:>8}   "
+            f"{one.status}"
+        )
+
+    if not as_json:
+        typer.echo(f"{'request':26} {'bytes':>12} {'took ms':>10} {'silence ms':>10} {'/health':>8}   answer")
+    with user_errors():
+        found = bench_health(url, api_key, load_settings(), (lambda _: None) if as_json else show)
     longest = max(silence.longest_ms for silence in found)
     if as_json:
         rows = [dataclasses.asdict(silence) for silence in found]
         typer.echo(json.dumps({"longest_ms": longest, "kinds": rows}, indent=2))
     else:
-        table = Table("request", "bytes", "answer", "took ms", "longest silence ms", "answers of /health")
-        for one in found:
-            figures = (
-                f"{one.body_bytes:,}",
-                one.status,
-                f"{one.took_ms:,.0f}",
-                f"{one.longest_ms:.1f}",
-                str(one.answers),
-            )
-            table.add_row(one.name, *figures)
-        Console().print(table)
         typer.echo(f"The longest silence is {longest:.1f} ms.")
     if limit_ms is not None and longest > limit_ms:
         raise typer.Exit(1)
