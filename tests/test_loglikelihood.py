@@ -181,7 +181,7 @@ def test_a_shared_context_is_computed_once(served: Served) -> None:
     assert usage["prompt_tokens"] == sum(80 + sum(map(len, entry["continuations"])) for entry in sets)
     assert usage["prompt_tokens_details"]["cached_tokens"] == 0
     again = ask(served, pairs=[[entry["context"], [5]] for entry in sets])["usage"]
-    assert again["prompt_tokens_details"]["cached_tokens"] == 12 * 64  # whole blocks of 16 before token 79
+    assert again["prompt_tokens_details"]["cached_tokens"] == 12 * 64  # whole blocks of 32 before token 79
 
 
 def test_continuations_that_do_not_fit_behind_one_context_share_its_blocks(served: Served) -> None:
