@@ -17,7 +17,7 @@ from server.engine.async_engine import AsyncEngine
 from server.errors import BodyTooLarge, Cancelled, InvalidRequest, MethodNotAllowed, NotFound, UserError
 from server.keys import keys_of
 from server.metrics import Metrics
-from server.middleware import Cors, Guard, RequestLog
+from server.middleware import Cors, Guard, HeaderLimits, RequestLog
 from server.openapi import openapi_document
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
@@ -27,7 +27,7 @@ from server.routes.loglikelihood import loglikelihood_router
 from server.routes.metrics import metrics_router
 from server.routes.models import models_router
 from server.routes.perplexity import perplexity_router
-from server.routes.playground import playground_router
+from server.routes.playground import PLAYGROUND_PATHS, playground_router
 from server.routes.requests import Running, requests_router
 from server.routes.respond import error_response
 from server.routes.tokenize import tokenize_router
@@ -40,12 +40,13 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await engine.start()
+        metrics.set_build_info(package_version(), engine.backend.name, engine.backend.batch_invariant)
         try:
             yield
         finally:
             await engine.stop(settings.drain_timeout)
 
-    keys, running = keys_of(settings), Running()
+    keys, running = keys_of(settings, PLAYGROUND_PATHS), Running()
     app = FastAPI(
         title="LPA inference server",
         version=package_version(),
@@ -53,6 +54,7 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
         redirect_slashes=False,
         openapi_url=None,  # FastAPI's document and pages: the pages load their programs from elsewhere
     )
+    app.state.settings = settings
     app.include_router(completions_router(engine, settings))
     app.include_router(chat_router(engine, settings))
     app.include_router(perplexity_router(engine, settings))
@@ -72,7 +74,8 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     app.add_middleware(Guard, keys=keys, max_body=settings.max_body_bytes, running=running)
     if settings.cors_origins:
         app.add_middleware(Cors, origins=settings.cors_origins)
-    app.add_middleware(RequestLog, enabled=settings.log_requests)
+    limits = HeaderLimits(settings.max_header_fields, settings.max_header_bytes)
+    app.add_middleware(RequestLog, enabled=settings.log_requests, max_headers=limits)
     return app
 
 
@@ -94,6 +97,8 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     what: UserError
     if isinstance(error.__cause__, UserError):  # FastAPI wraps what reading the body raises
         what = error.__cause__
+    elif isinstance(error.__cause__, RequestValidationError):
+        what = _explain(error.__cause__.errors()[0])
     elif error.status_code == NotFound.status:
         what = NotFound(f"there is no route {request.method} {request.url.path}")
     elif error.status_code == MethodNotAllowed.status:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib.util
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,6 +18,8 @@ if TYPE_CHECKING:  # the engine imports torch, which the command line must not w
     from server.engine.engine import EngineOptions
 
 ENV_PREFIX = "LPA_"
+OF_KUBERNETES = re.compile(r"LPA_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)|LPA_\w+_PORT")
+"""What it sets in every container beside a service whose name begins with "lpa"."""
 
 
 class SettingsError(ValueError):
@@ -32,7 +38,7 @@ def _split(value: Any) -> list[str]:
 
 
 def _read_keys(path: Path) -> list[SecretStr]:
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    lines = (line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
     return [SecretStr(line) for line in lines if line and not line.startswith("#")]
 
 
@@ -44,6 +50,18 @@ def _check_keys(path: Path | None) -> Path | None:
     if not found:  # it would leave the server open
         raise ValueError("has no key in it")
     return path
+
+
+BLOCK_SIZES = {"32": 32, "64": 64, "128": 128}
+BlockSize = Annotated[Literal[32, 64, 128], BeforeValidator(lambda value: BLOCK_SIZES.get(value, value))]
+"""Flags and variables are text, which a Literal of numbers does not read."""
+
+
+def _check_threads(threads: int | None) -> int | None:
+    processors = len(os.sched_getaffinity(0))
+    if threads is not None and threads > processors:
+        raise ValueError(f"is more than the {processors} processors that this process may use")
+    return threads
 
 
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
@@ -87,7 +105,9 @@ class Settings(BaseSettings):
         "auto", description="Type of weights and cache; auto is bfloat16 where the processor has it in hardware."
     )
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N.")
-    threads: int | None = Field(None, ge=1, description="Threads of the CPU products (default: one per processor).")
+    threads: Annotated[int | None, AfterValidator(_check_threads)] = Field(
+        None, ge=1, description="Threads of the CPU products, at most one per processor (default: so many)."
+    )
     max_model_len: int | None = Field(
         None, ge=1, description="Longest prompt and completion together, in tokens (default: the model's context)."
     )
@@ -100,7 +120,7 @@ class Settings(BaseSettings):
         description="Most milliseconds of prompt and scoring work in a step while completions stream; less where that "
         "would make the step more than about twice (scoring) or 2.6 times (prompts) as long as its decodes alone.",
     )
-    block_size: int = Field(64, ge=1, description="Tokens in a block of the cache.")
+    block_size: BlockSize = Field(64, description="Tokens in a block of the cache.")
     kv_cache_layout: Literal["auto", "latent", "mixed", "full"] = Field(
         "auto", description="What the cache stores: latents, latents of values only, or full keys and values."
     )
@@ -117,13 +137,65 @@ class Settings(BaseSettings):
     request_timeout: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="Seconds after which a request is cut off (default: never)."
     )
+    waiting_comment_interval: float = Field(
+        10.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds between comments (: waiting) in a stream that has not begun, as its request waits in "
+        "the queue or its prompt is computed.",
+    )
     drain_timeout: float = Field(
         30.0,
         ge=0,
         allow_inf_nan=False,
         description="Seconds that running requests get to finish when the server stops.",
     )
-    max_body_bytes: int = Field(64 << 20, ge=1, description="Largest request body in bytes; a larger one gets a 413.")
+    max_body_bytes: int = Field(
+        4 << 20,
+        ge=1,
+        description="Largest request body in bytes, or line of a body of lines (application/x-ndjson), which may have "
+        "any number of them; a larger one gets a 413.",
+    )
+    max_header_bytes: int = Field(
+        16 << 10, ge=256, description="Largest head of a request (request line and headers) in bytes; else a 431."
+    )
+    max_header_fields: int = Field(100, ge=1, description="Most headers of a request; more of them get a 431.")
+    header_timeout: float = Field(
+        20.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds in which a request's headers must be complete; else a 408.",
+    )
+    body_timeout: float = Field(
+        60.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that a body, but not one of lines, may stand still before all of it has come; else a 408.",
+    )
+    keep_alive_timeout: float = Field(
+        75.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that a connection may be idle between requests; more than a load balancer's own.",
+    )
+    max_connections: int = Field(
+        4096,
+        ge=1,
+        description="Most connections at once, if there are descriptors for them; beyond, the one that is idle longest "
+        "is closed, or, where none is, the new one gets a 503.",
+    )
+    max_body_values: int = Field(
+        1 << 18,
+        ge=1,
+        description="Most values and names in a JSON body; an object or a list counts as four.",
+    )
+    max_sequences: int = Field(4096, ge=1, description="Most prompts times n (or best_of) of a request.")
+    max_messages: int = Field(2048, ge=1, description="Most messages of a conversation, each part of one counted.")
+    max_list_entries: int = Field(
+        1024, ge=1, description="Most entries of bad_words, of stop_token_ids and of logit_bias."
+    )
+    max_stop_bytes: int = Field(4096, ge=1, description="Most bytes of a request's stop texts together.")
+    max_bad_words_bytes: int = Field(1 << 16, ge=1, description="Most bytes of a request's bad_words together.")
     api_key: Keys = Field(
         (),
         description="Keys of which clients must send one as 'Authorization: Bearer KEY', with commas between them or "
@@ -173,12 +245,31 @@ def load_settings(**flags: Any) -> Settings:
     """Settings from flags, then LPA_ variables, then defaults; a flag that is None was not given.
 
     Raises:
-        SettingsError: values are invalid; a line for each names the flag, the variable and the limit.
+        SettingsError: values are invalid, or an LPA_ variable is none of ours; a line for each names the flag, the
+            variable and the limit.
     """
+    check_variables(os.environ)
     try:
         return Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as invalid:
         raise SettingsError("\n".join(_explain(error) for error in invalid.errors())) from None
+
+
+def check_variables(environment: Mapping[str, str]) -> None:
+    """Refuse LPA_ variables that name no setting: a misspelt LPA_API_KEY would leave the server open.
+
+    Raises:
+        SettingsError: there are some; each has a line, with the setting that may have been meant.
+    """
+    known = [f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields]
+    lines = []
+    for name in sorted(environment):
+        if name.upper().startswith(ENV_PREFIX) and name.upper() not in known and not OF_KUBERNETES.fullmatch(name):
+            close = difflib.get_close_matches(name.upper(), known, 1)
+            meant = f"; {close[0]} is one" if close else "; `lpa serve --help` lists all"
+            lines.append(f"{name}: is a variable of no setting{meant}")
+    if lines:
+        raise SettingsError("\n".join(lines))
 
 
 def _explain(error: Any) -> str:

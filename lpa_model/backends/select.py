@@ -44,7 +44,8 @@ class Candidate(NamedTuple):
 
     name: str
     refuses: Callable[[Case], str | None]  # the reason why not, with the remedy
-    batch_invariant: Callable[[Case], bool]
+    batch_invariant: bool
+    what: Callable[[Case], str]  # instruction set or device
     build: Callable[[Case, LPAForCausalLM], Backend]
 
 
@@ -57,9 +58,14 @@ class Choice:
     refused: tuple[tuple[str, str], ...]  # (candidate, why not)
 
     @property
+    def name(self) -> str:
+        """The backend's name, as it calls itself when it is loaded."""
+        return _name(self.candidate, self.case)
+
+    @property
     def batch_invariant(self) -> bool:
         """Whether a row's bits depend on the row alone."""
-        return self.candidate.batch_invariant(self.case)
+        return self.candidate.batch_invariant
 
     def load(self, folder: Path) -> Backend:
         """The folder's model in this backend; CheckpointError names what is wrong with it."""
@@ -143,17 +149,17 @@ def _no_program(case: Case) -> str | None:
     return numba_plan.unsupported(case.config, case.block_size) or _rebuilt_keys(case)
 
 
-def _program_set(case: Case) -> str | None:
-    return next((name for name in case.instruction_sets if name in programs.KERNELS), None)
+def _program_set(case: Case) -> str:
+    """Empty if there is none."""
+    return next((name for name in case.instruction_sets if name in programs.KERNELS), "")
 
 
 def _build_program(case: Case, model: LPAForCausalLM) -> Backend:
     instruction_set = _program_set(case)
-    assert instruction_set is not None
     kernel = compile_kernel(programs.KERNELS[instruction_set]).result()
     if kernel is None:
         raise RuntimeError("numba did not compile the op list's kernel")
-    return CpuBackend(model, partial(numba_plan.FusedStep, kernel=kernel), instruction_set, width_unit=1)
+    return CpuBackend(model, partial(numba_plan.FusedStep, kernel=kernel), instruction_set, 1, _name(NUMBA, case))
 
 
 def _no_op_list(case: Case) -> str | None:
@@ -167,8 +173,9 @@ def _no_op_list(case: Case) -> str | None:
 
 
 def _build_op_list(case: Case, model: LPAForCausalLM) -> Backend:
-    kernels = library.load().kernels(case.instruction_sets[0])
-    return CpuBackend(model, partial(plan.StepPlan, kernels=kernels), case.instruction_sets[0], plan.WIDTH_UNIT)
+    best = case.instruction_sets[0]
+    kernels = library.load().kernels(best)
+    return CpuBackend(model, partial(plan.StepPlan, kernels=kernels), best, plan.WIDTH_UNIT, _name(C, case))
 
 
 def _rebuilt_keys(case: Case) -> str | None:
@@ -178,9 +185,14 @@ def _rebuilt_keys(case: Case) -> str | None:
     return None
 
 
-CANDIDATES = (
-    Candidate("cpu (numba)", _no_program, lambda case: True, _build_program),
-    Candidate("cpu", _no_op_list, lambda case: True, _build_op_list),
-    Candidate("torch", lambda case: None, lambda case: False, lambda case, model: TorchBackend(model)),
+def _name(candidate: Candidate, case: Case) -> str:
+    return f"{candidate.name} ({candidate.what(case)}, {str(case.dtype).removeprefix('torch.')})"
+
+
+NUMBA = Candidate("cpu by numba", _no_program, True, _program_set, _build_program)
+C = Candidate("cpu", _no_op_list, True, lambda case: case.instruction_sets[0], _build_op_list)
+TORCH = Candidate(
+    "torch", lambda case: None, False, lambda case: str(case.device), lambda _, model: TorchBackend(model)
 )
+CANDIDATES = (NUMBA, C, TORCH)
 """The fastest first."""

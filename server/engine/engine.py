@@ -58,6 +58,15 @@ class EngineOptions:
     chat_template: str | None = None
 
 
+@dataclass(frozen=True)
+class BackendInfo:
+    """What computes, and what faster backend does not and why."""
+
+    name: str = ""
+    batch_invariant: bool = False
+    refused: tuple[tuple[str, str], ...] = ()  # (backend, reason and remedy)
+
+
 class StepFailed(Exception):
     """A step raised; `outputs` end the requests that were in it, and their blocks are free."""
 
@@ -69,10 +78,13 @@ class StepFailed(Exception):
 class Engine:
     """Continuous batching over one model: `add_request`, `abort`, `step` while `has_work`."""
 
-    def __init__(self, runner: ModelRunner, scheduler: Scheduler, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, runner: ModelRunner, scheduler: Scheduler, tokenizer: Tokenizer, backend: BackendInfo = BackendInfo()
+    ) -> None:
         self.runner = runner
         self.scheduler = scheduler
         self.tokenizer = tokenizer
+        self.backend = backend
         self._requests: dict[str, tuple[Request, Detokenizer]] = {}
         self._report = EngineStats()
 
@@ -99,8 +111,9 @@ class Engine:
         if not request.token_ids:
             raise InvalidRequest("prompt: is empty; it must have at least one token", param="prompt")
         vocab = self.model_config.vocab_size
-        if wrong := [t for t in request.token_ids if not 0 <= t < vocab]:
-            raise InvalidRequest(f"prompt: token id {wrong[0]} is outside the vocabulary of {vocab}", param="prompt")
+        if min(request.token_ids) < 0 or max(request.token_ids) >= vocab:
+            wrong = next(t for t in request.token_ids if not 0 <= t < vocab)
+            raise InvalidRequest(f"prompt: token id {wrong} is outside the vocabulary of {vocab}", param="prompt")
         total = request.num_prompt_tokens + request.params.max_tokens
         if total > self.max_model_len:
             raise ContextLength(
@@ -112,6 +125,10 @@ class Engine:
     def compile_grammar(self, spec: GrammarSpec) -> None:
         """Have a grammar ready for its request; from any thread. Raises InvalidRequest if it cannot be compiled."""
         self.runner.compiler.compile(spec)
+
+    def close(self) -> None:
+        """End the threads and processes that grammars have needed. No step may follow."""
+        self.runner.close()
 
     def add_request(self, request: Request) -> None:
         """Queue a request that `validate` has accepted."""
@@ -304,7 +321,8 @@ def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
         max_model_len=max_model_len,
         replays=invariant,
     )
-    return Engine(ModelRunner(backend, cache, GrammarCompiler(tokenizer)), scheduler, tokenizer)
+    runner = ModelRunner(backend, cache, GrammarCompiler(tokenizer))
+    return Engine(runner, scheduler, tokenizer, BackendInfo(backend.name, invariant, choice.refused))
 
 
 def _max_model_len(config: LPAConfig, asked: int | None, cache_tokens: int) -> int:

@@ -20,6 +20,7 @@ from server.engine.chat_template import (
     render_chat,
     template_of,
 )
+from server.errors import InvalidRequest
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 PIECE = 1 << 18  # characters, about
@@ -37,9 +38,10 @@ class Tokenizer:
     eos_token and so on. Without a `chat_template` (Jinja source) there is the default for base models, under which
     an answer is to end before `chat_stop`.
 
+    A tokenizer may know more tokens than the model: `check` refuses those where they are used.
+
     Raises:
-        ValueError: the tokenizer is of another kind, knows more tokens than the model has logits, or the template is
-            no Jinja.
+        ValueError: the tokenizer is of another kind, or the template is no Jinja.
     """
 
     def __init__(
@@ -54,10 +56,6 @@ class Tokenizer:
         self.vocab_size = config.vocab_size
         self.bos_token_id = config.bos_token_id
         self.eos_token_id = config.eos_token_id
-        if backend.get_vocab_size() > config.vocab_size:
-            raise ValueError(
-                f"tokenizer.json has {backend.get_vocab_size()} tokens, the model's vocab_size is {config.vocab_size}"
-            )
         self.tokenizer_config = dict(tokenizer_config or {})
         self.special_tokens = _special_tokens(self.tokenizer_config, backend, config)
         self.chat_template = DEFAULT_TEMPLATE if chat_template is None else chat_template
@@ -69,8 +67,12 @@ class Tokenizer:
         self._words_are_apart = _words_are_apart(description)
         to_bytes = _token_to_bytes(description["decoder"])
         self._bytes = [b""] * config.vocab_size
+        self._lacking: dict[int, str] = {}  # tokens that were added to the tokenizer and never to the model
         for token, token_id in backend.get_vocab().items():
-            self._bytes[token_id] = token.encode() if token_id in added else to_bytes(token)
+            if token_id < config.vocab_size:
+                self._bytes[token_id] = token.encode() if token_id in added else to_bytes(token)
+            else:
+                self._lacking[token_id] = token
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids; special tokens written out in the text become their ids.
@@ -83,6 +85,20 @@ class Tokenizer:
             (encoding,) = self.backend.encode_batch_fast([piece], add_special_tokens=add_special_tokens)
             ids += encoding.ids
         return ids
+
+    def check(self, ids: Sequence[int], where: str) -> None:
+        """Refuse tokens of a text that the tokenizer has and the model has not.
+
+        Raises:
+            InvalidRequest: there is one; the message names it, and `where` the text is.
+        """
+        if self._lacking and max(ids, default=0) >= self.vocab_size:
+            token_id = next(i for i in ids if i >= self.vocab_size)
+            raise InvalidRequest(
+                f"{where}: the text has the token {self._lacking[token_id]!r}, whose id {token_id} the model lacks: "
+                f"its vocabulary is {self.vocab_size}",
+                param=where,
+            )
 
     def _pieces(self, text: str) -> Iterator[str]:
         """The library needs some 150 bytes for each character at a time."""
@@ -184,7 +200,13 @@ def _token_to_bytes(decoder: dict[str, Any] | None) -> Any:
     kinds = {part["type"] for part in parts if part}
     if "ByteLevel" in kinds:
         table = _byte_level_alphabet()
-        return lambda token: bytes(table[character] for character in token)
+
+        def byte_level(token: str) -> bytes:
+            if all(character in table for character in token):
+                return bytes(table[character] for character in token)
+            return token.encode()  # as the library decodes what is not in the alphabet
+
+        return byte_level
     if "ByteFallback" in kinds or "Metaspace" in kinds:
 
         def sentencepiece(token: str) -> bytes:

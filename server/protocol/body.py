@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from server.errors import InvalidRequest
+
+MAX_LOGGED = 256  # names
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,14 @@ class RequestBody(BaseModel):
         return given
 
 
-@functools.lru_cache(maxsize=1024)  # "once" must not let clients fill the memory with made-up names
+_logged: set[tuple[str, str]] = set()
+
+
 def _log_unknown(body: str, name: str) -> None:
+    """Once for each name, and for so many names: clients can make up any number of them."""
+    if (body, name) in _logged or len(_logged) >= MAX_LOGGED:
+        return
+    _logged.add((body, name))
     logger.warning("%s: unknown field %r is ignored", body, name)
+    if len(_logged) == MAX_LOGGED:
+        logger.warning("%d unknown fields were ignored; no further one is logged", MAX_LOGGED)

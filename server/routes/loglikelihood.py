@@ -28,9 +28,9 @@ from server.protocol.loglikelihood import (
 from server.routes.body import JsonRoute
 from server.routes.fan_out import deadline_of
 from server.routes.prompts import check_model
-from server.routes.respond import json_response, while_connected
+from server.routes.respond import large_json_response, while_connected
 from server.routes.responses import WITH_ENGINE, responses
-from server.routes.scoring import Scorer, in_order
+from server.routes.scoring import Scorer
 from server.settings import Settings
 
 
@@ -66,15 +66,12 @@ def loglikelihood_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
     )
     async def loglikelihood(body: LoglikelihoodRequest, request: Request) -> Response:
         check_model(body.model, settings)
-        sets = body.alternatives()
+        sets = await asyncio.to_thread(body.alternatives)
         tokenize = PairTokenizer(engine, body.add_bos)
         scorer = Scorer(engine, settings, request.state.request_id)
         works = _works(scorer, tokenize, sets, engine.max_model_len)
-        scored = in_order(works, scorer.max_in_flight, deadline_of(settings))
-        answer = await while_connected(
-            request.receive, _answer(settings.model_name, tokenize.add_bos, len(sets), scored)
-        )
-        return json_response(answer)
+        scored = scorer.in_order(works, deadline_of(settings))
+        return await while_connected(request.receive, _answer(settings.model_name, tokenize.add_bos, len(sets), scored))
 
     return router
 
@@ -139,7 +136,9 @@ class PairTokenizer:
 
     def _ids(self, value: str | list[int], where: str) -> list[int]:
         if isinstance(value, str):
-            return self._tokenizer.encode(value, add_special_tokens=False)
+            ids = self._tokenizer.encode(value, add_special_tokens=False)
+            self._tokenizer.check(ids, where)
+            return ids
         check_token_ids(value, self._tokenizer.vocab_size, where)
         return value
 
@@ -190,7 +189,7 @@ async def _score_pack(scorer: Scorer, number: int, pack: Sequence[Pair]) -> Scor
     return ScoredPack(number, found, len(token_ids), cached)
 
 
-async def _answer(model: str, add_bos: bool, num_sets: int, scored: AsyncGenerator[ScoredPack]) -> dict[str, Any]:
+async def _answer(model: str, add_bos: bool, num_sets: int, scored: AsyncGenerator[ScoredPack]) -> Response:
     entries: list[list[dict[str, Any]]] = [[] for _ in range(num_sets)]
     prompt_tokens = cached_tokens = 0
     async with aclosing(scored):
@@ -200,5 +199,9 @@ async def _answer(model: str, add_bos: bool, num_sets: int, scored: AsyncGenerat
                 entries[pack.set_number].append(entry)
             prompt_tokens += pack.num_tokens
             cached_tokens += pack.num_cached_tokens
-    data = [set_fields(i, sorted(of_set, key=lambda entry: entry["index"])) for i, of_set in enumerate(entries)]
-    return loglikelihood_fields(model, add_bos, data, prompt_tokens, cached_tokens)
+
+    def whole() -> dict[str, Any]:
+        data = [set_fields(i, sorted(of_set, key=lambda entry: entry["index"])) for i, of_set in enumerate(entries)]
+        return loglikelihood_fields(model, add_bos, data, prompt_tokens, cached_tokens)
+
+    return await large_json_response(8 * sum(map(len, entries)), whole)

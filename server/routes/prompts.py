@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from server.engine.async_engine import AsyncEngine
+from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidRequest, NotFound
+from server.protocol.inputs import check_token_ids, place
 from server.settings import Settings
 
 LONG_TEXT = 2000  # characters; below, tokenizing is over before a thread would have started
+MANY = 16  # texts
 
 
 @dataclass(frozen=True)
@@ -41,25 +44,26 @@ async def tokenize(
     Raises:
         InvalidRequest: an input is empty or has a token id outside the vocabulary.
     """
-    texts = [text for text in inputs if isinstance(text, str)]
 
-    def encode() -> list[list[int]]:
-        return [engine.tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+    def read() -> list[Prompt]:
+        return [
+            _prompt(engine.tokenizer, place(field, i, len(inputs)), item, add_special_tokens)
+            for i, item in enumerate(inputs)
+        ]
 
-    encoded = iter(await asyncio.to_thread(encode) if sum(map(len, texts)) > LONG_TEXT else encode())
-    vocab = engine.tokenizer.vocab_size
-    prompts: list[Prompt] = []
-    for i, item in enumerate(inputs):
-        where = field if len(inputs) == 1 else f"{field}[{i}]"
-        if isinstance(item, str):
-            prompts.append(Prompt(where, item, next(encoded)))
-        else:
-            if wrong := [token for token in item if not 0 <= token < vocab]:
-                raise InvalidRequest(f"{where}: token id {wrong[0]} is outside the vocabulary of {vocab}", param=where)
-            prompts.append(Prompt(where, None, item))
-        if not prompts[-1].token_ids:
-            raise InvalidRequest(f"{where}: is empty; it must have at least one token", param=where)
-    return prompts
+    return await asyncio.to_thread(read) if sum(map(len, inputs)) > LONG_TEXT or len(inputs) > MANY else read()
+
+
+def _prompt(tokenizer: Tokenizer, where: str, item: str | list[int], add_special_tokens: bool) -> Prompt:
+    if isinstance(item, str):
+        prompt = Prompt(where, item, tokenizer.encode(item, add_special_tokens=add_special_tokens))
+        tokenizer.check(prompt.token_ids, where)
+    else:
+        check_token_ids(item, tokenizer.vocab_size, where)
+        prompt = Prompt(where, None, item)
+    if not prompt.token_ids:
+        raise InvalidRequest(f"{where}: is empty; it must have at least one token", param=where)
+    return prompt
 
 
 def start_of_document(engine: AsyncEngine) -> Prompt:

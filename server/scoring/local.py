@@ -128,6 +128,7 @@ class _TokenRuns:
 def _pieces(tokenizer: Tokenizer, convention: Convention, texts: Iterable[tuple[Place, str]]) -> Iterator[Piece]:
     for place, text in texts:
         given = tokenizer.encode(text, add_special_tokens=False)
+        tokenizer.check(given, str(place))
         own = own_tokens(given, convention)
         start = len(tokenizer.token_text(given[0])) if len(own) < len(given) else 0
         ids = array("i", own)

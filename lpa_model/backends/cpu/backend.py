@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -41,10 +44,11 @@ class CpuBackend:
         make_plan: Callable[[LPAForCausalLM, LatentCache], Plan],
         instruction_set: str,
         width_unit: int,
+        name: str,
     ) -> None:
         """`width_unit`: numbers that the plan's kernels want the cache's widths to be multiples of."""
         self.config, self.dtype = model.config, model.embed_tokens.weight.dtype
-        self.name = f"cpu ({instruction_set}, {str(self.dtype).removeprefix('torch.')})"
+        self.name = name
         self._model: LPAForCausalLM | None = model  # until its weights are packed
         self._make_plan, self._width_unit = make_plan, width_unit
         self._ops = row_ops(instruction_set)
@@ -60,9 +64,8 @@ class CpuBackend:
     def make_cache(self, layout: CacheLayout, num_blocks: int, block_size: int) -> LatentCache:
         """The pools; and weights are packed, since the op list points to both."""
         assert self._model is not None, "the cache is made once"
-        self._cache = LatentCache(
-            self.config, layout, num_blocks, block_size, self.dtype, torch.device("cpu"), self._width_unit
-        )
+        allocate = partial(_untouched_zeros, dtype=self.dtype)
+        self._cache = LatentCache(self.config, layout, num_blocks, block_size, allocate, self._width_unit)
         self._plan = self._make_plan(self._model, self._cache)
         self._model = None
         return self._cache
@@ -93,3 +96,9 @@ class CpuBackend:
 
     def warm_up(self) -> None:
         """Nothing waits for the first step."""
+
+
+def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Pages that the system hands out when they are first touched: a block that was never used takes no memory."""
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

@@ -7,8 +7,8 @@
  */
 #include "attention.h"
 
-/* Register tiles: scores of one head and ONE_KEYS keys, or of SHARED heads and SHARED_KEYS keys that they share; outputs
- * of one head and ONE_COLUMNS vectors of columns, or of SHARED heads and SHARED_COLUMNS. */
+/* Register tiles: scores of one head and ONE_KEYS keys, or of SHARED heads and SHARED_KEYS keys that they share;
+ * outputs of one head and ONE_COLUMNS vectors of columns, or of SHARED heads and SHARED_COLUMNS. */
 #if WIDE_TILES
 enum { ONE_KEYS = 8, SHARED_KEYS = 4, SHARED_COLUMNS = 4 };
 #else

@@ -1,10 +1,10 @@
 /* Prompt attention: new tokens of some texts, whose earlier tokens are in the paged cache (chunked prefill).
  *
- * A work item is ITEM_TILES tiles of QUERIES queries of one head. Scores lie transposed, a query in each column, so that
- * maxima and sums run down the columns in vectors. Tokens are met TOKENS at a time from multiples of TOKENS in the text
- * (online softmax): each such group's weights stand beneath the largest score so far (a little larger ones pass, so that
- * outputs are seldom rescaled), and what a query must not see has a weight of zero. So a query's result is the same to
- * the bit however a prompt is cut into chunks, and whatever is beside it.
+ * A work item is ITEM_TILES tiles of QUERIES queries of one head. Scores lie transposed, a query in each column, so
+ * that maxima and sums run down the columns in vectors. Tokens are met TOKENS at a time from multiples of TOKENS in the
+ * text (online softmax): each such group's weights stand beneath the largest score so far (a little larger ones pass,
+ * so that outputs are seldom rescaled), and what a query must not see has a weight of zero. So a query's result is the
+ * same to the bit however a prompt is cut into chunks, and whatever is beside it.
  *
  * Keys are read where they lie in the cache, and so are values, except with tiles (AMX): there PACK_VALUES copies them
  * once for all heads, transposed, and outputs lie transposed like the scores.
@@ -22,7 +22,8 @@ enum {
     ROW = 4 * QUERIES,
 };
 
-/* Register tiles: scores of KEYS keys and KEY_VECTORS * 16 queries; outputs of up to MOST_ROWS queries and 16 columns. */
+/* Register tiles: scores of KEYS keys and KEY_VECTORS * 16 queries; outputs of at most MOST_ROWS queries and 16
+ * columns. */
 #if WIDE_TILES
 enum { KEYS = 8, KEY_VECTORS = 2, MOST_ROWS = 16 };
 #else
@@ -45,7 +46,7 @@ INLINE int64_t query_units(int is_bf16, const struct attention *a) {
 /* One thread's scratch. */
 struct scratch {
     char *queries; /* [query_units, QUERIES] */
-    char *scores;  /* float32 [TOKENS, QUERIES]; they become weights, float32 or pairs of bfloat16 [TOKENS / 2, QUERIES] */
+    char *scores;  /* float32 [TOKENS, QUERIES]; then weights, pairs of bfloat16 [TOKENS / 2, QUERIES] or as scores */
     float *out;    /* [QUERIES, value_width], transposed with tiles; before, queries as they lie */
     float *peaks;  /* [QUERIES]: maxima */
     float *sums;   /* [QUERIES]: of weights */
@@ -349,8 +350,8 @@ INLINE void weigh(int is_bf16, const struct attention *a, const int64_t *table, 
 
 #if HAS_TILES
 
-/* out float32 [32, QUERIES] = 32 rows of 32 * parts numbers times pairs [16 * parts, QUERIES]; added to what is there if
- * `add`. Rows lie `stride` bytes apart, 16 of them `strip`, and 32 numbers of a row `step`. */
+/* out float32 [32, QUERIES] = 32 rows of 32 * parts numbers times pairs [16 * parts, QUERIES]; added to what is there
+ * if `add`. Rows lie `stride` bytes apart, 16 of them `strip`, and 32 numbers of a row `step`. */
 static void multiply_tiles(const char *rows, int64_t stride, int64_t step, int64_t strip, int64_t parts, int add,
                            const char *columns, char *out) {
     if (add) {
@@ -418,7 +419,8 @@ static void write_columns(const struct attention *a, int64_t row, int64_t querie
             for (int i = 0; i < LANES; i++) rows[i] = (u32x16)(load_f32(s.out + QUERIES * (d + i) + q) * shares);
             transpose(rows);
             for (int i = 0; i < min_i64(LANES, queries - q); i++)
-                store_as(1, a->out, ((a->rows + row + q + i) * a->heads + head) * a->value_width + d, (f32x16)rows[i]);
+                store_as(1, a->out, ((a->rows + row + q + i) * a->heads + head) * a->value_width + d,
+                         (f32x16)rows[i]);
         }
     }
 }
