@@ -25,6 +25,7 @@ GLIBC = "2.28"
 FLAGS = [
     "-std=gnu11",
     "-O3",
+    "-g0",
     "-fPIC",
     "-fvisibility=hidden",
     "-ffp-contract=off",  # fma_f32 says what is fused
@@ -67,7 +68,7 @@ EMULATED = [
     InstructionSet("amx", "x86_64_v3", (DOT, TILES)),
 ]
 # to be run with the runtime libraries of the sanitizers loaded beforehand
-SANITIZED = [flag for flag in FLAGS if flag not in ("-O3", "-fno-sanitize=all")] + [
+SANITIZED = [flag for flag in FLAGS if flag not in ("-O3", "-g0", "-fno-sanitize=all")] + [
     "-O1",
     "-g1",
     "-fno-omit-frame-pointer",
