@@ -1,5 +1,6 @@
 """The native checkpoint folder: config.json, model.safetensors (or shards with an index), tokenizer.json; beside
-them, where a model has them, tokenizer_config.json and chat_template.jinja as Hugging Face writes them.
+them, where a model has them, tokenizer_config.json, chat_template.jinja and generation_config.json as Hugging Face
+writes them.
 
 Reading is strict: a missing, extra or wrongly shaped tensor is an error that names it. No pickle is ever opened.
 """
@@ -21,7 +22,11 @@ from torch.overrides import TorchFunctionMode
 from lpa_model.config import LPAConfig
 from lpa_model.model import LPAForCausalLM
 
-TOKENIZER_FILES = ("tokenizer_config.json", "chat_template.jinja")  # optional ones, kept as they are
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)  # optional ones, kept as they are
 
 
 class CheckpointError(ValueError):
@@ -82,7 +87,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def load_tokenizer_config(folder: Path) -> dict[str, Any]:
     """The folder's tokenizer_config.json, {} without one; CheckpointError when it is broken."""
-    path = folder / "tokenizer_config.json"
+    return read_object(folder / "tokenizer_config.json")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object of a JSON file, {} where there is no such file; CheckpointError when it is broken."""
     if not path.is_file():
         return {}
     try:

@@ -83,6 +83,12 @@ class Settings(BaseSettings):
         description="Jinja file, or the template itself, instead of the model folder's (default of a model without "
         "one: turns of User: and Assistant:).",
     )
+    generation_config: Literal["auto", "none"] = Field(
+        "none",
+        description="Whose sampling defaults hold where a request names none. none: the API's own, so that a request "
+        "means the same with every model. auto: those of the model folder's generation_config.json (temperature, "
+        "top_p, top_k, min_p, repetition_penalty), as vLLM does. A text ends at its EOS tokens either way.",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Type of weights and cache; auto is bfloat16 where the processor has it in hardware."
     )

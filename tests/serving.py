@@ -25,7 +25,7 @@ class Served:
         self.server = server
         self.engine = server.engine._engine
         self.url = f"http://127.0.0.1:{server.port}"
-        self.client = httpx.Client(base_url=self.url, timeout=20)
+        self.client = httpx.Client(base_url=self.url, timeout=120)
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.client.post(path, json={"model": "tiny", **body})

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
 from lpa_model.config import LPAConfig
@@ -86,6 +86,11 @@ class AsyncEngine:
     @property
     def tokenizer(self) -> Tokenizer:
         return self._engine.tokenizer
+
+    @property
+    def sampling_defaults(self) -> Mapping[str, float]:
+        """Fields of `SamplingParams` for requests that do not say otherwise."""
+        return self._engine.sampling_defaults
 
     @property
     def model_config(self) -> LPAConfig:

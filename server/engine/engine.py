@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -16,6 +18,7 @@ from lpa_model.checkpoint import load_config
 from lpa_model.config import LPAConfig
 from server.engine.block_manager import BlockManager
 from server.engine.detokenizer import Detokenizer, unfinished_bytes
+from server.engine.generation_config import load_generation_config
 from server.engine.grammar import GrammarCompiler
 from server.engine.memory import give_back_freed_memory, keep_freed_memory
 from server.engine.model_runner import BatchResult, ModelRunner
@@ -56,6 +59,7 @@ class EngineOptions:
     enable_prefix_caching: bool = True
     batch_invariant: bool | None = None
     chat_template: str | None = None
+    generation_config: Literal["auto", "none"] = "none"
 
 
 class StepFailed(Exception):
@@ -67,12 +71,22 @@ class StepFailed(Exception):
 
 
 class Engine:
-    """Continuous batching over one model: `add_request`, `abort`, `step` while `has_work`."""
+    """Continuous batching over one model: `add_request`, `abort`, `step` while `has_work`.
 
-    def __init__(self, runner: ModelRunner, scheduler: Scheduler, tokenizer: Tokenizer) -> None:
+    `sampling_defaults` are fields of `SamplingParams` for requests that do not say otherwise.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        tokenizer: Tokenizer,
+        sampling_defaults: Mapping[str, float] | None = None,
+    ) -> None:
         self.runner = runner
         self.scheduler = scheduler
         self.tokenizer = tokenizer
+        self.sampling_defaults = dict(sampling_defaults or {})
         self._requests: dict[str, tuple[Request, Detokenizer]] = {}
         self._report = EngineStats()
 
@@ -169,7 +183,7 @@ class Engine:
         if token is not None:
             self._observe_token(request)
             # the end of text or a stop token, but not the last token of a grammar's text
-            last = request.id in result.ended and token != self.model_config.eos_token_id
+            last = request.id in result.ended and token not in self.scheduler.eos_token_ids
             stopped = request.finish_reason is FinishReason.STOP and not last
             text = detokenizer.append(token) if not stopped or request.params.include_stop_str_in_output else ""
             if detokenizer.stopped is not None:
@@ -300,11 +314,13 @@ def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         step_budget_ms=options.step_budget_ms,
-        eos_token_id=config.eos_token_id,
+        eos_token_ids=tokenizer.eos_token_ids,
         max_model_len=max_model_len,
         replays=invariant,
     )
-    return Engine(ModelRunner(backend, cache, GrammarCompiler(tokenizer)), scheduler, tokenizer)
+    sampling_defaults = load_generation_config(model_dir).defaults(options.generation_config)
+    runner = ModelRunner(backend, cache, GrammarCompiler(tokenizer))
+    return Engine(runner, scheduler, tokenizer, sampling_defaults)
 
 
 def _max_model_len(config: LPAConfig, asked: int | None, cache_tokens: int) -> int:

@@ -54,6 +54,7 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self.vocab_size = tokenizer.vocab_size
+        self.eos_token_ids = tokenizer.eos_token_ids
         self.mask_size = tokenizer.vocab_size + (tokenizer.eos_token_id is None)
         self._vocabulary: llguidance.LLTokenizer | None = None  # built by the first grammar
         self._cache: OrderedDict[tuple[str, str], llguidance.LLMatcher] = OrderedDict()
@@ -133,6 +134,10 @@ class GrammarState:
         if self._compiler.mask_size > self._compiler.vocab_size:  # the end of the text of a model without one
             byte, bit = divmod(self._compiler.vocab_size, 8)
             self._mask[byte] &= 0xFF ^ (1 << bit)
+        first, *others = self._compiler.eos_token_ids or (None,)
+        if first is not None and self._mask[first // 8] >> first % 8 & 1:  # llguidance knows of one EOS token
+            for token_id in others:
+                self._mask[token_id // 8] |= 1 << token_id % 8
         return self._mask if self._mask.any() else None
 
     def advance(self, token_id: int) -> bool:
@@ -142,6 +147,8 @@ class GrammarState:
             GrammarFailed: the grammar is too complex here.
         """
         assert self._matcher is not None
+        if token_id in self._compiler.eos_token_ids:
+            return True
         if not self._matcher.consume_token(token_id):
             raise GrammarFailed(f"{self._spec.param}: {_failure(self._matcher)}")
         return self._matcher.is_stopped()

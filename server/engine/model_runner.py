@@ -172,7 +172,7 @@ class ModelRunner:
 
     def _state(self, request: Request) -> SamplingState:
         if request not in self._states:
-            self._states[request] = SamplingState(request, self.backend.config.eos_token_id)
+            self._states[request] = SamplingState(request, self.compiler.eos_token_ids)
         return self._states[request]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,9 @@ from server.engine.chat_template import (
     render_chat,
     template_of,
 )
+from server.engine.generation_config import load_generation_config
+
+logger = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 PIECE = 1 << 18  # characters, about
@@ -37,6 +41,9 @@ class Tokenizer:
     eos_token and so on. Without a `chat_template` (Jinja source) there is the default for base models, under which
     an answer is to end before `chat_stop`.
 
+    A text ends at any of `eos_token_ids`: the tokenizer's own `eos_token`, those of config.json, and those given here.
+    `eos_token_id` is the first of them, or None, and stands for the end of a text where one has to be written.
+
     Raises:
         ValueError: the tokenizer is of another kind, knows more tokens than the model has logits, or the template is
             no Jinja.
@@ -49,17 +56,25 @@ class Tokenizer:
         *,
         tokenizer_config: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
+        eos_token_ids: Sequence[int] = (),
     ) -> None:
         self.backend = backend
         self.vocab_size = config.vocab_size
         self.bos_token_id = config.bos_token_id
-        self.eos_token_id = config.eos_token_id
         if backend.get_vocab_size() > config.vocab_size:
             raise ValueError(
                 f"tokenizer.json has {backend.get_vocab_size()} tokens, the model's vocab_size is {config.vocab_size}"
             )
         self.tokenizer_config = dict(tokenizer_config or {})
         self.special_tokens = _special_tokens(self.tokenizer_config, backend, config)
+        named = backend.token_to_id(self.special_tokens["eos_token"]) if "eos_token" in self.special_tokens else None
+        ends = dict.fromkeys(i for i in (named, *config.eos_token_ids, *eos_token_ids) if i is not None)
+        if lacking := [i for i in ends if i >= config.vocab_size]:
+            logger.warning(
+                "EOS tokens %s are beyond the model's %d tokens: it never gives them", lacking, config.vocab_size
+            )
+        self.eos_token_ids = tuple(i for i in ends if i < config.vocab_size)
+        self.eos_token_id = next(iter(self.eos_token_ids), None)
         self.chat_template = DEFAULT_TEMPLATE if chat_template is None else chat_template
         self.chat_stop = DEFAULT_STOP if chat_template is None else ()
         compile_template(self.chat_template)
@@ -144,7 +159,13 @@ def load_tokenizer(folder: Path, config: LPAConfig, chat_template: str | None = 
         file = folder / "chat_template.jinja"
         template = template_of(tokenizer_config, read_template(str(file)) if file.is_file() else None)
     backend = checkpoint.load_tokenizer(folder)
-    return Tokenizer(backend, config, tokenizer_config=tokenizer_config, chat_template=template)
+    return Tokenizer(
+        backend,
+        config,
+        tokenizer_config=tokenizer_config,
+        chat_template=template,
+        eos_token_ids=load_generation_config(folder).eos_token_ids,
+    )
 
 
 def _special_tokens(
@@ -152,10 +173,11 @@ def _special_tokens(
 ) -> dict[str, str]:
     """Texts by name; the ids of config.json tell BOS and EOS where tokenizer_config.json does not."""
     found: dict[str, str] = {}
+    ids = {"bos_token": config.bos_token_id, "eos_token": next(iter(config.eos_token_ids), None)}
     for name in SPECIAL_TOKENS:
         value = tokenizer_config.get(name)
         text = value.get("content") if isinstance(value, dict) else value
-        if text is None and (token_id := getattr(config, f"{name}_id", None)) is not None:
+        if text is None and (token_id := ids.get(name)) is not None:
             text = backend.id_to_token(token_id)
         if isinstance(text, str):
             found[name] = text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationInfo
@@ -147,9 +147,16 @@ class SamplingBody(RequestBody):
         grammar_of(self.response_format, self.structured_outputs)
 
     def sampling_params(
-        self, tokenizer: Tokenizer, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+        self,
+        tokenizer: Tokenizer,
+        max_tokens: int,
+        logprobs: int | None,
+        prompt_logprobs: int | None,
+        defaults: Mapping[str, float],
     ) -> SamplingParams:
         """How one sequence is generated, with so many alternatives for its tokens and those of its prompt.
+
+        `defaults` has values for fields that the request does not have, in the place of the documented ones.
 
         Raises:
             InvalidRequest: a token id is outside the vocabulary, or min_tokens is more than max_tokens.
@@ -159,6 +166,10 @@ class SamplingBody(RequestBody):
                 f"min_tokens: {self.min_tokens} is more than the {max_tokens} tokens that may be generated",
                 param="min_tokens",
             )
+        given = {
+            name: getattr(self, name) if name in self.model_fields_set else defaults.get(name, getattr(self, name))
+            for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        }
         allowed = self.allowed_token_ids
         for field, ids in (
             ("stop_token_ids", self.stop_token_ids),
@@ -171,11 +182,13 @@ class SamplingBody(RequestBody):
                 )
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=self.temperature if self.temperature >= GREEDY_BELOW else 0.0,
-            top_p=max(self.top_p, LEAST_TOP_P),
-            top_k=min(max(self.top_k, 0), tokenizer.vocab_size),  # a number that no tensor holds would fail the step
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
+            temperature=given["temperature"] if given["temperature"] >= GREEDY_BELOW else 0.0,
+            top_p=max(given["top_p"], LEAST_TOP_P),
+            top_k=min(
+                max(given["top_k"], 0), tokenizer.vocab_size
+            ),  # a number that no tensor holds would fail the step
+            min_p=given["min_p"],
+            repetition_penalty=given["repetition_penalty"],
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             logit_bias=tuple(self.logit_bias.items()),

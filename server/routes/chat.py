@@ -81,7 +81,9 @@ async def _accept(engine: AsyncEngine, settings: Settings, body: ChatCompletionR
             f"{engine.max_model_len} tokens",
             param="messages",
         )
-    params = body.sampling_params(tokenizer, room if limit is None else limit, body.alternatives, body.prompt_logprobs)
+    most = room if limit is None else limit
+    defaults = engine.sampling_defaults
+    params = body.sampling_params(tokenizer, most, body.alternatives, body.prompt_logprobs, defaults)
     generation = await begin(
         engine,
         settings,

@@ -99,7 +99,9 @@ async def _accept(engine: AsyncEngine, settings: Settings, body: CompletionReque
         [truncate(prompt, body.truncate_prompt_tokens, room) for prompt in prompts],
         request_id,
         width=width,
-        params=body.sampling_params(engine.tokenizer, body.max_tokens, logprobs, body.scores_prompts),
+        params=body.sampling_params(
+            engine.tokenizer, body.max_tokens, logprobs, body.scores_prompts, engine.sampling_defaults
+        ),
     )
     return _Call(body, generation, completion_head(request_id, int(time.time()), settings.model_name))
 

@@ -95,7 +95,7 @@ class PairTokenizer:
         self._tokenizer = engine.tokenizer
         self._max_tokens = engine.max_model_len
         self._bos = config.bos_token_id
-        self._prefix = config.eos_token_id if self._bos is None else self._bos
+        self._prefix = engine.tokenizer.eos_token_id if self._bos is None else self._bos
         self.add_bos = adds_bos(engine.tokenizer.backend, self._bos) if add_bos is None else add_bos
         if self.add_bos and self._bos is None:
             raise InvalidRequest("add_bos: the model has no BOS token", param="add_bos")

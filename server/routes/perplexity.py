@@ -126,7 +126,7 @@ def _convention(asked: PerplexityParameters, engine: AsyncEngine) -> Convention:
             asked.add_bos,
             context=engine.max_model_len,
             bos_token_id=config.bos_token_id,
-            eos_token_id=config.eos_token_id,
+            eos_token_id=engine.tokenizer.eos_token_id,
             adds_bos=adds_bos(engine.tokenizer.backend, config.bos_token_id),
         )
     except ValueError as error:

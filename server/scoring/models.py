@@ -46,7 +46,7 @@ def convention_of(scorer: Scorer, asked: dict[str, Any], context: int | None = N
         **asked,
         context=min(config.max_position_embeddings, context or config.max_position_embeddings),
         bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
+        eos_token_id=scorer.tokenizer.eos_token_id,
         adds_bos=adds_bos(scorer.tokenizer.backend, config.bos_token_id),
     )
 
