@@ -22,6 +22,6 @@ def test_two_tokens_with_one_text_do_not_lose_the_better() -> None:
 def test_infinite_and_missing_numbers_become_openais() -> None:
     tokenizer = EngineTokenizer(byte_tokenizer(), tiny_config())
     scores = Logprobs([-math.inf, math.nan], [1, 1], [[5], [6]], [[-0.5], [math.nan]])
-    found = prompt_columns(tokenizer, [7, 8, 9], "", scores, 1)
+    found = prompt_columns(tokenizer, [7, 8, 9], [0, 1, 2], scores, 1)
     assert found["token_logprobs"] == [None, -9999.0, -9999.0]
     assert set(found["top_logprobs"][2].values()) == {-9999.0}

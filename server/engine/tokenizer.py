@@ -81,6 +81,9 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         description = json.loads(backend.to_str())
+        if _spare_spaces(description["post_processor"]):
+            self.backend = tokenizers.Tokenizer.from_str(json.dumps(description))
+        self.drops_first_space = _drops_first_space(description["decoder"])
         self._words_are_apart = _words_are_apart(description)
         to_bytes = _token_to_bytes(description["decoder"])
         self._bytes = [b""] * config.vocab_size
@@ -99,6 +102,24 @@ class Tokenizer:
             ids += encoding.ids
         return ids
 
+    def encode_with_offsets(self, text: str, *, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
+        """Token ids as `encode` gives them, and for each the character of `text` at which it begins.
+
+        Tokens that share a character begin at it, and so does what a normalizer makes of it. A token that the
+        tokenizer adds begins where the text before it has ended.
+        """
+        ids: list[int] = []
+        offsets: list[int] = []
+        start = end = 0
+        for piece in self._pieces(text):
+            (encoding,) = self.backend.encode_batch([piece], add_special_tokens=add_special_tokens)
+            ids += encoding.ids
+            for (first, last), added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
+                offsets.append(end if added else start + first)
+                end = end if added else start + last
+            start += len(piece)
+        return ids, offsets
+
     def _pieces(self, text: str) -> Iterator[str]:
         """The library needs some 150 bytes for each character at a time."""
         start = 0
@@ -108,9 +129,13 @@ class Tokenizer:
         yield text[start:]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of a whole sequence, as the tokenizer itself writes it; half characters become U+FFFD."""
-        text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        return text
+        """Text of a whole sequence; bytes that are no character become U+FFFD, one for each attempt at a character.
+
+        The space that SentencePiece puts before the first word is left out.
+        """
+        silent = self.special_ids if skip_special_tokens else frozenset()
+        text = b"".join(self._bytes[i] for i in ids if i not in silent).decode(errors="replace")
+        return text.removeprefix(" ") if self.drops_first_space else text
 
     def render_chat(
         self,
@@ -201,9 +226,32 @@ def _words_are_apart(description: Mapping[str, Any]) -> bool:
     )
 
 
+def _spare_spaces(processor: Any) -> bool:
+    """Switch off `trim_offsets`, after which a token would begin behind its own spaces; whether it was on."""
+    found = False
+    for part in _parts(processor, "processors"):
+        if part.get("trim_offsets"):
+            part["trim_offsets"], found = False, True
+    return found
+
+
+def _drops_first_space(decoder: Any) -> bool:
+    return any(
+        (part["type"] == "Strip" and part["content"] == " " and part["start"] > 0)
+        or (part["type"] == "Metaspace" and part.get("prepend_scheme") != "never")
+        for part in _parts(decoder, "decoders")
+    )
+
+
+def _parts(part: Any, key: str) -> list[Any]:
+    """The parts of a Sequence, which are under `key`, or the part itself; none for null."""
+    if part is None:
+        return []
+    return [inner for one in part[key] for inner in _parts(one, key)] if part["type"] == "Sequence" else [part]
+
+
 def _token_to_bytes(decoder: dict[str, Any] | None) -> Any:
-    parts = [decoder] if decoder and decoder["type"] != "Sequence" else (decoder or {}).get("decoders", [])
-    kinds = {part["type"] for part in parts if part}
+    kinds = {part["type"] for part in _parts(decoder, "decoders")}
     if "ByteLevel" in kinds:
         table = _byte_level_alphabet()
         return lambda token: bytes(table[character] for character in token)

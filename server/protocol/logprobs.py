@@ -17,25 +17,15 @@ Columns = dict[str, list[Any]]
 
 
 class TextOffsets:
-    """Where tokens begin in the text, in code points; feed it the tokens in order.
+    """Where tokens begin in the text that is decoded from them, in code points; feed it the tokens in order.
 
-    A token that begins inside a character has that character's offset. Special tokens have no text, except those
-    that are written out in `text`, or all unless `skip_special`. `prefix` is the beginning of a character that the
-    first token goes on with.
+    A token that begins inside a character has that character's offset. With `skip_special`, special tokens have no
+    text. `prefix` is the beginning of a character that the first token goes on with.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        start: int = 0,
-        text: str = "",
-        *,
-        skip_special: bool = True,
-        prefix: bytes = b"",
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, start: int = 0, *, skip_special: bool = True, prefix: bytes = b"") -> None:
         self._tokenizer = tokenizer
         self._position = start
-        self._text = text
         self._silent = tokenizer.special_ids if skip_special else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._decoder.decode(prefix)
@@ -44,26 +34,34 @@ class TextOffsets:
         """The offsets of the next tokens."""
         offsets = []
         for token_id in token_ids:
-            offsets.append(self._position)
-            raw = self._tokenizer.token_bytes(token_id)
-            if token_id in self._silent and not self._text.startswith(raw.decode(), self._position):
-                continue
-            piece = self._decoder.decode(raw)
-            if self._position == 0 and piece.startswith(" ") and self._text and not self._text.startswith(" "):
-                piece = piece[1:]  # SentencePiece puts a space before the first word and drops it in the text
-            self._position += len(piece)
+            raw = b"" if token_id in self._silent else self._tokenizer.token_bytes(token_id)
+            begun = self._decoder.getstate()[0]
+            head = self._decoder.decode(raw[:1])
+            # a first byte that does not go on with the character that was begun stands behind its U+FFFD
+            broken = begun and (len(head) > 1 or (len(head) == 1 and self._decoder.getstate()[0]))
+            offsets.append(self._position + bool(broken))
+            self._position += len(head) + len(self._decoder.decode(raw[1:]))
         return offsets
 
 
-def prompt_columns(tokenizer: Tokenizer, token_ids: Sequence[int], text: str, scores: Logprobs, top: int) -> Columns:
+def offsets_of_ids(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[int]:
+    """Where tokens begin in `tokenizer.decode(token_ids, skip_special_tokens=False)`, in code points."""
+    first = next((raw for raw in map(tokenizer.token_bytes, token_ids) if raw), b"")
+    spare = tokenizer.drops_first_space and first.startswith(b" ")
+    offsets = TextOffsets(tokenizer, skip_special=False).take(token_ids)
+    return [max(0, offset - 1) for offset in offsets] if spare else offsets
+
+
+def prompt_columns(
+    tokenizer: Tokenizer, token_ids: Sequence[int], offsets: list[int], scores: Logprobs, top: int
+) -> Columns:
     """The columns of a prompt; `scores` has an entry for each token but the first, which nothing predicts: null."""
     first: Columns = {
         "tokens": [tokenizer.token_text(token_ids[0])],
         "token_logprobs": [None],
         "top_logprobs": [None],
-        "text_offset": [0],
+        "text_offset": offsets[:1],
     }
-    offsets = TextOffsets(tokenizer, text=text).take(token_ids)
     return join([first, columns(tokenizer, token_ids[1:], scores, offsets[1:], top)])
 
 

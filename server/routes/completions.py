@@ -15,7 +15,15 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.detokenizer import unfinished_bytes
 from server.engine.request import Logprobs
 from server.protocol.completions import CompletionRequest, CompletionResponse, completion_choice, completion_head
-from server.protocol.logprobs import Columns, TextOffsets, columns, join, prompt_columns, prompt_logprobs
+from server.protocol.logprobs import (
+    Columns,
+    TextOffsets,
+    columns,
+    join,
+    offsets_of_ids,
+    prompt_columns,
+    prompt_logprobs,
+)
 from server.routes.body import JsonRoute
 from server.routes.generation import Completed, Generation, begin
 from server.routes.prompts import check_model, start_of_document, tokenize, truncate
@@ -61,9 +69,11 @@ class _Call:
             return None
         if prompt not in self.columns_of_prompts:
             generation = self.generation
-            ids, scores = generation.prompts[prompt].token_ids, generation.prompt_scores[prompt]
-            found = prompt_columns(generation.engine.tokenizer, ids, generation.prompt_text(prompt), scores, top)
-            self.columns_of_prompts[prompt] = found
+            tokenizer, scores = generation.engine.tokenizer, generation.prompt_scores[prompt]
+            ids, offsets = generation.prompts[prompt].token_ids, generation.prompts[prompt].offsets
+            if offsets is None:
+                offsets = offsets_of_ids(tokenizer, ids)
+            self.columns_of_prompts[prompt] = prompt_columns(tokenizer, ids, offsets, scores, top)
         return self.columns_of_prompts[prompt]
 
     def offsets(self, prompt: int) -> TextOffsets:
@@ -87,7 +97,13 @@ async def _accept(engine: AsyncEngine, settings: Settings, body: CompletionReque
     if body.prompt is None:
         prompts = [start_of_document(engine)]
     else:
-        prompts = await tokenize(engine, "prompt", body.prompt, add_special_tokens=body.add_special_tokens)
+        prompts = await tokenize(
+            engine,
+            "prompt",
+            body.prompt,
+            add_special_tokens=body.add_special_tokens,
+            with_offsets=body.echo and body.logprobs is not None,
+        )
     room = engine.max_model_len - body.max_tokens
     width = body.width if body.max_tokens else 1  # nothing differs between choices that generate nothing
     ranked = 0 if width > body.n else None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
+from array import array
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from server.engine.request import Logprobs
 from server.engine.tokenizer import Tokenizer
 from server.errors import ContextLength, EngineError, InvalidRequest, UserError
 from server.protocol.inputs import check_token_ids, place
-from server.protocol.logprobs import TextOffsets
+from server.protocol.logprobs import offsets_of_ids
 from server.protocol.perplexity import (
     LINES_OPENAPI,
     PerplexityParameters,
@@ -49,12 +50,13 @@ Inputs = AsyncGenerator[Iterable[tuple[str, str | list[int]]]]
 
 @dataclass(frozen=True)
 class Text:
-    """A text on its way; `text` was decoded if it came as token ids. Token 0 begins at character `start`."""
+    """A text on its way; `text` was decoded if it came as token ids. Tokens begin at the characters `offsets`, which
+    are there where tokens are to be returned."""
 
     where: str
     text: str
     token_ids: list[int]
-    start: int
+    offsets: Sequence[int]
     tally: Tally  # words and bytes are in it from the beginning
 
 
@@ -75,7 +77,7 @@ def perplexity_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         check_model(asked.model, settings)
         convention = _convention(asked, engine)
         scorer = Scorer(engine, settings, request.state.request_id)
-        works = _works(scorer, _texts(engine.tokenizer, convention, inputs), convention, asked)
+        works = _works(scorer, _texts(engine.tokenizer, convention, asked, inputs), convention, asked)
         scored = in_order(works, scorer.max_in_flight, deadline_of(settings))
         lines = _lines(engine.tokenizer, asked, convention, scored, settings.model_name)
         if asked.stream:
@@ -151,14 +153,16 @@ async def _inputs_of_lines(body: LineBody) -> Inputs:
             yield ((where, input_of_line(line, where)) for where, line in ((f"line {i}", line) for i, line in batch))
 
 
-async def _texts(tokenizer: Tokenizer, convention: Convention, inputs: Inputs) -> AsyncGenerator[Text]:
+async def _texts(
+    tokenizer: Tokenizer, convention: Convention, asked: PerplexityParameters, inputs: Inputs
+) -> AsyncGenerator[Text]:
     """Tokenized texts in order; tokenized beside the event loop."""
 
     def tokenize(batch: Iterable[tuple[str, str | list[int]]]) -> list[Text | UserError]:
         found: list[Text | UserError] = []
         try:
             for where, value in batch:
-                found.append(_text(tokenizer, convention, where, value))
+                found.append(_text(tokenizer, convention, where, value, with_offsets=asked.return_tokens))
         except UserError as error:
             found.append(error)
         return found
@@ -171,21 +175,27 @@ async def _texts(tokenizer: Tokenizer, convention: Convention, inputs: Inputs) -
                 yield item
 
 
-def _text(tokenizer: Tokenizer, convention: Convention, where: str, value: str | list[int]) -> Text:
-    start = 0
+def _text(
+    tokenizer: Tokenizer, convention: Convention, where: str, value: str | list[int], *, with_offsets: bool
+) -> Text:
+    offsets: list[int] = []
     if isinstance(value, str):
-        given = tokenizer.encode(value, add_special_tokens=False)
-        ids = own_tokens(given, convention)
         text = value
-        if len(ids) < len(given):
-            start = len(tokenizer.token_text(given[0]))
+        if with_offsets:
+            given, offsets = tokenizer.encode_with_offsets(value, add_special_tokens=False)
+        else:
+            given = tokenizer.encode(value, add_special_tokens=False)
+        ids = own_tokens(given, convention)
+        offsets = offsets[len(given) - len(ids) :]
     else:
         check_token_ids(value, tokenizer.vocab_size, where)
         ids = own_tokens(value, convention)
         text = tokenizer.decode(ids, skip_special_tokens=False)
+        if with_offsets:
+            offsets = offsets_of_ids(tokenizer, ids)
     tally = Tally()
     tally.count_text(text)
-    return Text(where, text, ids, start, tally)
+    return Text(where, text, ids, array("q", offsets), tally)
 
 
 async def _works(
@@ -273,17 +283,14 @@ class _TokenRuns:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.runs: list[str] = []
         self._tokenizer = tokenizer
-        self._offsets: TextOffsets | None = None
         self._done = 0
 
     def add(self, text: Text, end: int, scores: Logprobs | None) -> None:
         """The tokens up to `end`, scored or not."""
-        if self._offsets is None:
-            self._offsets = TextOffsets(self._tokenizer, text.start, text.text)
-        ids = text.token_ids[self._done : end]
+        ids, offsets = text.token_ids[self._done : end], text.offsets[self._done : end]
         self._done = end
         if ids:
-            entries = token_entries(self._tokenizer, ids, self._offsets.take(ids), scores)
+            entries = token_entries(self._tokenizer, ids, offsets, scores)
             self.runs.append(to_json(entries)[1:-1])
 
 

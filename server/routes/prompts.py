@@ -15,11 +15,13 @@ LONG_TEXT = 2000  # characters; below, tokenizing is over before a thread would 
 
 @dataclass(frozen=True)
 class Prompt:
-    """`where` is its place in the request, for messages; `text` is None if it came as token ids."""
+    """`where` is its place in the request, for messages; `text` is None if it came as token ids. `offsets`, where they
+    are wanted, are the characters of a text at which its tokens begin."""
 
     where: str
     text: str | None
     token_ids: list[int]
+    offsets: list[int] | None = None
 
 
 def check_model(name: str, settings: Settings) -> None:
@@ -34,7 +36,12 @@ def check_model(name: str, settings: Settings) -> None:
 
 
 async def tokenize(
-    engine: AsyncEngine, field: str, inputs: Sequence[str | list[int]], *, add_special_tokens: bool = True
+    engine: AsyncEngine,
+    field: str,
+    inputs: Sequence[str | list[int]],
+    *,
+    add_special_tokens: bool = True,
+    with_offsets: bool = False,
 ) -> list[Prompt]:
     """Token ids of every input; long texts are tokenized beside the event loop.
 
@@ -42,17 +49,20 @@ async def tokenize(
         InvalidRequest: an input is empty or has a token id outside the vocabulary.
     """
     texts = [text for text in inputs if isinstance(text, str)]
+    tokenizer = engine.tokenizer
 
-    def encode() -> list[list[int]]:
-        return [engine.tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+    def encode() -> list[tuple[list[int], list[int] | None]]:
+        if with_offsets:
+            return [tokenizer.encode_with_offsets(text, add_special_tokens=add_special_tokens) for text in texts]
+        return [(tokenizer.encode(text, add_special_tokens=add_special_tokens), None) for text in texts]
 
     encoded = iter(await asyncio.to_thread(encode) if sum(map(len, texts)) > LONG_TEXT else encode())
-    vocab = engine.tokenizer.vocab_size
+    vocab = tokenizer.vocab_size
     prompts: list[Prompt] = []
     for i, item in enumerate(inputs):
         where = field if len(inputs) == 1 else f"{field}[{i}]"
         if isinstance(item, str):
-            prompts.append(Prompt(where, item, next(encoded)))
+            prompts.append(Prompt(where, item, *next(encoded)))
         else:
             if wrong := [token for token in item if not 0 <= token < vocab]:
                 raise InvalidRequest(f"{where}: token id {wrong[0]} is outside the vocabulary of {vocab}", param=where)
