@@ -28,7 +28,8 @@ class Served:
         self.client = httpx.Client(base_url=self.url, timeout=120)
 
     def post(self, path: str, **body: Any) -> httpx.Response:
-        return self.client.post(path, json={"model": "tiny", **body})
+        content = json.dumps({"model": "tiny", **body})  # ASCII, so that it can hold half a surrogate pair
+        return self.client.post(path, content=content, headers={"content-type": "application/json"})
 
     def complete(self, **body: Any) -> dict[str, Any]:
         response = self.post("/v1/completions", **body)

@@ -162,6 +162,8 @@ class AsyncEngine:
                 if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
                     if output.token_ids:  # generated before, and merged with the end
                         yield index, replace(output, finish_reason=None)
+                    if output.invalid_param is not None:
+                        raise InvalidRequest(str(output.error), param=output.invalid_param or None)
                     if output.finish_reason is FinishReason.ERROR:
                         raise EngineError(f"the engine failed on this request: {output.error}")
                     raise Unavailable("the server is shutting down")

@@ -211,8 +211,12 @@ class Engine:
     def _fail(self, request: Request, error: Exception) -> RequestOutput:
         self.scheduler.finish(request, FinishReason.ERROR)
         self._close(request)
-        message = f"{type(error).__name__}: {error}"
-        return RequestOutput(request_id=request.id, finish_reason=FinishReason.ERROR, error=message)
+        reason = FinishReason.ERROR
+        if isinstance(error, InvalidRequest):
+            return RequestOutput(
+                request_id=request.id, finish_reason=reason, error=error.message, invalid_param=error.param or ""
+            )
+        return RequestOutput(request_id=request.id, finish_reason=reason, error=f"{type(error).__name__}: {error}")
 
     def _close(self, request: Request) -> None:
         del self._requests[request.id]

@@ -25,11 +25,13 @@ import numpy as np
 import numpy.typing as npt
 from llguidance.gbnf_to_lark import any_to_lark
 
+from server.engine.json_schema import find_fault
 from server.engine.request import GrammarSpec
 from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidRequest
 
-MAX_TEXT = 1 << 17  # characters of a schema, expression, grammar or list
+MAX_TEXT = 1 << 17  # characters of an expression, grammar or list
+MAX_SCHEMA = 1 << 20  # characters of a schema: 5,000 properties with their descriptions
 CACHED_GRAMMARS = 128
 MAX_ATTEMPTS = 256  # subschemas tried per level, to say where a schema is wrong
 SENTINEL = "\x02"  # no token holds it together with other characters
@@ -37,15 +39,16 @@ JSON_SPACE = r" |\n {0,16}"
 LIMITS = llguidance.LLParserLimits(
     initial_lexer_fuel=1_000_000,  # about 20 ms
     step_lexer_fuel=100_000,  # about 7 ms of one mask
-    step_max_items=50_000,  # about 3 ms of one mask
+    step_max_items=400_000,  # about 25 ms of one mask; an object with 5,000 optional properties needs it
+    max_items_in_row=25_000,  # five for each of 5,000 optional properties
     max_lexer_states=50_000,  # about 100 MB
     max_grammar_size=100_000,
     verbose_errors=False,
 )
 
 
-class GrammarFailed(Exception):
-    """A grammar that compiled cannot be followed any further; the message is for the request's user."""
+class GrammarFailed(InvalidRequest):
+    """A grammar that compiled cannot be followed any further."""
 
 
 class GrammarCompiler:
@@ -80,9 +83,14 @@ class GrammarCompiler:
                 return self._cache[key]
             if self._vocabulary is None:
                 self._vocabulary = _vocabulary(self._tokenizer)
-        if len(spec.text) > MAX_TEXT:
-            raise _invalid(spec, f"has {len(spec.text)} characters; at most {MAX_TEXT} can be compiled")
-        matcher = llguidance.LLMatcher(self._vocabulary, _SOURCES[spec.kind](spec), log_level=0, limits=LIMITS)
+        most = MAX_SCHEMA if spec.kind == "json_schema" else MAX_TEXT
+        if len(spec.text) > most:
+            raise _invalid(spec, f"has {len(spec.text)} characters; at most {most} can be compiled")
+        try:
+            source = _SOURCES[spec.kind](spec)
+            matcher = llguidance.LLMatcher(self._vocabulary, source, log_level=0, limits=LIMITS)
+        except ValueError as error:  # UnicodeEncodeError too
+            raise _invalid(spec, f"cannot be compiled: {_first_line(str(error))}") from None
         if not matcher.is_error():
             matcher.compute_bitmask()  # what is too complex fails here, and copies find the first mask's work done
         if matcher.is_error():
@@ -115,7 +123,7 @@ class GrammarState:
             self._matcher = self._compiler.matcher(self._spec)
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)  # without the GIL
         if self._matcher.is_error():
-            raise GrammarFailed(f"{self._spec.param}: {_failure(self._matcher)}")
+            raise _failed(self._spec, _failure(self._matcher))
 
     def take(self) -> npt.NDArray[np.uint8] | None:
         """The mask: a bit per token, lowest first; None if the text is complete and no token may follow.
@@ -127,10 +135,10 @@ class GrammarState:
         assert self._job is not None
         job, self._job = self._job, None
         error = job.exception()
-        if isinstance(error, GrammarFailed | InvalidRequest):
+        if isinstance(error, InvalidRequest):
             raise error
         if error is not None:  # a defect of llguidance, maybe even a panic
-            raise GrammarFailed(f"{self._spec.param}: {type(error).__name__}: {error}") from error
+            raise _failed(self._spec, f"{type(error).__name__}: {error}") from error
         if self._compiler.mask_size > self._compiler.vocab_size:  # the end of the text of a model without one
             byte, bit = divmod(self._compiler.vocab_size, 8)
             self._mask[byte] &= 0xFF ^ (1 << bit)
@@ -139,6 +147,11 @@ class GrammarState:
             for token_id in others:
                 self._mask[token_id // 8] |= 1 << token_id % 8
         return self._mask if self._mask.any() else None
+
+    @property
+    def accepts(self) -> bool:
+        """Whether the text matches as it is; to be read once its mask has been taken."""
+        return self._matcher is not None and bool(self._matcher.is_accepting())
 
     def advance(self, token_id: int) -> bool:
         """Follow a token that the last mask allowed; whether the text is complete and cannot go on.
@@ -150,7 +163,7 @@ class GrammarState:
         if token_id in self._compiler.eos_token_ids:
             return True
         if not self._matcher.consume_token(token_id):
-            raise GrammarFailed(f"{self._spec.param}: {_failure(self._matcher)}")
+            raise _failed(self._spec, _failure(self._matcher))
         return self._matcher.is_stopped()
 
 
@@ -172,14 +185,17 @@ class _Vocabulary:
             self.tokens.append(b"<|end of text|>")
         if self.eos_token_id not in self.special_token_ids:
             self.special_token_ids.append(self.eos_token_id)
+        self._special = frozenset(self.special_token_ids)
 
     def __call__(self, text: str) -> list[int]:
         """Tokens of a text in the middle of another: a tokenizer may put a space before the first character of all."""
         ids = self._tokenizer.encode(SENTINEL + text, add_special_tokens=False)
         while ids and not self.tokens[ids[0]].endswith(SENTINEL.encode()):
             ids = ids[1:]
-        if b"".join(self.tokens[i] for i in ids[1:]) == text.encode():
-            return ids[1:]
+        ids = ids[1:]
+        # the text of a special token is text here: the token itself fits no grammar
+        if self._special.isdisjoint(ids) and b"".join(self.tokens[i] for i in ids) == text.encode():
+            return ids
         return self._longest_first(text.encode())
 
     def _longest_first(self, raw: bytes) -> list[int]:
@@ -204,10 +220,16 @@ def _invalid(spec: GrammarSpec, reason: str) -> InvalidRequest:
     return InvalidRequest(f"{spec.param}: {reason}", param=spec.param)
 
 
+def _failed(spec: GrammarSpec, reason: str) -> GrammarFailed:
+    return GrammarFailed(f"{spec.param}: {reason}", param=spec.param)
+
+
 def _json_schema(spec: GrammarSpec) -> str:
     schema = _parse_json(spec)
     if not isinstance(schema, dict | bool):
         raise _invalid(spec, "a JSON schema is an object or a boolean")
+    if fault := find_fault(schema):
+        raise _invalid(spec, f"cannot be compiled: {fault}")
     return _schema_source(schema)
 
 
@@ -274,6 +296,8 @@ def _reason(error: str) -> str:
         return f"{found[2]} at character {len(found[1]) + 1} of the expression"
     if found := re.search(r"\(in regex\): (.*)", error):
         return found[1]
+    if _first_line(error) == "NoExtensionBias":
+        return "no text matches it: its rules only lead to one another, or to characters that no token has"
     return re.sub(r"^(?:at )?(\d+)\((\d+)\):", r"line \1, column \2:", _first_line(error))
 
 
