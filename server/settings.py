@@ -119,6 +119,10 @@ class Settings(BaseSettings):
         "its cache computes its generated tokens again one by one (default: where kernels allow it).",
     )
     enable_prefix_caching: bool = Field(True, description="Reuse the cache of a prompt's beginning between requests.")
+    ignore_unknown_fields: bool = Field(
+        False,
+        description="Ignore fields of requests that the server does not know, and log each once; else they are 400s.",
+    )
     max_queue: int = Field(1024, ge=0, description="Sequences that may wait; one more is answered with 429.")
     request_timeout: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="Seconds after which a request is cut off (default: never)."

@@ -93,6 +93,11 @@ class AsyncEngine:
         return self._engine.sampling_defaults
 
     @property
+    def fingerprint(self) -> str:
+        """What a seed's validity hangs on, in one word."""
+        return self._engine.fingerprint
+
+    @property
     def model_config(self) -> LPAConfig:
         return self._engine.model_config
 

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,10 +14,11 @@ from typing import Literal
 import torch
 
 from lpa_model.backends import select
-from lpa_model.checkpoint import load_config
+from lpa_model.checkpoint import load_config, weights_hash
 from lpa_model.config import LPAConfig
 from server.engine.block_manager import BlockManager
 from server.engine.detokenizer import Detokenizer, unfinished_bytes
+from server.engine.fingerprint import fingerprint
 from server.engine.generation_config import load_generation_config
 from server.engine.grammar import GrammarCompiler
 from server.engine.memory import give_back_freed_memory, keep_freed_memory
@@ -73,7 +74,8 @@ class StepFailed(Exception):
 class Engine:
     """Continuous batching over one model: `add_request`, `abort`, `step` while `has_work`.
 
-    `sampling_defaults` are fields of `SamplingParams` for requests that do not say otherwise.
+    `sampling_defaults` are fields of `SamplingParams` for requests that do not say otherwise. `fingerprint` names what
+    a seed's validity hangs on.
     """
 
     def __init__(
@@ -82,11 +84,13 @@ class Engine:
         scheduler: Scheduler,
         tokenizer: Tokenizer,
         sampling_defaults: Mapping[str, float] | None = None,
+        fingerprint: str = "lpa",
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
         self.tokenizer = tokenizer
         self.sampling_defaults = dict(sampling_defaults or {})
+        self.fingerprint = fingerprint
         self._requests: dict[str, tuple[Request, Detokenizer]] = {}
         self._report = EngineStats()
 
@@ -118,8 +122,8 @@ class Engine:
         total = request.num_prompt_tokens + request.params.max_tokens
         if total > self.max_model_len:
             raise ContextLength(
-                f"prompt: {request.num_prompt_tokens} tokens and max_tokens {request.params.max_tokens} are {total} "
-                f"together; the context is {self.max_model_len} tokens",
+                f"prompt: {request.num_prompt_tokens} tokens and max_tokens {request.params.max_tokens} make {total}",
+                self.max_model_len,
                 param="prompt" if request.num_prompt_tokens > self.max_model_len else "max_tokens",
             )
 
@@ -265,13 +269,14 @@ def build_engine(model_dir: Path, options: EngineOptions) -> Engine:
     """
     # Every thread that computes keeps a team of OpenMP threads. With more of them than processors, none spins while it
     # waits, and each product of a small step takes 0.1 ms to wake its team: so this thread's team ends with it.
-    with ThreadPoolExecutor(1, "loading") as loading:
-        return loading.submit(_build_engine, model_dir, options).result()
+    with ThreadPoolExecutor(1, "loading") as loading, ThreadPoolExecutor(1, "hashing") as hashing:
+        return loading.submit(_build_engine, model_dir, options, hashing).result()
 
 
-def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
+def _build_engine(model_dir: Path, options: EngineOptions, hashing: Executor) -> Engine:
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     config = load_config(model_dir)
+    weights = hashing.submit(weights_hash, model_dir)
     choice = select.choose(
         config,
         dtype=options.dtype,
@@ -324,7 +329,7 @@ def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
     )
     sampling_defaults = load_generation_config(model_dir).defaults(options.generation_config)
     runner = ModelRunner(backend, cache, GrammarCompiler(tokenizer))
-    return Engine(runner, scheduler, tokenizer, sampling_defaults)
+    return Engine(runner, scheduler, tokenizer, sampling_defaults, fingerprint(weights.result(), backend.name))
 
 
 def _max_model_len(config: LPAConfig, asked: int | None, cache_tokens: int) -> int:

@@ -143,6 +143,7 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """A conversation as `chat_template.render_chat` writes it, with this model's template and special tokens.
@@ -155,6 +156,7 @@ class Tokenizer:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             special_tokens=self.special_tokens,
+            tools=tools,
             kwargs=kwargs,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from server.engine.request import Logprobs
@@ -12,8 +12,16 @@ from server.engine.tokenizer import Tokenizer
 
 LOWEST_LOGPROB = -9999.0  # JSON has neither -inf nor NaN; OpenAI's number for "very unlikely"
 
+Name = Callable[[int], str]
+"""What a token is called by its id."""
+
 Columns = dict[str, list[Any]]
 """{"tokens", "token_logprobs", "top_logprobs", "text_offset"}, each with one entry per token."""
+
+
+def namer(tokenizer: Tokenizer, *, as_ids: bool) -> Name:
+    """Tokens by their texts, or as token_id:N."""
+    return "token_id:{}".format if as_ids else tokenizer.token_text
 
 
 class TextOffsets:
@@ -52,27 +60,25 @@ def offsets_of_ids(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[int]:
     return [max(0, offset - 1) for offset in offsets] if spare else offsets
 
 
-def prompt_columns(
-    tokenizer: Tokenizer, token_ids: Sequence[int], offsets: list[int], scores: Logprobs, top: int
-) -> Columns:
+def prompt_columns(name: Name, token_ids: Sequence[int], offsets: list[int], scores: Logprobs, top: int) -> Columns:
     """The columns of a prompt; `scores` has an entry for each token but the first, which nothing predicts: null."""
     first: Columns = {
-        "tokens": [tokenizer.token_text(token_ids[0])],
+        "tokens": [name(token_ids[0])],
         "token_logprobs": [None],
         "top_logprobs": [None],
         "text_offset": offsets[:1],
     }
-    return join([first, columns(tokenizer, token_ids[1:], scores, offsets[1:], top)])
+    return join([first, columns(name, token_ids[1:], scores, offsets[1:], top)])
 
 
-def columns(tokenizer: Tokenizer, token_ids: Sequence[int], scores: Logprobs, offsets: list[int], top: int) -> Columns:
+def columns(name: Name, token_ids: Sequence[int], scores: Logprobs, offsets: list[int], top: int) -> Columns:
     """The columns of tokens that were scored; an entry of top_logprobs has the `top` best and the token itself."""
     logprobs = [_clamp(value) for value in scores.logprobs]
     return {
-        "tokens": [tokenizer.token_text(token_id) for token_id in token_ids],
+        "tokens": [name(token_id) for token_id in token_ids],
         "token_logprobs": logprobs,
         "top_logprobs": [
-            _top(tokenizer, token_id, logprob, ids[:top], values[:top])
+            _top(name, token_id, logprob, ids[:top], values[:top])
             for token_id, logprob, ids, values in zip(
                 token_ids, logprobs, scores.top_ids, scores.top_logprobs, strict=True
             )
@@ -86,16 +92,14 @@ def join(parts: Sequence[Columns]) -> Columns:
     return {name: [entry for part in parts for entry in part[name]] for name in parts[0]}
 
 
-def _top(
-    tokenizer: Tokenizer, token_id: int, logprob: float, ids: Sequence[int], values: Sequence[float]
-) -> dict[str, float]:
+def _top(name: Name, token_id: int, logprob: float, ids: Sequence[int], values: Sequence[float]) -> dict[str, float]:
     """Best first; of two tokens with one text the better keeps it, and the other is called token_id:N."""
     entries = list(zip(ids, values, strict=True))
     if token_id not in ids:
         entries.append((token_id, logprob))
     found: dict[str, float] = {}
     for i, value in entries:
-        text = tokenizer.token_text(i)
+        text = name(i)
         # the token's own number is the same float in both places: clients compare them to see if it was the best
         found[f"token_id:{i}" if text in found else text] = logprob if i == token_id else _clamp(value)
     return found
@@ -122,12 +126,14 @@ def _ranked(ids: Sequence[int], values: Sequence[float]) -> Iterator[tuple[int, 
     return ((i, value, rank) for rank, (i, value) in enumerate(zip(ids, values, strict=False), 1))
 
 
-def chat_logprobs(tokenizer: Tokenizer, token_ids: Sequence[int], scores: Logprobs, top: int) -> dict[str, Any]:
+def chat_logprobs(
+    tokenizer: Tokenizer, name: Name, token_ids: Sequence[int], scores: Logprobs, top: int
+) -> dict[str, Any]:
     """OpenAI's form for chats: a row for each token, with the `top` best."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         raw = tokenizer.token_bytes(token_id)
-        return {"token": tokenizer.token_text(token_id), "logprob": _clamp(logprob), "bytes": list(raw)}
+        return {"token": name(token_id), "logprob": _clamp(logprob), "bytes": list(raw)}
 
     rows = zip(token_ids, scores.logprobs, scores.top_ids, scores.top_logprobs, strict=True)
     content = [

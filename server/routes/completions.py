@@ -17,9 +17,11 @@ from server.engine.request import Logprobs
 from server.protocol.completions import CompletionRequest, CompletionResponse, completion_choice, completion_head
 from server.protocol.logprobs import (
     Columns,
+    Name,
     TextOffsets,
     columns,
     join,
+    namer,
     offsets_of_ids,
     prompt_columns,
     prompt_logprobs,
@@ -62,6 +64,11 @@ class _Call:
     head: dict[str, Any]
     columns_of_prompts: dict[int, Columns] = field(default_factory=dict)  # n choices share them
 
+    @property
+    def name(self) -> Name:
+        """What tokens are called in log-probabilities."""
+        return namer(self.generation.engine.tokenizer, as_ids=self.body.return_tokens_as_token_ids)
+
     def prompt_columns(self, prompt: int) -> Columns | None:
         """None unless the prompt is echoed with log-probabilities."""
         top = self.body.logprobs
@@ -73,7 +80,7 @@ class _Call:
             ids, offsets = generation.prompts[prompt].token_ids, generation.prompts[prompt].offsets
             if offsets is None:
                 offsets = offsets_of_ids(tokenizer, ids)
-            self.columns_of_prompts[prompt] = prompt_columns(tokenizer, ids, offsets, scores, top)
+            self.columns_of_prompts[prompt] = prompt_columns(self.name, ids, offsets, scores, top)
         return self.columns_of_prompts[prompt]
 
     def offsets(self, prompt: int) -> TextOffsets:
@@ -89,7 +96,7 @@ class _Call:
     def columns(self, token_ids: list[int], scores: Logprobs, offsets: TextOffsets) -> Columns:
         assert self.body.logprobs is not None
         taken = offsets.take(token_ids)
-        return columns(self.generation.engine.tokenizer, token_ids, scores, taken, self.body.logprobs)
+        return columns(self.name, token_ids, scores, taken, self.body.logprobs)
 
 
 async def _accept(engine: AsyncEngine, settings: Settings, body: CompletionRequest, request_id: str) -> _Call:
@@ -112,14 +119,16 @@ async def _accept(engine: AsyncEngine, settings: Settings, body: CompletionReque
         engine,
         settings,
         body,
-        [truncate(prompt, body.truncate_prompt_tokens, room) for prompt in prompts],
+        [truncate(prompt, body.truncate_prompt_tokens, room, body.truncation_side) for prompt in prompts],
         request_id,
         width=width,
         params=body.sampling_params(
             engine.tokenizer, body.max_tokens, logprobs, body.scores_prompts, engine.sampling_defaults
         ),
     )
-    return _Call(body, generation, completion_head(request_id, int(time.time()), settings.model_name))
+    return _Call(
+        body, generation, completion_head(request_id, int(time.time()), settings.model_name, engine.fingerprint)
+    )
 
 
 async def _answer(call: _Call) -> dict[str, Any]:
@@ -159,11 +168,11 @@ async def _events(call: _Call) -> AsyncGenerator[str]:
     """The answer as events: the prompt first if it is echoed, a chunk per output, the usage if asked for, [DONE]."""
     body, generation = call.body, call.generation
 
-    def whole(entry: dict[str, Any]) -> dict[str, Any]:
-        return {**call.head, "choices": [entry], **generation.chunk_usage()}
+    def whole(entry: dict[str, Any], unsent: int = 0) -> dict[str, Any]:
+        return {**call.head, "choices": [entry], **generation.chunk_usage(unsent)}
 
-    def chunk(entry: dict[str, Any]) -> str:
-        return to_json(whole(entry))
+    def chunk(entry: dict[str, Any], unsent: int = 0) -> str:
+        return to_json(whole(entry, unsent))
 
     def opening(index: int, prompt: int) -> dict[str, Any] | None:
         """What comes before the first token of a choice: the echo, the ids of the prompt."""
@@ -185,7 +194,7 @@ async def _events(call: _Call) -> AsyncGenerator[str]:
             for index in range(sequence * copies, (sequence + 1) * copies):
                 if index not in with_texts:
                     if first := opening(index, prompt):
-                        yield chunk(first)
+                        yield chunk(first, len(output.token_ids))
                     with_texts[index] = with_text(whole(completion_choice(index, TEXT, None, None, None)))
                 if all_alike and output.logprobs is None and output.finish_reason is None:
                     if output.text:

@@ -79,7 +79,7 @@ def perplexity_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         scorer = Scorer(engine, settings, request.state.request_id)
         works = _works(scorer, _texts(engine.tokenizer, convention, asked, inputs), convention, asked)
         scored = in_order(works, scorer.max_in_flight, deadline_of(settings))
-        lines = _lines(engine.tokenizer, asked, convention, scored, settings.model_name)
+        lines = _lines(engine.tokenizer, asked, convention, scored, settings.model_name, engine.fingerprint)
         if asked.stream:
             return LineStream(lines, body)
         receive = request.receive if body is None else body.receive
@@ -213,16 +213,17 @@ async def _works(
                         f"{MAX_TOKEN_ENTRIES}, the most in one {'line' if asked.stream else 'answer'}",
                         param="return_tokens",
                     )
-            for window, is_last in _with_last(_cut(text, convention)):
+            for window, is_last in _with_last(_cut(text, convention, scorer.max_model_len)):
                 yield _score(scorer, text, window, is_last, asked.top_logprobs)
 
 
-def _cut(text: Text, convention: Convention) -> Iterator[Window]:
+def _cut(text: Text, convention: Convention, max_model_len: int) -> Iterator[Window]:
     try:
         return windows(len(text.token_ids), convention)
     except ValueError as error:
-        kind = ContextLength if convention.method == "full" else InvalidRequest
-        raise kind(f"{text.where}: {error}", param=text.where) from None
+        if convention.method == "full" and len(text.token_ids) >= max_model_len:
+            raise ContextLength(f"{text.where}: {error}", max_model_len, param=text.where) from None
+        raise InvalidRequest(f"{text.where}: {error}", param=text.where) from None
 
 
 def _with_last(cut: Iterator[Window]) -> Iterator[tuple[Window | None, bool]]:
@@ -247,6 +248,7 @@ async def _lines(
     convention: Convention,
     scored: AsyncGenerator[ScoredWindow],
     model: str,
+    fingerprint: str,
 ) -> AsyncGenerator[str]:
     """JSON of each text, then of the corpus."""
     corpus, prompt_tokens = Tally(), 0
@@ -274,7 +276,7 @@ async def _lines(
     if not corpus.num_tokens:
         why = "" if convention.add_bos else "; without BOS the first token of a text is not scored"
         raise InvalidRequest(f"input: has no token to score{why}", param="input")
-    yield to_json(corpus_fields(model, convention, corpus, prompt_tokens))
+    yield to_json(corpus_fields(model, fingerprint, convention, corpus, prompt_tokens))
 
 
 class _TokenRuns:

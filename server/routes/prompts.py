@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from server.engine.async_engine import AsyncEngine
 from server.errors import InvalidRequest, NotFound
@@ -24,9 +25,9 @@ class Prompt:
     offsets: list[int] | None = None
 
 
-def check_model(name: str, settings: Settings) -> None:
-    """Raises NotFound unless the server serves `name`."""
-    if name not in settings.model_names:
+def check_model(name: str | None, settings: Settings) -> None:
+    """Raises NotFound unless the server serves `name`; None is its only model."""
+    if name is not None and name not in settings.model_names:
         names = ", ".join(map(repr, settings.model_names))
         raise NotFound(
             f"model: {name!r} does not exist; this server has {names}",
@@ -85,7 +86,10 @@ def start_of_document(engine: AsyncEngine) -> Prompt:
     return Prompt("prompt", None, [token])
 
 
-def truncate(prompt: Prompt, keep: int | None, room: int) -> Prompt:
-    """The prompt's last `keep` tokens (-1: its last `room`; None: all), as vLLM's truncate_prompt_tokens."""
+def truncate(prompt: Prompt, keep: int | None, room: int, side: Literal["left", "right"]) -> Prompt:
+    """The prompt without what is beyond `keep` tokens (-1: beyond `room`; None: whole), cut off on one side, as vLLM's
+    truncate_prompt_tokens and truncation_side."""
     limit = len(prompt.token_ids) if keep is None else max(room, 1) if keep == -1 else keep
-    return prompt if len(prompt.token_ids) <= limit else Prompt(prompt.where, None, prompt.token_ids[-limit:])
+    if len(prompt.token_ids) <= limit:
+        return prompt
+    return Prompt(prompt.where, None, prompt.token_ids[-limit:] if side == "left" else prompt.token_ids[:limit])

@@ -32,6 +32,7 @@ class Scorer:
         self._running = 0
         self._begun = False
         self.max_in_flight = engine.max_num_seqs + min(engine.max_num_seqs, settings.max_queue)
+        self.max_model_len = engine.max_model_len
         self._slots = asyncio.Semaphore(self.max_in_flight)
 
     async def score(

@@ -33,8 +33,7 @@ def tokenize_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
     @router.post("/tokenize", summary="Tokens of a text", responses=responses(TokenizeResponse, *WITH_BODY))
     async def tokenize(body: TokenizeRequest) -> Response:
         """Token ids of a text, or of a conversation in the model's chat template."""
-        if body.model is not None:
-            check_model(body.model, settings)
+        check_model(body.model, settings)
         ids = await asyncio.to_thread(_encode, body) if _is_long(body) else _encode(body)
         names = [tokenizer.backend.id_to_token(i) or "" for i in ids] if body.return_token_strs else None
         return json_response(
@@ -50,6 +49,7 @@ def tokenize_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
                 not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
             ),
             continue_final_message=body.continue_final_message,
+            tools=body.tools,
             kwargs=body.chat_template_kwargs,
         )
         check_text(text, "messages")
@@ -58,8 +58,7 @@ def tokenize_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
     @router.post("/detokenize", summary="Text of tokens", responses=responses(DetokenizeResponse, *WITH_BODY))
     async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of token ids; special tokens are written out, so that /tokenize gives the same ids again."""
-        if body.model is not None:
-            check_model(body.model, settings)
+        check_model(body.model, settings)
         vocab = tokenizer.vocab_size
         if wrong := [token for token in body.tokens if not 0 <= token < vocab]:
             raise InvalidRequest(f"tokens: {wrong[0]} is outside the vocabulary of {vocab}", param="tokens")

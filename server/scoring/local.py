@@ -42,6 +42,7 @@ def score_texts(
     convention: Convention,
     texts: Iterable[tuple[Place, str]],
     name: str,
+    fingerprint: str,
     advance: Advance,
     on_tokens: OnTokens | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -67,7 +68,7 @@ def score_texts(
         prompt_tokens += len(piece.ids)
         tally, tokens = Tally(), None
     _check_scored(corpus, convention)
-    yield corpus_fields(name, convention, corpus, prompt_tokens)
+    yield corpus_fields(name, fingerprint, convention, corpus, prompt_tokens)
 
 
 def compare_texts(
