@@ -7,6 +7,7 @@ Reading is strict: a missing, extra or wrongly shaped tensor is an error that na
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -130,6 +131,27 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def weights_hash(folder: Path) -> str:
+    """12 hexadecimal digits of the contents of config.json and all weights; about a second for each gigabyte.
+
+    Raises:
+        CheckpointError: there are no weights.
+    """
+    whole = hashlib.blake2b(digest_size=6)
+    for path in (folder / "config.json", *weight_files(folder)):
+        with path.open("rb") as file:
+            whole.update(hashlib.file_digest(file, "blake2b").digest())
+    return whole.hexdigest()
+
+
+def check_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """Raises CheckpointError that names a tensor with NaN or an infinity in it. One pass: their sum is not finite."""
+    if tensor.sum(dtype=torch.float32).isfinite():
+        return
+    if count := int(tensor.isfinite().logical_not().sum()):
+        raise CheckpointError(f"{path}: {name} has {count} of {tensor.numel()} numbers that are NaN or infinite")
+
+
 class _LeftEmpty(TorchFunctionMode):
     """Modules leave their tensors as they are: to draw numbers for them would import half of torch's compiler."""
 
@@ -146,7 +168,8 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LPAFor
     """The folder's model in `dtype`, ready for inference; tensors already in `dtype` stay memory-mapped on a CPU.
 
     Raises:
-        CheckpointError: a file is missing or truncated, a tensor is missing, extra or of the wrong shape.
+        CheckpointError: a file is missing or truncated, a tensor is missing, extra, of the wrong shape or has a number
+            that is not finite.
     """
     config = load_config(folder)
     with torch.device("meta"), _LeftEmpty():
@@ -169,6 +192,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LPAFor
                             f"{list(expected[name].shape)}"
                         )
                     found[name] = tensor.to(dtype)
+                    check_finite(path, name, found[name])
         except OSError as error:
             raise CheckpointError(f"{path}: {error}") from error
         except SafetensorError as error:

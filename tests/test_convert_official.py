@@ -335,6 +335,17 @@ def test_wrong_shapes_and_types_are_named(tmp_path: Path, setting: str) -> None:
         convert_official(src, tmp_path / "dst", **OPTIONS[setting])
 
 
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, bad: float) -> None:
+    tensors = tensors_of("setting1")
+    name = "lpa.token_embedding.weight"
+    tensors[name] = tensors[name].clone()
+    tensors[name][0, 0] = bad
+    src = write(tmp_path / "src", tensors)
+    with pytest.raises(CheckpointError, match=r"token_embedding\.weight has 1 of \d+ numbers that are NaN or infinite"):
+        convert_official(src, tmp_path / "dst", **OPTIONS["setting1"])
+
+
 @pytest.mark.parametrize("setting", PUBLISHED)
 @pytest.mark.parametrize(
     "extra", ["lpa.transformer_blocks.1.attention.gate.weight", "head.bias", "lpa.transformer_blocks.0.fc.9.weight"]

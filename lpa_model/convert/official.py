@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from lpa_model.checkpoint import CheckpointError, read_tokenizer, save_checkpoint
+from lpa_model.checkpoint import CheckpointError, check_finite, read_tokenizer, save_checkpoint
 from lpa_model.config import ATTENTION_PROJECTIONS, FFN_PROJECTIONS, LPAConfig, Projection, Rank, RankSpec
 from lpa_model.model import LPAForCausalLM
 
@@ -132,6 +132,7 @@ def _read_tensors(src: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise CheckpointError(f"{path}: {name} holds {tensor.dtype}, not floating-point numbers")
+        check_finite(path, name, tensor)
     return tensors
 
 
