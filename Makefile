@@ -1,7 +1,8 @@
 # make serve     virtual environment, install, start the server on the embedded model
 # make test      the same environment plus test tools; lint, types, tests
-# make test-extra    the tests against heavy peers (lm-eval, transformers, schemathesis, LangChain, a browser), in an
-#                    environment of their own; the browser is Debian's chromium, installed with apt-get if there is none
+# make test-extra    the tests against heavy peers (lm-eval, transformers, schemathesis, LangChain, a browser), and of the
+#                    kernels under sanitizers, in an environment of their own; the browser is Debian's chromium, the
+#                    sanitizers' libraries come with its gcc: installed with apt-get if there is none
 # make kernels   compile the C kernels again, after a change of lpa_model/backends/cpu/csrc
 #
 # Settings of the server are LPA_* variables here as anywhere: `LPA_PORT=9000 make serve`.
@@ -24,7 +25,7 @@ install: .venv/installed
 .venv/installed: .venv/bin/python pyproject.toml
 	$(PIP) install "torch==2.13.0" $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	$(PIP) install -e .
-	.venv/bin/python -m lpa_model.backends.cpu.kernels
+	.venv/bin/python -m lpa_model.backends.cpu.numba
 	touch $@
 
 .venv/installed-dev: .venv/installed
@@ -47,6 +48,7 @@ test: .venv/installed-dev
 	$(PYTHON) -m venv .venv-extra
 	.venv-extra/bin/python -m pip --disable-pip-version-check install "torch==2.13.0" $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	.venv-extra/bin/python -m pip --disable-pip-version-check install -e ".[dev,extra-tests]"
+	command -v gcc >/dev/null || { apt-get update && apt-get install -y --no-install-recommends gcc; }
 	command -v chromium >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium fonts-dejavu-core; }
 	touch $@
 

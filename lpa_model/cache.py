@@ -6,8 +6,7 @@ block tables and slots come with every call (slot = block * block_size + offset 
 
 from __future__ import annotations
 
-import math
-import mmap
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,9 +29,14 @@ class LatentCache:
         layout: CacheLayout,
         num_blocks: int,
         block_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        allocate: Callable[[tuple[int, ...]], Tensor],
+        width_unit: int = 1,
     ) -> None:
+        """
+        Args:
+            allocate: zeros of a shape, of the dtype and on the device of the backend that reads them.
+            width_unit: widths are padded to multiples of it, for kernels that read so many numbers at once.
+        """
         self.layout = layout
         self.block_size = block_size
         self.num_blocks = num_blocks
@@ -41,7 +45,7 @@ class LatentCache:
 
         def pool(layer: int, latent: bool, rank: int | None) -> Tensor:
             heads, width = (1, rank or 0) if latent else (config.kv_heads, config.head_size)
-            return _zeros((num_blocks, heads, block_size, width), dtype, device)
+            return allocate((num_blocks, heads, block_size, -(-width // width_unit) * width_unit))
 
         self.keys = [pool(i, self.forms[i][0], config.rank("k", i)) for i in layers]
         self.values = [pool(i, self.forms[i][1], config.rank("v", i)) for i in layers]
@@ -71,15 +75,6 @@ class LatentCache:
         return tokens[:, :length]
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.zeros`; on a CPU, pages that the system hands out when they are first touched, so that no block that has
-    never been used takes memory."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
-
-
-def bytes_per_token(config: LPAConfig, layout: CacheLayout, dtype: torch.dtype) -> int:
-    """Cache bytes that one token takes over all layers."""
-    return config.cache_elements_per_token(layout) * dtype.itemsize
+def bytes_per_token(config: LPAConfig, layout: CacheLayout, dtype: torch.dtype, width_unit: int = 1) -> int:
+    """Cache bytes that one token takes over all layers, with widths padded to multiples of `width_unit`."""
+    return config.cache_elements_per_token(layout, width_unit) * dtype.itemsize

@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch.overrides import TorchFunctionMode
 
-from lpa_model.config import LPAConfig
+from lpa_model.config import MAX_SIZE, PRESETS, LPAConfig
+from lpa_model.hf_keys import read_object
 from lpa_model.model import LPAForCausalLM
 
 TOKENIZER_FILES = (
@@ -54,7 +57,7 @@ def save_checkpoint(
     _replace(folder / "tokenizer.json", tokenizer.to_str())
     for source in [tokenizer_files / name for name in TOKENIZER_FILES] if tokenizer_files is not None else []:
         if source.is_file():
-            _replace(folder / source.name, source.read_text(encoding="utf-8"))
+            _replace(folder / source.name, source.read_text(encoding="utf-8-sig"))
     shutil.copymode(folder / "config.json", weights)  # safetensors shuts everybody else out, a container's user too
     weights.replace(folder / "model.safetensors")
 
@@ -72,13 +75,41 @@ def load_config(folder: Path) -> LPAConfig:
         CheckpointError: there is no such folder or file, or it does not describe a supported model.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such model folder")
+        raise CheckpointError(no_folder(str(folder)))
     if not (folder / "config.json").is_file():
+        if (folder / "model" / "config.json").is_file():
+            raise CheckpointError(f"{folder}: no config.json; the model of this training run is {folder / 'model'}")
         raise CheckpointError(f"{folder}: no config.json; `lpa convert official` imports the authors' checkpoints")
     try:
         return LPAConfig.load(folder / "config.json")
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+
+
+def no_folder(name: str) -> str:
+    """What a name is that is no model folder, and what to do about it."""
+    if name in PRESETS:
+        return (
+            f"{name}: is a preset, a shape without weights, and no model folder; `lpa init {name} FOLDER` writes a "
+            f"model of random weights, `lpa train {name}` trains one" + _EMBEDDED * (name == "lpa-tiny")
+        )
+    if Path(name).exists():
+        return f"{name}: is a file; a model is a folder with config.json, model.safetensors and tokenizer.json"
+    return f"{name}: no such model folder{hub_hint(name)}"
+
+
+def hub_hint(name: str) -> str:
+    """How to fetch what may be a model of the Hugging Face hub; "" for what cannot be one's name."""
+    hub = re.fullmatch(r"(?:https?:/+(?:huggingface\.co|hf\.co)/)?(\w[\w.-]*/\w[\w.-]*)/?", name)
+    if hub is None:
+        return ""
+    return (
+        "; models are read from folders alone: if it is a name of the Hugging Face hub, "
+        f"`hf download {hub[1]} --local-dir FOLDER` fetches it"
+    )
+
+
+_EMBEDDED = "; without a name the embedded lpa-tiny is taken"
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -88,20 +119,17 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def load_tokenizer_config(folder: Path) -> dict[str, Any]:
     """The folder's tokenizer_config.json, {} without one; CheckpointError when it is broken."""
-    return read_object(folder / "tokenizer_config.json")
+    return read_optional(folder / "tokenizer_config.json")
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_optional(path: Path) -> dict[str, Any]:
     """The object of a JSON file, {} where there is no such file; CheckpointError when it is broken."""
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return found
+        return read_object(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -109,9 +137,13 @@ def read_tokenizer(path: Path) -> Tokenizer:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     try:
-        return Tokenizer.from_file(str(path))
+        found = Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
     except Exception as error:  # tokenizers raises bare Exception
         raise CheckpointError(f"{path}: {error}") from error
+    largest = max(found.get_vocab().items(), key=itemgetter(1), default=("", 0))
+    if largest[1] > MAX_SIZE:  # the library writes a tokenizer down by counting up to it
+        raise CheckpointError(f"{path}: token {largest[0]!r} has the id {largest[1]}; the limit is {MAX_SIZE}")
+    return found
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -121,14 +153,19 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         raise CheckpointError(f"{folder}: neither model.safetensors nor model.safetensors.index.json")
+    return shards(index)
+
+
+def shards(index: Path) -> list[Path]:
+    """The files that a `*.index.json` beside them names; CheckpointError when it is broken or one is missing."""
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(read_object(index)["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index}: not a shard index: {error!r}") from error
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+        if not isinstance(name, str) or Path(name).name != name or not (index.parent / name).is_file():
             raise CheckpointError(f"{index}: names a shard {name!r} that is not in the folder")
-    return [folder / name for name in names]
+    return [index.parent / name for name in names]
 
 
 def weights_hash(folder: Path) -> str:

@@ -6,12 +6,12 @@ Nothing here touches torch, so the counts can be checked against the module that
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from lpa_model.hf_keys import own_keys, read_object
 
 Architecture = Literal["setting1", "setting2"]
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
@@ -33,6 +33,13 @@ ROPE_SCALING = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 """Kinds of `rope_scaling` with the numbers that each needs."""
+
+# beyond any real model, and within what tensors and floats hold: a typing error in a file is found by its name
+MAX_SIZE = 1 << 24
+MAX_LAYERS = 4096
+MAX_PARAMETERS = 1 << 44
+MAX_ROTARY = 1 << 31  # positions x head_dim
+A_NUMBER = "a positive number between 1e-30 and 1e30"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +89,7 @@ class LPAConfig:
             "num_attention_heads",
             "max_position_embeddings",
         ):
-            _check_positive(name, getattr(self, name))
+            _check_positive(name, getattr(self, name), MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE)
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
@@ -97,9 +104,9 @@ class LPAConfig:
         _check_positive("head_dim", self.head_dim)
         _check_positive("num_key_value_heads", self.num_key_value_heads)
         for name in ("rope_theta", "norm_eps"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-                raise ValueError(f"{name}: {value!r} is not a positive number")
+            if not _is_number(value := getattr(self, name)):
+                raise ValueError(f"{name}: {value!r} is not {A_NUMBER}")
+            object.__setattr__(self, name, float(value))
         for name in ("attention_bias", "qk_norm", "lm_head_bias", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is neither true nor false")
@@ -126,8 +133,17 @@ class LPAConfig:
             _check_rope_scaling(self.rope_scaling)
         self._check_ranks("attention_rank", self.attention_rank, ATTENTION_PROJECTIONS)
         self._check_ranks("ffn_rank", self.ffn_rank, self.ffn_projections)
+        if (count := self.parameter_count()) > MAX_PARAMETERS:
+            raise ValueError(f"hidden_size, vocab_size and so on: they make {count:,} parameters, of no real model")
+        if self.rotary and self.max_position_embeddings * self.head_size > MAX_ROTARY:
+            raise ValueError(
+                f"max_position_embeddings: {self.max_position_embeddings} positions of head_dim {self.head_size} are "
+                f"more than rotary tables hold ({MAX_ROTARY:,} together)"
+            )
 
     def _check_ranks(self, key: str, spec: RankSpec, projections: tuple[Projection, ...]) -> None:
+        if isinstance(spec, list):
+            raise ValueError(f"{key}: {spec!r} is neither a rank nor an object with one for {', '.join(projections)}")
         if isinstance(spec, Mapping):
             if set(spec) != set(projections):
                 raise ValueError(f"{key}: keys {sorted(spec)} are not exactly {', '.join(projections)}")
@@ -237,13 +253,20 @@ class LPAConfig:
         values = layout in ("latent", "mixed") and self.rank("v", layer) is not None
         return keys, values
 
-    def cache_elements_per_token(self, layout: CacheLayout) -> int:
-        """Cached numbers per token over all layers (LPA.md section 4: 2r, H·dh + r, or 2·H·dh per layer)."""
-        full, total = self.kv_heads * self.head_size, 0
+    def cache_elements_per_token(self, layout: CacheLayout, width_unit: int = 1) -> int:
+        """Cached numbers per token over all layers (LPA.md section 4: 2r, H·dh + r, or 2·H·dh per layer).
+
+        Widths of heads and latents are padded to multiples of `width_unit`.
+        """
+
+        def width(latent: bool, rank: Rank) -> int:
+            heads, own = (1, rank or 0) if latent else (self.kv_heads, self.head_size)
+            return heads * -(-own // width_unit) * width_unit
+
+        total = 0
         for layer in range(self.num_hidden_layers):
             keys_latent, values_latent = self.cache_forms(layout, layer)
-            total += (self.rank("k", layer) or 0) if keys_latent else full
-            total += (self.rank("v", layer) or 0) if values_latent else full
+            total += width(keys_latent, self.rank("k", layer)) + width(values_latent, self.rank("v", layer))
         return total
 
     def default_cache_layout(self) -> CacheLayout:
@@ -261,16 +284,16 @@ class LPAConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LPAConfig:
-        """Read the JSON form, of any version up to FORMAT_VERSION.
+        """Read the JSON form, of any version up to FORMAT_VERSION, with Hugging Face's own keys or without (`hf_keys`).
 
         Raises:
-            ValueError: a newer version, or an unknown or missing key; the message names it.
+            ValueError: a newer version, another model_type, or an unknown or missing key; the message names it.
         """
         version = values.get("format_version", 1)
         _check_positive("format_version", version)
         if version > FORMAT_VERSION:
             raise ValueError(f"format_version {version} is newer than this version reads ({FORMAT_VERSION})")
-        values = {name: value for name, value in values.items() if name not in ("model_type", "format_version")}
+        values = {name: value for name, value in own_keys(values).items() if name != "format_version"}
         fields = {field.name: field for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - set(fields)):
             raise ValueError(f"unknown keys {', '.join(unknown)}")
@@ -282,33 +305,33 @@ class LPAConfig:
     @classmethod
     def load(cls, path: Path) -> LPAConfig:
         """Read a `config.json`; ValueError that names the file when it is not a JSON object or not an LPA config."""
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: not a JSON object")
+        values = read_object(path)
         try:
             return cls.from_dict(values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
 
-def _check_positive(name: str, value: object) -> None:
+def _check_positive(name: str, value: object, limit: int = MAX_SIZE) -> None:
     if type(value) is not int or value < 1:  # isinstance would let true pass
         raise ValueError(f"{name}: {value!r} is not a positive integer")
+    if value > limit:
+        raise ValueError(f"{name}: {value} is more than {limit}, the limit")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 1e-30 <= value <= 1e30
 
 
 def _check_rope_scaling(scaling: object) -> None:
     if not isinstance(scaling, Mapping):
         raise ValueError(f"rope_scaling: {scaling!r} is neither null nor an object")
     kind = scaling.get("rope_type", scaling.get("type"))
-    if kind not in ROPE_SCALING:
+    if not isinstance(kind, str) or kind not in ROPE_SCALING:
         raise ValueError(f"rope_scaling: type {kind!r} is not supported ({', '.join(ROPE_SCALING)} are)")
     for key in ROPE_SCALING[kind]:
-        value = scaling.get(key)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise ValueError(f"rope_scaling: {key} {value!r} is not a positive number, which type {kind!r} needs")
+        if not _is_number(value := scaling.get(key)):
+            raise ValueError(f"rope_scaling: {key} {value!r} is not {A_NUMBER}, which type {kind!r} needs")
     if kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
         raise ValueError("rope_scaling: low_freq_factor is not below high_freq_factor")
 

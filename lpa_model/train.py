@@ -80,7 +80,7 @@ class Progress:
 def read_text(path: Path) -> str:
     """A UTF-8 text file, gzipped if its name ends in .gz."""
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
+    with opener(path, "rt", encoding="utf-8-sig") as file:
         return str(file.read())
 
 

@@ -29,7 +29,7 @@ from server.routes.loglikelihood import loglikelihood_router
 from server.routes.metrics import metrics_router
 from server.routes.models import models_router
 from server.routes.perplexity import perplexity_router
-from server.routes.playground import playground_router
+from server.routes.playground import PLAYGROUND_PATHS, playground_router
 from server.routes.requests import Running, requests_router
 from server.routes.respond import error_response
 from server.routes.tokenize import tokenize_router
@@ -45,12 +45,13 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await engine.start()
+        metrics.set_build_info(package_version(), engine.backend.name, engine.backend.batch_invariant)
         try:
             yield
         finally:
             await engine.stop(settings.drain_timeout)
 
-    keys, running = keys_of(settings), Running()
+    keys, running = keys_of(settings, PLAYGROUND_PATHS), Running()
     app = FastAPI(
         title="LPA inference server",
         version=package_version(),

@@ -11,7 +11,7 @@ UserError
 ├── QueueFull           429  with Retry-After
 ├── Cancelled           499  an operator has cancelled the request
 ├── EngineError         500  the step that held the request failed
-├── Unavailable         503  draining, or the engine has died
+├── Unavailable         503  draining, or the engine has died; with Retry-After
 └── TimedOut            504  request_timeout has passed
 """
 
@@ -139,6 +139,9 @@ class Unavailable(UserError):
     status = 503
     type = "server_error"
     code = "unavailable"
+
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": "5"}  # by then another server has taken over, or this one has started again
 
 
 class TimedOut(UserError):

@@ -11,7 +11,6 @@ from typing import Literal
 from pydantic import SecretStr
 
 from server.errors import Forbidden, Unauthorized
-from server.routes.playground import PLAYGROUND_PATHS
 from server.settings import Settings
 
 Role = Literal["nobody", "client", "admin"]
@@ -51,12 +50,12 @@ class Keys:
             raise Forbidden("this key is no admin key")
 
 
-def keys_of(settings: Settings) -> Keys:
-    """The keys that settings name."""
+def keys_of(settings: Settings, pages: frozenset[str]) -> Keys:
+    """The keys that settings name; `pages` are paths that need none, beside the probes'."""
     return Keys(
         client=_digests(settings.api_keys),
         admin=_digests(settings.admin_api_key),
-        open_paths=PROBES | PLAYGROUND_PATHS | (frozenset() if settings.metrics_key else {METRICS}),
+        open_paths=PROBES | pages | (frozenset() if settings.metrics_key else {METRICS}),
     )
 
 

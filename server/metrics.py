@@ -53,13 +53,27 @@ class Metrics:
         self._generation_tokens = counter("generation_tokens", "Tokens generated.")
         self._scored_tokens = counter("scored_tokens", "Prompt tokens whose log-probability was computed.")
         self._preemptions = counter("num_preemptions", "Sequences sent back to the queue for want of blocks.")
+        self._out_of_descriptors = counter(
+            "out_of_descriptors", "Seconds in which no file descriptor was left and connections were dropped."
+        )
         self._ttft = histogram("time_to_first_token_seconds", "Arrival to first token.")
         self._inter_token = histogram("inter_token_latency_seconds", "One token to the next of a sequence.")
         self._e2e = histogram("e2e_request_latency_seconds", "Arrival to end.")
         finished = Counter(
             "lpa:request_success", "Sequences that ended.", [LABEL, "finished_reason"], registry=self.registry
         )
+        self._build_info = Gauge(
+            "lpa:build_info",
+            "1; the version, and what computes.",
+            [LABEL, "version", "backend", "batch_invariant"],
+            registry=self.registry,
+        )
+        self._model_name = model_name
         self._finished = {reason: finished.labels(model_name, reason.value) for reason in FinishReason}
+
+    def set_build_info(self, version: str, backend: str, batch_invariant: bool) -> None:
+        """Said once, when the model is loaded."""
+        self._build_info.labels(self._model_name, version, backend, str(batch_invariant).lower()).set(1)
 
     def observe(self, stats: EngineStats) -> None:
         """Take in one report of the engine."""
@@ -79,6 +93,10 @@ class Metrics:
         for request in stats.finished:
             self._finished[request.reason].inc()
             self._e2e.observe(request.e2e)
+
+    def count_out_of_descriptors(self) -> None:
+        """To be called once for each second without a free descriptor."""
+        self._out_of_descriptors.inc()
 
     def render(self) -> bytes:
         """The page in Prometheus' text format, version 0.0.4."""

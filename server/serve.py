@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
+import os
 import socket
 import sys
+import threading
 import time
 from types import FrameType
 
@@ -16,10 +19,14 @@ from server.app import create_app
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import build_engine
 from server.engine.memory import give_back_code
+from server.listen import explain, listeners, url_of
 from server.metrics import Metrics
 from server.settings import Settings
 
+logger = logging.getLogger(__name__)
+
 FLUSH_TIMEOUT = 5  # seconds that the last answers get to reach slow readers
+EXIT_TIMEOUT = 1.0  # seconds that threads get to end when all is served
 
 
 def serve(settings: Settings) -> int:
@@ -29,20 +36,34 @@ def serve(settings: Settings) -> int:
         CheckpointError, ValueError: the model or a setting cannot be used; the message names it.
     """
     configure_logging(settings)
-    server = Server(settings)
+    server = Server(settings, owns_process=True)
     server.run()
-    return 0 if server.started and server.engine.alive else 1
+    return server.status
 
 
 class Server(uvicorn.Server):
-    """uvicorn that drains first: after the first signal /ready is 503, new requests are refused and the running ones
-    get `drain_timeout` seconds, all while the port is open. A second signal ends the process at once.
+    """uvicorn that drains first: after the first signal /ready is 503, new requests are refused and those that have
+    begun get `drain_timeout` seconds, all while the port is open. A second signal ends the process at once.
+
+    The port is taken before the model is loaded. With `owns_process`, nothing keeps the process longer than that: a
+    thread that tokenizes a huge text, or a step that hangs, ends with it.
 
     Raises:
         CheckpointError, ValueError: the model or a setting cannot be used; the message names it.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, owns_process: bool = False) -> None:
+        self._listeners = listeners(settings.host, settings.port)
+        self._owns_process = owns_process
+        self._descriptors_left = True
+        try:
+            self._build(settings)
+        except BaseException:
+            for listener in self._listeners:
+                listener.close()
+            raise
+
+    def _build(self, settings: Settings) -> None:
         self.metrics = Metrics(settings.model_name)
         self.engine = AsyncEngine(
             build_engine(settings.model, settings.engine_options()),
@@ -65,12 +86,49 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
 
+    @property
+    def status(self) -> int:
+        """The process's exit status: 0 if it has served and nobody's request was cut off."""
+        clean = self.started and self.engine.alive and not self.engine.num_cut_off and not self.force_exit
+        return 0 if clean else 1
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().serve(self._listeners)
+        if self._owns_process:
+            self._end_process(EXIT_TIMEOUT)
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # another program was quicker
+            await self.lifespan.shutdown()
+            raise ValueError(explain(error, self._settings.host, self._settings.port)) from None
         if self.started:
             give_back_code()
             print(greeting(self._settings, self.port), flush=True)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second."""
+        if counter % 10 == 0:
+            self._check_descriptors()
+        return await super().on_tick(counter)
+
+    def _check_descriptors(self) -> None:
+        """Log and count when none is left: the event loop drops connections then without a word."""
+        try:
+            os.close(os.open(os.devnull, os.O_RDONLY))
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            self.metrics.count_out_of_descriptors()
+            if self._descriptors_left:
+                logger.error("no file descriptor is left: new connections are dropped; raise the limit (ulimit -n)")
+            self._descriptors_left = False
+            return
+        if not self._descriptors_left:
+            logger.warning("there are file descriptors again")
+        self._descriptors_left = True
 
     @property
     def port(self) -> int:
@@ -80,15 +138,30 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by the interpreter in the main thread, between any two instructions."""
-        if self._loop is None or self.should_exit:
+        if self._loop is None:
             super().handle_exit(sig, frame)
-        elif self._draining is not None:
+        elif self._draining is not None or self.should_exit:
+            logger.warning("a second signal: the process ends now, and requests are cut off")
             self.should_exit = self.force_exit = True
         else:
             self._loop.call_soon_threadsafe(self._drain)
 
     def _drain(self) -> None:
         self._draining = asyncio.create_task(self._stop_engine())
+        if self._owns_process:
+            self._end_process(self._settings.drain_timeout + FLUSH_TIMEOUT + EXIT_TIMEOUT)
+
+    def _end_process(self, seconds: float) -> None:
+        """End the process after so many seconds if it has not ended by itself."""
+
+        def end() -> None:
+            logger.warning("threads are still at work: the process ends without them")
+            logging.shutdown()
+            os._exit(self.status)
+
+        timer = threading.Timer(seconds, end)
+        timer.daemon = True
+        timer.start()
 
     async def _stop_engine(self) -> None:
         await self.engine.stop(self._settings.drain_timeout)
@@ -101,12 +174,11 @@ class Server(uvicorn.Server):
 
 def greeting(settings: Settings, port: int) -> str:
     """What a person who has just started the server wants to know."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
-    url = f"http://{host}:{port}"
+    url = url_of(settings.host, port)
     key = ' -H "Authorization: Bearer $LPA_API_KEY"' if settings.api_keys else ""
     body = json.dumps({"model": settings.model_name, "prompt": "Once upon a time", "max_tokens": 64})
     return (
-        f"{settings.model_name} is served at {url}; its documentation is at {url}/docs. Try:\n\n"
+        f"{settings.model_name} is served: open {url}/ in a browser; {url}/docs describes the API. Try:\n\n"
         f"  curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'\n"
     )
 

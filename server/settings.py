@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib.util
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,6 +18,8 @@ if TYPE_CHECKING:  # the engine imports torch, which the command line must not w
     from server.engine.engine import EngineOptions
 
 ENV_PREFIX = "LPA_"
+OF_KUBERNETES = re.compile(r"LPA_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)|LPA_\w+_PORT")
+"""What it sets in every container beside a service whose name begins with "lpa"."""
 
 
 class SettingsError(ValueError):
@@ -32,7 +38,7 @@ def _split(value: Any) -> list[str]:
 
 
 def _read_keys(path: Path) -> list[SecretStr]:
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    lines = (line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
     return [SecretStr(line) for line in lines if line and not line.startswith("#")]
 
 
@@ -44,6 +50,13 @@ def _check_keys(path: Path | None) -> Path | None:
     if not found:  # it would leave the server open
         raise ValueError("has no key in it")
     return path
+
+
+def _check_threads(threads: int | None) -> int | None:
+    processors = len(os.sched_getaffinity(0))
+    if threads is not None and threads > processors:
+        raise ValueError(f"is more than the {processors} processors that this process may use")
+    return threads
 
 
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
@@ -93,7 +106,9 @@ class Settings(BaseSettings):
         "auto", description="Type of weights and cache; auto is bfloat16 where the processor has it in hardware."
     )
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N.")
-    threads: int | None = Field(None, ge=1, description="Threads of the CPU products (default: one per processor).")
+    threads: Annotated[int | None, AfterValidator(_check_threads)] = Field(
+        None, ge=1, description="Threads of the CPU products, at most one per processor (default: so many)."
+    )
     max_model_len: int | None = Field(
         None, ge=1, description="Longest prompt and completion together, in tokens (default: the model's context)."
     )
@@ -106,7 +121,7 @@ class Settings(BaseSettings):
         description="Most milliseconds of prompt and scoring work in a step while completions stream; less where that "
         "would make the step more than about twice (scoring) or 2.6 times (prompts) as long as its decodes alone.",
     )
-    block_size: int = Field(64, ge=1, description="Tokens in a block of the cache.")
+    block_size: Literal[32, 64, 128] = Field(64, description="Tokens in a block of the cache.")
     kv_cache_layout: Literal["auto", "latent", "mixed", "full"] = Field(
         "auto", description="What the cache stores: latents, latents of values only, or full keys and values."
     )
@@ -126,6 +141,13 @@ class Settings(BaseSettings):
     max_queue: int = Field(1024, ge=0, description="Sequences that may wait; one more is answered with 429.")
     request_timeout: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="Seconds after which a request is cut off (default: never)."
+    )
+    waiting_comment_interval: float = Field(
+        10.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds between comments (: waiting) in a stream that has not begun, as its request waits in "
+        "the queue or its prompt is computed.",
     )
     drain_timeout: float = Field(
         30.0,
@@ -183,12 +205,31 @@ def load_settings(**flags: Any) -> Settings:
     """Settings from flags, then LPA_ variables, then defaults; a flag that is None was not given.
 
     Raises:
-        SettingsError: values are invalid; a line for each names the flag, the variable and the limit.
+        SettingsError: values are invalid, or an LPA_ variable is none of ours; a line for each names the flag, the
+            variable and the limit.
     """
+    check_variables(os.environ)
     try:
         return Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as invalid:
         raise SettingsError("\n".join(_explain(error) for error in invalid.errors())) from None
+
+
+def check_variables(environment: Mapping[str, str]) -> None:
+    """Refuse LPA_ variables that name no setting: a misspelt LPA_API_KEY would leave the server open.
+
+    Raises:
+        SettingsError: there are some; each has a line, with the setting that may have been meant.
+    """
+    known = [f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields]
+    lines = []
+    for name in sorted(environment):
+        if name.upper().startswith(ENV_PREFIX) and name.upper() not in known and not OF_KUBERNETES.fullmatch(name):
+            close = difflib.get_close_matches(name.upper(), known, 1)
+            meant = f"; {close[0]} is one" if close else "; `lpa serve --help` lists all"
+            lines.append(f"{name}: is a variable of no setting{meant}")
+    if lines:
+        raise SettingsError("\n".join(lines))
 
 
 def _explain(error: Any) -> str:

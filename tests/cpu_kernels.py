@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,15 +18,22 @@ from lpa_model.backends.cpu.library import Kernel, Library, load
 
 DTYPES = (torch.float32, torch.bfloat16)
 PAGE = mmap.PAGESIZE
+# a folder with libraries under sanitizers: set by extra/test_kernel_sanitizers.py for the tests that it runs
+SANITIZED = Path(os.environ["SANITIZED_KERNELS"]) if "SANITIZED_KERNELS" in os.environ else None
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 @cache
 def kernels_here() -> Mapping[str, Mapping[str, Kernel]]:
     """Instruction sets by name: those of this processor, and newer ones' control flow with emulated instructions."""
-    library = load()
+    library = Library(SANITIZED / "kernels.so") if SANITIZED else load()
     found = {name: library.kernels(name) for name in library.supported()}
-    emulated = Library(build(objects_of(LIBRARY) / "emulated.so", instruction_sets=EMULATED))
+    newer = (
+        SANITIZED / "emulated.so"
+        if SANITIZED
+        else build(objects_of(LIBRARY) / "emulated.so", instruction_sets=EMULATED)
+    )
+    emulated = Library(newer)
     for flavour in EMULATED:
         found[f"{flavour.name}, emulated"] = emulated.kernels(flavour.name)
     return found
@@ -35,6 +44,8 @@ NAMES = tuple(kernels_here())
 
 def guarded(tensor: Tensor) -> Tensor:
     """A copy whose last number is the last of a page of memory, with nothing behind it that may be read or written."""
+    if SANITIZED:
+        return tensor.contiguous().clone()  # between red zones
     size = tensor.numel() * tensor.itemsize
     pages = -(-size // PAGE)
     memory = mmap.mmap(-1, (pages + 1) * PAGE)

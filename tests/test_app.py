@@ -94,7 +94,7 @@ def test_control_routes_need_an_admins_key(locked: Served, served: Served) -> No
 
 
 def test_admins_without_clients_keys_leave_the_server_open() -> None:
-    keys = keys_of(load_settings(admin_api_key="boss"))
+    keys = keys_of(load_settings(admin_api_key="boss"), frozenset())
     keys.check("/v1/models", keys.role(""))
     with pytest.raises(Unauthorized):
         keys.check_admin(keys.role("Bearer other"))
@@ -104,7 +104,7 @@ def test_admins_without_clients_keys_leave_the_server_open() -> None:
 def test_every_key_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[bytes] = []
     monkeypatch.setattr("hmac.compare_digest", lambda a, b: compared.append(b) or a == b)
-    keys: Keys = keys_of(load_settings(api_key="a,b,c", admin_api_key="d"))
+    keys: Keys = keys_of(load_settings(api_key="a,b,c", admin_api_key="d"), frozenset())
     for given in ("a", "c", "other"):
         compared.clear()
         keys.role(f"Bearer {given}")

@@ -116,7 +116,7 @@ def test_blocks_of_branches_are_nobody_elses(tiny_checkpoint: Path, architecture
 
 
 def test_branches_survive_preemption(tiny_checkpoint: Path, architecture: Architecture) -> None:
-    bytes_per_token = 2 * 2 * 32 * 4  # full keys and values of two layers in float32
+    bytes_per_token = 2 * 2 * 4 * 32 * 4  # full keys and values of two layers in float32, heads padded to 32
     options = {"kv_cache_layout": "full", "kv_cache_memory": 15 * 8 * bytes_per_token, "max_num_batched_tokens": 6}
     engine = make_engine(tiny_checkpoint, **options)
     model = random_model(tiny_config(architecture))

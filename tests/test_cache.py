@@ -24,7 +24,7 @@ def test_shapes_of_the_pools(architecture: Architecture) -> None:
         "full": (full, full),
     }
     for layout, (keys, values) in expected.items():
-        cache = LatentCache(config, layout, 5, 4, torch.float32, CPU)
+        cache = LatentCache(config, layout, 5, 4, torch.zeros)
         assert [tuple(pool.shape) for pool in cache.keys] == [keys] * 2
         assert [tuple(pool.shape) for pool in cache.values] == [values] * 2
 
@@ -32,7 +32,7 @@ def test_shapes_of_the_pools(architecture: Architecture) -> None:
 @pytest.mark.parametrize("layout", get_args(CacheLayout))
 def test_dense_projections_are_cached_in_full(layout: CacheLayout) -> None:
     config = tiny_config(attention_rank={"q": 8, "k": [None, 6], "v": [5, None], "o": 8})
-    cache = LatentCache(config, layout, 1, 1, torch.float32, CPU)
+    cache = LatentCache(config, layout, 1, 1, torch.zeros)
     latent_key, latent_value = layout == "latent", layout in ("latent", "mixed")
     assert cache.forms == [(False, latent_value), (latent_key, False)]
     assert [pool.shape[1] * pool.shape[3] for pool in cache.keys] == [32, 6 if latent_key else 32]
@@ -41,7 +41,7 @@ def test_dense_projections_are_cached_in_full(layout: CacheLayout) -> None:
 
 @pytest.mark.parametrize("layout", get_args(CacheLayout))
 def test_tokens_come_back_in_order_through_a_shuffled_table(layout: CacheLayout) -> None:
-    cache = LatentCache(tiny_config(num_key_value_heads=2), layout, 6, 4, torch.float32, CPU)
+    cache = LatentCache(tiny_config(num_key_value_heads=2), layout, 6, 4, torch.zeros)
     table, length = torch.tensor([4, 0, 5]), 10
     positions = torch.arange(length)
     _, heads, _, width = cache.keys[1].shape
@@ -55,7 +55,7 @@ def test_tokens_come_back_in_order_through_a_shuffled_table(layout: CacheLayout)
 
 
 def test_zero_clears_the_blocks_named_in_every_layer_and_no_other() -> None:
-    cache = LatentCache(tiny_config(), "mixed", 4, 2, torch.float32, CPU)
+    cache = LatentCache(tiny_config(), "mixed", 4, 2, torch.zeros)
     pools = (*cache.keys, *cache.values)
     for pool in pools:
         pool.fill_(float("nan"))
@@ -67,7 +67,7 @@ def test_zero_clears_the_blocks_named_in_every_layer_and_no_other() -> None:
 
 @pytest.mark.parametrize("layout", get_args(CacheLayout))
 def test_copies_of_blocks_in_every_layer(layout: CacheLayout) -> None:
-    cache = LatentCache(tiny_config(), layout, 5, 2, torch.float32, CPU)
+    cache = LatentCache(tiny_config(), layout, 5, 2, torch.zeros)
     pools = (*cache.keys, *cache.values)
     for pool in pools:
         pool.normal_()

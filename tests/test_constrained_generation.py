@@ -156,7 +156,7 @@ def test_preemption_and_company_change_nothing(tiny_checkpoint: Path) -> None:
 
     engine = make_engine(tiny_checkpoint)
     alone = {request.id: ids_of(run(engine, [request])[request.id]) for request in requests()}
-    bytes_per_token = 2 * 2 * 32 * 4
+    bytes_per_token = 2 * 2 * 4 * 32 * 4  # heads of 8 are padded to 32
     engine = make_engine(tiny_checkpoint, kv_cache_layout="full", kv_cache_memory=16 * 8 * bytes_per_token)
     outputs = run(engine, requests())
     assert engine.take_stats().preemptions > 0

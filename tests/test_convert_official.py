@@ -335,17 +335,6 @@ def test_wrong_shapes_and_types_are_named(tmp_path: Path, setting: str) -> None:
         convert_official(src, tmp_path / "dst", **OPTIONS[setting])
 
 
-@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
-def test_weights_that_are_not_finite_are_named(tmp_path: Path, bad: float) -> None:
-    tensors = tensors_of("setting1")
-    name = "lpa.token_embedding.weight"
-    tensors[name] = tensors[name].clone()
-    tensors[name][0, 0] = bad
-    src = write(tmp_path / "src", tensors)
-    with pytest.raises(CheckpointError, match=r"token_embedding\.weight has 1 of \d+ numbers that are NaN or infinite"):
-        convert_official(src, tmp_path / "dst", **OPTIONS["setting1"])
-
-
 @pytest.mark.parametrize("setting", PUBLISHED)
 @pytest.mark.parametrize(
     "extra", ["lpa.transformer_blocks.1.attention.gate.weight", "head.bias", "lpa.transformer_blocks.0.fc.9.weight"]
@@ -436,8 +425,11 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
 
 
 def test_broken_sources_are_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
+    with pytest.raises(CheckpointError, match="nowhere: no such file or folder"):
         convert_official(tmp_path / "nowhere", tmp_path / "dst")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
+        convert_official(tmp_path / "empty", tmp_path / "dst")
     src = write(tmp_path / "src", tensors_of("setting1"))
     data = (src / "model.safetensors").read_bytes()
     (src / "model.safetensors").write_bytes(data[:-100])
@@ -475,14 +467,31 @@ def test_tokenizer_files_and_special_tokens(tmp_path: Path) -> None:
         convert_official(src, tmp_path / "other", num_heads=HEADS)
 
 
-def test_a_sentencepiece_tokenizer_needs_a_tokenizer_json(tmp_path: Path) -> None:
+def test_a_broken_sentencepiece_tokenizer_is_named_and_a_given_one_is_taken(tmp_path: Path) -> None:
     src = write(tmp_path / "src", tensors_of("setting1"))
     given = (src / "tokenizer.json").rename(tmp_path / "given.json")
     (src / "tokenizer.model").write_bytes(b"\n\x0e")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.model but no tokenizer\.json.*--tokenizer"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model: not a SentencePiece model"):
         convert_official(src, tmp_path / "dst", num_heads=HEADS)
     convert_official(src, tmp_path / "dst", num_heads=HEADS, tokenizer=given)
     assert (tmp_path / "dst/tokenizer.json").is_file()
+
+
+def test_no_tokenizer_at_all_is_asked_for_by_its_flag(tmp_path: Path) -> None:
+    src = write(tmp_path / "src", tensors_of("setting1"))
+    (src / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"nor tokenizer\.model; give one with --tokenizer"):
+        convert_official(src, tmp_path / "dst", num_heads=HEADS)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_numbers_that_are_not_finite_are_named_by_their_tensor(tmp_path: Path, value: float) -> None:
+    tensors = tensors_of("setting2")
+    tensors["lpa.transformer_blocks.1.ffn.up_proj.weight"][3, 5] = value
+    src = write(tmp_path / "src", tensors)
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.ffn\.up_proj\.weight holds numbers that are not finite"):
+        convert_official(src, tmp_path / "dst", **OPTIONS["setting2"])
+    assert not (tmp_path / "dst").exists()
 
 
 def test_weights_are_stored_in_the_type_asked_for(tmp_path: Path) -> None:

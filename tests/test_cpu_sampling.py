@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lpa_model.backends.cpu.sampling import NOTHING, UNDECIDED, draw_tokens, mask_logits
-from server.engine import plain_rows
+from lpa_model.backends.cpu.sampling import draw_tokens, mask_logits
+from lpa_model.backends.torch import rows as torch_rows
+from lpa_model.backends.torch.rows import NOTHING, UNDECIDED
 from tests.cpu_kernels import DTYPES, NAMES, guarded, kernels_here
 
 each = pytest.mark.parametrize("name", NAMES)
@@ -67,7 +68,7 @@ def test_draws_are_those_of_plain_torch(
         logits[rng.randrange(11), rng.randrange(vocab)] = rng.choice([math.nan, -math.nan, math.inf, -math.inf])
     logits, table = logits.to(dtype), tables(11, 3, rng)
     found = draw_tokens(kernels_here()[name], guarded(logits), table).tolist()
-    expected = plain_rows.draw_tokens(logits, table).tolist()
+    expected = torch_rows.draw_tokens(logits, table).tolist()
     for row, mine, token, other in zip(logits.float(), table.tolist(), found, expected, strict=True):
         if token != other:  # a number within rounding of where one token ends and the next begins
             assert token >= 0 and other >= 0 and not math.isinf(row[token]) and not math.isinf(row[other])
@@ -116,7 +117,7 @@ def test_nothing_is_left(name: str) -> None:
     logits[1, 7] = -1e30
     table = torch.tensor([[0, 0, 1, 0, 0.5], [1, 0, 0.5, 0, 0.5], [1, 5, 1, 0, 0.5]], dtype=torch.float64)
     assert draw_tokens(kernels_here()[name], logits, table).tolist() == [NOTHING, 7, NOTHING]
-    assert plain_rows.draw_tokens(logits, table).tolist() == [NOTHING, 7, NOTHING]
+    assert torch_rows.draw_tokens(logits, table).tolist() == [NOTHING, 7, NOTHING]
 
 
 @settings(max_examples=60, deadline=None)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lpa_model.backends.cpu.score import RowScores, score_rows
+from lpa_model.backends.cpu.score import score_rows
+from lpa_model.backends.torch.rows import RowScores
 from tests.cpu_kernels import DTYPES, NAMES, guarded, kernels_here
 
 each = pytest.mark.parametrize("name", NAMES)

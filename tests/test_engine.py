@@ -182,7 +182,7 @@ def test_requests_with_a_shared_prefix_decode_together(tiny_checkpoint: Path, ar
 
 
 def test_preemption_recomputes_to_the_same_tokens(tiny_checkpoint: Path, architecture: Architecture) -> None:
-    bytes_per_token = 2 * 2 * 32 * 4  # full keys and values of two layers in float32
+    bytes_per_token = 2 * 2 * 4 * 32 * 4  # full keys and values of two layers in float32, heads padded to 32
     engine = make_engine(tiny_checkpoint, kv_cache_layout="full", kv_cache_memory=16 * 8 * bytes_per_token)
     assert engine.scheduler.blocks.num_blocks == 16  # six requests of 44 tokens want 36
     requests = [Request(f"r{i}", prompt(i, 14), greedy(30, prompt_logprobs=0)) for i in range(6)]
@@ -227,7 +227,7 @@ def test_choices_share_one_prefill_and_give_what_separate_requests_give(
 
 @pytest.mark.parametrize("caching", [True, False])
 def test_choices_keep_their_tokens_across_preemption(tiny_checkpoint: Path, caching: bool) -> None:
-    bytes_per_token = 2 * 2 * 32 * 4  # full keys and values of two layers in float32
+    bytes_per_token = 2 * 2 * 4 * 32 * 4  # full keys and values of two layers in float32, heads padded to 32
     engine = make_engine(
         tiny_checkpoint,
         kv_cache_layout="full",

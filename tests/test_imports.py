@@ -51,6 +51,7 @@ RULES: list[tuple[str, tuple[str, ...]]] = [
     *((f"server/engine/{name}.py", ("torch", "lpa_model")) for name in ("step_cost", "waiting_queue")),
     ("server/protocol", ("torch", "server.app", "server.cli", "server.routes")),
     ("server/routes", ("torch", "server.app", "server.cli")),
+    *((f"server/{name}.py", ("server.routes", "server.app")) for name in ("keys", "settings", "metrics")),
 ]
 
 

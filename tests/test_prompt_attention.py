@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lpa_model.backends.cpu.kernels import records
-from lpa_model.backends.cpu.kernels.attention import call_of_layer
-from lpa_model.backends.cpu.kernels.launch import compile_kernel
-from lpa_model.backends.cpu.kernels.programs import KERNELS, Program
-from lpa_model.backends.cpu.kernels.prompts import NO_PROMPTS, PromptRows
+from lpa_model.backends.cpu.numba import records
+from lpa_model.backends.cpu.numba.attention import call_of_layer
+from lpa_model.backends.cpu.numba.launch import compile_kernel
+from lpa_model.backends.cpu.numba.programs import KERNELS, Program
+from lpa_model.backends.cpu.numba.prompts import NO_PROMPTS, PromptRows
 from lpa_model.backends.features import instruction_sets
 from lpa_model.batch import Batch, Span
 from tests.conftest import in_pairs

@@ -16,8 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lpa_model.backends import features
 from lpa_model.backends.base import Mask, SamplingRow, Scores, uniform
-from lpa_model.backends.cpu.logits import kernel_rows
+from lpa_model.backends.cpu.logits import row_ops
 from lpa_model.backends.torch import rows as torch_rows
 from lpa_model.backends.torch import sampling
 from lpa_model.backends.torch.rows import NOTHING
@@ -31,7 +32,8 @@ PROMPT = [3, 5, 5, 9]
 
 def kernels(dtype: torch.dtype = torch.float32) -> RowOps:
     """What a CPU samples with; there are no kernels for other types."""
-    return kernel_rows(dtype) if dtype in (torch.float32, torch.bfloat16) else TORCH_ROWS
+    best = features.instruction_sets()[0]
+    return row_ops(best) if dtype in (torch.float32, torch.bfloat16) else TORCH_ROWS
 
 
 def sample(

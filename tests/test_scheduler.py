@@ -116,6 +116,54 @@ def test_max_num_seqs() -> None:
     assert len(scheduler.waiting) == 1
 
 
+def of_group(group: str, name: str, **params: Any) -> Request:
+    ids = [random.Random(name).randrange(1, 99) for _ in range(4)]
+    return Request(name, ids, SamplingParams(**{"ignore_eos": True, **params}), group=group)
+
+
+def test_a_group_that_holds_all_places_gives_one_to_another() -> None:
+    scheduler = make_scheduler(64, max_num_seqs=4, max_num_batched_tokens=64)
+    for i in range(10):
+        scheduler.add(of_group("a", f"a{i}", max_tokens=20))
+    step(scheduler)
+    assert [request.id for request in scheduler.running] == ["a0", "a1", "a2", "a3"]
+    for name, params in (("b", {"max_tokens": 2}), ("c", {"max_tokens": 0, "prompt_logprobs": 0})):
+        late, preempted = of_group(name, name, **params), 0
+        scheduler.add(late)
+        while late.status is not RequestStatus.FINISHED:
+            preempted += step(scheduler).preempted
+        assert preempted == 1
+        assert scheduler.running[0].id == "a0"  # which has not ended
+        step(scheduler)
+        assert {request.group for request in scheduler.running} == {"a"} and len(scheduler.running) == 4
+    drain(scheduler)
+
+
+def test_a_free_place_goes_to_who_waits_alone_before_a_groups_many() -> None:
+    scheduler = make_scheduler(64, max_num_seqs=2, max_num_batched_tokens=64)
+    for i in range(6):
+        scheduler.add(of_group("a", f"a{i}", max_tokens=2 + 4 * i))
+    step(scheduler)
+    for name in "bcd":
+        scheduler.add(of_group(name, name, max_tokens=3))
+    assert waiting(scheduler) == ["b", "c", "d", "a2", "a3", "a4", "a5"]
+    drain(scheduler)
+
+
+@pytest.mark.parametrize("priority", [0, 1])
+def test_no_place_is_taken_from_a_better_priority_nor_the_only_one_of_a_group(priority: int) -> None:
+    scheduler = make_scheduler(64, max_num_seqs=2, max_num_batched_tokens=64)
+    groups = ("a", "a") if priority else ("a", "b")
+    for i, group in enumerate(groups):
+        scheduler.add(of_group(group, f"{group}{i}", max_tokens=9))
+    step(scheduler)
+    late = Request("late", [1, 2, 3], SamplingParams(max_tokens=2), priority=priority)
+    scheduler.add(late)
+    for _ in range(3):
+        assert step(scheduler).preempted == 0 and late not in scheduler.running
+    drain(scheduler)
+
+
 def test_a_scored_prompt_needs_no_last_token() -> None:
     scheduler = make_scheduler()
     scheduler.add(make_request("a", 9, max_tokens=0, prompt_logprobs=0))
@@ -411,8 +459,11 @@ class Life(RuleBasedStateMachine):
         salt=st.sampled_from(["", "s"]),
         first=st.integers(0, 30),
         n=st.integers(1, 4),
+        group=st.one_of(st.none(), st.sampled_from("abc")),
     )
-    def add(self, length: int, family: int, max_tokens: int, priority: int, salt: str, first: int, n: int) -> None:
+    def add(
+        self, length: int, family: int, max_tokens: int, priority: int, salt: str, first: int, n: int, group: str | None
+    ) -> None:
         """Families share prefixes; `n` choices follow the first."""
         scored: dict[str, Any] = {} if max_tokens else {"prompt_logprobs": 0, "first_logit_position": first}
         leader = None
@@ -424,6 +475,7 @@ class Life(RuleBasedStateMachine):
                 priority=priority,
                 cache_salt=salt,
                 leader=leader,
+                group=group,
                 arrival=float(len(self.requests)),
             )
             leader = leader or request
@@ -480,6 +532,7 @@ class Life(RuleBasedStateMachine):
         blocks = self.scheduler.blocks
         assert (blocks.num_held, blocks.num_free + blocks.num_cached) == (0, self.BLOCKS)
         assert not self.scheduler._computing and not self.scheduler.waiting._aside
+        assert not self.scheduler._turns._last and not self.scheduler._turns._count
 
 
 TestLife = Life.TestCase

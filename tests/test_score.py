@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import itertools
 import json
@@ -124,7 +125,7 @@ def test_texts_are_read_only_as_far_ahead_as_forward_passes_need(tiny_checkpoint
     numbers = itertools.count()
     texts = ((Place("endless", i, 1), "the sea" if i % 3 else "") for i in numbers)
     how = models.convention_of(scorer, {"method": "full"})
-    lines = local.score_texts(scorer.model, scorer.tokenizer, how, texts, "tiny", lambda size, tokens: None)
+    lines = local.score_texts(scorer.model, scorer.tokenizer, how, texts, "tiny", "lpa-0", lambda size, tokens: None)
     assert [line["line"] for line in itertools.islice(lines, 5)] == [0, 1, 2, 3, 4]
     assert next(numbers) < LOOK_AHEAD * TOKEN_BUDGET
 
@@ -341,3 +342,13 @@ def test_numbers_that_are_none_name_their_text(
     path = write(tmp_path / "a.jsonl", json_lines({"text": "the sea"}, {"text": text}))
     refused = lpa("score", path, "--field", "text", "--model", tiny_checkpoints["setting2"])
     assert_one_line(refused, "a.jsonl:2: the model gave a log-probability that is not a finite number")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.gz"])
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path, name: str) -> None:
+    field = "text" if "jsonl" in name else None
+    content = "hello \ufeff there" if field is None else '{"text": "hello \ufeff there"}\n'
+    encoded = codecs.BOM_UTF8 + content.encode()
+    (tmp_path / name).write_bytes(gzip.compress(encoded) if name.endswith(".gz") else encoded)
+    ((_, text),) = read_texts([str(tmp_path / name)], field)
+    assert text == "hello \ufeff there"  # elsewhere it is a character as any other

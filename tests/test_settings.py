@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
         ("max_num_batched_tokens", "-1"),
         ("step_budget_ms", "0"),
         ("block_size", "0"),
+        ("block_size", "16"),
         ("kv_cache_layout", "dense"),
         ("kv_cache_memory", "2GB"),
         ("enable_prefix_caching", "perhaps"),
@@ -104,9 +106,9 @@ def test_the_first_of_several_names_is_the_models() -> None:
 
 def test_every_engine_option_is_a_setting_with_the_same_default() -> None:
     assert load_settings().engine_options() == EngineOptions()
-    settings = load_settings(dtype="float32", max_num_seqs=3, block_size=16, enable_prefix_caching=False, max_queue=5)
+    settings = load_settings(dtype="float32", max_num_seqs=3, block_size=32, enable_prefix_caching=False, max_queue=5)
     assert settings.engine_options() == EngineOptions(
-        dtype="float32", max_num_seqs=3, block_size=16, enable_prefix_caching=False
+        dtype="float32", max_num_seqs=3, block_size=32, enable_prefix_caching=False
     )
     assert {field.name for field in dataclasses.fields(EngineOptions)} < set(Settings.model_fields)
 
@@ -118,3 +120,34 @@ def test_every_setting_says_what_it_is() -> None:
 def test_the_model_is_named_after_its_folder(tmp_path: Path) -> None:
     assert load_settings(model=str(tmp_path / "my-model")).model_name == "my-model"
     assert load_settings(model=str(tmp_path / "my-model"), served_model_name="other").model_name == "other"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("LPA_API_KEYS", r"LPA_API_KEYS: is a variable of no setting; LPA_API_KEY is one"),
+        ("LPA_APIKEY", r"LPA_API_KEY is one"),
+        ("LPA_MAX_NUM_SEQ", r"LPA_MAX_NUM_SEQS is one"),
+        ("lpa_api_keys", r"lpa_api_keys: .*LPA_API_KEY is one"),
+        ("LPA_XYZZY", r"LPA_XYZZY: is a variable of no setting; `lpa serve --help` lists all"),
+    ],
+)
+def test_a_variable_of_no_setting_ends_the_start(name: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "secret")
+    with pytest.raises(SettingsError, match=words) as caught:
+        load_settings()
+    assert "secret" not in str(caught.value)
+
+
+def test_what_kubernetes_sets_beside_a_service_is_no_misspelt_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LPA_SERVICE_HOST", "LPA_SERVICE_PORT_HTTP", "LPA_PORT_8000_TCP_ADDR", "LPA_SERVER_PORT_8000_TCP"):
+        monkeypatch.setenv(name, "10.0.0.1")
+    load_settings()
+
+
+def test_threads_are_bounded_by_the_processors() -> None:
+    processors = len(os.sched_getaffinity(0))
+    assert load_settings(threads=processors).threads == processors
+    for threads in (processors + 1, 10000):
+        with pytest.raises(SettingsError, match=rf"--threads .*more than the {processors} processors.*{threads}"):
+            load_settings(threads=threads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -12,11 +13,12 @@ import torch
 
 from lpa_model.backends import features
 from lpa_model.backends.base import Backend
-from lpa_model.backends.cpu import packed, plan
+from lpa_model.backends.cpu import library, plan
 from lpa_model.backends.cpu.backend import CpuBackend
-from lpa_model.backends.cpu.kernels import programs
-from lpa_model.backends.cpu.kernels.launch import compile_kernel
-from lpa_model.backends.features import AMX, AVX512_BF16
+from lpa_model.backends.cpu.build import LIBRARY
+from lpa_model.backends.cpu.numba import plan as numba_plan
+from lpa_model.backends.cpu.numba import programs
+from lpa_model.backends.cpu.numba.launch import compile_kernel
 from lpa_model.backends.torch.backend import TorchBackend
 from lpa_model.checkpoint import load_model
 from lpa_model.config import CacheLayout, LPAConfig
@@ -42,7 +44,8 @@ class Candidate(NamedTuple):
 
     name: str
     refuses: Callable[[Case], str | None]  # the reason why not, with the remedy
-    batch_invariant: Callable[[Case], bool]
+    batch_invariant: bool
+    what: Callable[[Case], str]  # instruction set or device
     build: Callable[[Case, LPAForCausalLM], Backend]
 
 
@@ -55,9 +58,14 @@ class Choice:
     refused: tuple[tuple[str, str], ...]  # (candidate, why not)
 
     @property
+    def name(self) -> str:
+        """The backend's name, as it calls itself when it is loaded."""
+        return _name(self.candidate, self.case)
+
+    @property
     def batch_invariant(self) -> bool:
         """Whether a row's bits depend on the row alone."""
-        return self.candidate.batch_invariant(self.case)
+        return self.candidate.batch_invariant
 
     def load(self, folder: Path) -> Backend:
         """The folder's model in this backend; CheckpointError names what is wrong with it."""
@@ -125,37 +133,49 @@ def _layout(config: LPAConfig, name: str, device: torch.device) -> CacheLayout:
     return layout
 
 
+def _not_a_cpu(case: Case) -> str | None:
+    return None if case.device.type == "cpu" else "is for CPUs"
+
+
 def _no_program(case: Case) -> str | None:
-    if case.device.type != "cpu":
-        return "is for CPUs"
+    if reason := _not_a_cpu(case):
+        return reason
     if case.dtype is not torch.bfloat16:
-        return "computes bfloat16; take --dtype bfloat16"
+        return "computes bfloat16 only"
     if not _program_set(case):
         return "needs a processor with AVX512-BF16"
     if find_spec("numba") is None:
         return "needs numba to compile its kernels; install it"
-    return plan.unsupported(case.config, case.block_size) or _rebuilt_keys(case)
+    return numba_plan.unsupported(case.config, case.block_size) or _rebuilt_keys(case)
 
 
-def _program_set(case: Case) -> str | None:
-    return next((name for name in case.instruction_sets if name in (AMX, AVX512_BF16)), None)
+def _program_set(case: Case) -> str:
+    """Empty if there is none."""
+    return next((name for name in case.instruction_sets if name in programs.KERNELS), "")
 
 
 def _build_program(case: Case, model: LPAForCausalLM) -> Backend:
     instruction_set = _program_set(case)
-    assert instruction_set is not None
     kernel = compile_kernel(programs.KERNELS[instruction_set]).result()
     if kernel is None:
-        raise RuntimeError("the op list's kernel was not compiled")
-    return CpuBackend(model, kernel, instruction_set)
+        raise RuntimeError("numba did not compile the op list's kernel")
+    return CpuBackend(model, partial(numba_plan.FusedStep, kernel=kernel), instruction_set, 1, _name(NUMBA, case))
 
 
-def _no_packed(case: Case) -> str | None:
-    if case.device.type != "cpu":
-        return "is for CPUs"
-    if not packed.can_pack(case.dtype):
-        return "oneDNN packs no weights of this type on this processor"
+def _no_op_list(case: Case) -> str | None:
+    if reason := _not_a_cpu(case):
+        return reason
+    if not LIBRARY.exists():
+        return "its kernels are not compiled; `make kernels` does it, and so does an installation on Linux"
+    if case.block_size % 2:
+        return f"block_size {case.block_size} is odd; take 32, 64 or 128"
     return _rebuilt_keys(case)
+
+
+def _build_op_list(case: Case, model: LPAForCausalLM) -> Backend:
+    best = case.instruction_sets[0]
+    kernels = library.load().kernels(best)
+    return CpuBackend(model, partial(plan.StepPlan, kernels=kernels), best, plan.WIDTH_UNIT, _name(C, case))
 
 
 def _rebuilt_keys(case: Case) -> str | None:
@@ -165,14 +185,14 @@ def _rebuilt_keys(case: Case) -> str | None:
     return None
 
 
-CANDIDATES = (
-    Candidate("cpu", _no_program, lambda case: True, _build_program),
-    Candidate(
-        "cpu (oneDNN)",
-        _no_packed,
-        lambda case: case.dtype is torch.float32,
-        lambda case, model: packed.packed_backend(model),
-    ),
-    Candidate("torch", lambda case: None, lambda case: False, lambda case, model: TorchBackend(model)),
+def _name(candidate: Candidate, case: Case) -> str:
+    return f"{candidate.name} ({candidate.what(case)}, {str(case.dtype).removeprefix('torch.')})"
+
+
+NUMBA = Candidate("cpu by numba", _no_program, True, _program_set, _build_program)
+C = Candidate("cpu", _no_op_list, True, lambda case: case.instruction_sets[0], _build_op_list)
+TORCH = Candidate(
+    "torch", lambda case: None, False, lambda case: str(case.device), lambda _, model: TorchBackend(model)
 )
+CANDIDATES = (NUMBA, C, TORCH)
 """The fastest first."""

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from lpa_model.checkpoint import CheckpointError, load_config, load_model, load_tokenizer
+from lpa_model.checkpoint import CheckpointError, load_config, load_model, load_tokenizer, load_tokenizer_config
 from lpa_model.config import ATTENTION_PROJECTIONS, LPAConfig
 from lpa_model.layers import LowRankLinear
 from lpa_model.model import LPAForCausalLM, Setting2Block
@@ -38,7 +38,7 @@ def export_llama(source: Path, folder: Path, dtype: torch.dtype) -> int:
     if reason := inexpressible(config):
         raise CheckpointError(f"{source}: {reason}")
     tokenizer = load_tokenizer(source)
-    tokenizer_config = _tokenizer_config(source / TOKENIZER_CONFIG, config, tokenizer)
+    tokenizer_config = _tokenizer_config(load_tokenizer_config(source), config, tokenizer)
     model = load_model(source, torch.float32, torch.device("cpu"))
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in llama_tensors(model).items()}
 
@@ -128,14 +128,8 @@ def _merge(layer: nn.Linear | LowRankLinear) -> tuple[Tensor, Tensor | None]:
     return layer.up.weight.double() @ layer.down.weight.double(), layer.up.bias
 
 
-def _tokenizer_config(path: Path, config: LPAConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+def _tokenizer_config(given: dict[str, Any], config: LPAConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """What transformers wants beside tokenizer.json; the source's own file keeps what it says, a chat template too."""
-    try:
-        given = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    if not isinstance(given, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
     written = {
         "model_max_length": config.max_position_embeddings,
         "clean_up_tokenization_spaces": False,

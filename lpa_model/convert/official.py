@@ -1,13 +1,12 @@
 """`lpa convert official`: the authors' checkpoints (LPA paper, arXiv 2411.02063) as native model folders.
 
-Their training code saves a plain module through Hugging Face's Trainer: a folder with model.safetensors or
-pytorch_model.bin and tokenizer files, but no config.json. Sizes are read off the shapes; what shapes do not tell is
+Their training code saves a plain module through Hugging Face's Trainer: a folder with weights (`source` finds and reads
+them) and tokenizer files, but no config.json. Sizes are read off the shapes; what shapes do not tell is
 an option.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -16,19 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from lpa_model.checkpoint import CheckpointError, check_finite, read_tokenizer, save_checkpoint
+from lpa_model.checkpoint import CheckpointError, load_tokenizer_config, read_tokenizer, save_checkpoint
 from lpa_model.config import ATTENTION_PROJECTIONS, FFN_PROJECTIONS, LPAConfig, Projection, Rank, RankSpec
+from lpa_model.convert.source import find_weights, read_tensors, without_prefix
+from lpa_model.convert.spm import read_sentencepiece
+from lpa_model.hf_keys import read_object
 from lpa_model.model import LPAForCausalLM
 
 EMBEDDING = "lpa.token_embedding.weight"
 POSITIONS = "lpa.positional_embedding.weight"
 NORM = "lpa.norm.weight"
 BLOCK = "lpa.transformer_blocks"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 SETTING1 = {
     "embed_tokens": "lpa.token_embedding",
@@ -79,70 +80,61 @@ def convert_official(
     """Import the checkpoint folder `src` as the native folder `dst`, with weights in `dtype`.
 
     Args:
-        src: the authors' folder; `training_args.bin` in it is never opened.
+        src: the authors' folder, or a file of weights; `training_args.bin` is never opened (see `source`).
         dst: must not exist, or be empty; it appears whole or not at all.
         num_heads: needed in setting 1; in setting 2 the rotary buffer tells it.
         rope_theta: needed in setting 2 if the checkpoint has no rotary buffer.
         max_position_embeddings: context in tokens; needed in setting 2, where it is stored nowhere.
-        tokenizer: a tokenizer.json to use instead of the folder's.
+        tokenizer: a tokenizer.json, or SentencePiece's tokenizer.model, to use instead of the folder's.
 
     Returns:
         The config that was written.
 
     Raises:
-        CheckpointError: an option is missing or contradicts the checkpoint, or a tensor is missing, left over or of
-            the wrong shape; the message names the flag or the tensor.
+        CheckpointError: an option is missing or contradicts the checkpoint, or a tensor is missing, left over, not
+            finite or of the wrong shape; the message names the flag or the tensor.
     """
     dst = dst.resolve()
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise CheckpointError(f"{dst}: exists already")
-    tensors = _read_tensors(src)
-    words = _read_tokenizer(src, tokenizer)
+    words, words_folder = _read_tokenizer(src, find_weights(src)[0], tokenizer)
+    tensors = without_prefix(read_tensors(src), EMBEDDING)
     if POSITIONS in tensors:
         sizes = _setting1(tensors, num_heads, rope_theta, max_position_embeddings)
     elif NORM in tensors:
         sizes = _setting2(tensors, num_heads, rope_theta, max_position_embeddings)
     else:
-        raise CheckpointError(f"{src}: neither {POSITIONS} (setting 1) nor {NORM} (setting 2) is in the checkpoint")
-    config = LPAConfig(**sizes, **_special_ids(src, words, sizes["vocab_size"]), lm_head_bias=True)
+        raise CheckpointError(
+            f"{src}: neither {POSITIONS} (setting 1) nor {NORM} (setting 2) is in the checkpoint, but "
+            f"{', '.join(sorted(tensors)[:3]) or 'nothing'}"
+        )
+    config = LPAConfig(**sizes, **_special_ids(words_folder, words, sizes["vocab_size"]), lm_head_bias=True)
     model = _fill(config, tensors)
 
     new = dst.with_name(f".{dst.name}.{os.getpid()}.new")
     try:
-        save_checkpoint(new, model, words, dtype, tokenizer_files=src)
+        save_checkpoint(new, model, words, dtype, tokenizer_files=words_folder)
         new.replace(dst)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return config
 
 
-def _read_tensors(src: Path) -> dict[str, Tensor]:
-    safe, pickled = src / "model.safetensors", src / "pytorch_model.bin"
-    path = safe if safe.is_file() else pickled
-    if not path.is_file():
-        raise CheckpointError(f"{src}: neither model.safetensors nor pytorch_model.bin")
-    try:
-        tensors = load_file(safe) if path == safe else torch.load(pickled, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: truncated or not a safetensors file: {error}") from error
-    except Exception as error:  # torch.load raises many kinds: UnpicklingError, RuntimeError, EOFError, ...
-        raise CheckpointError(f"{path}: truncated, or more than tensors in it: {error}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise CheckpointError(f"{path}: not a dictionary of tensors")
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{path}: {name} holds {tensor.dtype}, not floating-point numbers")
-        check_finite(path, name, tensor)
-    return tensors
-
-
-def _read_tokenizer(src: Path, path: Path | None) -> Tokenizer:
+def _read_tokenizer(src: Path, weights: Path, path: Path | None) -> tuple[Tokenizer, Path]:
+    """The tokenizer, and the folder of its other files: that of the weights, or else the one that was named."""
+    folders = [weights.parent, src if src.is_dir() else src.parent]
+    if re.fullmatch(r"checkpoint-\d+|fp32", weights.parent.name):  # of a run's folder, which has the tokenizer
+        folders.append(weights.parent.parent)
+    folder = next((f for f in folders if any((f / name).is_file() for name in TOKENIZERS)), folders[0])
     if path is None:
-        path = src / "tokenizer.json"
-        if not path.is_file():
-            found = "a SentencePiece tokenizer.model but " if (src / "tokenizer.model").is_file() else ""
-            raise CheckpointError(f"{src}: {found}no tokenizer.json; give one of the same vocabulary with --tokenizer")
-    return read_tokenizer(path)
+        path = next((folder / name for name in TOKENIZERS if (folder / name).is_file()), None)
+        if path is None:
+            raise CheckpointError(f"{src}: neither {' nor '.join(TOKENIZERS)}; give one with --tokenizer")
+    if path.suffix != ".model":
+        return read_tokenizer(path), folder
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    return read_sentencepiece(path, add_bos=load_tokenizer_config(folder).get("add_bos_token") is not False), folder
 
 
 def _special_ids(src: Path, tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
@@ -151,10 +143,10 @@ def _special_ids(src: Path, tokenizer: Tokenizer, vocab_size: int) -> dict[str, 
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         if (src / file).is_file():
             try:
-                found = json.loads((src / file).read_text(encoding="utf-8"))
-                names |= {key: found[key] for key in names if key in found}
-            except (ValueError, TypeError) as error:
-                raise CheckpointError(f"{src / file}: not a JSON object: {error}") from error
+                found = read_object(src / file)
+            except ValueError as error:
+                raise CheckpointError(str(error)) from error
+            names |= {key: found[key] for key in names if key in found}
     ids: dict[str, int | None] = {}
     for key, token in names.items():
         text = token.get("content") if isinstance(token, dict) else token
@@ -338,6 +330,8 @@ def _fill(config: LPAConfig, tensors: Mapping[str, Tensor]) -> LPAForCausalLM:
                 f"{theirs} has shape {list(tensors[theirs].shape)}; the other tensors' shapes ask for "
                 f"{list(parameter.shape)}"
             )
+        if not torch.isfinite(tensors[theirs]).all():
+            raise CheckpointError(f"{theirs} holds numbers that are not finite")
         found[name] = tensors[theirs]
         unused.remove(theirs)
     if unused:

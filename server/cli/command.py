@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +43,28 @@ def spin_briefly() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # about 0.15 ms
+
+
+@contextmanager
+def ends_at_once() -> Iterator[None]:
+    """While a model is loaded, let SIGTERM and ^C end the process: threads that load are not waited for.
+
+    A container's first process ignores a signal that it has no handler for.
+    """
+
+    def end(number: int, _: object) -> None:
+        os.write(2, f"lpa: ended by {signal.Signals(number).name} before the model was loaded\n".encode())
+        os._exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # where handlers cannot be set
+        yield
+        return
+    earlier = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -103,7 +127,7 @@ def with_ranks(config: LPAConfig, attention_rank: str | None, ffn_rank: str | No
 
 def config_of(name: str) -> LPAConfig:
     """A preset's config, or the one in a JSON file or a model folder."""
-    from lpa_model.checkpoint import load_config
+    from lpa_model.checkpoint import hub_hint, load_config
     from lpa_model.config import PRESETS, LPAConfig
 
     path = Path(name)
@@ -113,4 +137,5 @@ def config_of(name: str) -> LPAConfig:
         return PRESETS[name]
     if path.suffix == ".json":
         return LPAConfig.load(path)
-    raise ValueError(f"{name}: neither a model folder nor a .json config nor a preset ({', '.join(PRESETS)})")
+    presets = ", ".join(PRESETS)
+    raise ValueError(f"{name}: neither a model folder nor a .json config nor a preset ({presets}){hub_hint(name)}")

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from server.cli.command import StoredDtype, user_errors
+
+if TYPE_CHECKING:
+    from lpa_model.config import LPAConfig, Projection
 
 convert = typer.Typer(
     help="Import models that other code has trained.", no_args_is_help=True, pretty_exceptions_enable=False
 )
 
 
-@convert.callback()
-def _convert() -> None:
-    """Keeps `official` a sub-command while it is the only one."""
-
-
 @convert.command()
 def official(
-    source: Annotated[Path, typer.Argument(help="Folder with model.safetensors or pytorch_model.bin.")],
+    source: Annotated[Path, typer.Argument(help="Training folder, checkpoint-N folder, or file of weights.")],
     folder: Annotated[Path, typer.Argument(help="Where to write the model folder.")],
     num_heads: Annotated[int | None, typer.Option(min=1, help="Attention heads; needed in setting 1.")] = None,
     rope_theta: Annotated[float | None, typer.Option(help="Base of the rotary positions (setting 2).")] = None,
     max_position_embeddings: Annotated[int | None, typer.Option(min=1, help="Context in tokens (setting 2).")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json, if the source folder has none.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json or .model, if the source has none.")] = None,
     dtype: StoredDtype = "float32",
 ) -> None:
     """Import a checkpoint of the LPA paper's authors; what its shapes do not tell is an option."""
@@ -34,6 +32,7 @@ def official(
 
     from lpa_model.backends.features import resolve_dtype
     from lpa_model.convert.official import convert_official
+    from lpa_model.convert.source import find_weights
 
     with user_errors():
         config = convert_official(
@@ -45,4 +44,36 @@ def official(
             tokenizer=tokenizer,
             dtype=resolve_dtype(dtype, torch.device("cpu")),
         )
-    typer.echo(f"{folder}: {config.architecture}, {config.parameter_count():,} parameters in {dtype}")
+        for path in find_weights(source):
+            typer.echo(f"read {path}")
+    typer.echo(f"{folder}: {config.architecture}, {config.parameter_count():,} parameters in {dtype}, all finite")
+    typer.echo(f"heads {config.num_attention_heads} of head_dim {config.head_size}, layers {config.num_hidden_layers}")
+    typer.echo("ranks " + "  ".join(f"{name} {_ranks(config, name)}" for name in config.projections))
+    typer.echo(f"context {config.max_position_embeddings} tokens, vocabulary {config.vocab_size}")
+
+
+@convert.command()
+def llama(
+    source: Annotated[Path, typer.Argument(help="Hugging Face folder of a LLaMA (config.json, weights, tokenizer).")],
+    folder: Annotated[Path, typer.Argument(help="Where to write the model folder.")],
+    dtype: StoredDtype = "float32",
+) -> None:
+    """Take over a dense LLaMA as it is: setting 2 with dense matrices, which computes the same."""
+    import torch
+
+    from lpa_model.backends.features import resolve_dtype
+    from lpa_model.convert.llama import convert_llama
+
+    with user_errors():
+        config = convert_llama(source, folder, resolve_dtype(dtype, torch.device("cpu")))
+    typer.echo(
+        f"{folder}: {config.architecture}, dense, {config.parameter_count():,} parameters in {dtype}, all finite"
+    )
+
+
+def _ranks(config: LPAConfig, projection: Projection) -> str:
+    """A projection's rank, or from which to which it goes over the layers."""
+    found = [config.rank(projection, layer) for layer in range(config.num_hidden_layers)]
+    low_rank = [rank for rank in found if rank is not None]
+    shown = [str(rank) for rank in sorted({min(low_rank), max(low_rank)})] if low_rank else []
+    return " to ".join(shown + ["dense"] * (None in found))

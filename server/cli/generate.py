@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli.command import Dtype, Model, user_errors
+from server.cli.command import Dtype, Model, ends_at_once, user_errors
 
 
 def generate(
@@ -31,7 +31,8 @@ def generate(
     )
     with user_errors():
         settings = load_settings(model=model, dtype=dtype, max_num_seqs=1)
-        engine = build_engine(settings.model, settings.engine_options())
+        with ends_at_once():
+            engine = build_engine(settings.model, settings.engine_options())
         text = sys.stdin.read() if prompt == "-" else prompt
         request = Request("generate", engine.tokenizer.encode(text), params)
         engine.validate(request)

@@ -26,6 +26,7 @@ def info(
     from rich.console import Console
     from rich.table import Table
 
+    from lpa_model.backends.select import choose
     from lpa_model.config import CacheLayout
     from server.settings import load_settings
 
@@ -33,6 +34,9 @@ def info(
         name = str(load_settings().model) if model is None else model
         config = config_of(name)
         stored = _stored_dtypes(Path(name)) if Path(name).is_dir() else None
+        settings = load_settings()
+        layout, block_size = settings.kv_cache_layout, settings.block_size
+        choice = choose(config, dtype=settings.dtype, device=settings.device, layout=layout, block_size=block_size)
     dense = config.vanilla()
     facts = Table(title=name, show_header=False)
     for key, value in dataclasses.asdict(config).items():
@@ -45,6 +49,10 @@ def info(
     parameters, dense_parameters = config.parameter_count(), dense.parameter_count()
     facts.add_row("parameters", f"{parameters:,}")
     facts.add_row("dense twin", f"{dense_parameters:,} ({dense_parameters / parameters:.2f}x)")
+
+    facts.add_row("backend", f"{choice.name}{', batch-invariant' if choice.batch_invariant else ''}")
+    for backend, reason in choice.refused:
+        facts.add_row(f"not {backend}", reason)
 
     cache = Table(title="cache per token")
     for column in ("layout", "numbers", "bfloat16 bytes", "float32 bytes", "twin / this"):

@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
-from server.cli.command import Dtype, user_errors
+from server.cli.command import Dtype, ends_at_once, user_errors
 
 if TYPE_CHECKING:
     from server.scoring.texts import Advance, OnTokens, Place
@@ -138,7 +138,8 @@ def _local(
     from server.settings import load_settings
 
     settings = load_settings(model=model, dtype=dtype, threads=threads)
-    scorer = models.load(settings.model, settings)
+    with ends_at_once():
+        scorer = models.load(settings.model, settings)
     convention = models.convention_of(scorer, asked)
     start = partial(
         local.score_texts, scorer.model, scorer.tokenizer, convention, texts, settings.model_name, scorer.fingerprint
@@ -154,8 +155,9 @@ def _compare(
     from server.settings import load_settings
 
     settings = load_settings(dtype=dtype, threads=threads)
-    a = models.load(folders[0], settings)
-    b = a if folders[0].resolve() == folders[1].resolve() else models.load(folders[1], settings)
+    with ends_at_once():
+        a = models.load(folders[0], settings)
+        b = a if folders[0].resolve() == folders[1].resolve() else models.load(folders[1], settings)
     convention = models.common_convention(a, b, asked)
     with _progress(size) as advance:
         found = local.compare_texts((a.model, b.model), a.tokenizer, convention, texts, advance)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import signal
-import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import typer
 
-from server.cli.command import flag, run_with_flags, user_errors
+from server.cli.command import ends_at_once, flag, run_with_flags, user_errors
 
 
 def serve(context: typer.Context) -> None:
@@ -49,10 +47,8 @@ def _serve(given: dict[str, Any]) -> None:
             given["model"] = given.pop("folder")
         settings = load_settings(**given)
 
-    # a container's first process ignores a signal that it has no handler for, and loading takes seconds
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    from server.serve import serve as serve_http
+    with user_errors(), ends_at_once():  # the server's own handlers take over when it has started
+        from server.serve import serve as serve_http
 
-    with user_errors():
         status = serve_http(settings)
     raise typer.Exit(status)

@@ -10,11 +10,13 @@ import asyncio
 import logging
 import queue
 import threading
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
+from contextlib import aclosing, nullcontext
 from dataclasses import replace
 
 from lpa_model.config import LPAConfig
-from server.engine.engine import Engine, StepFailed
+from server.engine.engine import BackendInfo, Engine, StepFailed
 from server.engine.request import EngineStats, FinishReason, GrammarSpec, Request, RequestOutput
 from server.engine.tokenizer import Tokenizer
 from server.errors import EngineError, InvalidRequest, QueueFull, TimedOut, Unavailable
@@ -59,6 +61,24 @@ class Mailbox:
         return self._waiting.pop(next(iter(self._waiting)))
 
 
+class Session:
+    """The sequences of one HTTP request, which is left when the request ends.
+
+    It has begun once one of them was taken. From then on a drain waits for it, and its next sequences wait for a place
+    in the queue where another request's first one would be refused.
+    """
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self.num_sequences = 0  # with the engine
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._engine.leave(self)
+
+
 class AsyncEngine:
     """Owns the engine thread. `generate` is the only road in; all methods belong to the event loop's thread."""
 
@@ -77,6 +97,13 @@ class AsyncEngine:
         self._max_queue = max_queue
         self._inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
         self._mailboxes: dict[str, Mailbox] = {}  # by request id
+        # what a request that has begun leaves to the first sequences of others
+        self._reserve = max(min(1, self._max_streams - 1), self._max_streams // 8)
+        self._begun: set[Session] = set()
+        self._line: dict[Session, deque[asyncio.Future[None]]] = {}  # who waits for a place, in turns
+        self._granted = 0  # places that have been given to those who waited and are not taken yet
+        self._closed = False
+        self.num_cut_off = 0  # requests that a drain's time-out has ended
         self._idle = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -106,6 +133,11 @@ class AsyncEngine:
         return self._engine.max_model_len
 
     @property
+    def backend(self) -> BackendInfo:
+        """What computes."""
+        return self._engine.backend
+
+    @property
     def max_num_seqs(self) -> int:
         return self._engine.scheduler.max_num_seqs
 
@@ -120,19 +152,37 @@ class AsyncEngine:
         self.accepting = True
 
     async def stop(self, drain_timeout: float) -> None:
-        """Refuse new requests, give the running ones `drain_timeout` seconds, end what is left, stop the thread."""
+        """Refuse new requests, give those that have begun `drain_timeout` seconds, end what is left, stop the thread.
+
+        A second call does nothing.
+        """
+        if self._closed:
+            return
         self.accepting = False
-        if self._mailboxes:
-            self._idle.clear()
-            try:
-                await asyncio.wait_for(self._idle.wait(), drain_timeout)
-            except TimeoutError:
-                logger.warning("drain time-out: %d requests are cut off", len(self._mailboxes))
+        try:
+            async with asyncio.timeout(drain_timeout):
+                while self._begun and self.alive:
+                    self._idle.clear()
+                    await self._idle.wait()
+        except TimeoutError:
+            self.num_cut_off = len(self._begun)
+            logger.warning("drain time-out: %d requests are cut off", self.num_cut_off)
+        self._close()
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
 
+    def session(self) -> Session:
+        """For a request that calls `generate` several times."""
+        return Session(self)
+
+    def leave(self, session: Session) -> None:
+        """Forget a session that has ended."""
+        self._begun.discard(session)
+        if not self._begun:
+            self._idle.set()
+
     async def generate(
-        self, requests: Iterable[Request], deadline: float | None = None
+        self, requests: Iterable[Request], deadline: float | None = None, session: Session | None = None
     ) -> AsyncGenerator[tuple[int, RequestOutput]]:
         """Run sequences that belong together: (index of the request, output) as they come; the last output of each
         has a finish_reason. `requests` is read as far as the engine can run them at once, so it may be of any length.
@@ -142,14 +192,24 @@ class AsyncEngine:
 
         Args:
             deadline: when to give up, on the event loop's clock.
+            session: of the request that these sequences are part of; without one they are all of it.
 
         Raises:
             ContextLength, InvalidRequest: a request cannot be served.
-            QueueFull: too many requests are waiting.
-            Unavailable: the server is draining or its engine has died.
+            QueueFull: too many requests are waiting, and this one has not begun.
+            Unavailable: the server is draining and this request has not begun, the drain's time has passed, or the
+                engine has died.
             EngineError: the step that held a request failed.
             TimedOut: the deadline has passed.
         """
+        with self.session() if session is None else nullcontext(session) as of_request:
+            async with aclosing(self._generate(requests, deadline, of_request)) as outputs:
+                async for index, output in outputs:
+                    yield index, output
+
+    async def _generate(
+        self, requests: Iterable[Request], deadline: float | None, session: Session
+    ) -> AsyncGenerator[tuple[int, RequestOutput]]:
         mailbox = Mailbox()
         timer = None if deadline is None else asyncio.get_running_loop().call_at(deadline, mailbox.expire)
         remaining = enumerate(requests)
@@ -157,9 +217,9 @@ class AsyncEngine:
         upcoming = next(remaining, None)
         try:
             while index_of or upcoming:
-                while upcoming and self._has_place(index_of):
+                while upcoming and (not index_of or self._may_add(index_of)):
                     index, request = upcoming
-                    self._submit(request, mailbox)
+                    await self._submit(request, mailbox, session, deadline)
                     index_of[request.id] = index
                     upcoming = next(remaining, None)
                 output = await mailbox.take()
@@ -174,34 +234,93 @@ class AsyncEngine:
                     raise Unavailable("the server is shutting down")
                 if output.finish_reason is not None:
                     del index_of[output.request_id]
-                    self._forget(output.request_id)
+                    self._forget(output.request_id, session)
                 yield index, output
         finally:
             if timer is not None:
                 timer.cancel()
             for request_id in index_of:
-                self._forget(request_id)
+                self._forget(request_id, session)
                 self._inbox.put(request_id)
 
-    def _has_place(self, running: Collection[str]) -> bool:
-        """Whether a generator that has `running` sequences with the engine may add one, or is to wait for its own."""
-        return not running or (len(running) < self.max_num_seqs and len(self._mailboxes) < self._max_streams)
+    @property
+    def _num_taken(self) -> int:
+        return len(self._mailboxes) + self._granted
 
-    def _submit(self, request: Request, mailbox: Mailbox) -> None:
+    def _may_add(self, running: Collection[str]) -> bool:
+        """Whether a generator that has `running` sequences with the engine may add one, or is to wait for its own."""
+        free = self._num_taken < self._max_streams - self._reserve
+        return free and not self._line and len(running) < self.max_num_seqs
+
+    async def _submit(self, request: Request, mailbox: Mailbox, session: Session, deadline: float | None) -> None:
         self._engine.validate(request)
-        if not (self.accepting and self.alive):
-            raise Unavailable("the server is shutting down" if self.alive else "the engine has died")
-        if len(self._mailboxes) >= self._max_streams:
+        self._check_open(session)
+        if session in self._begun:
+            if self._line or not self._may_have(session):
+                await self._wait_for_place(session, deadline)
+                self._check_open(session)
+        elif self._num_taken >= self._max_streams:
             raise QueueFull(f"the waiting queue is full ({self._max_queue} requests); try again later")
         if request.id in self._mailboxes:
             raise InvalidRequest(f"request id {request.id!r} is already in use")
+        self._begun.add(session)
+        session.num_sequences += 1
         self._mailboxes[request.id] = mailbox
         self._inbox.put(request)
 
-    def _forget(self, request_id: str) -> None:
+    def _check_open(self, session: Session) -> None:
+        """Raises Unavailable if no sequence of a request is taken any more."""
+        if not self.alive:
+            raise Unavailable("the engine has died")
+        if self._closed or not (self.accepting or session in self._begun):
+            raise Unavailable("the server is shutting down")
+
+    def _may_have(self, session: Session) -> bool:
+        """Whether a request that has begun may have one more place. One that has none goes first."""
+        return self._num_taken < self._max_streams - (self._reserve if session.num_sequences else 0)
+
+    async def _wait_for_place(self, session: Session, deadline: float | None) -> None:
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._line.setdefault(session, deque()).append(place)
+        self._hand_out()
+        try:
+            async with asyncio.timeout_at(deadline):
+                await place
+        except TimeoutError:
+            raise TimedOut("the request took longer than this server's request_timeout") from None
+        finally:
+            if place.done() and not place.cancelled():
+                self._granted -= 1
+                session.num_sequences -= 1  # `_submit` counts it
+            place.cancel()
+            self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Give free places to those who wait for one, request by request."""
+        while self._line:
+            idle = (session for session in self._line if not session.num_sequences)
+            session = next(idle, next(iter(self._line)))
+            if not (self._closed or self._may_have(session)):
+                return
+            places = self._line.pop(session)
+            place = places.popleft()
+            if places:
+                self._line[session] = places  # behind the others
+            if not place.done():
+                self._granted += 1
+                session.num_sequences += 1
+                place.set_result(None)
+
+    def _forget(self, request_id: str, session: Session) -> None:
         del self._mailboxes[request_id]
-        if not self._mailboxes:
-            self._idle.set()
+        session.num_sequences -= 1
+        self._hand_out()
+
+    def _close(self) -> None:
+        """Take nothing more; those who wait for a place hear of it."""
+        self._closed = True
+        self._hand_out()
+        self._idle.set()
 
     def _run(self) -> None:
         """The engine thread."""
@@ -253,6 +372,7 @@ class AsyncEngine:
         self._on_stats(stats)
         if dead:
             self.alive = False
+            self._close()
             logger.critical("%d steps failed in a row: the engine has died", MAX_FAILURES)
             if self._on_death is not None:
                 self._on_death()

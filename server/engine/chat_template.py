@@ -132,7 +132,7 @@ def read_template(value: str) -> str:
     if "{{" in value or "{%" in value:
         return value
     try:
-        return Path(value).read_text(encoding="utf-8")
+        return Path(value).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"chat_template: {value!r} is neither a template nor a readable file: {error}") from error
 

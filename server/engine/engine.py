@@ -63,6 +63,15 @@ class EngineOptions:
     generation_config: Literal["auto", "none"] = "none"
 
 
+@dataclass(frozen=True)
+class BackendInfo:
+    """What computes, and what faster backend does not and why."""
+
+    name: str = ""
+    batch_invariant: bool = False
+    refused: tuple[tuple[str, str], ...] = ()  # (backend, reason and remedy)
+
+
 class StepFailed(Exception):
     """A step raised; `outputs` end the requests that were in it, and their blocks are free."""
 
@@ -85,12 +94,14 @@ class Engine:
         tokenizer: Tokenizer,
         sampling_defaults: Mapping[str, float] | None = None,
         fingerprint: str = "lpa",
+        backend: BackendInfo = BackendInfo(),
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
         self.tokenizer = tokenizer
         self.sampling_defaults = dict(sampling_defaults or {})
         self.fingerprint = fingerprint
+        self.backend = backend
         self._requests: dict[str, tuple[Request, Detokenizer]] = {}
         self._report = EngineStats()
 
@@ -327,9 +338,14 @@ def _build_engine(model_dir: Path, options: EngineOptions, hashing: Executor) ->
         max_model_len=max_model_len,
         replays=invariant,
     )
-    sampling_defaults = load_generation_config(model_dir).defaults(options.generation_config)
-    runner = ModelRunner(backend, cache, GrammarCompiler(tokenizer))
-    return Engine(runner, scheduler, tokenizer, sampling_defaults, fingerprint(weights.result(), backend.name))
+    return Engine(
+        ModelRunner(backend, cache, GrammarCompiler(tokenizer)),
+        scheduler,
+        tokenizer,
+        load_generation_config(model_dir).defaults(options.generation_config),
+        fingerprint(weights.result(), backend.name),
+        BackendInfo(backend.name, invariant, choice.refused),
+    )
 
 
 def _max_model_len(config: LPAConfig, asked: int | None, cache_tokens: int) -> int:

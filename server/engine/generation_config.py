@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lpa_model.checkpoint import CheckpointError, read_object
+from lpa_model.checkpoint import CheckpointError, read_optional
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def load_generation_config(folder: Path) -> GenerationConfig:
         CheckpointError: it is broken, or a value is out of range; the message names the key.
     """
     path = folder / FILE
-    values = {key: value for key, value in read_object(path).items() if value is not None}
+    values = {key: value for key, value in read_optional(path).items() if value is not None}
     sampling = {name: _number(path, name, values[name]) for name in RANGES if name in values}
     if values.get("do_sample") is False:
         sampling["temperature"] = 0.0

@@ -179,7 +179,7 @@ class _Vocabulary:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
-        self.special_token_ids = sorted(tokenizer.special_ids)
+        self.special_token_ids = sorted(i for i in tokenizer.special_ids if i < tokenizer.vocab_size)
         self.eos_token_id = tokenizer.vocab_size if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         if tokenizer.eos_token_id is None:
             self.tokens.append(b"<|end of text|>")
@@ -190,6 +190,8 @@ class _Vocabulary:
     def __call__(self, text: str) -> list[int]:
         """Tokens of a text in the middle of another: a tokenizer may put a space before the first character of all."""
         ids = self._tokenizer.encode(SENTINEL + text, add_special_tokens=False)
+        if max(ids, default=0) >= self._tokenizer.vocab_size:  # a token that the model lacks
+            return self._longest_first(text.encode())
         while ids and not self.tokens[ids[0]].endswith(SENTINEL.encode()):
             ids = ids[1:]
         ids = ids[1:]

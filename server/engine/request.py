@@ -146,6 +146,7 @@ class Request:
         cache_salt: str = "",
         branches: tuple[int, ...] = (),
         leader: Request | None = None,
+        group: str | None = None,
         arrival: float | None = None,
     ) -> None:
         """
@@ -153,6 +154,7 @@ class Request:
             branches: where the continuations begin that stand one after another behind a common beginning, of a
                 prompt to be scored. Each sees that beginning and itself, and its positions go on from there.
             leader: a request with the same prompt and cache_salt whose computed prompt this one takes over.
+            group: the HTTP request that it belongs to, by default one of its own; groups share the places fairly.
         """
         self.id = request_id
         self.params = params
@@ -161,6 +163,7 @@ class Request:
         self.cache_salt = cache_salt  # prefix blocks are shared only between equal salts
         self.branches = branches
         self.leader = leader
+        self.group = request_id if group is None else group
         self.seed = secrets.randbits(64) if params.seed is None else params.seed
         self.num_prompt_tokens = len(prompt_ids)
         self.token_ids = list(prompt_ids)  # prompt and generated
@@ -175,7 +178,8 @@ class Request:
         self.stop_reason: int | str | None = None
         self.arrival = time.monotonic() if arrival is None else arrival
         self.last_token_time: float | None = None
-        self.order = (priority, self.arrival, 0)  # smallest first; the scheduler numbers requests as they come, from 1
+        # smallest first: priority, turn of the group, arrival, number; the scheduler numbers requests, from 1
+        self.order = (priority, 0, self.arrival, 0)
         self.followers: dict[Request, int] = {}  # waiting for this one's whole prompt
         self.waiters: dict[Request, int] = {}  # waiting for this one to have computed so many tokens
 
@@ -204,7 +208,7 @@ class Request:
     def can_follow(self, leader: Request) -> bool:
         """Whether it can take over the prompt of a leader, which must have been queued and not yet generated."""
         return (
-            leader.order[2] > 0
+            leader.order[-1] > 0
             and leader.status is not RequestStatus.FINISHED
             and not leader.num_output_tokens
             and not (leader.is_scoring or self.is_scoring)

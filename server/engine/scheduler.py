@@ -4,13 +4,15 @@ Every request has `num_computed_tokens` that catches up with its tokens; there i
 step generated tokens go first, one per request; prompt and scoring work then shares a budget: all of
 `max_num_batched_tokens` when nothing streams, else what keeps the step within a small multiple of its decodes alone.
 
-Smaller `priority` goes first, then earlier arrival: into the step, out of the queue, and last to lose its blocks.
+Smaller `priority` goes first, then groups in turns (`Turns`), then earlier arrival: into the step, out of the queue,
+and last to lose its blocks. No group can hold all places while another has none.
 A request whose next prefix block is being computed by a running one is set aside until it is there, and so are the
 followers of a leader: they take its prompt over in the very step that completes it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -18,7 +20,7 @@ from typing import NamedTuple
 from server.engine.block_manager import BlockManager, hash_block, hash_root
 from server.engine.request import FinishReason, Logprobs, Request, RequestStatus
 from server.engine.step_cost import PromptBudget, PromptShare, StepCost, Work, work_of
-from server.engine.waiting_queue import WaitingQueue, by_order, insert, remove
+from server.engine.waiting_queue import Turns, WaitingQueue, by_order, insert, remove
 
 # Of the time of a step's decodes alone: a stream's median latency at most doubles while a corpus is scored, and its
 # 99th percentile stays within three times its median while a long prompt arrives; the rest is margin for noise. Where
@@ -97,12 +99,13 @@ class Scheduler:
         self.cost = StepCost()
         self.shares = {False: PromptShare(), True: PromptShare()}  # by is_scoring
         self._added = 0
+        self._turns = Turns()
         self._computing: dict[bytes, Request] = {}  # prompt blocks that are not there yet: who will fill them
 
     def add(self, request: Request) -> None:
         """Queue a request, or set it aside if its leader's prompt is still to be computed."""
         self._added += 1
-        request.order = (request.priority, request.arrival, self._added)
+        request.order = (request.priority, self._turns.next(request.group), request.arrival, self._added)
         leader, request.leader = request.leader, None
         if leader is not None and request.can_follow(leader):
             self.waiting.set_aside(request, leader.followers, leader.num_prompt_tokens)
@@ -153,6 +156,7 @@ class Scheduler:
         self, budget: PromptBudget, followers: dict[Request, list[Request]], batch: ScheduledBatch
     ) -> None:
         size = self.blocks.block_size
+        self._give_up_place(budget, followers, batch)
         while len(self.running) < self.max_num_seqs and (request := self.waiting.first(budget.open_kinds)):
             hits = self._hits(request)
             if (computer := self._computer(request, len(hits))) is not None:
@@ -174,6 +178,40 @@ class Scheduler:
             else:
                 self._take(request, tokens, budget, batch)
                 self._join(batch.items[-1], followers, batch)
+
+    def _give_up_place(
+        self, budget: PromptBudget, followers: dict[Request, list[Request]], batch: ScheduledBatch
+    ) -> None:
+        """Where all places are taken and the group whose turn it is has none, one of the group that has most goes back
+        to the queue, behind it."""
+        first = self.waiting.first(budget.open_kinds)
+        if first is None or len(self.running) < self.max_num_seqs:
+            return
+        places = Counter(request.group for request in self.running)
+        group, most = places.most_common(1)[0]
+        if first.group in places or most < 2:
+            return
+        joined = {request for leader in followers for request in (leader, *followers[leader])}
+        of_group = (r for r in reversed(self.running) if r.group == group and r not in joined)
+        victim = next(of_group, None)
+        if victim is None or victim.priority < first.priority:
+            return
+        hits = self._hits(first)
+        needed = -(-first.num_tokens_to_compute // self.blocks.block_size) - len(hits)
+        start = len(hits) * self.blocks.block_size
+        if (
+            needed > self.blocks.num_available_besides(hits)
+            or self._computer(first, len(hits)) is not None
+            or not (self._decodes(first, start) or budget.affordable(first, start, self._prompt_end(first)))
+        ):
+            return  # it could not run in this step
+        self._preempt(victim)
+        batch.preempted += 1
+        batch.items = [item for item in batch.items if item.request is not victim]
+        self.waiting.remove(victim)
+        turn = max(self._turns.next(group, again=True), first.order[1] + 1)
+        victim.order = (victim.priority, turn, *victim.order[2:])
+        self.waiting.add(victim)
 
     def _prompt_budget(self, num_decodes: int) -> PromptBudget:
         tokens = max(1, self.max_num_batched_tokens - num_decodes)
@@ -265,6 +303,7 @@ class Scheduler:
         self._run(request)
 
     def _run(self, request: Request) -> None:
+        self._turns.has_run(request.order[1])
         request.status = RequestStatus.RUNNING
         insert(self.running, request)
 
@@ -366,6 +405,7 @@ class Scheduler:
         else:
             self.waiting.remove(request)
         self.waiting.wake(request.followers)
+        self._turns.leave(request.group)
         request.status = RequestStatus.FINISHED
         request.finish_reason, request.stop_reason = reason, stop_reason
 
@@ -374,7 +414,7 @@ class Scheduler:
         size, hashes = self.blocks.block_size, request.block_hashes
         for start in range(len(hashes) * size, len(request.token_ids) - size + 1, size):
             end = start + size
-            salt = request.order[2].to_bytes(8, "little") if end > request.num_shareable_tokens else b""
+            salt = request.order[-1].to_bytes(8, "little") if end > request.num_shareable_tokens else b""
             parent = hashes[-1] if hashes else hash_root(request.cache_salt)
             hashes.append(hash_block(parent, request.token_ids[start:end], salt))
 

@@ -22,6 +22,7 @@ from server.engine.chat_template import (
     template_of,
 )
 from server.engine.generation_config import load_generation_config
+from server.errors import InvalidRequest
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +45,10 @@ class Tokenizer:
     A text ends at any of `eos_token_ids`: the tokenizer's own `eos_token`, those of config.json, and those given here.
     `eos_token_id` is the first of them, or None, and stands for the end of a text where one has to be written.
 
+    A tokenizer may know more tokens than the model: `check` refuses those where they are used.
+
     Raises:
-        ValueError: the tokenizer is of another kind, knows more tokens than the model has logits, or the template is
-            no Jinja.
+        ValueError: the tokenizer is of another kind, or the template is no Jinja.
     """
 
     def __init__(
@@ -61,10 +63,6 @@ class Tokenizer:
         self.backend = backend
         self.vocab_size = config.vocab_size
         self.bos_token_id = config.bos_token_id
-        if backend.get_vocab_size() > config.vocab_size:
-            raise ValueError(
-                f"tokenizer.json has {backend.get_vocab_size()} tokens, the model's vocab_size is {config.vocab_size}"
-            )
         self.tokenizer_config = dict(tokenizer_config or {})
         self.special_tokens = _special_tokens(self.tokenizer_config, backend, config)
         named = backend.token_to_id(self.special_tokens["eos_token"]) if "eos_token" in self.special_tokens else None
@@ -87,8 +85,12 @@ class Tokenizer:
         self._words_are_apart = _words_are_apart(description)
         to_bytes = _token_to_bytes(description["decoder"])
         self._bytes = [b""] * config.vocab_size
+        self._lacking: dict[int, str] = {}  # tokens that were added to the tokenizer and never to the model
         for token, token_id in backend.get_vocab().items():
-            self._bytes[token_id] = token.encode() if token_id in added else to_bytes(token)
+            if token_id < config.vocab_size:
+                self._bytes[token_id] = token.encode() if token_id in added else to_bytes(token)
+            else:
+                self._lacking[token_id] = token
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids; special tokens written out in the text become their ids.
@@ -119,6 +121,20 @@ class Tokenizer:
                 end = end if added else start + last
             start += len(piece)
         return ids, offsets
+
+    def check(self, ids: Sequence[int], where: str) -> None:
+        """Refuse tokens of a text that the tokenizer has and the model has not.
+
+        Raises:
+            InvalidRequest: there is one; the message names it, and `where` the text is.
+        """
+        if self._lacking and max(ids, default=0) >= self.vocab_size:
+            token_id = next(i for i in ids if i >= self.vocab_size)
+            raise InvalidRequest(
+                f"{where}: the text has the token {self._lacking[token_id]!r}, whose id {token_id} the model lacks: "
+                f"its vocabulary is {self.vocab_size}",
+                param=where,
+            )
 
     def _pieces(self, text: str) -> Iterator[str]:
         """The library needs some 150 bytes for each character at a time."""
@@ -256,7 +272,13 @@ def _token_to_bytes(decoder: dict[str, Any] | None) -> Any:
     kinds = {part["type"] for part in _parts(decoder, "decoders")}
     if "ByteLevel" in kinds:
         table = _byte_level_alphabet()
-        return lambda token: bytes(table[character] for character in token)
+
+        def byte_level(token: str) -> bytes:
+            if all(character in table for character in token):
+                return bytes(table[character] for character in token)
+            return token.encode()  # as the library decodes what is not in the alphabet
+
+        return byte_level
     if "ByteFallback" in kinds or "Metaspace" in kinds:
 
         def sentencepiece(token: str) -> bytes:

@@ -7,6 +7,7 @@ behind, and no search or sort passes over the queue.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Iterable
 from operator import attrgetter
 
@@ -25,6 +26,33 @@ def remove(requests: list[Request], request: Request) -> None:
     at = bisect_left(requests, request.order, key=by_order)
     assert requests[at] is request
     del requests[at]
+
+
+class Turns:
+    """Turns of groups of requests: the first of a group has the turn that the queue has come to, each further one the
+    turn after. So a request that comes alone stands before the many that another group has waiting."""
+
+    def __init__(self) -> None:
+        self._now = 0
+        self._last: dict[str, int] = {}  # by group, the turn of its latest request
+        self._count: Counter[str] = Counter()  # by group, its requests that have not finished
+
+    def next(self, group: str, *, again: bool = False) -> int:
+        """The turn of a group's next request, or of one that goes to the end of its group's line `again`."""
+        turn = max(self._last.get(group, -1) + 1, self._now)
+        self._last[group] = turn
+        self._count[group] += not again
+        return turn
+
+    def has_run(self, turn: int) -> None:
+        """The queue has come to this turn."""
+        self._now = max(self._now, turn)
+
+    def leave(self, group: str) -> None:
+        """A request of a group has finished."""
+        self._count[group] -= 1
+        if not self._count[group]:
+            del self._count[group], self._last[group]
 
 
 class WaitingQueue:

@@ -56,10 +56,20 @@ class ReadyResponse(BaseModel):
     status: Literal["ready"] = "ready"
 
 
+class RefusedBackend(BaseModel):
+    """A faster backend that does not compute this model."""
+
+    backend: str = Field(examples=["cpu (numba)"])
+    reason: str = Field(description="Why not, and what would help.", examples=["computes bfloat16 only"])
+
+
 class VersionResponse(BaseModel):
-    """Of the server."""
+    """Of the server, and what computes."""
 
     version: str = Field(examples=["0.1.0"])
+    backend: str = Field(description="Kernels and dtype.", examples=["cpu (avx2, float32)"])
+    batch_invariant: bool = Field(description="Results do not depend on what else is in the batch, to the bit.")
+    refused_backends: list[RefusedBackend] = Field(description="Faster ones that cannot be used here, and why.")
 
 
 class CancelResponse(BaseModel):

@@ -243,7 +243,9 @@ class SamplingBody(RequestBody):
 def _bad_words(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """A word's tokens at the beginning of a text and after a space, as vLLM takes them."""
     forms = (form for word in words for form in (word, f" {word.lstrip()}"))
-    ids = (tuple(tokenizer.encode(form, add_special_tokens=False)) for form in forms)
+    ids = [tuple(tokenizer.encode(form, add_special_tokens=False)) for form in forms]
+    for banned in ids:
+        tokenizer.check(banned, "bad_words")
     return tuple(dict.fromkeys(i for i in ids if i))
 
 

@@ -23,6 +23,7 @@ from server.routes.prompts import check_model, tokenize, truncate
 from server.routes.respond import TEXT, json_response, to_json, while_connected, with_text
 from server.routes.responses import WITH_ENGINE, responses
 from server.routes.sse import DONE, EventStream
+from server.routes.waiting import with_comments
 from server.settings import Settings
 
 
@@ -40,7 +41,7 @@ def chat_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         call = await _accept(engine, settings, body, request.state.request_id)
         if not body.stream:
             return json_response(await while_connected(request.receive, _answer(call)))
-        events = _events(call)
+        events = with_comments(_events(call), settings.waiting_comment_interval)
         return EventStream(await while_connected(request.receive, anext(events)), events)
 
     return router

@@ -48,6 +48,7 @@ def _requests(request_id: str, jobs: Iterable[Job]) -> Iterator[Request]:
             priority=job.priority,
             cache_salt=job.cache_salt,
             leader=leader if job.choice else None,
+            group=unique,
         )
         if not job.choice:
             leader = request

@@ -8,7 +8,7 @@ from fastapi import APIRouter
 
 from server.engine.async_engine import AsyncEngine
 from server.errors import Unavailable
-from server.protocol.answers import HealthResponse, ReadyResponse, VersionResponse
+from server.protocol.answers import HealthResponse, ReadyResponse, RefusedBackend, VersionResponse
 from server.routes.responses import responses
 
 
@@ -32,8 +32,14 @@ def health_router(engine: AsyncEngine) -> APIRouter:
 
     @router.get("/version", summary="Version of the server", responses=responses(VersionResponse))
     async def server_version() -> VersionResponse:
-        """The version of the installed package."""
-        return VersionResponse(version=package_version())
+        """The version of the installed package, and the backend that computes."""
+        backend = engine.backend
+        return VersionResponse(
+            version=package_version(),
+            backend=backend.name,
+            batch_invariant=backend.batch_invariant,
+            refused_backends=[RefusedBackend(backend=name, reason=reason) for name, reason in backend.refused],
+        )
 
     return router
 

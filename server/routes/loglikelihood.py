@@ -31,7 +31,7 @@ from server.routes.fan_out import deadline_of
 from server.routes.prompts import check_model
 from server.routes.respond import json_response, while_connected
 from server.routes.responses import WITH_ENGINE, responses
-from server.routes.scoring import Scorer, in_order
+from server.routes.scoring import Scorer
 from server.settings import Settings
 
 
@@ -80,7 +80,7 @@ def loglikelihood_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         tokenize = PairTokenizer(engine, body.add_bos)
         scorer = Scorer(engine, settings, request.state.request_id)
         works = _works(scorer, tokenize, sets, engine.max_model_len)
-        scored = in_order(works, scorer.max_in_flight, deadline_of(settings))
+        scored = scorer.in_order(works, deadline_of(settings))
         answer = await while_connected(
             request.receive, _answer(settings.model_name, engine.fingerprint, tokenize.add_bos, len(sets), scored)
         )
@@ -152,7 +152,9 @@ class PairTokenizer:
 
     def _ids(self, value: str | list[int], where: str) -> list[int]:
         if isinstance(value, str):
-            return self._tokenizer.encode(value, add_special_tokens=False)
+            ids = self._tokenizer.encode(value, add_special_tokens=False)
+            self._tokenizer.check(ids, where)
+            return ids
         check_token_ids(value, self._tokenizer.vocab_size, where)
         return value
 

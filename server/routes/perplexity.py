@@ -38,7 +38,7 @@ from server.routes.ndjson import LineBody, LineStream, has_lines
 from server.routes.prompts import check_model
 from server.routes.respond import to_json, while_connected
 from server.routes.responses import WITH_ENGINE, responses
-from server.routes.scoring import Scorer, in_order
+from server.routes.scoring import Scorer
 from server.settings import Settings
 
 BATCH = 1 << 16  # characters of texts that are tokenized together
@@ -78,7 +78,7 @@ def perplexity_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         convention = _convention(asked, engine)
         scorer = Scorer(engine, settings, request.state.request_id)
         works = _works(scorer, _texts(engine.tokenizer, convention, asked, inputs), convention, asked)
-        scored = in_order(works, scorer.max_in_flight, deadline_of(settings))
+        scored = scorer.in_order(works, deadline_of(settings))
         lines = _lines(engine.tokenizer, asked, convention, scored, settings.model_name, engine.fingerprint)
         if asked.stream:
             return LineStream(lines, body)
@@ -185,6 +185,7 @@ def _text(
             given, offsets = tokenizer.encode_with_offsets(value, add_special_tokens=False)
         else:
             given = tokenizer.encode(value, add_special_tokens=False)
+        tokenizer.check(given, where)
         ids = own_tokens(given, convention)
         offsets = offsets[len(given) - len(ids) :]
     else:

@@ -63,7 +63,9 @@ async def tokenize(
     for i, item in enumerate(inputs):
         where = field if len(inputs) == 1 else f"{field}[{i}]"
         if isinstance(item, str):
-            prompts.append(Prompt(where, item, *next(encoded)))
+            ids, offsets = next(encoded)
+            tokenizer.check(ids, where)
+            prompts.append(Prompt(where, item, ids, offsets))
         else:
             if wrong := [token for token in item if not 0 <= token < vocab]:
                 raise InvalidRequest(f"{where}: token id {wrong[0]} is outside the vocabulary of {vocab}", param=where)

@@ -10,12 +10,10 @@ from typing import Any, TypeVar
 
 from server.engine.async_engine import AsyncEngine
 from server.engine.request import Logprobs, Request, SamplingParams
-from server.errors import QueueFull, TimedOut
+from server.errors import TimedOut
 from server.settings import Settings
 
 T = TypeVar("T")
-
-QUEUE_RETRY = 0.1  # seconds
 
 
 class Scorer:
@@ -28,9 +26,8 @@ class Scorer:
     def __init__(self, engine: AsyncEngine, settings: Settings, request_id: str) -> None:
         self._engine = engine
         self._unique = f"{request_id}-{secrets.token_hex(4)}"  # clients may send an x-request-id twice
+        self._session = engine.session()
         self._count = 0
-        self._running = 0
-        self._begun = False
         self.max_in_flight = engine.max_num_seqs + min(engine.max_num_seqs, settings.max_queue)
         self.max_model_len = engine.max_model_len
         self._slots = asyncio.Semaphore(self.max_in_flight)
@@ -53,22 +50,21 @@ class Scorer:
             params = SamplingParams(max_tokens=0, prompt_logprobs=top, first_logit_position=first - 1)
             self._count += 1
             sequence_id = f"{self._unique}-{self._count}"
-            while True:
-                self._running += 1
-                try:
-                    request = Request(sequence_id, token_ids, params, branches=branches)
-                    return await self._run(request, len(token_ids) - first)
-                except QueueFull:
-                    if not self._begun and self._running == 1:
-                        raise
-                finally:
-                    self._running -= 1
-                await asyncio.sleep(QUEUE_RETRY)
+            request = Request(sequence_id, token_ids, params, branches=branches, group=self._unique)
+            return await self._run(request, len(token_ids) - first)
+
+    async def in_order(
+        self, works: AsyncGenerator[Coroutine[Any, Any, T]], deadline: float | None
+    ) -> AsyncGenerator[T]:
+        """`in_order` for works that score with this scorer; a drain waits for all of them."""
+        with self._session:
+            async with aclosing(in_order(works, self.max_in_flight, deadline)) as results:
+                async for result in results:
+                    yield result
 
     async def _run(self, request: Request, count: int) -> tuple[Logprobs, int]:
-        async with aclosing(self._engine.generate([request])) as outputs:
+        async with aclosing(self._engine.generate([request], session=self._session)) as outputs:
             async for _, output in outputs:
-                self._begun = True
                 if output.prompt_logprobs is not None:
                     assert len(output.prompt_logprobs.logprobs) == count
                     return output.prompt_logprobs, output.num_cached_tokens

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.errors import Cancelled, EngineError, UserError
 from server.routes.respond import while_connected
+from server.routes.waiting import COMMENT
 
 logger = logging.getLogger(__name__)
 
@@ -73,4 +74,5 @@ class EventStream(Response):
 
 
 async def _send_event(send: Send, data: str) -> None:
-    await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+    line = data if data == COMMENT else f"data: {data}"
+    await send({"type": "http.response.body", "body": f"{line}\n\n".encode(), "more_body": True})

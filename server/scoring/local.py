@@ -132,6 +132,7 @@ def _pieces(
             given, begins = tokenizer.encode_with_offsets(text, add_special_tokens=False)
         else:
             given, begins = tokenizer.encode(text, add_special_tokens=False), []
+        tokenizer.check(given, str(place))
         own = own_tokens(given, convention)
         ids, offsets = array("i", own), array("q", begins[len(given) - len(own) :])
         try:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,8 +92,8 @@ def total_size(files: Sequence[str]) -> int | None:
 def read_texts(files: Sequence[str], field: str | None) -> Iterator[tuple[Place, str]]:
     """The texts of files in order: a file each, or with `field` that field of every line, in JSON.
 
-    Nothing of a text is changed, line ends neither. Blank lines among JSON are skipped; a name that ends in .gz is
-    unpacked; - is standard input.
+    Nothing of a text is changed, line ends neither; a byte order mark at the beginning of a file is none of it. Blank
+    lines among JSON are skipped; a name that ends in .gz is unpacked; - is standard input.
 
     Raises:
         ValueError: a file cannot be read, is not UTF-8 or not as it is said to be; the message names file and line.
@@ -100,7 +101,7 @@ def read_texts(files: Sequence[str], field: str | None) -> Iterator[tuple[Place,
     for name in files:
         with _naming(name), _open(name) as (stored, file):
             if field is None:
-                content = file.read()
+                content = file.read().removeprefix(BOM_UTF8)
                 yield Place(name, None, stored.tell() if stored.seekable() else 0), _decode(content, name)
             else:
                 yield from _read_lines(name, stored, file, field)
@@ -109,6 +110,8 @@ def read_texts(files: Sequence[str], field: str | None) -> Iterator[tuple[Place,
 def _read_lines(name: str, stored: IO[bytes], file: IO[bytes], field: str) -> Iterator[tuple[Place, str]]:
     before = 0
     for number, line in enumerate(file, 1):
+        if number == 1:
+            line = line.removeprefix(BOM_UTF8)
         if line.isspace():
             continue
         position = stored.tell() if stored.seekable() else 0

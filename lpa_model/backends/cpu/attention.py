@@ -17,6 +17,7 @@ from torch import Tensor
 from lpa_model.backends.cpu.args import ATTENTION
 from lpa_model.backends.cpu.library import Kernel
 from lpa_model.backends.cpu.oplist import DTYPES, OpList
+from lpa_model.batch import Batch
 
 SPLIT_TOKENS = 128  # at most, in whole blocks: a work item of decode attention
 QUERY_TILE, ITEM_TILES, PACKED_TOKENS = 32, 2, 32  # as in csrc/attention_prompt.c
@@ -38,6 +39,14 @@ class DecodeRows:
     item_rows: NDArray[np.int64]  # [items]
     first_items: NDArray[np.int64]  # [rows + 1]
     split_blocks: int  # blocks of a work item
+
+    @classmethod
+    def of(cls, batch: Batch) -> DecodeRows:
+        """The decode rows of a step."""
+        spans = batch.spans[: batch.num_decode]
+        lengths = np.array([span.context + 1 for span in spans])
+        tables = [span.block_table for span in spans]
+        return cls.build(batch.positions[: batch.num_decode], lengths, tables, batch.block_size)
 
     @classmethod
     def build(
@@ -92,6 +101,23 @@ class PromptRows:
     block_spans: NDArray[np.int64]  # [blocks]: the text of each block
     query_tiles: NDArray[np.int64]  # [work items of a head, 2]: text, and its first tile of queries
     packed_tiles: int  # of PACKED_TOKENS each, that the texts' values take
+
+    @classmethod
+    def of(cls, batch: Batch) -> PromptRows:
+        """The prompt rows of a step."""
+        masked = None
+        if any(span.is_branched for span in batch.prompts):
+            starts, ends = zip(*(span.masked_range() for span in batch.prompts), strict=True)
+            masked = np.concatenate(starts), np.concatenate(ends)
+        return cls.build(
+            [span.context for span in batch.prompts],
+            [span.length for span in batch.prompts],
+            [span.block_table for span in batch.prompts],
+            batch.block_size,
+            batch.positions[batch.num_decode :],
+            batch.slots[batch.num_decode :],
+            masked,
+        )
 
     @classmethod
     def build(
@@ -259,7 +285,8 @@ def attend(
 
 def to_vnni(values: Tensor) -> Tensor:
     """[.., block_size, width] -> [.., block_size / 2, width, 2]: two neighbouring tokens' numbers side by side."""
-    return values.unflatten(-2, (-1, 2)).transpose(-1, -2).contiguous()
+    paired: Tensor = values.unflatten(-2, (-1, 2))
+    return paired.transpose(-1, -2).contiguous()
 
 
 def from_vnni(values: Tensor) -> Tensor:

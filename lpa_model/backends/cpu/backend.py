@@ -1,17 +1,19 @@
-"""The CPU backend: steps as op lists over packed weights."""
+"""The CPU backend: steps as op lists over packed weights, kernels for sampling and scoring."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import mmap
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lpa_model.backends import features
 from lpa_model.backends.base import Mask, SamplingRow, StepResult
-from lpa_model.backends.cpu.kernels.launch import Kernel
-from lpa_model.backends.cpu.logits import kernel_rows
-from lpa_model.backends.cpu.plan import FusedStep
+from lpa_model.backends.cpu.logits import row_ops
 from lpa_model.backends.torch.results import ComputedStep, step_result
 from lpa_model.batch import Batch
 from lpa_model.cache import LatentCache, bytes_per_token
@@ -19,56 +21,84 @@ from lpa_model.config import CacheLayout
 from lpa_model.model import LPAForCausalLM
 
 
+class Plan(Protocol):
+    """A model's layers and head as op lists over its cache."""
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Hidden states of the batch's rows; the next step may overwrite them."""
+        ...
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Some rows of hidden states -> logits [rows, vocab] in the weights' dtype."""
+        ...
+
+
 class CpuBackend:
     """`Backend` whose steps are op lists; a row's bits depend on the row alone."""
 
     batch_invariant = True
 
-    def __init__(self, model: LPAForCausalLM, kernel: Kernel, instruction_set: str) -> None:
+    def __init__(
+        self,
+        model: LPAForCausalLM,
+        make_plan: Callable[[LPAForCausalLM, LatentCache], Plan],
+        instruction_set: str,
+        width_unit: int,
+        name: str,
+    ) -> None:
+        """`width_unit`: numbers that the plan's kernels want the cache's widths to be multiples of."""
         self.config, self.dtype = model.config, model.embed_tokens.weight.dtype
-        self.name = f"cpu ({instruction_set}, {str(self.dtype).removeprefix('torch.')})"
-        self.ops = kernel_rows(self.dtype)
-        self.kernel = kernel
-        self.model: LPAForCausalLM | None = model  # until its weights are packed
-        self.step: FusedStep | None = None
-        self.cache: LatentCache | None = None
+        self.name = name
+        self._model: LPAForCausalLM | None = model  # until its weights are packed
+        self._make_plan, self._width_unit = make_plan, width_unit
+        self._ops = row_ops(instruction_set)
+        self._plan: Plan | None = None
+        self._cache: LatentCache | None = None
 
     def cache_bytes_per_token(self, layout: CacheLayout) -> int:
-        return bytes_per_token(self.config, layout, self.dtype)
+        return bytes_per_token(self.config, layout, self.dtype, self._width_unit)
 
     def free_memory(self) -> int:
         return features.free_memory(torch.device("cpu"))
 
     def make_cache(self, layout: CacheLayout, num_blocks: int, block_size: int) -> LatentCache:
-        assert self.model is not None, "the cache is made once"
-        self.cache = LatentCache(self.config, layout, num_blocks, block_size, self.dtype, torch.device("cpu"))
-        self.step = FusedStep(self.model, self.cache, self.kernel)
-        self.model = None
-        return self.cache
+        """The pools; and weights are packed, since the op list points to both."""
+        assert self._model is not None, "the cache is made once"
+        allocate = partial(_untouched_zeros, dtype=self.dtype)
+        self._cache = LatentCache(self.config, layout, num_blocks, block_size, allocate, self._width_unit)
+        self._plan = self._make_plan(self._model, self._cache)
+        self._model = None
+        return self._cache
 
     @torch.inference_mode()
     def submit(self, batch: Batch, sampling: Sequence[SamplingRow]) -> ComputedStep:
-        assert self.cache is not None and self.step is not None
+        assert self._cache is not None and self._plan is not None
         if len(batch.zero_blocks):
-            self.cache.zero(torch.from_numpy(batch.zero_blocks))
-        return ComputedStep(batch, sampling, self.step(batch))
+            self._cache.zero(torch.from_numpy(batch.zero_blocks))
+        return ComputedStep(batch, sampling, self._plan(batch))
 
     def wait(self, handle: ComputedStep) -> None:
         """`submit` has computed it."""
 
     @torch.inference_mode()
     def collect(self, handle: ComputedStep, masks: Mapping[int, Mask]) -> StepResult:
-        return step_result(handle, self.head, masks, self.ops)
+        return step_result(handle, self.head, masks, self._ops)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """[rows, d] -> logits [rows, vocab] in the weights' dtype."""
-        assert self.step is not None
-        return self.step.head(hidden)
+        """Some rows of hidden states -> logits [rows, vocab] in the weights' dtype."""
+        assert self._plan is not None
+        return self._plan.head(hidden)
 
     @torch.inference_mode()
     def copy_blocks(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
-        assert self.cache is not None
-        self.cache.copy(*torch.tensor([sources, destinations]))
+        assert self._cache is not None
+        self._cache.copy(*torch.tensor([sources, destinations]))
 
     def warm_up(self) -> None:
-        """Weights are packed when the cache is made."""
+        """Nothing waits for the first step."""
+
+
+def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Pages that the system hands out when they are first touched: a block that was never used takes no memory."""
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

@@ -66,6 +66,16 @@ EMULATED = [
     InstructionSet("avx512bf16", "x86_64_v3", (DOT,)),
     InstructionSet("amx", "x86_64_v3", (DOT, TILES)),
 ]
+# to be run with the runtime libraries of the sanitizers loaded beforehand
+SANITIZED = [flag for flag in FLAGS if flag not in ("-O3", "-fno-sanitize=all")] + [
+    "-O1",
+    "-g1",
+    "-fno-omit-frame-pointer",
+    "-Xclang",
+    "-fsanitize=address",  # zig's own driver has no runtime library for it, and drops it
+    "-fsanitize=undefined",
+    "-fno-sanitize-recover=all",
+]
 ONCE = ("library.c",)  # of the sources, whatever the instruction sets
 
 
@@ -87,6 +97,7 @@ def build(
     target: Path = LIBRARY,
     machine: str = platform.machine(),
     instruction_sets: Sequence[InstructionSet] | None = None,
+    flags: Sequence[str] = FLAGS,
 ) -> Path:
     """Compile what has changed since the last time, and link it into the library at `target`.
 
@@ -104,10 +115,10 @@ def build(
     for source in sorted(SOURCES.glob("*.c")):
         flavours = [InstructionSet("all", instruction_sets[0].cpu)] if source.name in ONCE else instruction_sets
         for flavour in flavours:
-            flags = [*_target(machine), *FLAGS, f"-mcpu={flavour.cpu}", f"-DISA={flavour.name}", *flavour.defines]
-            text = f"{version('ziglang')} {flags}".encode() + headers + source.read_bytes()
+            command = [*_target(machine), *flags, f"-mcpu={flavour.cpu}", f"-DISA={flavour.name}", *flavour.defines]
+            text = f"{version('ziglang')} {command}".encode() + headers + source.read_bytes()
             output = objects / f"{source.stem}-{flavour.name}-{hashlib.sha256(text).hexdigest()[:16]}.o"
-            jobs.append((output, [*flags, "-c", str(source)]))
+            jobs.append((output, [*command, "-c", str(source)]))
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda job: _compile(*job), jobs))
     wanted = [output for output, _ in jobs]
@@ -115,7 +126,7 @@ def build(
     names = "\n".join(path.name for path in wanted)
     if not (target.exists() and stamp.exists() and stamp.read_text() == names):
         part = target.with_suffix(f".{os.getpid()}.part")
-        _run_compiler([*_target(machine), "-shared", "-s", "-o", str(part), *map(str, wanted)])
+        _run_compiler([*_target(machine), "-shared", "-o", str(part), *map(str, wanted)])
         part.replace(target)
         stamp.write_text(names)
         for old in set(objects.glob("*.o")) - set(wanted):

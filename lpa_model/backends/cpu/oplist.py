@@ -40,7 +40,7 @@ class OpList:
         self.dtype = dtype
         self.attentions = np.zeros(0, dtype=ATTENTION) if attentions is None else attentions
         self._kernel = kernels["run_op_list"]
-        self._ops: list[NDArray[np.void]] = []
+        self._ops: list[dict[str, float]] = []  # fields of `args.OP` that are not 0
         self._array: NDArray[np.void] | None = None
         self._alive: list[Tensor] = []  # what the operations point to
         self._num_attentions = 0
@@ -163,15 +163,15 @@ class OpList:
             MemoryError: no thread got memory for its scratch.
         """
         if self._array is None:
-            self._array = np.concatenate(self._ops) if self._ops else np.zeros(0, dtype=OP)
+            values = [tuple(op.get(name, 0) for name in OP.names or ()) for op in self._ops]
+            self._array = np.array(values, dtype=OP)
             self._counters = np.zeros(1 + 2 * len(self._array), dtype=np.int64)
         self._counters[:] = 0
         record = np.array(
             [(address_of(self._array), len(self._array), rows, self._counters.ctypes.data)], dtype=OP_LIST
         )
-        threads = torch.get_num_threads()
-        self._kernel(address_of(record), threads)
-        if self._counters[0] >= threads:
+        self._kernel(address_of(record), torch.get_num_threads())
+        if not self._counters[0]:
             raise MemoryError(f"no scratch for an op list of {rows} rows")
 
     def _norm_width(self, weight: Tensor, *tensors: Tensor) -> int:
@@ -211,11 +211,7 @@ class OpList:
         )
 
     def _append(self, **fields: float) -> None:
-        op = np.zeros(1, dtype=OP)
-        op["dtype"] = DTYPES[self.dtype]
-        for name, value in fields.items():
-            op[name] = value
-        self._ops.append(op)
+        self._ops.append({"dtype": DTYPES[self.dtype], **fields})
         self._array = None
 
 

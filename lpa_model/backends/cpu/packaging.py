@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 import runpy
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Command
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -22,7 +23,7 @@ class BuildKernels(Command):
     """Compiles the kernels beside their source, for an editable installation as for a wheel."""
 
     description = "compile the C kernels"
-    user_options = ()
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = []
     editable_mode = False
 
     def initialize_options(self) -> None:
@@ -59,7 +60,7 @@ class BuildWheel(bdist_wheel):
     def initialize_options(self) -> None:
         super().initialize_options()
         if _build["compiles_here"]():
-            self.distribution.has_ext_modules = lambda: True  # what is installed belongs to a platform
+            self.distribution.has_ext_modules = lambda: True  # type: ignore[method-assign]  # what is installed belongs to a platform
 
     def get_tag(self) -> tuple[str, str, str]:
         if self.root_is_pure:

@@ -1,9 +1,12 @@
-"""The plan of a step: all layers of a model as one op list, with no torch operator between them."""
+"""The plan of a step: a model's layers as one op list over packed weights, with no torch operator between them.
+
+Widths, ranks and heads that are not multiples of 32 are padded with zeros when weights are packed, which changes no
+result. Weights are copies: the model as it was loaded can be released.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,274 +15,311 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpa_model.backends.cpu.kernels import records
-from lpa_model.backends.cpu.kernels.attention import DecodeRows, call_of_layer, scratch_of_step
-from lpa_model.backends.cpu.kernels.launch import Kernel
-from lpa_model.backends.cpu.kernels.programs import PAIR, Program, product, tiled, tiled_gates
-from lpa_model.backends.cpu.kernels.prompts import NO_PROMPTS, PromptRows
+from lpa_model.attention import Attention
+from lpa_model.backends.cpu.args import ATTENTION, Epilogue
+from lpa_model.backends.cpu.attention import NO_DECODES, NO_PROMPTS, DecodeRows, PromptRows, layer_fields
+from lpa_model.backends.cpu.library import Kernel
+from lpa_model.backends.cpu.oplist import OpList, gemm
+from lpa_model.backends.cpu.packing import PackedWeight, pack, pack_gated, padded
 from lpa_model.backends.cpu.rotary import interleaved, rope_cache
 from lpa_model.batch import Batch
 from lpa_model.cache import LatentCache
-from lpa_model.config import LPAConfig
-from lpa_model.layers import LayerNorm, LowRankLinear, RMSNorm, SwiGLU
+from lpa_model.layers import LayerNorm, LowRankLinear, ReluFFN, RMSNorm, SwiGLU
 from lpa_model.model import LPAForCausalLM, Setting1Block, Setting2Block
 
 MOST_ROWS = 512  # of one run of the op list: so many stay in the cores' caches from one operation to the next
+WIDTH_UNIT = 32  # numbers that the cache's widths are padded to multiples of
 
-
-def unsupported(config: LPAConfig, block_size: int) -> str | None:
-    """What of a model or its cache has no operation in an op list, with the remedy; None if there is nothing."""
-    widths = {"hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size}
-    widths["head_dim"] = config.head_size
-    for layer in range(config.num_hidden_layers):
-        for projection in config.projections:
-            widths[f"the rank of {projection} in layer {layer}"] = config.rank(projection, layer) or 32
-            if projection in ("gate", "up") and config.rotary and config.rank(projection, layer) is not None:
-                return "gated feed-forward layers of low rank have no operation"
-    for name, width in widths.items():
-        if width % 32:
-            return f"{name}, {width}, is not a multiple of 32"
-    if config.qk_norm:
-        return "qk_norm has no operation"
-    if block_size % 32:
-        return f"block_size {block_size} is not a multiple of 32; take 32, 64 or 128"
-    return None
+Matrix = tuple[Tensor, Tensor | None]
+"""A weight [out, in] and its bias [out]."""
 
 
 @dataclass(frozen=True)
-class Weights:
-    """A linear layer's."""
+class Norm:
+    """A norm's own numbers."""
 
-    tiles: Tensor
+    weight: Tensor
     bias: Tensor | None
+    eps: float
 
     @classmethod
-    def of(cls, *linears: nn.Linear, rows: Tensor | None = None) -> Weights:
-        """Several layers as one, outputs in their order; `rows` reorders the outputs."""
-        weight = torch.cat([linear.weight.data for linear in linears])
-        biases = [linear.bias.data for linear in linears if linear.bias is not None]  # all have one, or none
-        bias = torch.cat(biases) if biases else None
-        if rows is not None:
-            weight, bias = weight[rows], None if bias is None else bias[rows]
-        spare = -len(weight) % PAIR  # of a head whose vocabulary does not fill the last tiles
-        return cls(tiled(F.pad(weight, (0, 0, 0, spare))), None if bias is None else F.pad(bias, (0, spare)))
-
-    @property
-    def width(self) -> int:
-        """Outputs."""
-        return self.tiles.shape[0] * self.tiles.shape[3]
+    def of(cls, norm: nn.Module) -> Norm:
+        assert isinstance(norm, RMSNorm | LayerNorm)
+        bias = norm.bias.detach().clone() if isinstance(norm, LayerNorm) else None
+        return cls(norm.weight.detach().clone(), bias, norm.eps)
 
 
-class FusedLayer:
-    """A block's weights, and its operations over a cache."""
+class LayerPlan:
+    """A block's packed weights, and its operations over a cache."""
 
     def __init__(self, block: Setting1Block | Setting2Block, cache: LatentCache) -> None:
-        attention, ffn = block.attention, block.ffn
+        attention = block.attention
+        rotary = isinstance(block, Setting2Block)
+        self.pre_norm = rotary
         self.heads, self.scale = attention.heads, attention.scale
         self.keys, self.values = cache.keys[attention.layer], cache.values[attention.layer]
-        keys_latent, values_latent = cache.forms[attention.layer]
-        # the block's own, so that nothing else of it stays
-        self.norms: tuple[nn.Module, nn.Module] = deepcopy((block.attention_norm, block.ffn_norm))
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        downs = [layer.down for layer in projections if isinstance(layer, LowRankLinear)]
-        self.joint = Weights.of(*downs) if len(downs) == len(projections) else None
-        self.joint_ranks = [down.out_features for down in downs]
-        self.firsts = [
-            Weights.of(layer.down) if self.joint is None and isinstance(layer, LowRankLinear) else None
-            for layer in projections
+        self.norms = Norm.of(block.attention_norm), Norm.of(block.ffn_norm)
+        self._pack_attention(attention, rotary, *cache.forms[attention.layer])
+        self._pack_ffn(block.ffn)
+
+    def _pack_attention(self, attention: Attention, rotary: bool, keys_latent: bool, values_latent: bool) -> None:
+        size, heads, kv_heads = attention.head_dim, attention.heads, attention.kv_heads
+        group, order = heads // kv_heads, interleaved(size) if rotary else torch.arange(size)
+
+        def of_heads(linear: nn.Linear, count: int, rows: Tensor) -> Matrix:
+            """Outputs of each head in the order `rows`, and padded."""
+            weight, bias = _matrix(linear)
+            weight = _pad_rows(weight.unflatten(0, (count, size))[:, rows], padded(size)).flatten(0, 1)
+            if bias is not None:
+                bias = _pad_rows(bias.view(count, size, 1)[:, rows], padded(size)).flatten()
+            return weight, bias
+
+        plain = torch.arange(size)
+        projections = (
+            (attention.q_proj, heads, order),
+            (attention.k_proj, kv_heads, order),
+            (attention.v_proj, kv_heads, plain),
+        )
+        # one GEMM for all that reads the normalised stream: A of low-rank projections, and dense keys and values
+        joint: list[Matrix | None] = []
+        ups: list[PackedWeight | None] = []
+        for name, (layer, count, rows) in zip("qkv", projections, strict=True):
+            if isinstance(layer, LowRankLinear):
+                joint.append(_matrix(layer.down))
+                latent = (name == "k" and keys_latent) or (name == "v" and values_latent)
+                ups.append(None if latent else pack(*of_heads(layer.up, count, rows)))
+            elif name == "q":  # attention reads whole rows of queries
+                joint.append(None)
+                ups.append(pack(*of_heads(layer, count, rows)))
+            else:
+                joint.append(of_heads(layer, count, rows))
+                ups.append(None)
+        self.joint, self.joint_widths = _pack_joint(joint)
+        self.query, self.key, self.value = ups
+        norms = (attention.q_norm, attention.k_norm)
+        self.head_norms = [
+            None if norm is None else Norm(norm.weight.detach()[order], None, norm.eps) for norm in norms
         ]
-        query, key, value = (layer.up if isinstance(layer, LowRankLinear) else layer for layer in projections)
-        group = self.heads // attention.kv_heads
-        rotary = isinstance(block, Setting2Block)
-
-        def rotated(linear: nn.Linear) -> Weights:
-            return Weights.of(linear, rows=interleaved(linear.out_features, attention.head_dim) if rotary else None)
-
-        self.query, self.key, self.absorbed = rotated(query), None, None
+        self.absorbed = self.up = None
         if keys_latent:
-            by_head = attention.key_up().transpose(1, 2).repeat_interleave(group, 0)
-            self.absorbed = Weights(tiled(by_head.flatten(0, 1)), None)  # of [H * r, dh]
-        else:
-            self.key = rotated(key)
-        self.value, self.up = None, None
+            by_head = attention.key_up()[:, order].transpose(1, 2).repeat_interleave(group, 0)  # [H, r, dh]
+            by_head = F.pad(by_head, (0, padded(size) - size))
+            self.absorbed = pack(by_head.flatten(0, 1), groups=heads)
         if values_latent:
             up, bias = attention.value_up()
-            bias = None if bias is None else bias.repeat_interleave(group, 0).flatten()
-            self.up = Weights(tiled(up.repeat_interleave(group, 0).flatten(0, 1)), bias)  # of [H * dh, r]
-        else:
-            self.value = Weights.of(value)
-        self.output = _chain(attention.o_proj)
+            up, bias = up.repeat_interleave(group, 0), None if bias is None else bias.repeat_interleave(group, 0)
+            self.up = pack(up.flatten(0, 1), None if bias is None else bias.flatten(), groups=heads)
+        first, *rest = _matrices(attention.o_proj)
+        by_head = F.pad(first[0].unflatten(1, (heads, size)), (0, padded(size) - size))
+        self.output = [pack(*matrix) for matrix in ((by_head.flatten(1), first[1]), *rest)]
+
+    def _pack_ffn(self, ffn: ReluFFN | SwiGLU) -> None:
+        self.gated = self.gate_joint = None
+        self.gate_widths: list[int] = []
+        self.gate: list[PackedWeight] = []
         if isinstance(ffn, SwiGLU):
-            assert isinstance(ffn.gate_proj, nn.Linear) and isinstance(ffn.up_proj, nn.Linear)
-            self.inner = [Weights(tiled_gates(ffn.gate_proj.weight.data, ffn.up_proj.weight.data), None)]
+            gate, up = _matrices(ffn.gate_proj), _matrices(ffn.up_proj)
+            if len(gate) == len(up) == 1:
+                self.gated = pack_gated(gate[0][0], up[0][0])
+            elif len(gate) == len(up) == 2:
+                self.gate_joint, self.gate_widths = _pack_joint([gate.pop(0), up.pop(0)])
+            self.gate = [pack(*matrix) for matrix in gate]
         else:
-            self.inner = _chain(ffn.up_proj)
-        self.outer = _chain(ffn.down_proj)
+            assert isinstance(ffn, ReluFFN)
+            up = _matrices(ffn.up_proj)
+        self.inner = [] if self.gated else [pack(*matrix) for matrix in up]
+        self.outer = [pack(*matrix) for matrix in _matrices(ffn.down_proj)]
 
-    def write(self, program: Program, stream: Tensor, normed: Tensor, turns: Tensor | None) -> dict[str, int | float]:
-        """Add the layer's operations on `stream` float32 [rows, d], with `normed` bfloat16 [rows, d] between them.
+    def write(self, ops: OpList, stream: Tensor, normed: Tensor, rope: Tensor | None) -> dict[str, int | float]:
+        """Add the layer's operations on `stream` float32 [rows, d], with `normed` [rows, d] between them.
 
-        In setting 1 `normed` is the stream, rounded.
+        Without a norm before the branches (setting 1) `normed` is the stream, rounded.
 
         Returns:
-            What the attention's call says of the layer.
+            What the attention's record says of the layer.
         """
         attention_norm, ffn_norm = self.norms
-        if isinstance(attention_norm, RMSNorm):
-            program.rms_norm(stream, attention_norm.weight, normed, attention_norm.eps)
-        attended, call = self._write_attention(program, normed, turns)
-        self._write_branch(program, attended, self.output, attention_norm, stream, normed)
-        if isinstance(ffn_norm, RMSNorm):
-            program.rms_norm(stream, ffn_norm.weight, normed, ffn_norm.eps)
-            hidden = _through(program, normed, self.inner, records.GATED)
-        else:
-            hidden = _through(program, normed, self.inner, records.RELU)
-        self._write_branch(program, hidden, self.outer, ffn_norm, stream, normed)
-        return call
+        if self.pre_norm:
+            ops.rms_norm(stream, attention_norm.weight, normed, attention_norm.eps)
+        attended, fields = self._write_attention(ops, normed, rope)
+        self._write_branch(ops, attended, self.output, attention_norm, stream, normed)
+        if self.pre_norm:
+            ops.rms_norm(stream, ffn_norm.weight, normed, ffn_norm.eps)
+        self._write_branch(ops, self._write_gate(ops, normed), self.outer, ffn_norm, stream, normed)
+        return fields
 
-    def _write_attention(
-        self, program: Program, x: Tensor, turns: Tensor | None
-    ) -> tuple[Tensor, dict[str, int | float]]:
+    def _write_attention(self, ops: OpList, x: Tensor, rope: Tensor | None) -> tuple[Tensor, dict[str, int | float]]:
+        parts = [x, x, x]
         if self.joint is not None:
-            latents = _through(program, x, [self.joint]).split(self.joint_ranks, -1)
-        else:
-            latents = tuple(x if first is None else _through(program, x, [first]) for first in self.firsts)
-        q, k, v = latents
-        q = _through(program, q, [self.query])
-        if self.absorbed is not None:
-            q = _through(program, q, [self.absorbed], groups=self.heads)
+            columns = _through(ops, x, [self.joint]).split(self.joint_widths, -1)
+            parts = [part if part.shape[1] else x for part in columns]
+        q, k, v = parts
+        assert self.query is not None
+        q = _through(ops, q, [self.query])
         if self.key is not None:
-            k = _through(program, k, [self.key])
+            k = _through(ops, k, [self.key])
         if self.value is not None:
-            v = _through(program, v, [self.value])
-        out = program.room(len(x), self.heads * self.values.shape[3])
+            v = _through(ops, v, [self.value])
+        for rows, norm, heads in zip((q, k), self.head_norms, (self.heads, self.keys.shape[1]), strict=True):
+            if norm is not None:
+                ops.head_rms_norm(rows, norm.weight, rows, norm.eps, heads)
+        if self.absorbed is not None:
+            q = _through(ops, q, [self.absorbed])
+        out = ops.workspace(len(x), self.heads * self.values.shape[3])
         queries, attended = (rows.unflatten(1, (self.heads, -1)) for rows in (q, out))
-        call = call_of_layer(queries, k, v, self.keys, self.values, attended, self.scale, turns=turns)
-        program.attention()
-        program.alive += [q, k, v, turns]
-        return out if self.up is None else _through(program, out, [self.up], groups=self.heads), call
+        fields = layer_fields(queries, k, v, self.keys, self.values, attended, self.scale, rope=rope)
+        ops.attention()
+        return out if self.up is None else _through(ops, out, [self.up]), fields
 
-    @staticmethod
+    def _write_gate(self, ops: OpList, x: Tensor) -> Tensor:
+        if self.gated is not None:
+            return _through(ops, x, [self.gated], Epilogue.SWIGLU_GATED)
+        if not self.gate:
+            return _through(ops, x, self.inner, Epilogue.RELU)
+        parts = [x, x]
+        if self.gate_joint is not None:
+            parts = list(_through(ops, x, [self.gate_joint]).split(self.gate_widths, -1))
+        gate, up = _through(ops, parts[0], self.gate), _through(ops, parts[1], self.inner)
+        ops.swiglu(gate, up, gate)
+        return gate
+
     def _write_branch(
-        program: Program, x: Tensor, weights: list[Weights], norm: nn.Module, stream: Tensor, normed: Tensor
+        self, ops: OpList, x: Tensor, weights: Sequence[PackedWeight], norm: Norm, stream: Tensor, normed: Tensor
     ) -> None:
-        """The last products of a branch, and its addition to the stream."""
-        x = _through(program, x, weights[:-1])
-        last = weights[-1]
-        if isinstance(norm, LayerNorm):
-            branch = _through(program, x, [last])
-            program.add_layer_norm(branch, stream, norm.weight, norm.bias, normed, norm.eps)
+        """The last GEMMs of a branch, and its addition to the stream."""
+        x = _through(ops, x, weights[:-1])
+        if self.pre_norm:
+            ops.gemm(x, weights[-1], stream, Epilogue.RESIDUAL_ADD)
         else:
-            program.product(x, last.tiles, stream, bias=last.bias, then=records.ADDED)
+            branch = _through(ops, x, weights[-1:])
+            ops.add_layer_norm(branch, stream, norm.weight, norm.bias, normed, norm.eps)
 
 
-class FusedStep:
-    """The rows of a step through all layers of a model.
+class StepPlan:
+    """The rows of a step through all layers of a model; a row's result depends on the row alone, to the bit."""
 
-    A row's result depends on the row alone, to the bit. In the cache's pools of values two tokens lie side by side,
-    [num_blocks, heads, block_size / 2, width, 2] (VNNI layout).
-    """
-
-    def __init__(self, model: LPAForCausalLM, cache: LatentCache, kernel: Kernel) -> None:
-        self.kernel = kernel
-        self.width = model.config.hidden_size
-        # copies, for a view of a mapped file would keep all of it mapped
-        self.norm, self.embed_tokens = deepcopy(model.norm), deepcopy(model.embed_tokens)
-        self.embed_positions = None if model.rotary is not None else deepcopy(model.embed_positions)
-        self.rope = None if model.rotary is None else rope_cache(model.rotary)
+    def __init__(self, model: LPAForCausalLM, cache: LatentCache, kernels: Mapping[str, Kernel]) -> None:
+        self.kernels, self.dtype = kernels, cache.keys[0].dtype
+        self.vocab_size, self.width = model.config.vocab_size, padded(model.config.hidden_size)
         self.block_size = cache.block_size
-        self.layers = [FusedLayer(cast("Setting1Block | Setting2Block", block), cache) for block in model.layers]
-        self.output, self.vocab_size = Weights.of(model.lm_head), model.config.vocab_size
+        self.tokens = _pad_columns(model.embed_tokens.weight, self.width)
+        self.positions = self.rope = self.norm = None
+        if model.rotary is None:
+            self.positions = _pad_columns(model.embed_positions.weight, self.width)
+        else:
+            self.rope = rope_cache(model.rotary, padded(model.config.head_size))
+        if model.norm is not None:
+            self.norm = Norm.of(model.norm)
+        self.layers = [LayerPlan(cast("Setting1Block | Setting2Block", block), cache) for block in model.layers]
+        self.output = pack(*_matrix(model.lm_head))
         self.capacity = 0
 
     def __call__(self, batch: Batch) -> Tensor:
-        """The batch's rows -> hidden states [rows, d] before the head; may be overwritten by the next step."""
-        x: Tensor = self.embed_tokens(torch.from_numpy(batch.ids)).float()
-        if self.embed_positions is not None:
-            x = x + self.embed_positions(torch.from_numpy(batch.positions)).float()
-        if len(x) <= MOST_ROWS:
-            return self._run(x, batch)
-        out = torch.empty(len(x), self.width, dtype=torch.float32 if self.norm is None else torch.bfloat16)
-        row = 0
-        for part in batch.cut(MOST_ROWS):
-            rows = slice(row, row + part.num_rows)
-            out[rows] = self._run(x[rows], part)
-            row = rows.stop
-        return out
+        """The batch's rows -> hidden states [rows, d], padded, in the weights' dtype; the next step overwrites them."""
+        if batch.num_rows <= MOST_ROWS:
+            return self._run(batch)
+        return torch.cat([self._run(part).clone() for part in batch.cut(MOST_ROWS)])
 
-    def _run(self, x: Tensor, batch: Batch) -> Tensor:
-        rows = len(x)
+    def head(self, hidden: Tensor) -> Tensor:
+        """hidden [rows, d], padded -> logits [rows, vocab] in the weights' dtype."""
+        return gemm(self.kernels, hidden, self.output, self.vocab_size)
+
+    def _run(self, batch: Batch) -> Tensor:
+        rows = batch.num_rows
         if rows > self.capacity:
             self._write(max(8, 1 << (rows - 1).bit_length()))
+        x = self.tokens[torch.from_numpy(batch.ids)].float()
+        if self.positions is not None:
+            x += self.positions[torch.from_numpy(batch.positions)].float()
         self.stream[:rows] = x
         if self.norm is None:
             self.normed[:rows] = x
-        calls = self.calls
-        calls["rows"] = batch.num_decode
-        alive = self._decode_rows(batch) if batch.num_decode else None
-        tiled_values = None
-        if batch.prompts:
-            prompts = PromptRows.of(batch)
-            tiled_values = torch.empty(self.value_rows, prompts.value_tiles * 32, dtype=torch.bfloat16)
-            fields = prompts.fields | {"tiled_values": tiled_values.data_ptr()}
-        else:
-            fields = NO_PROMPTS
+        alive = [self._set(self._decode_fields(batch)), self._set(self._prompt_fields(batch))]
+        self.ops.run(rows)
+        del alive
+        return self.normed[:rows]
+
+    def _set(self, fields_and_owners: tuple[Mapping[str, int | np.ndarray], object]) -> object:
+        fields, owners = fields_and_owners
         for name, value in fields.items():
-            calls[name] = value
-        self.program.run(self.kernel, rows)
-        del alive, tiled_values
-        return self.stream[:rows] if self.norm is None else self.normed[:rows]
+            self.ops.attentions[name] = value
+        return owners
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """hidden [rows, d] -> logits bfloat16 [rows, vocab]."""
-        logits = product(self.kernel, hidden.to(torch.bfloat16).contiguous(), self.output.tiles, self.output.bias)
-        return logits[:, : self.vocab_size].contiguous()
+    def _decode_fields(self, batch: Batch) -> tuple[Mapping[str, int | np.ndarray], object]:
+        """What every layer's record says of the decode rows, and what has to live until they have run."""
+        if not batch.num_decode:
+            return NO_DECODES, None
+        rows, layers = DecodeRows.of(batch), self.ops.attentions
+        sizes = layers[["heads", "value_width"]].tolist()
+        scratch = torch.empty(max(rows.scratch_floats(*size) for size in sizes))
+        counters = np.zeros((len(layers), rows.num_counters), dtype=np.int64)
+        by_layer = [rows.scratch_fields(scratch, *size) for size in sizes]
+        fields = rows.fields | {name: np.array([layer[name] for layer in by_layer]) for name in by_layer[0]}
+        addresses = counters.ctypes.data + counters.strides[0] * np.arange(len(layers))
+        return fields | {"counters": addresses}, (rows, scratch, counters)
 
-    def _decode_rows(self, batch: Batch) -> object:
-        """Tell the calls of the decode rows; returns what has to live until they have run."""
-        calls, at = self.calls, DecodeRows.of(batch)
-        items = len(at.item_rows)
-        partial = torch.empty(items * self.partial_size, dtype=torch.float32)
-        counters = np.zeros((len(calls), at.num_counters), dtype=np.int64)
-        scratch = scratch_of_step(partial, items * calls["heads"] * calls["value_width"])
-        for name, value in (at.fields | scratch).items():
-            calls[name] = value
-        calls["counters"] = counters.ctypes.data + counters.strides[0] * np.arange(len(calls))
-        return at, partial, counters
+    def _prompt_fields(self, batch: Batch) -> tuple[Mapping[str, int | np.ndarray], object]:
+        if not batch.prompts:
+            return NO_PROMPTS, None
+        rows, layers = PromptRows.of(batch), self.ops.attentions
+        packed = torch.empty(0, dtype=torch.bfloat16)
+        if self.dtype is torch.bfloat16:
+            size = max(rows.packed_numbers(*sizes) for sizes in layers[["value_heads", "value_width"]].tolist())
+            packed = torch.empty(size, dtype=torch.bfloat16)
+        return rows.fields | {"packed_values": packed.data_ptr()}, (rows, packed)
 
     def _write(self, capacity: int) -> None:
         """The op list for up to `capacity` rows."""
         self.capacity = capacity
-        self.stream = torch.empty(capacity, self.width)
-        self.normed = torch.empty(capacity, self.width, dtype=torch.bfloat16)
-        program = Program(np.zeros(len(self.layers), dtype=records.CALL))
-        for layer, call in zip(self.layers, program.calls, strict=True):
-            program.clear()
-            for name, value in layer.write(program, self.stream, self.normed, self.rope).items():
-                call[name] = value
+        self.stream = torch.zeros(capacity, self.width)
+        self.normed = torch.zeros(capacity, self.width, dtype=self.dtype)
+        self.ops = OpList(self.kernels, self.dtype, np.zeros(len(self.layers), dtype=ATTENTION))
+        for layer, record in zip(self.layers, self.ops.attentions, strict=True):
+            self.ops.free_workspaces()
+            for name, value in layer.write(self.ops, self.stream, self.normed, self.rope).items():
+                record[name] = value
         if self.norm is not None:
-            program.rms_norm(self.stream, self.norm.weight, self.normed, self.norm.eps)
-        calls = program.calls
-        self.partial_size = int((calls["heads"] * (calls["value_width"] + 2)).max())
-        self.value_rows = int((calls["value_heads"] * calls["value_width"]).max())
-        self.program, self.calls = program, calls
+            self.ops.rms_norm(self.stream, self.norm.weight, self.normed, self.norm.eps)
 
 
-def _through(
-    program: Program, x: Tensor, weights: Sequence[Weights], then: int = records.BFLOAT16, groups: int = 1
-) -> Tensor:
-    """x through products one after another, each in as many groups, `then` being for the last of them."""
-    for i, layer in enumerate(weights):
-        last = i + 1 == len(weights)
-        width = layer.width // 2 if last and then == records.GATED else layer.width
-        out = program.room(len(x), width)
-        after = then if last else records.BFLOAT16
-        program.product(x, layer.tiles, out, bias=layer.bias, then=after, groups=groups)
+def _through(ops: OpList, x: Tensor, weights: Sequence[PackedWeight], epilogue: Epilogue = Epilogue.STORE) -> Tensor:
+    """x through GEMMs one after another, with the epilogue after the last."""
+    for i, weight in enumerate(weights):
+        out = ops.workspace(len(x), weight.out_features)
+        ops.gemm(x, weight, out, epilogue if i + 1 == len(weights) else Epilogue.STORE)
         x = out
     return x
 
 
-def _chain(layer: nn.Module) -> list[Weights]:
-    """A low-rank layer's two products, or a dense one's only one."""
+def _matrix(linear: nn.Linear) -> Matrix:
+    return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+
+
+def _matrices(layer: nn.Module) -> list[Matrix]:
+    """A low-rank layer's two, or a dense one's only one."""
     assert isinstance(layer, LowRankLinear | nn.Linear)
-    return [Weights.of(part) for part in ((layer.down, layer.up) if isinstance(layer, LowRankLinear) else (layer,))]
+    return [_matrix(part) for part in ((layer.down, layer.up) if isinstance(layer, LowRankLinear) else (layer,))]
+
+
+def _pack_joint(matrices: Sequence[Matrix | None]) -> tuple[PackedWeight | None, list[int]]:
+    """Several matrices of one input as one weight, and the padded widths of their outputs, 0 for None."""
+    present = [matrix for matrix in matrices if matrix is not None]
+    widths = [0 if matrix is None else padded(len(matrix[0])) for matrix in matrices]
+    if not present:
+        return None, widths
+    weight = torch.cat([_pad_rows(weight, padded(len(weight))) for weight, _ in present])
+    bias = None
+    if any(bias is not None for _, bias in present):
+        biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in present]
+        bias = torch.cat([F.pad(bias, (0, padded(len(bias)) - len(bias))) for bias in biases])
+    return pack(weight, bias), widths
+
+
+def _pad_rows(x: Tensor, rows: int) -> Tensor:
+    """[.., n, width] -> [.., rows, width]."""
+    return F.pad(x, (0, 0, 0, rows - x.shape[-2]))
+
+
+def _pad_columns(x: Tensor, width: int) -> Tensor:
+    """A copy [rows, width]: a view of a mapped file would keep all of it mapped."""
+    return F.pad(x.detach(), (0, width - x.shape[1])).clone()

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lpa_model.layers import RotaryEmbedding
 
 
-def interleaved(width: int, head_dim: int) -> Tensor:
-    """Order of output rows [heads·dh] in which dimension i of a head is followed by i + dh/2; int64 [width].
+def interleaved(head_dim: int) -> Tensor:
+    """Order of a head's dimensions in which i is followed by i + dh/2: 0, dh/2, 1, dh/2 + 1, ...; int64 [dh].
 
     Applied to queries and keys alike, it leaves their scores as they are.
     """
-    order = torch.arange(head_dim).view(2, -1).T.flatten()  # 0, dh/2, 1, dh/2 + 1, ...
-    return torch.arange(width).view(-1, head_dim)[:, order].flatten()
+    return torch.arange(head_dim).view(2, -1).T.flatten()
 
 
-def rope_cache(rotary: RotaryEmbedding) -> Tensor:
-    """cos + i sin, complex64 [positions, dh/2]: pairs (cos, sin) of float32 in memory."""
-    return torch.complex(rotary.cos, rotary.sin)
+def rope_cache(rotary: RotaryEmbedding, head_dim: int) -> Tensor:
+    """cos + i sin, complex64 [positions, head_dim / 2]: pairs of float32 in memory; zeros behind the model's own."""
+    pairs = torch.complex(rotary.cos, rotary.sin)
+    return F.pad(pairs, (0, head_dim // 2 - pairs.shape[1]))

@@ -13,7 +13,6 @@ from lpa_model.backends.cpu.args import DRAW, MASK
 from lpa_model.backends.cpu.library import Kernel, address_of
 from lpa_model.backends.cpu.oplist import DTYPES
 
-NOTHING, UNDECIDED = -1, -2  # as in csrc/sampling.c
 COLUMNS, SUM_BLOCK = 1024, 128  # as in csrc/logits.h
 
 
@@ -23,13 +22,11 @@ def scratch_bytes(vocab: int) -> int:
 
 
 def draw_tokens(kernels: Mapping[str, Kernel], logits: Tensor, settings: Tensor) -> Tensor:
-    """A token of each row, or NOTHING where all logits are -inf, or UNDECIDED where the numbers were not enough.
-
-    A row's token depends on nothing but the row and its settings.
+    """A token of each row, or NOTHING, or UNDECIDED, as `lpa_model.backends.torch.rows.draw_tokens` defines it.
 
     Args:
         kernels: of one instruction set, from `Library.kernels`.
-        logits: float32 or bfloat16 [rows, vocab], contiguous.
+        logits: float32 or bfloat16 [rows, vocab].
         settings: float64 [rows, 4 + attempts]: temperature (0: the best token of lowest id), top_k (0: all), top_p,
             min_p and numbers in [0, 1), of which top_p may use more than one.
 
@@ -37,7 +34,8 @@ def draw_tokens(kernels: Mapping[str, Kernel], logits: Tensor, settings: Tensor)
         int64 [rows].
     """
     rows, vocab = logits.shape
-    assert logits.is_contiguous() and settings.is_contiguous() and settings.dtype is torch.float64
+    logits = logits.contiguous()
+    assert settings.is_contiguous() and settings.dtype is torch.float64
     tokens = torch.empty(rows, dtype=torch.int64)
     if not rows:
         return tokens
@@ -52,12 +50,13 @@ def draw_tokens(kernels: Mapping[str, Kernel], logits: Tensor, settings: Tensor)
 
 
 def mask_logits(kernels: Mapping[str, Kernel], logits: Tensor, masks: Sequence[npt.NDArray[np.uint8] | None]) -> Tensor:
-    """logits float32 or bfloat16 [rows, vocab], contiguous -> float32 [rows, vocab], -inf where a row's mask has 0.
+    """logits float32 or bfloat16 [rows, vocab] -> float32 [rows, vocab], -inf where a row's mask has 0.
 
     A mask has a bit for each token, lowest first, in vocab / 8 bytes or more; None forbids nothing.
     """
     rows, vocab = logits.shape
-    assert logits.is_contiguous() and len(masks) == rows
+    logits = logits.contiguous()
+    assert len(masks) == rows
     assert all(mask is None or (mask.flags.c_contiguous and 8 * mask.nbytes >= vocab) for mask in masks)
     addresses = np.array([0 if mask is None else mask.ctypes.data for mask in masks], dtype=np.int64)
     out = torch.empty(rows, vocab)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,24 +12,13 @@ from lpa_model.backends.cpu.args import SCORE
 from lpa_model.backends.cpu.library import Kernel, address_of
 from lpa_model.backends.cpu.oplist import DTYPES
 from lpa_model.backends.cpu.sampling import scratch_bytes
+from lpa_model.backends.torch.rows import RowScores
 
 LOT = 4  # rows that a thread takes at a time: as in csrc/score.c
 
 
-class RowScores(NamedTuple):
-    """The norm is NaN for a row with NaN or +inf in it, or with nothing above -inf."""
-
-    own: Tensor  # float32 [rows]: the target's logit
-    peak: Tensor  # float32 [rows]: the largest logit, or NaN if there is one
-    norm: Tensor  # float64 [rows]: log of the sum of e^(logit - peak)
-    best: Tensor  # int64 [rows]: lowest id of the largest logit, or of NaN
-    rank: Tensor  # int64 [rows]: 1 + how many tokens are before the target, by logit, then by id
-    top_ids: Tensor  # int64 [rows, top]: the best tokens, best first, equal ones by id
-    top_logits: Tensor  # float32 [rows, top]: theirs
-
-
 def score_rows(kernels: Mapping[str, Kernel], logits: Tensor, targets: Tensor, top: int = 0) -> RowScores:
-    """logits float32 or bfloat16 [rows, vocab], contiguous; targets int64 [rows]; top at most vocab.
+    """logits float32 or bfloat16 [rows, vocab]; targets int64 [rows]; top at most vocab.
 
     A row's numbers depend on nothing but the row, to the bit. From its logits as they are to the log-probability, the
     error is below 3e-7 of it; below 2e-6 where float32 logits differ by so much that their difference is rounded.
@@ -40,7 +28,8 @@ def score_rows(kernels: Mapping[str, Kernel], logits: Tensor, targets: Tensor, t
         IndexError: a target is not within the vocabulary.
     """
     rows, vocab = logits.shape
-    assert logits.is_contiguous() and targets.dtype is torch.int64 and 0 <= top <= vocab
+    logits = logits.contiguous()
+    assert targets.dtype is torch.int64 and 0 <= top <= vocab
     targets = targets.contiguous()
     if rows and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
         raise IndexError(f"a target is not within the vocabulary of {vocab}")

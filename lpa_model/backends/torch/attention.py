@@ -7,7 +7,7 @@ A token's path follows from its role alone, so that no result depends on schedul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,47 +15,34 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from lpa_model.attention import Attention
 from lpa_model.backends.torch.decode import decode_attention, decode_pairs
 from lpa_model.batch import Batch, Span
 from lpa_model.cache import LatentCache
+from lpa_model.layers import RotaryEmbedding
 
 TILE = 64  # tokens
 PER_HEAD_ROWS = 16
 
 
-Decode = Callable[[Attention, Tensor, Tensor, Tensor], Tensor]
-"""A kernel's attention for decode rows, which rotates and writes the cache itself: a layer, queries [rows, H, dh], and
-keys and values [rows, heads, width] in the cache's form -> [rows, H, dh]."""
-
-
 class PagedAttention:
     """What `Attention` calls in every layer of one step: writes the step's keys and values, then attends."""
 
-    def __init__(
-        self,
-        batch: Batch,
-        cache: LatentCache,
-        rotary: nn.Module | None,
-        *,
-        padding: int = 0,
-        decode: Decode | None = None,
-    ) -> None:
-        """`padding`: rows behind the batch's, which nobody reads. `decode`: in place of this file's own."""
+    def __init__(self, batch: Batch, cache: LatentCache, rotary: RotaryEmbedding | None, *, padding: int = 0) -> None:
+        """`padding`: rows behind the batch's, which nobody reads."""
         device = cache.keys[0].device
 
         def tensor(array: NDArray[Any]) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-        self.cache, self.rotary, self.decode = cache, rotary, decode
+        self.cache, self.rotary = cache, rotary
         self.rows, self.num_decode = batch.num_rows, batch.num_decode
         self.positions = tensor(np.pad(batch.positions, (0, padding)))
         self.slots = tensor(batch.slots // batch.block_size), tensor(batch.slots % batch.block_size)
         self.pairs = None
-        if batch.num_decode and decode is None:
-            decodes = batch.spans[: batch.num_decode]
+        if decodes := batch.spans[: batch.num_decode]:
             lengths = np.array([span.context + 1 for span in decodes])
             self.pairs = decode_pairs(lengths, [span.block_table for span in decodes], batch.block_size, device)
         self.groups = list(_prefill_groups(batch, device))
@@ -66,22 +53,14 @@ class PagedAttention:
         q = layer.queries(q)
         k = k.unsqueeze(1) if keys_latent else layer.keys(k)
         v = v.unsqueeze(1) if values_latent else layer.values(v)
-        parts, done = [], 0
-        if self.num_decode and self.decode is not None:
-            done = self.num_decode
-            parts.append(self.decode(layer, q[:done], k[:done], v[:done]))
-        if done < len(q):
-            if self.rotary is not None:
-                q = self.rotary(q, self.positions)
-                k = k if keys_latent else self.rotary(k, self.positions)
-            blocks, offsets = self.slots
-            self.cache.write(layer.layer, (blocks[done:], offsets[done:]), k[done : self.rows], v[done : self.rows])
-            if done < self.num_decode:
-                parts.append(self._decode(layer, q[: self.num_decode]))
-            for group in self.groups:
-                parts.append(self._expanded(layer, q[group.rows], k[group.rows], v[group.rows], group))
-            parts.append(q[self.rows :])
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self.rotary is not None:
+            q = self.rotary(q, self.positions)
+            k = k if keys_latent else self.rotary(k, self.positions)
+        self.cache.write(layer.layer, self.slots, k[: self.rows], v[: self.rows])
+        parts = [self._decode(layer, q[: self.num_decode])] if self.num_decode else []
+        for group in self.groups:
+            parts.append(self._expanded(layer, q[group.rows], k[group.rows], v[group.rows], group))
+        return torch.cat([*parts, q[self.rows :]])
 
     def _decode(self, layer: Attention, q: Tensor) -> Tensor:
         """q [requests, H, dh], rotated -> [requests, H, dh]; absorbs B_k into the queries and B_v into the outputs."""
@@ -90,7 +69,7 @@ class PagedAttention:
         blocks = self.pairs.blocks
         keys, values = self.cache.keys[layer.layer][blocks], self.cache.values[layer.layer][blocks]
         if keys_latent and self.rotary is None:
-            q = per_kv_head(q, layer.key_up())
+            q = _per_kv_head(q, layer.key_up())
         elif (
             keys_latent and self.rotary is not None
         ):  # rebuilt block by block: rotation stands between the query and B_k
@@ -98,7 +77,7 @@ class PagedAttention:
         out = decode_attention(q, keys, values, self.pairs, layer.scale)
         if values_latent:
             up, up_bias = layer.value_up()
-            out = per_kv_head(out, up.transpose(1, 2))
+            out = _per_kv_head(out, up.transpose(1, 2))
             if up_bias is not None:  # attention weights sum to 1, so the values' bias comes through whole
                 out = out + up_bias.repeat_interleave(layer.heads // layer.kv_heads, 0)
         return out
@@ -194,7 +173,7 @@ def _pad_tokens(x: Tensor, before: int, behind: int) -> Tensor:
     return F.pad(x, (0, 0, 0, 0, before, behind)) if before or behind else x
 
 
-def per_kv_head(x: Tensor, weight: Tensor) -> Tensor:
+def _per_kv_head(x: Tensor, weight: Tensor) -> Tensor:
     """x [rows, H, a], weight [H_kv, a, b] -> [rows, H, b]; consecutive query heads share a key-value head.
 
     Rows are met PER_HEAD_ROWS at a time: a product with more rows, or fewer, might round differently.

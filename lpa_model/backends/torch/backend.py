@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,8 @@ from torch import Tensor
 
 from lpa_model.backends import features
 from lpa_model.backends.base import Mask, SamplingRow, StepResult
-from lpa_model.backends.torch.attention import Decode, PagedAttention
+from lpa_model.backends.torch.attention import PagedAttention
 from lpa_model.backends.torch.results import ComputedStep, step_result
-from lpa_model.backends.torch.sampling import TORCH_ROWS, RowOps
 from lpa_model.batch import Batch
 from lpa_model.cache import LatentCache, bytes_per_token
 from lpa_model.config import CacheLayout
@@ -21,28 +21,16 @@ from lpa_model.model import LPAForCausalLM
 MIN_ROWS = 8  # a float32 product with fewer rows takes another path and rounds differently
 
 
-MakeDecode = Callable[[Batch, LatentCache], Decode | None]
-"""A kernel for the decode rows of a step, made once a step."""
-
-
 class TorchBackend:
-    """`Backend` in plain torch; parts of it may be replaced."""
+    """`Backend` in plain torch."""
 
-    def __init__(
-        self,
-        model: LPAForCausalLM,
-        *,
-        name: str | None = None,
-        batch_invariant: bool = False,
-        ops: RowOps = TORCH_ROWS,
-        make_decode: MakeDecode = lambda batch, cache: None,
-    ) -> None:
+    batch_invariant = False
+
+    def __init__(self, model: LPAForCausalLM) -> None:
         weight = model.embed_tokens.weight
         self.model, self.config = model, model.config
         self.device, self.dtype = weight.device, weight.dtype
-        self.name = name or f"torch ({self.device}, {str(self.dtype).removeprefix('torch.')})"
-        self.batch_invariant = batch_invariant
-        self.ops, self.make_decode = ops, make_decode
+        self.name = f"torch ({self.device}, {str(self.dtype).removeprefix('torch.')})"
         self.cache: LatentCache | None = None
 
     def cache_bytes_per_token(self, layout: CacheLayout) -> int:
@@ -52,7 +40,8 @@ class TorchBackend:
         return features.free_memory(self.device)
 
     def make_cache(self, layout: CacheLayout, num_blocks: int, block_size: int) -> LatentCache:
-        self.cache = LatentCache(self.config, layout, num_blocks, block_size, self.dtype, self.device)
+        allocate = partial(torch.zeros, dtype=self.dtype, device=self.device)
+        self.cache = LatentCache(self.config, layout, num_blocks, block_size, allocate)
         return self.cache
 
     @torch.inference_mode()
@@ -61,8 +50,7 @@ class TorchBackend:
         if len(batch.zero_blocks):
             self.cache.zero(torch.from_numpy(batch.zero_blocks).to(self.device))
         padding = max(0, MIN_ROWS - batch.num_rows)
-        decode = self.make_decode(batch, self.cache) if batch.num_decode else None
-        attend = PagedAttention(batch, self.cache, self.model.rotary, padding=padding, decode=decode)
+        attend = PagedAttention(batch, self.cache, self.model.rotary, padding=padding)
         ids = F.pad(torch.from_numpy(batch.ids), (0, padding)).to(self.device)
         return ComputedStep(batch, sampling, self.model(ids, attend.positions, attend))
 
@@ -72,7 +60,7 @@ class TorchBackend:
 
     @torch.inference_mode()
     def collect(self, handle: ComputedStep, masks: Mapping[int, Mask]) -> StepResult:
-        result = step_result(handle, self.head, masks, self.ops)
+        result = step_result(handle, self.head, masks)
         self.wait(handle)  # a step that only fills the cache has waited for nothing yet
         return result
 

@@ -12,6 +12,13 @@
 
 #define LOWEST (-__builtin_inff())
 
+/* Whether register tiles are for 32 registers of 64 bytes; those of emulated instruction sets are, too. */
+#if defined(__AVX512F__) || HAS_DOT_BF16
+#define WIDE_TILES 1
+#else
+#define WIDE_TILES 0
+#endif
+
 INLINE int64_t number_bytes(int is_bf16) { return is_bf16 ? 2 : 4; }
 
 INLINE int64_t part_numbers(int is_bf16) { return is_bf16 ? 32 : 16; }

@@ -7,12 +7,12 @@
  */
 #include "attention.h"
 
-/* Register tiles: scores of one head and ONE_KEYS keys, or of SHARED heads and SHARED_KEYS keys that they share; outputs
- * of one head and up to ONE_COLUMNS vectors of columns, or of SHARED heads and one. */
-#if defined(__AVX512F__)
-enum { ONE_KEYS = 8, SHARED_KEYS = 4 };
+/* Register tiles: scores of one head and ONE_KEYS keys, or of SHARED heads and SHARED_KEYS keys that they share;
+ * outputs of one head and ONE_COLUMNS vectors of columns, or of SHARED heads and SHARED_COLUMNS. */
+#if WIDE_TILES
+enum { ONE_KEYS = 8, SHARED_KEYS = 4, SHARED_COLUMNS = 4 };
 #else
-enum { ONE_KEYS = 4, SHARED_KEYS = 1 };
+enum { ONE_KEYS = 4, SHARED_KEYS = 1, SHARED_COLUMNS = 1 };
 #endif
 enum { SHARED = 4, ONE_COLUMNS = 4 };
 
@@ -200,14 +200,17 @@ INLINE void weigh_tile(int is_bf16, int num_heads, int num_columns, const struct
 /* Of the `count` heads that share a value head: out float32 [count, value_width] = weights . values. */
 INLINE void weigh_values(int is_bf16, const struct attention *a, const int64_t *table, int64_t tokens,
                          int64_t value_head, int64_t count, const char *weights, int64_t line, float *out) {
-    int64_t width = a->value_width, shared = count / SHARED * SHARED;
-    for (int64_t column = 0; shared && column < width; column += LANES)
+    int64_t width = a->value_width, shared = count / SHARED * SHARED, column = 0;
+    for (; shared && column + SHARED_COLUMNS * LANES <= width; column += SHARED_COLUMNS * LANES)
+        for (int64_t h = 0; h < shared; h += SHARED)
+            weigh_tile(is_bf16, SHARED, SHARED_COLUMNS, a, table, tokens, value_head, column, weights + h * line, line,
+                       out + h * width);
+    for (; shared && column < width; column += LANES)
         for (int64_t h = 0; h < shared; h += SHARED)
             weigh_tile(is_bf16, SHARED, 1, a, table, tokens, value_head, column, weights + h * line, line,
                        out + h * width);
     for (int64_t h = shared; h < count; h++) {
-        int64_t column = 0;
-        for (; column + ONE_COLUMNS * LANES <= width; column += ONE_COLUMNS * LANES)
+        for (column = 0; column + ONE_COLUMNS * LANES <= width; column += ONE_COLUMNS * LANES)
             weigh_tile(is_bf16, 1, ONE_COLUMNS, a, table, tokens, value_head, column, weights + h * line, line,
                        out + h * width);
         for (; column < width; column += LANES)

@@ -1,10 +1,10 @@
 /* Prompt attention: new tokens of some texts, whose earlier tokens are in the paged cache (chunked prefill).
  *
- * A work item is ITEM_TILES tiles of QUERIES queries of one head. Scores lie transposed, a query in each column, so that
- * maxima and sums run down the columns in vectors. Tokens are met TOKENS at a time from multiples of TOKENS in the text
- * (online softmax): each such group's weights stand beneath the largest score so far (a little larger ones pass, so that
- * outputs are seldom rescaled), and what a query must not see has a weight of zero. So a query's result is the same to
- * the bit however a prompt is cut into chunks, and whatever is beside it.
+ * A work item is ITEM_TILES tiles of QUERIES queries of one head. Scores lie transposed, a query in each column, so
+ * that maxima and sums run down the columns in vectors. Tokens are met TOKENS at a time from multiples of TOKENS in the
+ * text (online softmax): each such group's weights stand beneath the largest score so far (a little larger ones pass,
+ * so that outputs are seldom rescaled), and what a query must not see has a weight of zero. So a query's result is the
+ * same to the bit however a prompt is cut into chunks, and whatever is beside it.
  *
  * Keys are read where they lie in the cache, and so are values, except with tiles (AMX): there PACK_VALUES copies them
  * once for all heads, transposed, and outputs lie transposed like the scores.
@@ -22,8 +22,9 @@ enum {
     ROW = 4 * QUERIES,
 };
 
-/* Register tiles: scores of KEYS keys and KEY_VECTORS * 16 queries; outputs of up to MOST_ROWS queries and 16 columns. */
-#if defined(__AVX512F__)
+/* Register tiles: scores of KEYS keys and KEY_VECTORS * 16 queries; outputs of at most MOST_ROWS queries and 16
+ * columns. */
+#if WIDE_TILES
 enum { KEYS = 8, KEY_VECTORS = 2, MOST_ROWS = 16 };
 #else
 enum { KEYS = 6, KEY_VECTORS = 1, MOST_ROWS = 6 };
@@ -31,6 +32,11 @@ enum { KEYS = 6, KEY_VECTORS = 1, MOST_ROWS = 6 };
 
 static const float MARGIN = 8;     /* powers of two by which a weight may exceed 1 */
 static const float FIRST = -1e30f; /* a maximum below all scores, and finite */
+
+/* Whether products are in tiles of bfloat16. */
+INLINE int in_tiles(const struct attention *a) {
+    return HAS_TILES && a->dtype == BFLOAT16 && a->block_size % PACKED == 0;
+}
 
 /* Numbers of 4 bytes in a query: float32, or pairs of bfloat16. */
 INLINE int64_t query_units(int is_bf16, const struct attention *a) {
@@ -40,8 +46,8 @@ INLINE int64_t query_units(int is_bf16, const struct attention *a) {
 /* One thread's scratch. */
 struct scratch {
     char *queries; /* [query_units, QUERIES] */
-    char *scores;  /* float32 [TOKENS, QUERIES]; they become weights, float32 or pairs of bfloat16 [TOKENS / 2, QUERIES] */
-    float *out;    /* [QUERIES, value_width], or transposed with tiles; rows of queries before */
+    char *scores;  /* float32 [TOKENS, QUERIES]; then weights, pairs of bfloat16 [TOKENS / 2, QUERIES] or as scores */
+    float *out;    /* [QUERIES, value_width], transposed with tiles; before, queries as they lie */
     float *peaks;  /* [QUERIES]: maxima */
     float *sums;   /* [QUERIES]: of weights */
     float *factors; /* [QUERIES]: of rescaling */
@@ -118,7 +124,7 @@ static void transpose_square(const char *from, int64_t from_bytes, char *to, int
 /* A block's values as rows of 32 tokens: packed_values is [value_heads * value_width / 16, packed_value_tiles, 16,
  * PACKED], with zeros behind a text's last token. */
 void pack_values_block(const struct attention *a, int64_t block) {
-    if (!HAS_TILES || a->dtype != BFLOAT16) return;
+    if (!in_tiles(a)) return;
     const int64_t *span = a->spans + SPAN_FIELDS * a->block_spans[block];
     int64_t place = block - span[5], start = place * a->block_size, width = a->value_width;
     int64_t count = min_i64(a->block_size, span[1] + span[2] - start), column = span[4] + start;
@@ -340,39 +346,152 @@ INLINE void weigh(int is_bf16, const struct attention *a, const int64_t *table, 
         }
 }
 
+/* ---- the same in tiles: outputs lie transposed, [value_width, QUERIES] ---- */
+
+#if HAS_TILES
+
+/* out float32 [32, QUERIES] = 32 rows of 32 * parts numbers times pairs [16 * parts, QUERIES]; added to what is there
+ * if `add`. Rows lie `stride` bytes apart, 16 of them `strip`, and 32 numbers of a row `step`. */
+static void multiply_tiles(const char *rows, int64_t stride, int64_t step, int64_t strip, int64_t parts, int add,
+                           const char *columns, char *out) {
+    if (add) {
+        TILE_LOAD(0, out, ROW);
+        TILE_LOAD(1, out + 64, ROW);
+        TILE_LOAD(2, out + 16 * ROW, ROW);
+        TILE_LOAD(3, out + 16 * ROW + 64, ROW);
+    } else {
+        TILE_ZERO(0);
+        TILE_ZERO(1);
+        TILE_ZERO(2);
+        TILE_ZERO(3);
+    }
+    for (int64_t i = 0; i < parts; i++, rows += step, columns += 16 * ROW) {
+        TILE_LOAD(4, columns, ROW);
+        TILE_STREAM(6, rows, stride);
+        TILE_DPBF16(0, 6, 4);
+        TILE_LOAD(5, columns + 64, ROW);
+        TILE_DPBF16(1, 6, 5);
+        TILE_STREAM(7, rows + strip, stride);
+        TILE_DPBF16(2, 7, 4);
+        TILE_DPBF16(3, 7, 5);
+    }
+    TILE_STORE(0, out, ROW);
+    TILE_STORE(1, out + 64, ROW);
+    TILE_STORE(2, out + 16 * ROW, ROW);
+    TILE_STORE(3, out + 16 * ROW + 64, ROW);
+}
+
+/* As `score`, 32 keys at a time: some behind the last one, too. */
+static void score_in_tiles(const struct attention *a, const int64_t *table, int64_t key_head, int64_t begin,
+                           int64_t count, struct scratch s) {
+    int64_t key_bytes = 2 * a->key_width;
+    for (int64_t t = 0; t < count; t += PACKED) {
+        const char *keys = keys_of(1, a, table[(begin + t) / a->block_size], key_head);
+        multiply_tiles(keys + (begin + t) % a->block_size * key_bytes, key_bytes, 64, 16 * key_bytes,
+                       a->key_width / 32, 0, s.queries, s.scores + ROW * t);
+    }
+}
+
+/* As `weigh`, of packed values. */
+static void weigh_in_tiles(const struct attention *a, const int64_t *span, int64_t value_head, int64_t begin,
+                           int64_t count, struct scratch s) {
+    int64_t width = a->value_width, strip = 2 * LANES * PACKED * a->packed_value_tiles;
+    const char *values = (const char *)a->packed_values + value_head * width / LANES * strip +
+                         2 * LANES * (span[4] + begin);
+    for (int64_t d = 0; d < width; d += 32)
+        multiply_tiles(values + d / LANES * strip, 2 * PACKED, 2 * LANES * PACKED, strip, ceil_div(count, PACKED),
+                       begin > 0, s.scores, (char *)s.out + ROW * d);
+}
+
+static void rescale_columns(int64_t width, struct scratch s) {
+    for (int64_t d = 0; d < width; d++)
+        for (int v = 0; v < 2; v++) {
+            float *out = s.out + QUERIES * d + LANES * v;
+            store_f32(out, load_f32(out) * load_f32(s.factors + LANES * v));
+        }
+}
+
+static void write_columns(const struct attention *a, int64_t row, int64_t queries, int64_t head, struct scratch s) {
+    for (int64_t q = 0; q < queries; q += LANES) {
+        f32x16 shares = splat_f32(1) / load_f32(s.sums + q);
+        for (int64_t d = 0; d < a->value_width; d += LANES) {
+            u32x16 rows[LANES];
+            for (int i = 0; i < LANES; i++) rows[i] = (u32x16)(load_f32(s.out + QUERIES * (d + i) + q) * shares);
+            transpose(rows);
+            for (int i = 0; i < min_i64(LANES, queries - q); i++)
+                store_as(1, a->out, ((a->rows + row + q + i) * a->heads + head) * a->value_width + d,
+                         (f32x16)rows[i]);
+        }
+    }
+}
+
+#else
+
+static void score_in_tiles(const struct attention *a, const int64_t *table, int64_t key_head, int64_t begin,
+                           int64_t count, struct scratch s) {}
+static void weigh_in_tiles(const struct attention *a, const int64_t *span, int64_t value_head, int64_t begin,
+                           int64_t count, struct scratch s) {}
+static void rescale_columns(int64_t width, struct scratch s) {}
+static void write_columns(const struct attention *a, int64_t row, int64_t queries, int64_t head, struct scratch s) {}
+
+#endif
+
+INLINE void rescale_rows(int64_t queries, int64_t width, struct scratch s) {
+    for (int64_t q = 0; q < queries; q++)
+        for (int64_t d = 0; d < width; d += LANES) {
+            float *out = s.out + q * width + d;
+            store_f32(out, load_f32(out) * splat_f32(s.factors[q]));
+        }
+}
+
+INLINE void write_rows(int is_bf16, const struct attention *a, int64_t row, int64_t queries, int64_t head,
+                       struct scratch s) {
+    for (int64_t q = 0; q < queries; q++) {
+        f32x16 share = splat_f32(1 / s.sums[q]);
+        for (int64_t d = 0; d < a->value_width; d += LANES)
+            store_as(is_bf16, a->out, ((a->rows + row + q) * a->heads + head) * a->value_width + d,
+                     load_f32(s.out + q * a->value_width + d) * share);
+    }
+}
+
+/* Up to QUERIES queries of a head, from row `first` of a text's new ones on. */
 INLINE void attend_tile(int is_bf16, const struct attention *a, const int64_t *span, int64_t head, int64_t first,
                         struct scratch s) {
     int64_t context = span[1], queries = min_i64(QUERIES, span[2] - first), width = a->value_width;
     int64_t row = span[0] + first, end = context + first + queries;
     const int64_t *table = a->prompt_tables + span[3];
     int64_t key_head = head / (a->heads / a->key_heads), value_head = head / (a->heads / a->value_heads);
-    int vectors = queries > LANES || KEY_VECTORS == 2 ? 2 : 1;
+    int tiles = is_bf16 && in_tiles(a), vectors = queries > LANES || KEY_VECTORS == 2 || tiles ? 2 : 1;
+    int64_t whole = tiles ? PACKED : is_bf16 ? 2 : 1;
     float power = (float)a->scale * LOG2_E;
     take_queries(is_bf16, a, row, queries, head, s);
-    __builtin_memset(s.out, 0, (uint64_t)out_bytes(a));
+    if (!tiles) __builtin_memset(s.out, 0, (uint64_t)out_bytes(a));
     for (int i = 0; i < QUERIES; i++) s.peaks[i] = FIRST, s.sums[i] = 0;
     for (int64_t begin = 0; begin < end; begin += TOKENS) {
         int64_t count = min_i64(TOKENS, end - begin);
-        score(is_bf16, a, table, key_head, begin, count, vectors, s);
+        if (tiles)
+            score_in_tiles(a, table, key_head, begin, count, s);
+        else
+            score(is_bf16, a, table, key_head, begin, count, vectors, s);
         hide_later(context + first - begin, count, vectors, s.scores);
         if (a->shared_ends) hide_branches(a, row, queries, begin, count, s.scores);
         int raised = 0;
-        for (int v = 0; v < vectors; v++)
-            raised |= softmax_columns(is_bf16, count, is_bf16 ? 2 : 1, power, v, s);
-        if (raised && begin)
-            for (int64_t q = 0; q < queries; q++)
-                for (int64_t d = 0; d < width; d += LANES) {
-                    float *out = s.out + q * width + d;
-                    store_f32(out, load_f32(out) * splat_f32(s.factors[q]));
-                }
-        weigh(is_bf16, a, table, value_head, begin, count, queries, s);
+        for (int v = 0; v < vectors; v++) raised |= softmax_columns(is_bf16, count, whole, power, v, s);
+        if (raised && begin) {
+            if (tiles)
+                rescale_columns(width, s);
+            else
+                rescale_rows(queries, width, s);
+        }
+        if (tiles)
+            weigh_in_tiles(a, span, value_head, begin, count, s);
+        else
+            weigh(is_bf16, a, table, value_head, begin, count, queries, s);
     }
-    for (int64_t q = 0; q < queries; q++) {
-        f32x16 share = splat_f32(1 / s.sums[q]);
-        for (int64_t d = 0; d < width; d += LANES)
-            store_as(is_bf16, a->out, ((a->rows + row + q) * a->heads + head) * width + d,
-                     load_f32(s.out + q * width + d) * share);
-    }
+    if (tiles)
+        write_columns(a, row, queries, head, s);
+    else
+        write_rows(is_bf16, a, row, queries, head, s);
 }
 
 INLINE void attend(int is_bf16, const struct attention *a, int64_t item, struct scratch s) {

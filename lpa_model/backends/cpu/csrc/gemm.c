@@ -38,6 +38,7 @@ struct tile {
     int64_t strip_bytes; /* from strip to strip */
     int64_t lines;
     const char *next; /* weights that are read after these: prefetched; 0: none */
+    int64_t next_step; /* bytes of them with each line: row tiles share them, so that memory is never idle */
     float *sums;      /* [rows, PAIR] */
     int fresh;        /* the sums begin here */
 };
@@ -50,14 +51,15 @@ INLINE void multiply(enum operands operands, int rows, const struct tile *t) {
         for (int s = 0; s < TILE_STRIPS; s++)
             sums[r][s] = t->fresh ? splat_f32(0) : load_f32(t->sums + r * PAIR + s * LANES);
     const char *x = t->x, *weight = t->weight, *next = t->next;
-    int64_t x_stride = t->x_stride, strip_bytes = t->strip_bytes;
+    int64_t x_stride = t->x_stride, strip_bytes = t->strip_bytes, next_step = t->next_step;
 #pragma clang loop unroll_count(4)
     for (int64_t i = 0; i < t->lines; i++) {
+        __asm__ volatile("" ::: "memory"); /* x of the next lines is not loaded yet: the registers are full */
         u32x16 w[TILE_STRIPS];
 #pragma clang loop unroll(full)
         for (int s = 0; s < TILE_STRIPS; s++) {
             w[s] = load_u32(weight + s * strip_bytes + i * LINE);
-            if (next) prefetch(next + s * strip_bytes + i * LINE);
+            if (next) prefetch(next + s * strip_bytes + i * next_step);
         }
         const char *at = x + (operands == WIDENED_X ? 8 : 4) * i;
 #pragma clang loop unroll(full)
@@ -176,9 +178,8 @@ static void widen_rows(const char *x, int64_t stride, int64_t rows, int64_t widt
 }
 
 /* Lines of pairs -> float32 [2 * lines, 16]. */
-static void widen_weight(const char *weight, int64_t lines, const char *next, float *to) {
+static void widen_weight(const char *weight, int64_t lines, float *to) {
     for (int64_t i = 0; i < lines; i++) {
-        if (next) prefetch(next + i * LINE);
         u32x16 pairs = load_u32(weight + i * LINE);
         store_f32(to + (2 * i) * LANES, low_bf16(pairs));
         store_f32(to + (2 * i + 1) * LANES, high_bf16(pairs));
@@ -235,13 +236,15 @@ INLINE void item_of(int is_bf16, const struct op *op, int64_t rows, int64_t item
             }
         }
         float *sums = all_sums + unit * TILE_STRIPS / 2 * count * PAIR + unit * TILE_STRIPS % 2 * LANES;
-        struct tile t = {x, x_stride, weights + strip * strip_bytes + at * LINE, strip_bytes, lines, next, sums, !block};
+        int64_t step_bytes = max_i64(LINE / ceil_div(count, row_tile), 2);
+        struct tile t = {x,     x_stride, weights + strip * strip_bytes + at * LINE, strip_bytes, lines, next, step_bytes,
+                         sums, !block};
         int floats = !is_bf16;
         if (widen && TILE_STRIPS == 1 && !p.few) {
-            widen_weight(t.weight, lines, next, widened_weight);
+            widen_weight(t.weight, lines, widened_weight);
             t.weight = (const char *)widened_weight;
             t.lines = 2 * lines;
-            t.next = 0;
+            t.next_step /= 2;
             floats = 1;
         }
         for (int64_t r = 0; r < count; r += row_tile) {
@@ -254,7 +257,7 @@ INLINE void item_of(int is_bf16, const struct op *op, int64_t rows, int64_t item
             else
                 multiply_bf16(some, &t);
 #endif
-            t.next = 0;
+            if (next) t.next += t.lines * t.next_step;
         }
         if (block + 1 == p.blocks && (unit + 1) * TILE_STRIPS % 2 == 0) {
             int64_t pair = strip / 2;

@@ -35,7 +35,7 @@ INLINE int32_t order_at(int is_bf16, const void *row, int64_t i) { return order_
 
 /* e^x for x <= 0, to a unit in the last place, and 1 for 0; it ends at e^-86. */
 INLINE f32x16 exp_close(f32x16 x) {
-    const f32x16 shift = splat_f32(3 << 22); /* added to a small number, it leaves the nearest integer in its last bits */
+    const f32x16 shift = splat_f32(3 << 22); /* leaves the integer nearest to what it is added to in the last bits */
     x = max_f32(x, splat_f32(-86));
     f32x16 shifted = fma_f32(x, splat_f32(LOG2_E), shift);
     f32x16 y = fma_f32(shift - shifted, splat_f32(0.6931471805599453f), x);
@@ -56,7 +56,7 @@ INLINE f32x16 load_or(int is_bf16, const void *row, int64_t i, int64_t count, fl
     return select_f32(lanes < (i32x16)splat_u32((uint32_t)count), load_some(is_bf16, row, i, count), splat_f32(other));
 }
 
-/* The lowest id of the largest logit, or of NaN. `has_norm`: neither is the row NaN anywhere, nor its largest infinite. */
+/* The lowest id of the largest logit, or of NaN. `has_norm`: the row is NaN nowhere, and its largest not infinite. */
 INLINE int64_t find_best(int is_bf16, const void *row, int64_t vocab, int *has_norm) {
     float peak = -INFINITE;
     int64_t home = 0;

@@ -95,10 +95,8 @@ void run_op_list(const struct op_list *list) {
     int64_t bytes = CACHE_LINE;
     for (int64_t i = 0; i < list->num_ops; i++) bytes = max_i64(bytes, scratch_of(&list->ops[i], list->rows));
     void *scratch = aligned_alloc(CACHE_LINE, (size_t)(ceil_div(bytes, CACHE_LINE) * CACHE_LINE));
-    if (!scratch) {
-        fetch_add(&list->counters[0]);
-        return;
-    }
+    if (!scratch) return; /* other threads do the work; if there is none, counters[0] says so */
+    fetch_add(&list->counters[0]);
     tiles_configure();
     for (int64_t i = 0; i < list->num_ops; i++) run_op(list, i, scratch);
     tiles_release();

@@ -15,11 +15,11 @@ enum op_kind {
     RMS_NORM,       /* out = RMSNorm(x), x float32 */
     HEAD_RMS_NORM,  /* the same of each head, x as `dtype` says */
     ADD_LAYER_NORM, /* residual += LayerNorm(x); out = residual */
-    SWIGLU,         /* out = silu(x) * gate's partner at `weight` */
+    SWIGLU,         /* out = silu(x) * weight, both of a row */
     /* attention: x is the address of a struct attention */
     ATTENTION_DECODE, /* the decode rows */
-    CACHE_WRITE,      /* the prompt rows' keys and values into the cache, their queries rotated */
-    PACK_VALUES,      /* the cached values of the prompts' texts into packed panels */
+    CACHE_WRITE,      /* the prompt rows' keys and values into the cache, keys rotated */
+    PACK_VALUES,      /* for tiles: the cached values of the prompts' texts, transposed */
     ATTENTION_PROMPT, /* the prompt rows */
 };
 
@@ -59,17 +59,17 @@ struct op_list {
     const struct op *ops;
     int64_t num_ops;
     int64_t rows;
-    int64_t *counters; /* [1 + 2 * num_ops], zeros: threads without memory; work items taken, and done, of each op */
+    int64_t *counters; /* [1 + 2 * num_ops], zeros: threads that got scratch; items taken and done of each op */
 };
 
 /* A layer's attention over a paged cache, in the ops from ATTENTION_DECODE on. Numbers are as `dtype` says. */
 struct attention {
     int64_t dtype;
-    void *q;                /* [decode rows and prompt rows, heads, key_width] */
+    const void *q;          /* [decode rows and prompt rows, heads, key_width] */
     const void *new_keys;   /* [.., key_heads, key_width], rows key_stride apart: the step's own tokens */
     const void *new_values; /* [.., value_heads, value_width], rows value_stride apart */
     void *keys;             /* [blocks, key_heads, block_size, key_width] */
-    void *values;           /* [blocks, value_heads, block_size / 2, value_width, 2] */
+    void *values;           /* [blocks, value_heads, block_size, value_width]; bfloat16: [.., block_size / 2, .., 2] */
     void *out;              /* [.., heads, value_width] */
     const float *rope;      /* [positions, key_width / 2, 2]: cos and sin; 0: positions are not rotary */
     /* decode rows: one query each, in front of the prompt rows */
@@ -106,7 +106,7 @@ struct attention {
     int64_t num_spans;
     int64_t prompt_blocks;
     int64_t num_query_tiles;
-    void *packed_values;             /* scratch of PACK_VALUES */
+    void *packed_values;             /* scratch of PACK_VALUES, bfloat16 [value_heads * value_width * 32 * tiles] */
     int64_t packed_value_tiles;      /* tiles of 32 tokens in a strip of packed_values */
     double scale;
 };
