@@ -183,9 +183,13 @@ def _chunks(count: int, length: int, prefix: int | None) -> Iterator[Window]:
             yield Window(start, start + length - 1, start + first - 1, prefix)
 
 
+SPACE_BEGINS = re.compile(r"(?<!\s)\s")
+
+
 def count_words(text: str) -> int:
     r"""Words as lm-evaluation-harness counts them, len(re.split(r"\s+", text)), without holding them all."""
-    return 1 + sum(1 for _ in re.finditer(r"\s+", text))
+    step = 1 << 16  # characters; other threads run after each
+    return 1 + sum(len(SPACE_BEGINS.findall(text, start, start + step)) for start in range(0, len(text), step))
 
 
 class Tally:

@@ -18,7 +18,7 @@ from server.engine.async_engine import AsyncEngine
 from server.errors import BodyTooLarge, Cancelled, InvalidRequest, MethodNotAllowed, NotFound, UserError
 from server.keys import keys_of
 from server.metrics import Metrics
-from server.middleware import Cors, Guard, IgnoreUnknownFields, RequestLog
+from server.middleware import Cors, Guard, HeaderLimits, IgnoreUnknownFields, RequestLog
 from server.openapi import openapi_document
 from server.protocol.body import REFUSED
 from server.routes.chat import chat_router
@@ -59,6 +59,7 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
         redirect_slashes=False,
         openapi_url=None,  # FastAPI's document and pages: the pages load their programs from elsewhere
     )
+    app.state.settings = settings
     app.include_router(completions_router(engine, settings))
     app.include_router(chat_router(engine, settings))
     app.include_router(perplexity_router(engine, settings))
@@ -80,7 +81,8 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
         app.add_middleware(Cors, origins=settings.cors_origins)
     if settings.ignore_unknown_fields:
         app.add_middleware(IgnoreUnknownFields)
-    app.add_middleware(RequestLog, enabled=settings.log_requests)
+    limits = HeaderLimits(settings.max_header_fields, settings.max_header_bytes)
+    app.add_middleware(RequestLog, enabled=settings.log_requests, max_headers=limits)
     return app
 
 
@@ -102,6 +104,8 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     what: UserError
     if isinstance(error.__cause__, UserError):  # FastAPI wraps what reading the body raises
         what = error.__cause__
+    elif isinstance(error.__cause__, RequestValidationError):
+        what = _explain(error.__cause__.errors()[0])
     elif error.status_code == NotFound.status:
         what = NotFound(f"there is no route {request.method} {request.url.path}")
     elif error.status_code == MethodNotAllowed.status:

@@ -7,11 +7,14 @@ UserError
 ├── Forbidden           403  a key that may not do this
 ├── NotFound            404  unknown model or route
 ├── MethodNotAllowed    405
+├── RequestTimeout      408  headers or a body were sent by halves
 ├── BodyTooLarge        413
 ├── QueueFull           429  with Retry-After
+├── HeadersTooLarge     431
 ├── Cancelled           499  an operator has cancelled the request
 ├── EngineError         500  the step that held the request failed
 ├── Unavailable         503  draining, or the engine has died; with Retry-After
+│   └── TooManyConnections
 └── TimedOut            504  request_timeout has passed
 """
 
@@ -94,6 +97,18 @@ class MethodNotAllowed(UserError):
         return {"Allow": self.allowed}
 
 
+class RequestTimeout(UserError):
+    """The rest of a request did not come."""
+
+    status = 408
+
+
+class HeadersTooLarge(UserError):
+    """The request's headers have more bytes than the server takes, or are too many."""
+
+    status = 431
+
+
 class BodyTooLarge(UserError):
     """The request's body has more bytes than the server takes."""
 
@@ -142,6 +157,15 @@ class Unavailable(UserError):
 
     def headers(self) -> dict[str, str]:
         return {"Retry-After": "5"}  # by then another server has taken over, or this one has started again
+
+
+class TooManyConnections(Unavailable):
+    """No connection is idle, and no more may be opened."""
+
+    code = "too_many_connections"
+
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": "1"}
 
 
 class TimedOut(UserError):

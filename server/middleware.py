@@ -10,6 +10,7 @@ import logging
 import re
 import secrets
 import time
+from typing import NamedTuple
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -17,7 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import BodyTooLarge, EngineError, InvalidRequest, UserError
+from server.errors import BodyTooLarge, EngineError, HeadersTooLarge, InvalidRequest, UserError
 from server.keys import METRICS, PROBES, Keys
 from server.protocol.body import ignore_unknown_fields
 from server.routes.ndjson import has_lines
@@ -30,12 +31,21 @@ REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 EXPOSED_HEADERS = ("x-request-id", "retry-after")
 
 
-class RequestLog:
-    """Request id, a line in the log, and HEAD as GET, whose body the HTTP server keeps back."""
+class HeaderLimits(NamedTuple):
+    """Of a request's head."""
 
-    def __init__(self, app: ASGIApp, enabled: bool) -> None:
+    fields: int
+    bytes: int
+
+
+class RequestLog:
+    """Request id, a line in the log, limits on the headers, and HEAD as GET, whose body the HTTP server
+    keeps back."""
+
+    def __init__(self, app: ASGIApp, enabled: bool, max_headers: HeaderLimits) -> None:
         self._app = app
         self._enabled = enabled
+        self._max_headers = max_headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -57,10 +67,25 @@ class RequestLog:
 
         try:
             method = "GET" if scope["method"] == "HEAD" else scope["method"]
-            await self._app({**scope, "method": method}, receive, send_with_id)
+            answer = self._refusal(scope) or self._app
+            await answer({**scope, "method": method}, receive, send_with_id)
         finally:
             if self._enabled:
                 self._log(scope, 499 if state.get("client_left") else status, time.monotonic() - began)
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        """Of headers that are too many, or, though they came at once, too large."""
+        headers, most = scope["headers"], self._max_headers
+        if len(headers) > most.fields:
+            return error_response(
+                HeadersTooLarge(f"the request has more than {most.fields} headers, the server's max_header_fields")
+            )
+        size = len(scope["path"]) + len(scope["query_string"]) + sum(len(name) + len(value) for name, value in headers)
+        if size > most.bytes:
+            return error_response(
+                HeadersTooLarge(f"the headers have more than {most.bytes} bytes, the server's max_header_bytes")
+            )
+        return None
 
     def _log(self, scope: Scope, status: int, seconds: float) -> None:
         fields = {

@@ -16,6 +16,7 @@ from types import FrameType
 import uvicorn
 
 from server.app import create_app
+from server.connection import connection_class
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import build_engine
 from server.engine.memory import give_back_code
@@ -80,6 +81,10 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=FLUSH_TIMEOUT,
+            timeout_keep_alive=settings.keep_alive_timeout,  # type: ignore[arg-type]  # any number of seconds
+            http=connection_class(settings),
+            h11_max_incomplete_event_size=settings.max_header_bytes,
+            ws="none",
         )
         super().__init__(config)
         self._settings = settings

@@ -52,6 +52,11 @@ def _check_keys(path: Path | None) -> Path | None:
     return path
 
 
+BLOCK_SIZES = {"32": 32, "64": 64, "128": 128}
+BlockSize = Annotated[Literal[32, 64, 128], BeforeValidator(lambda value: BLOCK_SIZES.get(value, value))]
+"""Flags and variables are text, which a Literal of numbers does not read."""
+
+
 def _check_threads(threads: int | None) -> int | None:
     processors = len(os.sched_getaffinity(0))
     if threads is not None and threads > processors:
@@ -121,7 +126,7 @@ class Settings(BaseSettings):
         description="Most milliseconds of prompt and scoring work in a step while completions stream; less where that "
         "would make the step more than about twice (scoring) or 2.6 times (prompts) as long as its decodes alone.",
     )
-    block_size: Literal[32, 64, 128] = Field(64, description="Tokens in a block of the cache.")
+    block_size: BlockSize = Field(64, description="Tokens in a block of the cache.")
     kv_cache_layout: Literal["auto", "latent", "mixed", "full"] = Field(
         "auto", description="What the cache stores: latents, latents of values only, or full keys and values."
     )
@@ -155,7 +160,52 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="Seconds that running requests get to finish when the server stops.",
     )
-    max_body_bytes: int = Field(64 << 20, ge=1, description="Largest request body in bytes; a larger one gets a 413.")
+    max_body_bytes: int = Field(
+        4 << 20,
+        ge=1,
+        description="Largest request body in bytes, or line of a body of lines (application/x-ndjson), which may have "
+        "any number of them; a larger one gets a 413.",
+    )
+    max_header_bytes: int = Field(
+        16 << 10, ge=256, description="Largest head of a request (request line and headers) in bytes; else a 431."
+    )
+    max_header_fields: int = Field(100, ge=1, description="Most headers of a request; more of them get a 431.")
+    header_timeout: float = Field(
+        20.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds in which a request's headers must be complete; else a 408.",
+    )
+    body_timeout: float = Field(
+        60.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that a body, but not one of lines, may stand still before all of it has come; else a 408.",
+    )
+    keep_alive_timeout: float = Field(
+        75.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that a connection may be idle between requests; more than a load balancer's own.",
+    )
+    max_connections: int = Field(
+        4096,
+        ge=1,
+        description="Most connections at once, if there are descriptors for them; beyond, the one that is idle longest "
+        "is closed, or, where none is, the new one gets a 503.",
+    )
+    max_body_values: int = Field(
+        1 << 18,
+        ge=1,
+        description="Most values and names in a JSON body; an object or a list counts as four.",
+    )
+    max_sequences: int = Field(4096, ge=1, description="Most prompts times n (or best_of) of a request.")
+    max_messages: int = Field(2048, ge=1, description="Most messages of a conversation, each part of one counted.")
+    max_list_entries: int = Field(
+        1024, ge=1, description="Most entries of bad_words, of stop_token_ids and of logit_bias."
+    )
+    max_stop_bytes: int = Field(4096, ge=1, description="Most bytes of a request's stop texts together.")
+    max_bad_words_bytes: int = Field(1 << 16, ge=1, description="Most bytes of a request's bad_words together.")
     api_key: Keys = Field(
         (),
         description="Keys of which clients must send one as 'Authorization: Bearer KEY', with commas between them or "

@@ -59,7 +59,7 @@ class Served:
 @contextmanager
 def serving(folder: Path, **flags: Any) -> Iterator[Served]:
     """A server of the name "tiny" on a free port; `flags` are settings."""
-    defaults = {"dtype": "float32", "threads": 1, "block_size": 16, "kv_cache_memory": 1 << 20, "port": 0}
+    defaults = {"dtype": "float32", "threads": 1, "block_size": 32, "kv_cache_memory": 1 << 20, "port": 0}
     server = Server(load_settings(**{**defaults, "model": folder, "served_model_name": "tiny", **flags}))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -6,7 +6,7 @@ import gc
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +17,10 @@ import pytest
 import torch
 
 from lpa_model.config import Architecture
-from server.engine import grammar
+from server.engine import grammar, grammar_source
+from server.engine.grammar_workers import GrammarWorkers
 from server.engine.request import FinishReason, GrammarSpec, Request, RequestOutput, SamplingParams
+from server.engine.vocabulary import Vocabulary
 from tests.conftest import END_OF_TEXT_ID, byte_tokenizer, tiny_config, write_checkpoint
 from tests.test_engine import drain, ids_of, make_engine, random_model, run
 from tests.test_grammar import Late, spec
@@ -71,6 +73,25 @@ VALID: dict[str, tuple[GrammarSpec, Callable[[str], bool]]] = {
     "lark": (spec("grammar", LARK), fits_lark),
     "gbnf": (spec("grammar", GBNF), lambda text: re.fullmatch("yes|no, [a-c]{1,4}", text) is not None),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_workers() -> Iterator[None]:
+    """One process for the grammars of all these engines, whose tokenizers are alike."""
+    workers: list[GrammarWorkers] = []
+
+    def share(vocabulary: Vocabulary) -> GrammarWorkers:
+        if not workers:
+            workers.append(GrammarWorkers(vocabulary))
+        return workers[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grammar, "GrammarWorkers", share)
+        yield
+    for worker in workers:
+        worker.close()
+
+
 BY_NAME = pytest.mark.parametrize("name", VALID)
 
 
@@ -187,6 +208,7 @@ def test_a_late_mask_holds_nobody_up(tiny_checkpoint: Path) -> None:
 
     expected = run(make_engine(tiny_checkpoint), pair())
     engine = make_engine(tiny_checkpoint)
+    engine.compile_grammar(VALID["regex"][0])
     late = Late()
     engine.runner._mask_pool = late  # type: ignore[assignment]  # a stand-in
     for request in pair():
@@ -218,6 +240,7 @@ def test_late_masks_of_choices_that_share_a_prompt(tiny_checkpoint: Path, length
     expected = run(make_engine(tiny_checkpoint), choices())
     assert all(text_of(expected[f"c{i}"]) in CHOICES for i in range(3))
     engine = make_engine(tiny_checkpoint)
+    engine.compile_grammar(VALID["choice"][0])
     late = Late()
     engine.runner._mask_pool = late  # type: ignore[assignment]  # a stand-in
     for request in choices():
@@ -237,7 +260,8 @@ def test_late_masks_of_choices_that_share_a_prompt(tiny_checkpoint: Path, length
 
 def test_a_failing_matcher_fails_its_request_only(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(tiny_checkpoint)
-    monkeypatch.setattr(grammar, "LIMITS", llguidance.LLParserLimits(max_items_in_row=25, verbose_errors=False))
+    limits = llguidance.LLParserLimits(max_items_in_row=25, verbose_errors=False)
+    monkeypatch.setattr(grammar_source, "limits_of", lambda _: limits)  # here, and not where grammars are tried out
     # fine at first; after the x more ways are open than the limit has
     ways = " | ".join(f'"{c}" "z"' for c in "abcdefghijklmnopqrstuvwxyzABCDEFGHI")
     spec_ = spec("grammar", f'start: "x" way\nway: {ways}')

@@ -121,7 +121,7 @@ MIXED: list[tuple[Architecture, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("layout", ["latent", "mixed", "full"])
+@pytest.mark.parametrize("layout", ["auto", "mixed", "full"])
 @pytest.mark.parametrize(("architecture", "changes"), MIXED)
 def test_any_ranks_give_what_the_naive_forward_gives(
     tmp_path: Path, architecture: Architecture, changes: dict[str, Any], layout: CacheLayout

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from typing import Any, Literal
 
-import llguidance
 import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
 from server.engine import grammar
 from server.engine.grammar import GrammarCompiler, GrammarFailed, GrammarState
+from server.engine.grammar_source import MAX_TEXT, source_of
+from server.engine.grammar_workers import GrammarWorkers
 from server.engine.request import GrammarSpec
 from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidRequest
@@ -36,12 +38,15 @@ class Late(Executor):
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        self.jobs.append((future, fn))
+        self.jobs.append((future, functools.partial(fn, *args, **kwargs)))
         return future
 
     def run(self) -> None:
         for future, fn in self.jobs:
-            future.set_result(fn())
+            try:
+                future.set_result(fn())
+            except Exception as error:
+                future.set_exception(error)
         self.jobs.clear()
 
 
@@ -57,9 +62,19 @@ def test_a_panic_in_a_mask_is_the_requests_own(compiler: GrammarCompiler) -> Non
         state.take()
 
 
+@pytest.fixture(scope="module")
+def workers() -> Iterator[GrammarCompiler]:
+    compiler = GrammarCompiler(Tokenizer(byte_tokenizer(), tiny_config()))
+    yield compiler
+    compiler.close()
+
+
 @pytest.fixture
-def compiler() -> GrammarCompiler:
-    return GrammarCompiler(Tokenizer(byte_tokenizer(), tiny_config()))
+def compiler(workers: GrammarCompiler) -> GrammarCompiler:
+    """With nothing in its cache; its processes are those of the other tests."""
+    workers._cache.clear()
+    workers._cached_bytes = 0
+    return workers
 
 
 @pytest.mark.parametrize(
@@ -93,7 +108,7 @@ def compiler() -> GrammarCompiler:
         ("json_schema", "[" * 100000, "is not JSON"),
         ("regex", "ab(c", "unclosed group at character 3"),
         ("regex", r"\bsea", "lookarounds not supported"),
-        ("regex", "a" * (grammar.MAX_TEXT + 1), f"at most {grammar.MAX_TEXT}"),
+        ("regex", "a" * (MAX_TEXT + 1), f"at most {MAX_TEXT}"),
         ("choice", "[]", "at least one"),
         ("choice", '["a", ""]', "choice 1 is empty"),
         ("choice", '["a", 3]', "choice 1 is not a string"),
@@ -115,24 +130,53 @@ def test_what_cannot_be_compiled_is_refused_with_its_place(
     assert "\n" not in caught.value.message
 
 
-def test_what_is_too_complex_is_refused(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar, "LIMITS", llguidance.LLParserLimits(max_lexer_states=20))
-    compiler.compile(spec("regex", "[a-z]"))
-    with pytest.raises(InvalidRequest, match=r"structured_outputs.regex: cannot be compiled: .*too many states"):
-        compiler.compile(spec("regex", "robot|gull|shore|waves|thing", "structured_outputs.regex"))
+@pytest.mark.parametrize(
+    ("kind", "text", "says"),
+    [
+        (
+            "grammar",
+            "start: A\nA: /(a|b)*a(a|b){30}/ & /(a|b)*b(a|b){37}/ & /(a|b)*a(a|b){43}/",
+            "too complex: .*too many",
+        ),
+        (
+            "grammar",
+            f"start: {'|'.join(f'r{i}' for i in range(2500))}\n"
+            + "\n".join(f'r{i}: "a" r{i} "b"|"{i}"' for i in range(2500)),
+            "row has .* items",
+        ),
+    ],
+)
+def test_what_is_too_complex_is_refused(compiler: GrammarCompiler, kind: Kind, text: str, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^field: .*{says}"):
+        compiler.compile(spec(kind, text, "field"))
 
 
 def test_compiling_twice_is_compiling_once_and_old_grammars_go(
     compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grammar, "CACHED_GRAMMARS", 3)
+    tried: list[str] = []
+    try_out = GrammarWorkers.try_out
+    monkeypatch.setattr(GrammarWorkers, "try_out", lambda self, spec: tried.append(spec.text) or try_out(self, spec))
     for i in (0, 1, 2, 0, 3):
         compiler.compile(spec("regex", f"a{i}"))
     assert list(compiler._cache) == [("regex", "a2"), ("regex", "a0"), ("regex", "a3")]
-    kept = compiler._cache["regex", "a0"]
-    assert not kept.deep_copy().is_stopped()
     compiler.compile(spec("regex", "a0", "another field"))
-    assert compiler._cache["regex", "a0"] is kept
+    assert tried == ["a0", "a1", "a2", "a3"]
+    for param in ("a field", "another"):  # a refusal is kept, too, and names the field that is at fault now
+        with pytest.raises(InvalidRequest, match=f"^{param}: cannot be compiled: unclosed group"):
+            compiler.compile(spec("regex", "(", param))
+    assert tried == ["a0", "a1", "a2", "a3", "("]
+    assert compiler.knows(spec("regex", "(")) and not compiler.knows(spec("regex", "a1"))
+
+
+def test_what_is_kept_has_a_limit_in_bytes(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "CACHED_GRAMMAR_BYTES", 1000)
+    monkeypatch.setattr(GrammarWorkers, "try_out", lambda _, spec: (source_of(spec), int(spec.text)))
+    for size in ("400", "600", "1", "2000", "500", "400"):
+        compiler.compile(spec("regex", size))
+    assert [key[1] for key in compiler._cache] == ["500", "400"]
+    assert compiler._cached_bytes == 900
 
 
 def test_many_threads_compile_at_once(compiler: GrammarCompiler) -> None:
@@ -185,6 +229,11 @@ class _Walk:
         mask = self.state.take()
         return None if mask is None else {i for i in range(288) if mask[i // 8] >> i % 8 & 1}
 
+    def follow(self, token: int) -> bool:
+        followed = self.state.advance(token, self.pool)
+        self.pool.run()
+        return followed.result()
+
 
 @pytest.mark.parametrize("eos", [2, None])
 def test_masks_are_exact_for_every_token(eos: int | None) -> None:
@@ -207,12 +256,12 @@ def test_masks_are_exact_for_every_token(eos: int | None) -> None:
     assert walk.allowed() == expected(b"")
     so_far = b""
     for byte in "aé".encode():
-        complete = walk.state.advance(3 + byte)  # as a byte token
+        complete = walk.follow(3 + byte)  # as a byte token
         so_far += bytes([byte])
         assert complete == (so_far == "aé".encode())
         if so_far == b"a":
             assert walk.allowed() == expected(so_far)
-    assert walk.allowed() == (None if eos is None else {eos})
+    assert walk.allowed() is None
 
 
 def test_forced_text_is_tokenized_as_in_the_middle_of_a_text() -> None:
@@ -220,12 +269,11 @@ def test_forced_text_is_tokenized_as_in_the_middle_of_a_text() -> None:
     tokenizer = llama_tokenizer(2)
     walk = _Walk(tokenizer, spec("regex", "abé"))
     written = b""
-    while (allowed := walk.allowed()) != {2}:
-        assert allowed is not None
+    while (allowed := walk.allowed()) is not None:
         (token,) = allowed
         written += tokenizer.token_bytes(token)
         assert len(written) >= 2
-        walk.state.advance(token)
+        walk.follow(token)
     assert written.decode() == "abé"
 
 
@@ -238,4 +286,4 @@ def test_a_vocabulary_that_cannot_write_a_text_says_so() -> None:
         for _ in range(2):
             allowed = walk.allowed()
             assert allowed == {3 + ord("a"), 260}
-            walk.state.advance(260)
+            walk.follow(260)

@@ -83,7 +83,7 @@ class Client:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url}: not an http:// or https:// URL")
-        self.url = url
+        self.url, self.api_key = url, api_key
         self._host, self._tls = parts.hostname, parts.scheme == "https"
         self._port = parts.port or (443 if self._tls else 80)
         self._root = parts.path.rstrip("/").removesuffix("/v1")

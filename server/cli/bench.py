@@ -311,3 +311,41 @@ def loglikelihood(
         f"{speedup['median']:.2f}x as fast as pairs one by one ({speedup['low']:.2f} to {speedup['high']:.2f}; tokens "
         f"{found['bound']:.2f}x); sums of log-probabilities differ by {found['difference']:.1e} nats at most"
     )
+
+
+@bench.command()
+def health(
+    url: Url,
+    api_key: ApiKey = None,
+    limit_ms: Annotated[
+        float | None, typer.Option(min=0, help="End with status 1 if a silence is longer than this.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The longest silence of /health beside each kind of the largest request that the server's limits allow.
+
+    The limits are those of this command's own LPA_ variables: set them as the server's are.
+    """
+    import dataclasses
+
+    from server.bench.health import Silence, bench_health
+    from server.settings import load_settings
+
+    def show(one: Silence) -> None:
+        typer.echo(
+            f"{one.name:26} {one.body_bytes:>12,} {one.took_ms:>10,.0f} {one.longest_ms:>10.1f} {one.answers:>8}   "
+            f"{one.status}"
+        )
+
+    if not as_json:
+        typer.echo(f"{'request':26} {'bytes':>12} {'took ms':>10} {'silence ms':>10} {'/health':>8}   answer")
+    with user_errors():
+        found = bench_health(url, api_key, load_settings(), (lambda _: None) if as_json else show)
+    longest = max(silence.longest_ms for silence in found)
+    if as_json:
+        rows = [dataclasses.asdict(silence) for silence in found]
+        typer.echo(json.dumps({"longest_ms": longest, "kinds": rows}, indent=2))
+    else:
+        typer.echo(f"The longest silence is {longest:.1f} ms.")
+    if limit_ms is not None and longest > limit_ms:
+        raise typer.Exit(1)

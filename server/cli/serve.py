@@ -32,7 +32,7 @@ def serve(context: typer.Context) -> None:
 def _metavar(annotation: Any) -> str:
     """What a flag's help calls its value: the choices of a Literal, else the type."""
     if get_origin(annotation) is Literal:
-        return "|".join(get_args(annotation))
+        return "|".join(map(str, get_args(annotation)))
     kind = next(part for part in (*get_args(annotation), annotation) if part is not type(None))
     return {int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(kind, "TEXT")
 

@@ -24,6 +24,7 @@ from server.errors import EngineError, InvalidRequest, QueueFull, TimedOut, Unav
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 3  # steps in a row
+MAX_COMPILING = 256  # grammars
 
 
 class Mailbox:
@@ -107,6 +108,7 @@ class AsyncEngine:
         self._idle = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._compiling = 0
         self.accepting = False
         self.alive = True
 
@@ -141,9 +143,23 @@ class AsyncEngine:
     def max_num_seqs(self) -> int:
         return self._engine.scheduler.max_num_seqs
 
-    def compile_grammar(self, spec: GrammarSpec) -> None:
-        """Compile it, or raise InvalidRequest that says where it is wrong. May take long; any thread may call it."""
-        self._engine.compile_grammar(spec)
+    async def compile_grammar(self, spec: GrammarSpec) -> None:
+        """Have a grammar ready for its request.
+
+        Raises:
+            InvalidRequest: it cannot be compiled; the message says where and why.
+            QueueFull: too many grammars wait to be compiled.
+        """
+        compiler = self._engine.runner.compiler
+        if compiler.knows(spec):
+            return compiler.compile(spec)
+        if self._compiling >= MAX_COMPILING:
+            raise QueueFull(f"{MAX_COMPILING} grammars wait to be compiled; try again later")
+        self._compiling += 1
+        try:
+            await asyncio.get_running_loop().run_in_executor(compiler.pool, compiler.compile, spec)
+        finally:
+            self._compiling -= 1
 
     async def start(self) -> None:
         """Start the engine thread and accept requests."""
@@ -170,6 +186,7 @@ class AsyncEngine:
         self._close()
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
+        self._engine.close()
 
     def session(self) -> Session:
         """For a request that calls `generate` several times."""

@@ -128,8 +128,9 @@ class Engine:
         if not request.token_ids:
             raise InvalidRequest("prompt: is empty; it must have at least one token", param="prompt")
         vocab = self.model_config.vocab_size
-        if wrong := [t for t in request.token_ids if not 0 <= t < vocab]:
-            raise InvalidRequest(f"prompt: token id {wrong[0]} is outside the vocabulary of {vocab}", param="prompt")
+        if min(request.token_ids) < 0 or max(request.token_ids) >= vocab:
+            wrong = next(t for t in request.token_ids if not 0 <= t < vocab)
+            raise InvalidRequest(f"prompt: token id {wrong} is outside the vocabulary of {vocab}", param="prompt")
         total = request.num_prompt_tokens + request.params.max_tokens
         if total > self.max_model_len:
             raise ContextLength(
@@ -141,6 +142,10 @@ class Engine:
     def compile_grammar(self, spec: GrammarSpec) -> None:
         """Have a grammar ready for its request; from any thread. Raises InvalidRequest if it cannot be compiled."""
         self.runner.compiler.compile(spec)
+
+    def close(self) -> None:
+        """End the threads and processes that grammars have needed. No step may follow."""
+        self.runner.close()
 
     def add_request(self, request: Request) -> None:
         """Queue a request that `validate` has accepted."""

@@ -12,39 +12,28 @@ its text cannot, or until its max_tokens.
 
 from __future__ import annotations
 
-import json
-import re
+import os
+import sys
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
-from typing import Any
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import llguidance
 import numpy as np
 import numpy.typing as npt
-from llguidance.gbnf_to_lark import any_to_lark
 
-from server.engine.json_schema import find_fault
+from server.engine.grammar_source import MAX_STEP_SECONDS, NOTHING_FITS, check_length, first_line, new_matcher
+from server.engine.grammar_workers import NICENESS, GrammarWorkers
 from server.engine.request import GrammarSpec
 from server.engine.tokenizer import Tokenizer
-from server.errors import InvalidRequest
+from server.engine.vocabulary import Vocabulary
+from server.errors import InvalidRequest, UserError
 
-MAX_TEXT = 1 << 17  # characters of an expression, grammar or list
-MAX_SCHEMA = 1 << 20  # characters of a schema: 5,000 properties with their descriptions
 CACHED_GRAMMARS = 128
-MAX_ATTEMPTS = 256  # subschemas tried per level, to say where a schema is wrong
-SENTINEL = "\x02"  # no token holds it together with other characters
-JSON_SPACE = r" |\n {0,16}"
-LIMITS = llguidance.LLParserLimits(
-    initial_lexer_fuel=1_000_000,  # about 20 ms
-    step_lexer_fuel=100_000,  # about 7 ms of one mask
-    step_max_items=400_000,  # about 25 ms of one mask; an object with 5,000 optional properties needs it
-    max_items_in_row=25_000,  # five for each of 5,000 optional properties
-    max_lexer_states=50_000,  # about 100 MB
-    max_grammar_size=100_000,
-    verbose_errors=False,
-)
+CACHED_GRAMMAR_BYTES = 256 << 20
+COMPILE_THREADS = 2
 
 
 class GrammarFailed(InvalidRequest):
@@ -52,19 +41,25 @@ class GrammarFailed(InvalidRequest):
 
 
 class GrammarCompiler:
-    """Compiled grammars for one tokenizer, the latest ones cached. Safe to use from several threads."""
+    """Compiled grammars for one tokenizer, the latest ones cached. Safe to use from several threads.
+
+    A grammar that is not known is tried out in a process of its own first (`grammar_workers`). Refusals are kept, too.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self.vocab_size = tokenizer.vocab_size
         self.eos_token_ids = tokenizer.eos_token_ids
         self.mask_size = tokenizer.vocab_size + (tokenizer.eos_token_id is None)
-        self._vocabulary: llguidance.LLTokenizer | None = None  # built by the first grammar
-        self._cache: OrderedDict[tuple[str, str], llguidance.LLMatcher] = OrderedDict()
+        self.pool = ThreadPoolExecutor(COMPILE_THREADS, "grammar-compile", initializer=_stand_back)
+        self._tools: tuple[GrammarWorkers, llguidance.LLTokenizer] | None = None  # made by the first grammar
+        self._making = threading.Lock()
+        self._cache: OrderedDict[tuple[str, str], _Compiled | str] = OrderedDict()  # str: why it is refused
+        self._cached_bytes = 0
         self._lock = threading.Lock()
 
     def compile(self, spec: GrammarSpec) -> None:
-        """Check a grammar and have it ready; up to a second for a large one, most of it without the GIL.
+        """Check a grammar and have it ready; up to seconds for a large one, without the GIL.
 
         Raises:
             InvalidRequest: it cannot be compiled; the message says where and why, `param` is the spec's.
@@ -75,31 +70,78 @@ class GrammarCompiler:
         """A matcher at the beginning of the text. Raises as `compile` does."""
         return self._compiled(spec).deep_copy()
 
+    def knows(self, spec: GrammarSpec) -> bool:
+        """Whether `compile` and `matcher` answer at once."""
+        with self._lock:
+            return _key(spec) in self._cache
+
+    def close(self) -> None:
+        """End the threads and processes; what has been compiled can still be used."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        with self._making:
+            if self._tools is not None:
+                self._tools[0].close()
+
     def _compiled(self, spec: GrammarSpec) -> llguidance.LLMatcher:
-        key = (spec.kind, spec.text)
         with self._lock:
-            if key in self._cache:
-                self._cache.move_to_end(key)
-                return self._cache[key]
-            if self._vocabulary is None:
-                self._vocabulary = _vocabulary(self._tokenizer)
-        most = MAX_SCHEMA if spec.kind == "json_schema" else MAX_TEXT
-        if len(spec.text) > most:
-            raise _invalid(spec, f"has {len(spec.text)} characters; at most {most} can be compiled")
-        try:
-            source = _SOURCES[spec.kind](spec)
-            matcher = llguidance.LLMatcher(self._vocabulary, source, log_level=0, limits=LIMITS)
-        except ValueError as error:  # UnicodeEncodeError too
-            raise _invalid(spec, f"cannot be compiled: {_first_line(str(error))}") from None
-        if not matcher.is_error():
-            matcher.compute_bitmask()  # what is too complex fails here, and copies find the first mask's work done
-        if matcher.is_error():
-            raise _invalid(spec, f"cannot be compiled: {_explain(spec, matcher.get_error())}")
+            if (found := self._cache.get(_key(spec))) is not None:
+                self._cache.move_to_end(_key(spec))
+        if found is None:
+            check_length(spec)
+            with self._making:
+                if self._tools is None:
+                    vocabulary = _vocabulary(self._tokenizer)
+                    self._tools = GrammarWorkers(vocabulary), vocabulary.native()
+            found = _try_out(*self._tools, spec)
+            self._keep(spec, found)
+        if isinstance(found, str):
+            raise InvalidRequest(f"{spec.param}{found}", param=spec.param)
+        return found.matcher
+
+    def _keep(self, spec: GrammarSpec, found: _Compiled | str) -> None:
         with self._lock:
-            self._cache[key] = matcher
-            if len(self._cache) > CACHED_GRAMMARS:
-                self._cache.popitem(last=False)
-        return matcher
+            if _key(spec) in self._cache:
+                return
+            self._cache[_key(spec)] = found
+            self._cached_bytes += _bytes_of(found)
+            while len(self._cache) > 1 and (
+                len(self._cache) > CACHED_GRAMMARS or self._cached_bytes > CACHED_GRAMMAR_BYTES
+            ):
+                self._cached_bytes -= _bytes_of(self._cache.popitem(last=False)[1])
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """A matcher at the beginning of the text, and the bytes that it took where it was tried out."""
+
+    matcher: llguidance.LLMatcher
+    bytes: int
+
+
+def _try_out(workers: GrammarWorkers, vocabulary: llguidance.LLTokenizer, spec: GrammarSpec) -> _Compiled | str:
+    """A grammar that a worker could compile, or what an error says after the field's name."""
+    try:
+        source, size = workers.try_out(spec)
+    except InvalidRequest as error:
+        return error.message.removeprefix(spec.param)
+    matcher = new_matcher(vocabulary, source, spec)
+    if matcher.is_error():
+        return f": cannot be compiled: {first_line(matcher.get_error())}"
+    return _Compiled(matcher, size)
+
+
+def _key(spec: GrammarSpec) -> tuple[str, str]:
+    return spec.kind, spec.text
+
+
+def _bytes_of(found: _Compiled | str) -> int:
+    return found.bytes if isinstance(found, _Compiled) else len(found)
+
+
+def _stand_back() -> None:
+    """Let the engine's threads go before this one."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 class GrammarState:
@@ -115,30 +157,40 @@ class GrammarState:
     def start(self, pool: Executor) -> Future[None]:
         """Compute which tokens may come next; a job that has not been taken is not started again."""
         if self._job is None:
-            self._job = pool.submit(self._fill)
+            known = self._matcher is not None or self._compiler.knows(self._spec)
+            self._job = (pool if known else self._compiler.pool).submit(self._fill)
         return self._job
 
     def _fill(self) -> None:
         if self._matcher is None:
             self._matcher = self._compiler.matcher(self._spec)
+        self._compute()
+
+    def _compute(self) -> None:
+        assert self._matcher is not None
+        began = time.thread_time()
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)  # without the GIL
         if self._matcher.is_error():
             raise _failed(self._spec, _failure(self._matcher))
+        self._check_time(began)
+
+    def _check_time(self, began: float) -> None:
+        """What has become slow, and would become slower with every token, ends here."""
+        if time.thread_time() - began > MAX_STEP_SECONDS:
+            reason = f"is too complex here: a single token takes more than {MAX_STEP_SECONDS:g} seconds"
+            raise _failed(self._spec, reason)
 
     def take(self) -> npt.NDArray[np.uint8] | None:
         """The mask: a bit per token, lowest first; None if the text is complete and no token may follow.
 
         Raises:
             GrammarFailed: the grammar is too complex here, or no token of the vocabulary fits it.
-            InvalidRequest: as `GrammarCompiler.compile`, if nobody has called that before.
+            UserError: as `GrammarCompiler.compile`, if nobody has called that before.
         """
         assert self._job is not None
         job, self._job = self._job, None
-        error = job.exception()
-        if isinstance(error, InvalidRequest):
-            raise error
-        if error is not None:  # a defect of llguidance, maybe even a panic
-            raise _failed(self._spec, f"{type(error).__name__}: {error}") from error
+        if (error := job.exception()) is not None:
+            raise failure_of(self._spec, error) from error
         if self._compiler.mask_size > self._compiler.vocab_size:  # the end of the text of a model without one
             byte, bit = divmod(self._compiler.vocab_size, 8)
             self._mask[byte] &= 0xFF ^ (1 << bit)
@@ -153,178 +205,54 @@ class GrammarState:
         """Whether the text matches as it is; to be read once its mask has been taken."""
         return self._matcher is not None and bool(self._matcher.is_accepting())
 
-    def advance(self, token_id: int) -> bool:
-        """Follow a token that the last mask allowed; whether the text is complete and cannot go on.
+    def advance(self, token_id: int, pool: Executor) -> Future[bool]:
+        """Follow a token that the last mask allowed, and go on with the next mask.
 
-        Raises:
-            GrammarFailed: the grammar is too complex here.
+        Returns:
+            Whether the text is complete and cannot go on; or GrammarFailed: the grammar is too complex here.
         """
+        followed: Future[bool] = Future()
+        self._job = pool.submit(self._follow, token_id, followed)
+        return followed
+
+    def _follow(self, token_id: int, followed: Future[bool]) -> None:
         assert self._matcher is not None
-        if token_id in self._compiler.eos_token_ids:
-            return True
-        if not self._matcher.consume_token(token_id):
-            raise _failed(self._spec, _failure(self._matcher))
-        return self._matcher.is_stopped()
+        try:
+            began = time.thread_time()
+            ended = token_id in self._compiler.eos_token_ids
+            if not ended and not self._matcher.consume_token(token_id):
+                raise _failed(self._spec, _failure(self._matcher))
+            self._check_time(began)
+        except BaseException as error:
+            followed.set_exception(error)
+            raise
+        ended = ended or self._matcher.is_stopped()
+        followed.set_result(ended)
+        if ended:
+            self._mask[:] = 0
+        else:
+            self._compute()
 
 
-class _Vocabulary:
-    """What llguidance reads of a tokenizer: the bytes of every token, which are special, and how text that is
-    forced would be tokenized.
-
-    A model without an end-of-text token gets one after its last token; `GrammarState.take` removes it.
-    """
-
-    bos_token_id = None
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
-        self.special_token_ids = sorted(i for i in tokenizer.special_ids if i < tokenizer.vocab_size)
-        self.eos_token_id = tokenizer.vocab_size if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-        if tokenizer.eos_token_id is None:
-            self.tokens.append(b"<|end of text|>")
-        if self.eos_token_id not in self.special_token_ids:
-            self.special_token_ids.append(self.eos_token_id)
-        self._special = frozenset(self.special_token_ids)
-
-    def __call__(self, text: str) -> list[int]:
-        """Tokens of a text in the middle of another: a tokenizer may put a space before the first character of all."""
-        ids = self._tokenizer.encode(SENTINEL + text, add_special_tokens=False)
-        if max(ids, default=0) >= self._tokenizer.vocab_size:  # a token that the model lacks
-            return self._longest_first(text.encode())
-        while ids and not self.tokens[ids[0]].endswith(SENTINEL.encode()):
-            ids = ids[1:]
-        ids = ids[1:]
-        # the text of a special token is text here: the token itself fits no grammar
-        if self._special.isdisjoint(ids) and b"".join(self.tokens[i] for i in ids) == text.encode():
-            return ids
-        return self._longest_first(text.encode())
-
-    def _longest_first(self, raw: bytes) -> list[int]:
-        """Tokens by their bytes alone, up to a byte that none begins with: for a tokenizer that rewrites text."""
-        by_bytes = {token: i for i, token in enumerate(self.tokens) if token and i not in self.special_token_ids}
-        longest = max(map(len, by_bytes))
-        ids = []
-        while raw:
-            length = next((n for n in range(min(longest, len(raw)), 0, -1) if raw[:n] in by_bytes), 0)
-            if not length:
-                break
-            ids.append(by_bytes[raw[:length]])
-            raw = raw[length:]
-        return ids
-
-
-def _vocabulary(tokenizer: Tokenizer) -> llguidance.LLTokenizer:
-    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Vocabulary(tokenizer)))
-
-
-def _invalid(spec: GrammarSpec, reason: str) -> InvalidRequest:
-    return InvalidRequest(f"{spec.param}: {reason}", param=spec.param)
+def failure_of(spec: GrammarSpec, error: BaseException) -> UserError:
+    """What a job raised, for the request's user; a defect of llguidance, maybe even a panic, is named."""
+    return error if isinstance(error, UserError) else _failed(spec, f"{type(error).__name__}: {error}")
 
 
 def _failed(spec: GrammarSpec, reason: str) -> GrammarFailed:
     return GrammarFailed(f"{spec.param}: {reason}", param=spec.param)
 
 
-def _json_schema(spec: GrammarSpec) -> str:
-    schema = _parse_json(spec)
-    if not isinstance(schema, dict | bool):
-        raise _invalid(spec, "a JSON schema is an object or a boolean")
-    if fault := find_fault(schema):
-        raise _invalid(spec, f"cannot be compiled: {fault}")
-    return _schema_source(schema)
-
-
-def _schema_source(schema: dict[str, Any] | bool) -> str:
-    text = json.dumps(schema)
-    return llguidance.LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": JSON_SPACE})
-
-
-def _choice(spec: GrammarSpec) -> str:
-    choices = _parse_json(spec)
-    if not isinstance(choices, list) or not choices:
-        raise _invalid(spec, "choices are a list of at least one string")
-    for i, text in enumerate(choices):
-        if not isinstance(text, str) or not text:
-            raise _invalid(spec, f"choice {i} is {'empty' if text == '' else 'not a string'}")
-    # one terminal: as rules, many choices are too many items for the parser
-    return llguidance.LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, choices)))
-
-
-def _grammar(spec: GrammarSpec) -> str:
-    try:
-        return llguidance.LLMatcher.grammar_from_lark(any_to_lark(spec.text))
-    except Exception as error:  # the converter of GBNF raises plain ones too
-        raise _invalid(spec, f"is neither Lark (no rule start) nor GBNF: {_first_line(str(error))}") from None
-
-
-_SOURCES: dict[str, Callable[[GrammarSpec], str]] = {
-    "json_object": lambda spec: _schema_source({"type": "object"}),
-    "json_schema": _json_schema,
-    "regex": lambda spec: llguidance.LLMatcher.grammar_from_regex(spec.text),
-    "choice": _choice,
-    "grammar": _grammar,
-}
-
-
-def _parse_json(spec: GrammarSpec) -> Any:
-    try:
-        return json.loads(spec.text)
-    except (ValueError, RecursionError) as error:
-        raise _invalid(spec, f"is not JSON: {error}") from None
-
-
-def _explain(spec: GrammarSpec, error: str) -> str:
-    """llguidance's message with the place in the user's own text."""
-    if spec.kind == "json_schema":
-        schema = json.loads(spec.text)
-        place = _first_invalid(schema, schema) if isinstance(schema, dict) else ""
-        return f"at {place or 'the top'}: {_reason(error)}"
-    return _reason(error)
+def _vocabulary(tokenizer: Tokenizer) -> Vocabulary:
+    tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+    return Vocabulary(
+        tokenizer.backend,
+        tokens,
+        sorted(i for i in tokenizer.special_ids if i < tokenizer.vocab_size),
+        tokenizer.eos_token_id,
+    )
 
 
 def _failure(matcher: llguidance.LLMatcher) -> str:
-    reason = _first_line(matcher.get_error())
-    return "no token of the vocabulary fits the grammar here" if reason == "NoExtensionBias" else reason
-
-
-def _first_line(error: str) -> str:
-    return error.strip().splitlines()[0] if error.strip() else "unknown error"
-
-
-def _reason(error: str) -> str:
-    """Of a regular expression's message the reason and the place, of any other one the first line."""
-    if found := re.search(r"regex parse error:\n    .*\n    ( *)\^+.*\nerror: (.*)", error):
-        return f"{found[2]} at character {len(found[1]) + 1} of the expression"
-    if found := re.search(r"\(in regex\): (.*)", error):
-        return found[1]
-    if _first_line(error) == "NoExtensionBias":
-        return "no text matches it: its rules only lead to one another, or to characters that no token has"
-    return re.sub(r"^(?:at )?(\d+)\((\d+)\):", r"line \1, column \2:", _first_line(error))
-
-
-def _first_invalid(schema: dict[str, Any], root: dict[str, Any], place: str = "") -> str:
-    """JSON pointer of the innermost subschema, in order, that does not compile by itself."""
-    shared: dict[str, Any] = {key: root[key] for key in ("$defs", "definitions") if key in root}
-    for attempt, (step, child) in enumerate(_subschemas(schema)):
-        if attempt == MAX_ATTEMPTS:
-            break
-        alone = _schema_source({**shared, **child})
-        if llguidance.LLMatcher.validate_grammar_with_warnings(alone, limits=LIMITS)[0]:
-            return _first_invalid(child, root, place + step)
-    return place
-
-
-def _subschemas(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(relative pointer, schema) of the schemas directly inside; definitions first, which others refer to."""
-    for key in ("$defs", "definitions", "properties", "patternProperties"):
-        if isinstance(children := schema.get(key), dict):
-            for name, child in children.items():
-                if isinstance(child, dict):
-                    yield f"/{key}/{name.replace('~', '~0').replace('/', '~1')}", child
-    for key in ("prefixItems", "allOf", "anyOf", "oneOf"):
-        if isinstance(listed := schema.get(key), list):
-            yield from ((f"/{key}/{i}", child) for i, child in enumerate(listed) if isinstance(child, dict))
-    for key in ("items", "additionalProperties"):
-        if isinstance(child := schema.get(key), dict):
-            yield f"/{key}", child
+    reason = first_line(matcher.get_error())
+    return "no token of the vocabulary fits the grammar here" if reason == NOTHING_FITS else reason

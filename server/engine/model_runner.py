@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -12,14 +13,15 @@ import numpy as np
 from lpa_model.backends.base import Backend, Mask, SamplingRow
 from lpa_model.batch import Batch, ScoredRows, Span
 from lpa_model.cache import LatentCache
-from server.engine.grammar import GrammarCompiler, GrammarState
+from server.engine.grammar import GrammarCompiler, GrammarState, failure_of
 from server.engine.request import Logprobs, Request
 from server.engine.sampling_state import SamplingState
 from server.engine.scheduler import ScheduledBatch, ScheduledRequest
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, UserError
 
 MASK_GRACE = 0.002  # seconds that a step waits for a late grammar mask before it goes on without that request
-MASK_THREADS = 2
+LONG_GRACE = 0.05  # seconds
+MASK_THREADS = 4  # a slow mask leaves the others enough
 NOT_FINITE = "the model gave a logit that is not a finite number"
 
 
@@ -82,8 +84,7 @@ class ModelRunner:
             result.tokens[request.id] = token
             if i in found.scores:
                 result.logprobs[request.id] = Logprobs(*found.scores[i])
-            if request.params.grammar:
-                self._advance_grammar(request, result)
+        self._advance_grammars([r for r in requests if r.params.grammar and r.id in result.tokens], result)
         columns = Logprobs(*found.prompt_scores)
         for request, first, end, top in runs:
             if found.broken_prompt and not found.broken_prompt.isdisjoint(range(first, end)):
@@ -91,6 +92,11 @@ class ModelRunner:
             else:
                 result.prompt_logprobs[request.id] = columns.part(first, end, top)
         return result
+
+    def close(self) -> None:
+        """End the threads and processes that grammars have needed."""
+        self._mask_pool.shutdown(wait=False, cancel_futures=True)
+        self.compiler.close()
 
     def _batch(self, scheduled: ScheduledBatch) -> tuple[Batch, list[tuple[Request, int, int, int]]]:
         """The step's arrays; and for each scored request its first scored row, the one after its last, and its top."""
@@ -150,13 +156,15 @@ class ModelRunner:
     def _join_masks(self, items: list[ScheduledRequest], result: BatchResult) -> dict[str, Mask]:
         """Masks of the requests that can be sampled now; the others are named in the result.
 
-        A late mask costs the other requests no more than MASK_GRACE, unless more than half of the step is late.
+        A late mask costs the other requests no more than MASK_GRACE, or LONG_GRACE if more than half of the step is
+        late.
         """
         constrained = [item.request for item in items if item.samples and item.request.params.grammar]
         jobs = [self._grammars[request].start(self._mask_pool) for request in constrained]
         late = wait(jobs, timeout=MASK_GRACE).not_done
-        while 2 * len(late) > len(items):
-            late = wait(late, return_when=FIRST_COMPLETED).not_done
+        until = time.monotonic() + LONG_GRACE
+        while 2 * len(late) > len(items) and (left := until - time.monotonic()) > 0:
+            late = wait(late, timeout=left, return_when=FIRST_COMPLETED).not_done
         masks = {}
         for request, job in zip(constrained, jobs, strict=True):
             if job in late:
@@ -164,7 +172,7 @@ class ModelRunner:
                 continue
             try:
                 mask = self._grammars[request].take()
-            except InvalidRequest as error:
+            except UserError as error:
                 result.errors[request.id] = error
                 continue
             if mask is None:
@@ -179,13 +187,25 @@ class ModelRunner:
             return self._grammars[request].accepts
         return request.num_output_tokens >= request.params.min_tokens
 
-    def _advance_grammar(self, request: Request, result: BatchResult) -> None:
-        try:
-            if self._grammars[request].advance(result.tokens[request.id]):
+    def _advance_grammars(self, requests: list[Request], result: BatchResult) -> None:
+        """Grammars follow the tokens beside this thread. One that is late costs the others no more than MASK_GRACE;
+        should its text be complete, its next mask says so. Where there will be none, it gets LONG_GRACE."""
+        jobs = [self._grammars[request].advance(result.tokens[request.id], self._mask_pool) for request in requests]
+        if late := wait(jobs, timeout=MASK_GRACE).not_done:
+            last: list[Future[bool]] = [
+                job
+                for request, job in zip(requests, jobs, strict=True)
+                if job in late and request.num_output_tokens + 1 >= request.params.max_tokens
+            ]
+            wait(last, timeout=LONG_GRACE)
+        for request, job in zip(requests, jobs, strict=True):
+            if not job.done():
+                continue
+            if (error := job.exception()) is not None and request.params.grammar:
+                result.errors[request.id] = failure_of(request.params.grammar, error)
+                del result.tokens[request.id]
+            elif job.result():
                 result.ended.add(request.id)
-        except InvalidRequest as error:
-            result.errors[request.id] = error
-            del result.tokens[request.id]
 
     def _state(self, request: Request) -> SamplingState:
         if request not in self._states:

@@ -29,7 +29,10 @@ class SamplingState:
             self._bias = np.array([bias for _, bias in params.logit_bias], np.float32)
         self._ends = [*eos_token_ids, *params.stop_token_ids]
         self._banned = [words[0] for words in params.bad_words if len(words) == 1]
-        self._bad_sequences = [words for words in params.bad_words if len(words) > 1]
+        self._bad_ends: dict[int, list[tuple[list[int], int]]] = {}  # by the token before the last
+        for *prefix, last in params.bad_words:
+            if prefix:
+                self._bad_ends.setdefault(prefix[-1], []).append((prefix, last))
         repeats = params.repetition_penalty != 1
         self._penalizes = repeats or params.presence_penalty != 0 or params.frequency_penalty != 0
         self._places: dict[int, int] = {}  # of token ids in the arrays
@@ -82,7 +85,7 @@ class SamplingState:
         generated = request.num_output_tokens
         if generated < request.params.min_tokens:
             banned += self._ends
-        for *prefix, last in self._bad_sequences:
+        for prefix, last in self._bad_ends.get(request.token_ids[-1], ()):
             if len(prefix) <= generated and request.token_ids[-len(prefix) :] == prefix:
                 banned.append(last)
         return banned

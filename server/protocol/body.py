@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import logging
 from contextvars import ContextVar
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
+
+MAX_LOGGED = 256  # names
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class RequestBody(BaseModel):
                     raise _unknown(name, [*known, *cls.aliases])
                 ignored.append(name)
         for name in ignored[:MOST_NAMED]:
-            _log_ignored(cls.__name__, name[:64])
+            _log_unknown(cls.__name__, name[:64])
         for name in cls.aliases.keys() & data.keys():
             if (value := data[name]) is not None:
                 field, _, inner = cls.aliases[name].partition(".")
@@ -92,6 +93,14 @@ def _unknown(name: str, known: list[str]) -> PydanticCustomError:
     return refusal(f"is unknown to this server{hint}", name[:64], code="unknown_parameter")
 
 
-@functools.lru_cache(maxsize=1024)  # "once" must not let clients fill the memory with made-up names
-def _log_ignored(body: str, name: str) -> None:
+_logged: set[tuple[str, str]] = set()
+
+
+def _log_unknown(body: str, name: str) -> None:
+    """Once for each name, and for so many names: clients can make up any number of them."""
+    if (body, name) in _logged or len(_logged) >= MAX_LOGGED:
+        return
+    _logged.add((body, name))
     logger.warning("%s: unknown field %r is ignored", body, name)
+    if len(_logged) == MAX_LOGGED:
+        logger.warning("%d unknown fields were ignored; no further one is logged", MAX_LOGGED)

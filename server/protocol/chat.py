@@ -135,7 +135,9 @@ class ChatCompletionRequest(SamplingBody):
         "best_of": (1,),
     }
 
-    messages: list[Message] = Field(min_length=1, description="The conversation so far, oldest turn first.")
+    messages: list[Message] = Field(
+        min_length=1, fail_fast=True, description="The conversation so far, oldest turn first."
+    )
     max_completion_tokens: int | None = Field(
         None, ge=1, description="Most tokens to generate (default: as many as fit the context)."
     )

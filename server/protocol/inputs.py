@@ -19,9 +19,9 @@ def check_input(value: Any, where: str) -> str | list[int]:
         return value
     if not isinstance(value, list):
         raise InvalidRequest(f"{where}: must be a text or a list of token ids", param=where)
-    for token in value:
-        if type(token) is not int:
-            raise InvalidRequest(f"{where}: {str(token)[:40]!r} is not a token id", param=where)
+    if not set(map(type, value)) <= {int}:
+        wrong = next(token for token in value if type(token) is not int)
+        raise InvalidRequest(f"{where}: {str(wrong)[:40]!r} is not a token id", param=where)
     return value
 
 

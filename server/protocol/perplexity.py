@@ -15,6 +15,7 @@ from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidRequest
 from server.protocol.body import HARMLESS, RequestBody
 from server.protocol.inputs import MODEL, Inputs, check_input
+from server.protocol.json_size import check_num_values
 from server.protocol.logprobs import LOWEST_LOGPROB
 from server.protocol.sampling import FINGERPRINT
 
@@ -170,8 +171,9 @@ LINES_OPENAPI: dict[str, Any] = {
 """What FastAPI cannot know of the route."""
 
 
-def input_of_line(line: bytes, where: str) -> str | list[int]:
+def input_of_line(line: bytes, where: str, max_values: int) -> str | list[int]:
     """The text or token ids of a line of a body; InvalidRequest names the line."""
+    check_num_values(line, max_values, where)
     try:
         value = json.loads(line)
     except UnicodeDecodeError as error:

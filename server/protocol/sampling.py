@@ -128,19 +128,18 @@ class SamplingBody(RequestBody):
         BeforeValidator(_biases, json_schema_input_type=dict[str, Annotated[float, Field(ge=-100, le=100)]]),
     ] = Field(
         {},
-        max_length=1024,
         description="Token id to a number from -100 to 100 that is added to its logit.",
         examples=[{"50": -100}],
     )
     bad_words: list[Text] = Field(
-        [], max_length=1024, description="Texts that are not generated, in the tokens that the tokenizer gives them."
+        [], fail_fast=True, description="Texts that are not generated, in the tokens that the tokenizer gives them."
     )
     allowed_token_ids: list[int] | None = Field(
-        None, min_length=1, description="The only tokens that may be generated (default: all)."
+        None, min_length=1, fail_fast=True, description="The only tokens that may be generated (default: all)."
     )
     min_tokens: int = Field(0, ge=0, description="Tokens to generate before the completion may end.")
     ignore_eos: bool = Field(False, description="Generate beyond the end of the text.")
-    stop_token_ids: list[int] = Field([], max_length=1024, description="Tokens that end the completion.")
+    stop_token_ids: list[int] = Field([], fail_fast=True, description="Tokens that end the completion.")
     include_stop_str_in_output: bool = Field(False, description="Leave the text or token that ended it in the answer.")
     skip_special_tokens: bool = Field(True, description="Leave special tokens out of the text.")
     response_format: ResponseFormat | None = Field(None, description="Form of the text, as OpenAI's chats have it.")

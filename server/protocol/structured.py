@@ -77,7 +77,7 @@ class StructuredOutputs(RequestBody):
         None, min_length=1, description="Regular expression that the whole text matches.", examples=["[a-z]{3,8}"]
     )
     choice: list[Choice] | None = Field(
-        None, min_length=1, description="The text is one of these.", examples=[["yes", "no"]]
+        None, min_length=1, fail_fast=True, description="The text is one of these.", examples=[["yes", "no"]]
     )
     grammar: str | None = Field(None, min_length=1, description="Context-free grammar in Lark's notation.")
 

@@ -25,7 +25,9 @@ class TokenizeRequest(RequestBody):
 
     model: str | None = MODEL
     prompt: str | None = Field(None, description="The text; this or `messages`.", examples=["Once upon a time"])
-    messages: list[Message] | None = Field(None, min_length=1, description="The conversation; this or `prompt`.")
+    messages: list[Message] | None = Field(
+        None, min_length=1, fail_fast=True, description="The conversation; this or `prompt`."
+    )
     add_special_tokens: bool | None = Field(
         None,
         description="Let the tokenizer add its special tokens, such as BOS (default: with `prompt`; a chat template "
@@ -64,7 +66,9 @@ class DetokenizeRequest(RequestBody):
     harmless: ClassVar[frozenset[str]] = HARMLESS
 
     model: str | None = MODEL
-    tokens: list[TokenId] = Field(description="Token ids, below the vocabulary's size.", examples=[[51, 40, 37]])
+    tokens: list[TokenId] = Field(
+        fail_fast=True, description="Token ids, below the vocabulary's size.", examples=[[51, 40, 37]]
+    )
 
 
 class DetokenizeResponse(BaseModel):

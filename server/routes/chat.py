@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -18,9 +19,10 @@ from server.protocol.chat import ChatCompletionRequest, ChatCompletionResponse, 
 from server.protocol.inputs import check_text
 from server.protocol.logprobs import chat_logprobs, namer, prompt_logprobs
 from server.routes.body import JsonRoute
-from server.routes.generation import Generation, begin
+from server.routes.generation import Completed, Generation, begin
+from server.routes.limits import check_messages, check_sampling, check_sequences
 from server.routes.prompts import check_model, tokenize, truncate
-from server.routes.respond import TEXT, json_response, to_json, while_connected, with_text
+from server.routes.respond import TEXT, large_json_response, to_json, while_connected, with_text
 from server.routes.responses import WITH_ENGINE, responses
 from server.routes.sse import DONE, EventStream
 from server.routes.waiting import with_comments
@@ -40,7 +42,7 @@ def chat_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         check_model(body.model, settings)
         call = await _accept(engine, settings, body, request.state.request_id)
         if not body.stream:
-            return json_response(await while_connected(request.receive, _answer(call)))
+            return await while_connected(request.receive, _answer(call))
         events = with_comments(_events(call), settings.waiting_comment_interval)
         return EventStream(await while_connected(request.receive, anext(events)), events)
 
@@ -64,8 +66,12 @@ class _Call:
 
 async def _accept(engine: AsyncEngine, settings: Settings, body: ChatCompletionRequest, request_id: str) -> _Call:
     """The conversation as a prompt, and what the model cannot do refused."""
+    check_sampling(body, settings)
+    check_messages(body.messages, settings)
+    check_sequences(1, body.n, settings)
     tokenizer = engine.tokenizer
-    text = tokenizer.render_chat(
+    text = await asyncio.to_thread(
+        tokenizer.render_chat,
         [message.to_template() for message in body.messages],
         add_generation_prompt=(
             not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
@@ -86,9 +92,14 @@ async def _accept(engine: AsyncEngine, settings: Settings, body: ChatCompletionR
             engine.max_model_len,
             param="messages",
         )
-    max_tokens = room if limit is None else limit
-    defaults = engine.sampling_defaults
-    params = body.sampling_params(tokenizer, max_tokens, body.alternatives, body.prompt_logprobs, defaults)
+    params = await asyncio.to_thread(
+        body.sampling_params,
+        tokenizer,
+        room if limit is None else limit,
+        body.alternatives,
+        body.prompt_logprobs,
+        engine.sampling_defaults,
+    )
     generation = await begin(
         engine,
         settings,
@@ -106,11 +117,16 @@ async def _accept(engine: AsyncEngine, settings: Settings, body: ChatCompletionR
     )
 
 
-async def _answer(call: _Call) -> dict[str, Any]:
+async def _answer(call: _Call) -> Response:
     """The whole answer."""
+    completed = await call.generation.collect()
+    return await large_json_response(call.generation.answer_size(), lambda: _whole(call, completed))
+
+
+def _whole(call: _Call, completed: list[Completed]) -> dict[str, Any]:
     body, generation = call.body, call.generation
     choices = []
-    for index, done in enumerate(await generation.collect()):
+    for index, done in enumerate(completed):
         logprobs = call.logprobs(done.token_ids, done.logprobs)
         choice = chat_choice(index, "".join(done.text), logprobs, done.finish_reason, done.stop_reason)
         choices.append({**choice, "token_ids": done.token_ids} if body.return_token_ids else choice)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -28,8 +29,9 @@ from server.protocol.logprobs import (
 )
 from server.routes.body import JsonRoute
 from server.routes.generation import Completed, Generation, begin
+from server.routes.limits import check_sampling, check_sequences
 from server.routes.prompts import check_model, start_of_document, tokenize, truncate
-from server.routes.respond import TEXT, json_response, to_json, while_connected, with_text
+from server.routes.respond import TEXT, large_json_response, to_json, while_connected, with_text
 from server.routes.responses import WITH_ENGINE, responses
 from server.routes.sse import DONE, EventStream
 from server.routes.waiting import with_comments
@@ -49,7 +51,7 @@ def completions_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         check_model(body.model, settings)
         call = await _accept(engine, settings, body, request.state.request_id)
         if not body.stream:
-            return json_response(await while_connected(request.receive, _answer(call)))
+            return await while_connected(request.receive, _answer(call))
         events = with_comments(_events(call), settings.waiting_comment_interval)
         return EventStream(await while_connected(request.receive, anext(events)), events)
 
@@ -102,6 +104,8 @@ class _Call:
 
 async def _accept(engine: AsyncEngine, settings: Settings, body: CompletionRequest, request_id: str) -> _Call:
     """Tokenize the prompts and refuse what the model cannot do."""
+    check_sampling(body, settings)
+    check_sequences(1 if body.prompt is None else len(body.prompt), body.width, settings)
     if body.prompt is None:
         prompts = [start_of_document(engine)]
     else:
@@ -116,6 +120,14 @@ async def _accept(engine: AsyncEngine, settings: Settings, body: CompletionReque
     width = body.width if body.max_tokens else 1  # nothing differs between choices that generate nothing
     ranked = 0 if width > body.n else None
     logprobs = body.logprobs if body.logprobs is not None else ranked
+    params = await asyncio.to_thread(
+        body.sampling_params,
+        engine.tokenizer,
+        body.max_tokens,
+        logprobs,
+        body.scores_prompts,
+        engine.sampling_defaults,
+    )
     generation = await begin(
         engine,
         settings,
@@ -123,19 +135,21 @@ async def _accept(engine: AsyncEngine, settings: Settings, body: CompletionReque
         [truncate(prompt, body.truncate_prompt_tokens, room, body.truncation_side) for prompt in prompts],
         request_id,
         width=width,
-        params=body.sampling_params(
-            engine.tokenizer, body.max_tokens, logprobs, body.scores_prompts, engine.sampling_defaults
-        ),
+        params=params,
     )
     return _Call(
         body, generation, completion_head(request_id, int(time.time()), settings.model_name, engine.fingerprint)
     )
 
 
-async def _answer(call: _Call) -> dict[str, Any]:
+async def _answer(call: _Call) -> Response:
     """The whole answer."""
+    done = await call.generation.collect()
+    return await large_json_response(call.generation.answer_size(), lambda: _whole(call, done))
+
+
+def _whole(call: _Call, done: list[Completed]) -> dict[str, Any]:
     generation, n = call.generation, call.body.n
-    done = await generation.collect()
     choices = []
     for prompt in range(len(generation.prompts)):
         of_prompt = done[prompt * generation.width : (prompt + 1) * generation.width]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,19 +69,13 @@ class Generation:
                     self.prompt_scores[prompt] = output.prompt_logprobs
                 yield index, output
 
-    def _jobs(self) -> list[Job]:
+    def _jobs(self) -> Iterator[Job]:
+        """Made as the engine takes them."""
         plain = self.params.without_prompt_logprobs()
-        return [
-            Job(
-                prompt.token_ids,
-                plain if choice else self.params,
-                choice,
-                self.body.priority,
-                self.body.cache_salt or "",
-            )
-            for prompt in self.prompts
-            for choice in range(self.width)
-        ]
+        for prompt in self.prompts:
+            for choice in range(self.width):
+                params = plain if choice else self.params
+                yield Job(prompt.token_ids, params, choice, self.body.priority, self.body.cache_salt or "")
 
     async def collect(self) -> list[Completed]:
         """Every sequence to its end, by index."""
@@ -91,6 +84,12 @@ class Generation:
             async for index, output in outputs:
                 done[index].add(output)
         return done
+
+    def answer_size(self) -> int:
+        """About the values in a whole answer."""
+        generated = self.completion_tokens * (1 + (self.params.logprobs or 0))
+        prompts = sum(len(prompt.token_ids) for prompt in self.prompts) * (1 + (self.params.prompt_logprobs or 0))
+        return 8 * len(self.prompts) * self.width + generated + prompts
 
     def prompt_text(self, prompt: int) -> str:
         """A prompt as echo shows it: what its completion goes on with. A character that its last tokens begin belongs
@@ -150,5 +149,5 @@ async def begin(
                 param=prompt.where if len(prompt.token_ids) > engine.max_model_len else limit_field,
             )
     if params.grammar is not None:
-        await asyncio.to_thread(engine.compile_grammar, params.grammar)
+        await engine.compile_grammar(params.grammar)
     return Generation(engine, body, prompts, width, params, request_id, deadline_of(settings))

@@ -29,7 +29,7 @@ from server.protocol.loglikelihood import (
 from server.routes.body import JsonRoute
 from server.routes.fan_out import deadline_of
 from server.routes.prompts import check_model
-from server.routes.respond import json_response, while_connected
+from server.routes.respond import large_json_response, while_connected
 from server.routes.responses import WITH_ENGINE, responses
 from server.routes.scoring import Scorer
 from server.settings import Settings
@@ -76,15 +76,14 @@ def loglikelihood_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
     )
     async def loglikelihood(body: LoglikelihoodRequest, request: Request) -> Response:
         check_model(body.model, settings)
-        sets = body.alternatives()
+        sets = await asyncio.to_thread(body.alternatives)
         tokenize = PairTokenizer(engine, body.add_bos)
         scorer = Scorer(engine, settings, request.state.request_id)
         works = _works(scorer, tokenize, sets, engine.max_model_len)
         scored = scorer.in_order(works, deadline_of(settings))
-        answer = await while_connected(
+        return await while_connected(
             request.receive, _answer(settings.model_name, engine.fingerprint, tokenize.add_bos, len(sets), scored)
         )
-        return json_response(answer)
 
     return router
 
@@ -215,7 +214,7 @@ async def _score_pack(scorer: Scorer, number: int, pack: Sequence[Pair]) -> Scor
 
 async def _answer(
     model: str, fingerprint: str, add_bos: bool, num_sets: int, scored: AsyncGenerator[ScoredPack]
-) -> dict[str, Any]:
+) -> Response:
     entries: list[list[dict[str, Any]]] = [[] for _ in range(num_sets)]
     prompt_tokens = cached_tokens = 0
     failed: list[Unscorable] = []
@@ -230,5 +229,9 @@ async def _answer(
             cached_tokens += pack.num_cached_tokens
     if failed and not prompt_tokens:
         raise failed[0].error
-    data = [set_fields(i, sorted(of_set, key=lambda entry: entry["index"])) for i, of_set in enumerate(entries)]
-    return loglikelihood_fields(model, fingerprint, add_bos, data, prompt_tokens, cached_tokens)
+
+    def whole() -> dict[str, Any]:
+        data = [set_fields(i, sorted(of_set, key=lambda entry: entry["index"])) for i, of_set in enumerate(entries)]
+        return loglikelihood_fields(model, fingerprint, add_bos, data, prompt_tokens, cached_tokens)
+
+    return await large_json_response(8 * sum(map(len, entries)), whole)

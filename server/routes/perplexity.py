@@ -91,7 +91,7 @@ def perplexity_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         except ValidationError as invalid:
             raise RequestValidationError([{**e, "loc": ("query", *e["loc"])} for e in invalid.errors()]) from None
         body = LineBody(request.receive, settings.max_body_bytes)
-        return await answer(request, asked, _inputs_of_lines(body), body)
+        return await answer(request, asked, _inputs_of_lines(body, settings.max_body_values), body)
 
     class JsonOrLines(JsonRoute):
         """FastAPI reads a JSON body whole; one of lines is read as it comes."""
@@ -147,10 +147,13 @@ async def _inputs_of_list(inputs: list[str | list[int]]) -> Inputs:
     yield batch
 
 
-async def _inputs_of_lines(body: LineBody) -> Inputs:
+async def _inputs_of_lines(body: LineBody, max_values: int) -> Inputs:
     async with aclosing(body.batches()) as batches:
         async for batch in batches:
-            yield ((where, input_of_line(line, where)) for where, line in ((f"line {i}", line) for i, line in batch))
+            yield (
+                (where, input_of_line(line, where, max_values))
+                for where, line in ((f"line {i}", line) for i, line in batch)
+            )
 
 
 async def _texts(
@@ -262,13 +265,12 @@ async def _lines(
             except ValueError as error:
                 raise EngineError(f"{text.where}: {error}") from None
             if asked.return_tokens and item.window is not None:
-                tokens.add(text, item.window.first_scored, None)
-                tokens.add(text, item.window.end, item.scores)
+                await asyncio.to_thread(tokens.add_window, text, item.window, item.scores)
             if not item.is_last:
                 continue
             entry = to_json(text_fields(corpus.num_texts, text.tally, convention.method))
             if asked.return_tokens:
-                tokens.add(text, len(text.token_ids), None)
+                await asyncio.to_thread(tokens.add, text, len(text.token_ids), None)
                 entry = _with_list(entry, "tokens", tokens.runs)
             yield entry
             corpus.add_text(text.tally)
@@ -287,6 +289,11 @@ class _TokenRuns:
         self.runs: list[str] = []
         self._tokenizer = tokenizer
         self._done = 0
+
+    def add_window(self, text: Text, window: Window, scores: Logprobs) -> None:
+        """The tokens up to the end of a window that was scored."""
+        self.add(text, window.first_scored, None)
+        self.add(text, window.end, scores)
 
     def add(self, text: Text, end: int, scores: Logprobs | None) -> None:
         """The tokens up to `end`, scored or not."""

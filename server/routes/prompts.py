@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from server.engine.async_engine import AsyncEngine
+from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidRequest, NotFound
+from server.protocol.inputs import check_token_ids, place
 from server.settings import Settings
 
 LONG_TEXT = 2000  # characters; below, tokenizing is over before a thread would have started
+MANY = 16  # texts
 
 
 @dataclass(frozen=True)
@@ -49,30 +52,31 @@ async def tokenize(
     Raises:
         InvalidRequest: an input is empty or has a token id outside the vocabulary.
     """
-    texts = [text for text in inputs if isinstance(text, str)]
-    tokenizer = engine.tokenizer
 
-    def encode() -> list[tuple[list[int], list[int] | None]]:
+    def read() -> list[Prompt]:
+        return [
+            _prompt(engine.tokenizer, place(field, i, len(inputs)), item, add_special_tokens, with_offsets)
+            for i, item in enumerate(inputs)
+        ]
+
+    return await asyncio.to_thread(read) if sum(map(len, inputs)) > LONG_TEXT or len(inputs) > MANY else read()
+
+
+def _prompt(
+    tokenizer: Tokenizer, where: str, item: str | list[int], add_special_tokens: bool, with_offsets: bool
+) -> Prompt:
+    if isinstance(item, str):
         if with_offsets:
-            return [tokenizer.encode_with_offsets(text, add_special_tokens=add_special_tokens) for text in texts]
-        return [(tokenizer.encode(text, add_special_tokens=add_special_tokens), None) for text in texts]
-
-    encoded = iter(await asyncio.to_thread(encode) if sum(map(len, texts)) > LONG_TEXT else encode())
-    vocab = tokenizer.vocab_size
-    prompts: list[Prompt] = []
-    for i, item in enumerate(inputs):
-        where = field if len(inputs) == 1 else f"{field}[{i}]"
-        if isinstance(item, str):
-            ids, offsets = next(encoded)
-            tokenizer.check(ids, where)
-            prompts.append(Prompt(where, item, ids, offsets))
+            prompt = Prompt(where, item, *tokenizer.encode_with_offsets(item, add_special_tokens=add_special_tokens))
         else:
-            if wrong := [token for token in item if not 0 <= token < vocab]:
-                raise InvalidRequest(f"{where}: token id {wrong[0]} is outside the vocabulary of {vocab}", param=where)
-            prompts.append(Prompt(where, None, item))
-        if not prompts[-1].token_ids:
-            raise InvalidRequest(f"{where}: is empty; it must have at least one token", param=where)
-    return prompts
+            prompt = Prompt(where, item, tokenizer.encode(item, add_special_tokens=add_special_tokens))
+        tokenizer.check(prompt.token_ids, where)
+    else:
+        check_token_ids(item, tokenizer.vocab_size, where)
+        prompt = Prompt(where, None, item)
+    if not prompt.token_ids:
+        raise InvalidRequest(f"{where}: is empty; it must have at least one token", param=where)
+    return prompt
 
 
 def start_of_document(engine: AsyncEngine) -> Prompt:

@@ -15,6 +15,8 @@ from server.settings import Settings
 
 T = TypeVar("T")
 
+SLICE = 0.003  # seconds of the event loop at a time
+
 
 class Scorer:
     """Scores the sequences of one HTTP request, whose first may be refused; later ones wait for a full queue.
@@ -99,6 +101,8 @@ async def in_order(
             end = error
         started.put_nowait(end)
 
+    loop = asyncio.get_running_loop()
+    until = loop.time() + SLICE
     starting = asyncio.create_task(start_all())
     item: asyncio.Task[T] | Exception | None = None
     try:
@@ -113,6 +117,9 @@ async def in_order(
                 raise TimedOut("the request took longer than this server's request_timeout") from None
             slots.release()
             yield result
+            if loop.time() > until:  # results that are there already suspend nobody
+                await asyncio.sleep(0)
+                until = loop.time() + SLICE
         if item is not None:
             raise item
     finally:

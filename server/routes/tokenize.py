@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import Response
 
 from server.engine.async_engine import AsyncEngine
-from server.errors import InvalidRequest
-from server.protocol.inputs import check_text
+from server.protocol.inputs import check_text, check_token_ids
 from server.protocol.tokenize import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -19,8 +17,9 @@ from server.protocol.tokenize import (
     TokenizerInfo,
 )
 from server.routes.body import JsonRoute
-from server.routes.prompts import LONG_TEXT, check_model
-from server.routes.respond import json_response
+from server.routes.limits import check_messages
+from server.routes.prompts import check_model
+from server.routes.respond import SMALL, json_response, large_json_response
 from server.routes.responses import WITH_BODY, responses
 from server.settings import Settings
 
@@ -34,11 +33,13 @@ def tokenize_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
     async def tokenize(body: TokenizeRequest) -> Response:
         """Token ids of a text, or of a conversation in the model's chat template."""
         check_model(body.model, settings)
-        ids = await asyncio.to_thread(_encode, body) if _is_long(body) else _encode(body)
+        check_messages(body.messages or (), settings)
+        return await large_json_response(_size(body), lambda: _answer(body))
+
+    def _answer(body: TokenizeRequest) -> dict[str, Any]:
+        ids = _encode(body)
         names = [tokenizer.backend.id_to_token(i) or "" for i in ids] if body.return_token_strs else None
-        return json_response(
-            {"count": len(ids), "max_model_len": engine.max_model_len, "tokens": ids, "token_strs": names}
-        )
+        return {"count": len(ids), "max_model_len": engine.max_model_len, "tokens": ids, "token_strs": names}
 
     def _encode(body: TokenizeRequest) -> list[int]:
         if body.messages is None:
@@ -59,10 +60,11 @@ def tokenize_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
     async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of token ids; special tokens are written out, so that /tokenize gives the same ids again."""
         check_model(body.model, settings)
-        vocab = tokenizer.vocab_size
-        if wrong := [token for token in body.tokens if not 0 <= token < vocab]:
-            raise InvalidRequest(f"tokens: {wrong[0]} is outside the vocabulary of {vocab}", param="tokens")
-        return json_response({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        return await large_json_response(len(body.tokens), lambda: {"prompt": _decode(body.tokens)})
+
+    def _decode(ids: list[int]) -> str:
+        check_token_ids(ids, tokenizer.vocab_size, "tokens")
+        return tokenizer.decode(ids, skip_special_tokens=False)
 
     @router.get("/tokenizer_info", summary="The tokenizer's settings", responses=responses(TokenizerInfo))
     async def tokenizer_info() -> Response:
@@ -72,8 +74,8 @@ def tokenize_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
     return router
 
 
-def _is_long(body: TokenizeRequest) -> bool:
-    return len(body.prompt or "") > LONG_TEXT or body.messages is not None
+def _size(body: TokenizeRequest) -> int:
+    return len(body.prompt or "") if body.messages is None else SMALL + 1
 
 
 def _info(engine: AsyncEngine) -> dict[str, Any]:

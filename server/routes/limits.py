@@ -1,0 +1,43 @@
+"""How much one request may ask for: counts that settings limit, beside the size of its body."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from server.errors import InvalidRequest
+from server.protocol.chat import Message
+from server.protocol.sampling import SamplingBody
+from server.settings import Settings
+
+
+def check_sampling(body: SamplingBody, settings: Settings) -> None:
+    """Raises InvalidRequest for a list of the common fields that is too long."""
+    for field, entries in (
+        ("bad_words", body.bad_words),
+        ("stop_token_ids", body.stop_token_ids),
+        ("logit_bias", body.logit_bias),
+    ):
+        check_count(field, "entries", len(entries), settings.max_list_entries, "max_list_entries")
+    check_count("stop", "bytes", _num_bytes(body.stop), settings.max_stop_bytes, "max_stop_bytes")
+    check_count("bad_words", "bytes", _num_bytes(body.bad_words), settings.max_bad_words_bytes, "max_bad_words_bytes")
+
+
+def check_sequences(num_prompts: int, width: int, settings: Settings) -> None:
+    """Raises InvalidRequest for more sequences than a request may have; `width` are those of a prompt."""
+    check_count("prompt", "prompts times n", num_prompts * width, settings.max_sequences, "max_sequences")
+
+
+def check_messages(messages: Sequence[Message], settings: Settings) -> None:
+    """Raises InvalidRequest for a conversation of too many messages and parts."""
+    count = sum(1 if isinstance(message.content, str) else max(1, len(message.content or ())) for message in messages)
+    check_count("messages", "messages and parts", count, settings.max_messages, "max_messages")
+
+
+def check_count(field: str, what: str, count: int, limit: int, setting: str) -> None:
+    """Raises InvalidRequest that names the field, the limit and the setting."""
+    if count > limit:
+        raise InvalidRequest(f"{field}: {count} {what} are more than {limit}, the server's {setting}", param=field)
+
+
+def _num_bytes(texts: Sequence[str]) -> int:
+    return sum(len(text.encode(errors="replace")) for text in texts)
