@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import defaultdict
@@ -439,3 +440,34 @@ def test_auto_layout_is_latent_for_learned_and_mixed_for_rotary_positions(
 ) -> None:
     layout = make_engine(tiny_checkpoint).runner.cache.layout
     assert layout == ("latent" if architecture == "setting1" else "mixed")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_logit_that_is_not_finite_ends_its_own_request_only(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, bad: float
+) -> None:
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, logprobs=1)
+
+    def both() -> list[Request]:
+        return [Request("good", prompt(1, 5), params), Request("bad", prompt(2, 5), params)]
+
+    expected = run(make_engine(tiny_checkpoint), both())
+    engine = make_engine(tiny_checkpoint)
+    backend: Any = engine.runner.backend
+    head, calls = backend.head, itertools.count()
+
+    def broken_head(hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = head(hidden)
+        if next(calls) == 2:
+            assert len(logits) == 2
+            logits = logits.clone()
+            logits[1, 7] = bad
+        return logits
+
+    monkeypatch.setattr(backend, "head", broken_head)
+    outputs = run(engine, both())
+    assert ids_of(outputs["good"]) == ids_of(expected["good"])
+    assert ids_of(outputs["bad"]) == ids_of(expected["bad"])[:2]
+    assert outputs["bad"][-1].finish_reason is FinishReason.ERROR
+    assert "not a finite number" in str(outputs["bad"][-1].error)
+    assert outputs["bad"][-1].invalid_param is None  # not the client's fault

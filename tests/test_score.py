@@ -125,7 +125,7 @@ def test_texts_are_read_only_as_far_ahead_as_forward_passes_need(tiny_checkpoint
     numbers = itertools.count()
     texts = ((Place("endless", i, 1), "the sea" if i % 3 else "") for i in numbers)
     how = models.convention_of(scorer, {"method": "full"})
-    lines = local.score_texts(scorer.model, scorer.tokenizer, how, texts, "tiny", lambda size, tokens: None)
+    lines = local.score_texts(scorer.model, scorer.tokenizer, how, texts, "tiny", "lpa-0", lambda size, tokens: None)
     assert [line["line"] for line in itertools.islice(lines, 5)] == [0, 1, 2, 3, 4]
     assert next(numbers) < LOOK_AHEAD * TOKEN_BUDGET
 

@@ -141,7 +141,9 @@ def _local(
     with ends_at_once():
         scorer = models.load(settings.model, settings)
     convention = models.convention_of(scorer, asked)
-    start = partial(local.score_texts, scorer.model, scorer.tokenizer, convention, texts, settings.model_name)
+    start = partial(
+        local.score_texts, scorer.model, scorer.tokenizer, convention, texts, settings.model_name, scorer.fingerprint
+    )
     return start, {"dtype": scorer.dtype}
 
 

@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
 from contextlib import aclosing, nullcontext
 from dataclasses import replace
 
@@ -115,6 +115,16 @@ class AsyncEngine:
     @property
     def tokenizer(self) -> Tokenizer:
         return self._engine.tokenizer
+
+    @property
+    def sampling_defaults(self) -> Mapping[str, float]:
+        """Fields of `SamplingParams` for requests that do not say otherwise."""
+        return self._engine.sampling_defaults
+
+    @property
+    def fingerprint(self) -> str:
+        """What a seed's validity hangs on, in one word."""
+        return self._engine.fingerprint
 
     @property
     def model_config(self) -> LPAConfig:
@@ -234,6 +244,8 @@ class AsyncEngine:
                 if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
                     if output.token_ids:  # generated before, and merged with the end
                         yield index, replace(output, finish_reason=None)
+                    if output.invalid_param is not None:
+                        raise InvalidRequest(str(output.error), param=output.invalid_param or None)
                     if output.finish_reason is FinishReason.ERROR:
                         raise EngineError(f"the engine failed on this request: {output.error}")
                     raise Unavailable("the server is shutting down")

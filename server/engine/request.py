@@ -113,6 +113,7 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token id or stop string
     error: str | None = None  # with FinishReason.ERROR
+    invalid_param: str | None = None  # with it, where the request is at fault: the field
 
     def merge(self, later: RequestOutput) -> RequestOutput:
         """This output and the one that follows it as one."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import PlainValidator, ValidationInfo
+from pydantic import Field, PlainValidator, ValidationInfo
 
 from server.errors import InvalidRequest
+
+MODEL: Any = Field(None, description="Name of the model (default: the one that is served).", examples=["lpa-tiny"])
+"""The field that every body has."""
 
 
 def check_input(value: Any, where: str) -> str | list[int]:

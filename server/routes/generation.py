@@ -113,13 +113,14 @@ class Generation:
         options = self.body.stream_options
         return options is not None and options.include_usage and options.continuous_usage_stats
 
-    def chunk_usage(self) -> dict[str, Any]:
-        """The field `usage` of a chunk, if chunks have one: null, or what has been used so far."""
-        return {"usage": self.usage() if self.counts_in_chunks else None} if self.sends_usage else {}
+    def chunk_usage(self, unsent: int = 0) -> dict[str, Any]:
+        """The field `usage` of a chunk, if chunks have one: null, or what has been used so far but for `unsent`
+        tokens, which come in a later chunk."""
+        return {"usage": self.usage(unsent) if self.counts_in_chunks else None} if self.sends_usage else {}
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self, unsent: int = 0) -> dict[str, Any]:
         prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
-        return usage(prompt_tokens, self.completion_tokens, sum(self.cached_tokens.values()))
+        return usage(prompt_tokens, self.completion_tokens - unsent, sum(self.cached_tokens.values()))
 
 
 async def begin(
@@ -143,8 +144,8 @@ async def begin(
         total = len(prompt.token_ids) + params.max_tokens
         if total > engine.max_model_len:
             raise ContextLength(
-                f"{prompt.where}: {len(prompt.token_ids)} tokens and {limit_field} {params.max_tokens} make {total}; "
-                f"the maximum context length is {engine.max_model_len} tokens",
+                f"{prompt.where}: {len(prompt.token_ids)} tokens and {limit_field} {params.max_tokens} make {total}",
+                engine.max_model_len,
                 param=prompt.where if len(prompt.token_ids) > engine.max_model_len else limit_field,
             )
     if params.grammar is not None:

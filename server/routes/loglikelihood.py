@@ -22,6 +22,7 @@ from server.protocol.loglikelihood import (
     LoglikelihoodRequest,
     LoglikelihoodResponse,
     continuation_fields,
+    failed_fields,
     loglikelihood_fields,
     set_fields,
 )
@@ -46,13 +47,22 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Unscorable:
+    """An alternative that cannot be scored."""
+
+    index: int
+    error: InvalidRequest
+
+
+@dataclass(frozen=True)
 class ScoredPack:
-    """Pairs of one set and one context with their log-probabilities and ranks."""
+    """Pairs of one set and one context with their log-probabilities and ranks; or what of a set has none."""
 
     set_number: int
     scores: list[tuple[Pair, Logprobs]]
-    num_tokens: int  # the context once
-    num_cached_tokens: int
+    num_tokens: int = 0  # the context once
+    num_cached_tokens: int = 0
+    failed: Sequence[Unscorable] = ()
 
 
 def loglikelihood_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
@@ -71,7 +81,9 @@ def loglikelihood_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         scorer = Scorer(engine, settings, request.state.request_id)
         works = _works(scorer, tokenize, sets, engine.max_model_len)
         scored = scorer.in_order(works, deadline_of(settings))
-        return await while_connected(request.receive, _answer(settings.model_name, tokenize.add_bos, len(sets), scored))
+        return await while_connected(
+            request.receive, _answer(settings.model_name, engine.fingerprint, tokenize.add_bos, len(sets), scored)
+        )
 
     return router
 
@@ -92,22 +104,24 @@ class PairTokenizer:
         self._tokenizer = engine.tokenizer
         self._max_tokens = engine.max_model_len
         self._bos = config.bos_token_id
-        self._prefix = config.eos_token_id if self._bos is None else self._bos
+        self._prefix = engine.tokenizer.eos_token_id if self._bos is None else self._bos
         self.add_bos = adds_bos(engine.tokenizer.backend, self._bos) if add_bos is None else add_bos
         if self.add_bos and self._bos is None:
             raise InvalidRequest("add_bos: the model has no BOS token", param="add_bos")
 
-    def __call__(self, alternatives: Sequence[Alternative]) -> list[Pair]:
+    def __call__(self, alternatives: Sequence[Alternative]) -> list[Pair | Unscorable]:
         """A set's pairs.
 
         Raises:
-            InvalidRequest, ContextLength: one cannot be scored; it is named.
+            InvalidRequest: a token id is outside the vocabulary.
         """
         contexts: dict[str, list[int]] = {}
         return [self._pair(i, alternative, contexts) for i, alternative in enumerate(alternatives)]
 
-    def _pair(self, index: int, asked: Alternative, contexts: dict[str, list[int]]) -> Pair:
+    def _pair(self, index: int, asked: Alternative, contexts: dict[str, list[int]]) -> Pair | Unscorable:
         where = asked.where
+        if not asked.continuation:
+            return Unscorable(index, InvalidRequest(f"{where}: is empty; there is nothing to score", param=where))
         if isinstance(asked.context, str) and isinstance(asked.continuation, str):
             bare = asked.context.rstrip()
             if bare not in contexts:
@@ -118,7 +132,8 @@ class PairTokenizer:
             context, continuation = self._ids(asked.context, where), self._ids(asked.continuation, where)
         if not context:
             if self._prefix is None:
-                raise InvalidRequest(f"{where}: its context is empty and the model has no BOS or EOS", param=where)
+                reason = f"{where}: its context is empty and the model has no BOS or EOS"
+                return Unscorable(index, InvalidRequest(reason, param=where))
             if continuation[:1] == [self._prefix]:
                 context, continuation = continuation[:1], continuation[1:]
             else:
@@ -126,12 +141,12 @@ class PairTokenizer:
         elif self.add_bos and self._bos is not None and context[0] != self._bos:
             context = [self._bos, *context]
         if not continuation:
-            raise InvalidRequest(f"{where}: has no token of its own after its context", param=where)
+            reason = f"{where}: has no token of its own after its context"
+            return Unscorable(index, InvalidRequest(reason, param=where))
         total = len(context) + len(continuation)
         if total > self._max_tokens:
-            raise ContextLength(
-                f"{where}: {total} tokens with its context; the model's is {self._max_tokens} tokens", param=where
-            )
+            too_long = ContextLength(f"{where}: has {total} tokens with its context", self._max_tokens, param=where)
+            return Unscorable(index, too_long)
         return Pair(where, index, context, continuation, self._num_bytes(asked.continuation))
 
     def _ids(self, value: str | list[int], where: str) -> list[int]:
@@ -154,7 +169,11 @@ async def _works(
     """The scoring of every set in packs: continuations of one context, as many as fit behind it together."""
     for number, alternatives in enumerate(sets):
         packs: dict[tuple[int, ...], list[Pair]] = {}
-        for pair in await asyncio.to_thread(tokenize, alternatives):
+        pairs = await asyncio.to_thread(tokenize, alternatives)
+        yield _failures(number, [pair for pair in pairs if isinstance(pair, Unscorable)])
+        for pair in pairs:
+            if isinstance(pair, Unscorable):
+                continue
             pack = packs.setdefault(tuple(pair.context), [])
             room = max_tokens - len(pair.context) - sum(len(other.continuation) for other in pack)
             if len(pair.continuation) > room:
@@ -163,6 +182,10 @@ async def _works(
             pack.append(pair)
         for pack in packs.values():
             yield _score_pack(scorer, number, pack)
+
+
+async def _failures(number: int, failed: Sequence[Unscorable]) -> ScoredPack:
+    return ScoredPack(number, [], failed=failed)
 
 
 async def _score_pack(scorer: Scorer, number: int, pack: Sequence[Pair]) -> ScoredPack:
@@ -189,19 +212,26 @@ async def _score_pack(scorer: Scorer, number: int, pack: Sequence[Pair]) -> Scor
     return ScoredPack(number, found, len(token_ids), cached)
 
 
-async def _answer(model: str, add_bos: bool, num_sets: int, scored: AsyncGenerator[ScoredPack]) -> Response:
+async def _answer(
+    model: str, fingerprint: str, add_bos: bool, num_sets: int, scored: AsyncGenerator[ScoredPack]
+) -> Response:
     entries: list[list[dict[str, Any]]] = [[] for _ in range(num_sets)]
     prompt_tokens = cached_tokens = 0
+    failed: list[Unscorable] = []
     async with aclosing(scored):
         async for pack in scored:
             for pair, scores in pack.scores:
                 entry = continuation_fields(pair.index, pair.where, scores, pair.num_bytes)
                 entries[pack.set_number].append(entry)
+            entries[pack.set_number] += [failed_fields(lost.index, lost.error) for lost in pack.failed]
+            failed += pack.failed
             prompt_tokens += pack.num_tokens
             cached_tokens += pack.num_cached_tokens
+    if failed and not prompt_tokens:
+        raise failed[0].error
 
     def whole() -> dict[str, Any]:
         data = [set_fields(i, sorted(of_set, key=lambda entry: entry["index"])) for i, of_set in enumerate(entries)]
-        return loglikelihood_fields(model, add_bos, data, prompt_tokens, cached_tokens)
+        return loglikelihood_fields(model, fingerprint, add_bos, data, prompt_tokens, cached_tokens)
 
     return await large_json_response(8 * sum(map(len, entries)), whole)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
+from array import array
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from server.engine.request import Logprobs
 from server.engine.tokenizer import Tokenizer
 from server.errors import ContextLength, EngineError, InvalidRequest, UserError
 from server.protocol.inputs import check_token_ids, place
-from server.protocol.logprobs import TextOffsets
+from server.protocol.logprobs import offsets_of_ids
 from server.protocol.perplexity import (
     LINES_OPENAPI,
     PerplexityParameters,
@@ -49,12 +50,13 @@ Inputs = AsyncGenerator[Iterable[tuple[str, str | list[int]]]]
 
 @dataclass(frozen=True)
 class Text:
-    """A text on its way; `text` was decoded if it came as token ids. Token 0 begins at character `start`."""
+    """A text on its way; `text` was decoded if it came as token ids. Tokens begin at the characters `offsets`, which
+    are there where tokens are to be returned."""
 
     where: str
     text: str
     token_ids: list[int]
-    start: int
+    offsets: Sequence[int]
     tally: Tally  # words and bytes are in it from the beginning
 
 
@@ -75,9 +77,9 @@ def perplexity_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         check_model(asked.model, settings)
         convention = _convention(asked, engine)
         scorer = Scorer(engine, settings, request.state.request_id)
-        works = _works(scorer, _texts(engine.tokenizer, convention, inputs), convention, asked)
+        works = _works(scorer, _texts(engine.tokenizer, convention, asked, inputs), convention, asked)
         scored = scorer.in_order(works, deadline_of(settings))
-        lines = _lines(engine.tokenizer, asked, convention, scored, settings.model_name)
+        lines = _lines(engine.tokenizer, asked, convention, scored, settings.model_name, engine.fingerprint)
         if asked.stream:
             return LineStream(lines, body)
         receive = request.receive if body is None else body.receive
@@ -126,7 +128,7 @@ def _convention(asked: PerplexityParameters, engine: AsyncEngine) -> Convention:
             asked.add_bos,
             context=engine.max_model_len,
             bos_token_id=config.bos_token_id,
-            eos_token_id=config.eos_token_id,
+            eos_token_id=engine.tokenizer.eos_token_id,
             adds_bos=adds_bos(engine.tokenizer.backend, config.bos_token_id),
         )
     except ValueError as error:
@@ -154,14 +156,16 @@ async def _inputs_of_lines(body: LineBody, max_values: int) -> Inputs:
             )
 
 
-async def _texts(tokenizer: Tokenizer, convention: Convention, inputs: Inputs) -> AsyncGenerator[Text]:
+async def _texts(
+    tokenizer: Tokenizer, convention: Convention, asked: PerplexityParameters, inputs: Inputs
+) -> AsyncGenerator[Text]:
     """Tokenized texts in order; tokenized beside the event loop."""
 
     def tokenize(batch: Iterable[tuple[str, str | list[int]]]) -> list[Text | UserError]:
         found: list[Text | UserError] = []
         try:
             for where, value in batch:
-                found.append(_text(tokenizer, convention, where, value))
+                found.append(_text(tokenizer, convention, where, value, with_offsets=asked.return_tokens))
         except UserError as error:
             found.append(error)
         return found
@@ -174,22 +178,28 @@ async def _texts(tokenizer: Tokenizer, convention: Convention, inputs: Inputs) -
                 yield item
 
 
-def _text(tokenizer: Tokenizer, convention: Convention, where: str, value: str | list[int]) -> Text:
-    start = 0
+def _text(
+    tokenizer: Tokenizer, convention: Convention, where: str, value: str | list[int], *, with_offsets: bool
+) -> Text:
+    offsets: list[int] = []
     if isinstance(value, str):
-        given = tokenizer.encode(value, add_special_tokens=False)
+        text = value
+        if with_offsets:
+            given, offsets = tokenizer.encode_with_offsets(value, add_special_tokens=False)
+        else:
+            given = tokenizer.encode(value, add_special_tokens=False)
         tokenizer.check(given, where)
         ids = own_tokens(given, convention)
-        text = value
-        if len(ids) < len(given):
-            start = len(tokenizer.token_text(given[0]))
+        offsets = offsets[len(given) - len(ids) :]
     else:
         check_token_ids(value, tokenizer.vocab_size, where)
         ids = own_tokens(value, convention)
         text = tokenizer.decode(ids, skip_special_tokens=False)
+        if with_offsets:
+            offsets = offsets_of_ids(tokenizer, ids)
     tally = Tally()
     tally.count_text(text)
-    return Text(where, text, ids, start, tally)
+    return Text(where, text, ids, array("q", offsets), tally)
 
 
 async def _works(
@@ -207,16 +217,17 @@ async def _works(
                         f"{MAX_TOKEN_ENTRIES}, the most in one {'line' if asked.stream else 'answer'}",
                         param="return_tokens",
                     )
-            for window, is_last in _with_last(_cut(text, convention)):
+            for window, is_last in _with_last(_cut(text, convention, scorer.max_model_len)):
                 yield _score(scorer, text, window, is_last, asked.top_logprobs)
 
 
-def _cut(text: Text, convention: Convention) -> Iterator[Window]:
+def _cut(text: Text, convention: Convention, max_model_len: int) -> Iterator[Window]:
     try:
         return windows(len(text.token_ids), convention)
     except ValueError as error:
-        kind = ContextLength if convention.method == "full" else InvalidRequest
-        raise kind(f"{text.where}: {error}", param=text.where) from None
+        if convention.method == "full" and len(text.token_ids) >= max_model_len:
+            raise ContextLength(f"{text.where}: {error}", max_model_len, param=text.where) from None
+        raise InvalidRequest(f"{text.where}: {error}", param=text.where) from None
 
 
 def _with_last(cut: Iterator[Window]) -> Iterator[tuple[Window | None, bool]]:
@@ -241,6 +252,7 @@ async def _lines(
     convention: Convention,
     scored: AsyncGenerator[ScoredWindow],
     model: str,
+    fingerprint: str,
 ) -> AsyncGenerator[str]:
     """JSON of each text, then of the corpus."""
     corpus, prompt_tokens = Tally(), 0
@@ -267,7 +279,7 @@ async def _lines(
     if not corpus.num_tokens:
         why = "" if convention.add_bos else "; without BOS the first token of a text is not scored"
         raise InvalidRequest(f"input: has no token to score{why}", param="input")
-    yield to_json(corpus_fields(model, convention, corpus, prompt_tokens))
+    yield to_json(corpus_fields(model, fingerprint, convention, corpus, prompt_tokens))
 
 
 class _TokenRuns:
@@ -276,7 +288,6 @@ class _TokenRuns:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.runs: list[str] = []
         self._tokenizer = tokenizer
-        self._offsets: TextOffsets | None = None
         self._done = 0
 
     def add_window(self, text: Text, window: Window, scores: Logprobs) -> None:
@@ -286,12 +297,10 @@ class _TokenRuns:
 
     def add(self, text: Text, end: int, scores: Logprobs | None) -> None:
         """The tokens up to `end`, scored or not."""
-        if self._offsets is None:
-            self._offsets = TextOffsets(self._tokenizer, text.start, text.text)
-        ids = text.token_ids[self._done : end]
+        ids, offsets = text.token_ids[self._done : end], text.offsets[self._done : end]
         self._done = end
         if ids:
-            entries = token_entries(self._tokenizer, ids, self._offsets.take(ids), scores)
+            entries = token_entries(self._tokenizer, ids, offsets, scores)
             self.runs.append(to_json(entries)[1:-1])
 
 

@@ -31,6 +31,7 @@ class Scorer:
         self._session = engine.session()
         self._count = 0
         self.max_in_flight = engine.max_num_seqs + min(engine.max_num_seqs, settings.max_queue)
+        self.max_model_len = engine.max_model_len
         self._slots = asyncio.Semaphore(self.max_in_flight)
 
     async def score(

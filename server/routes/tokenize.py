@@ -32,8 +32,7 @@ def tokenize_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
     @router.post("/tokenize", summary="Tokens of a text", responses=responses(TokenizeResponse, *WITH_BODY))
     async def tokenize(body: TokenizeRequest) -> Response:
         """Token ids of a text, or of a conversation in the model's chat template."""
-        if body.model is not None:
-            check_model(body.model, settings)
+        check_model(body.model, settings)
         check_messages(body.messages or (), settings)
         return await large_json_response(_size(body), lambda: _answer(body))
 
@@ -51,6 +50,7 @@ def tokenize_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
                 not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
             ),
             continue_final_message=body.continue_final_message,
+            tools=body.tools,
             kwargs=body.chat_template_kwargs,
         )
         check_text(text, "messages")
@@ -59,8 +59,7 @@ def tokenize_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
     @router.post("/detokenize", summary="Text of tokens", responses=responses(DetokenizeResponse, *WITH_BODY))
     async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of token ids; special tokens are written out, so that /tokenize gives the same ids again."""
-        if body.model is not None:
-            check_model(body.model, settings)
+        check_model(body.model, settings)
         return await large_json_response(len(body.tokens), lambda: {"prompt": _decode(body.tokens)})
 
     def _decode(ids: list[int]) -> str:

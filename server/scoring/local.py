@@ -17,7 +17,6 @@ from lpa_model.perplexity import Convention, Tally, Window, own_tokens, windows
 from lpa_model.scoring import measure_windows
 from server.engine.request import Logprobs
 from server.engine.tokenizer import Tokenizer
-from server.protocol.logprobs import TextOffsets
 from server.protocol.perplexity import corpus_fields, text_fields, token_entries
 from server.scoring.texts import Advance, OnTokens, Place
 
@@ -31,7 +30,7 @@ class Piece:
     place: Place
     text: str
     ids: Sequence[int]
-    start: int  # character at which token 0 begins
+    offsets: Sequence[int]  # the characters at which tokens begin, if tokens are to be told
     window: Window | None
     is_last: bool  # of its text
     size: float  # bytes of its file that it takes the work on by
@@ -43,6 +42,7 @@ def score_texts(
     convention: Convention,
     texts: Iterable[tuple[Place, str]],
     name: str,
+    fingerprint: str,
     advance: Advance,
     on_tokens: OnTokens | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -52,12 +52,12 @@ def score_texts(
         ValueError: a text cannot be scored this way, or none has a token to score; the message names the text.
     """
     corpus, tally, prompt_tokens = Tally(), Tally(), 0
-    pieces = _pieces(tokenizer, convention, texts)
+    pieces = _pieces(tokenizer, convention, texts, with_offsets=on_tokens is not None)
     tokens = None
     for piece, found in _measure([model], pieces, _scores):
         _add(tally.add_logprobs, [logprob for logprob, _ in found], piece)
         if on_tokens is not None:
-            tokens = tokens or _TokenRuns(tokenizer, piece)
+            tokens = tokens or _TokenRuns(tokenizer)
             on_tokens(piece.place, tokens.take(piece, found))
         advance(piece.size, len(found))
         if not piece.is_last:
@@ -68,7 +68,7 @@ def score_texts(
         prompt_tokens += len(piece.ids)
         tally, tokens = Tally(), None
     _check_scored(corpus, convention)
-    yield corpus_fields(name, convention, corpus, prompt_tokens)
+    yield corpus_fields(name, fingerprint, convention, corpus, prompt_tokens)
 
 
 def compare_texts(
@@ -102,9 +102,8 @@ def compare_texts(
 class _TokenRuns:
     """The entries of a text's tokens, in the order of its pieces; what is not scored has null for its numbers."""
 
-    def __init__(self, tokenizer: Tokenizer, piece: Piece) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._offsets = TextOffsets(tokenizer, piece.start, piece.text)
         self._done = 0
 
     def take(self, piece: Piece, found: list[tuple[float, int]]) -> list[dict[str, Any]]:
@@ -120,18 +119,22 @@ class _TokenRuns:
         return entries
 
     def _run(self, piece: Piece, end: int, scores: Logprobs | None) -> list[dict[str, Any]]:
-        ids = piece.ids[self._done : end]
+        ids, offsets = piece.ids[self._done : end], piece.offsets[self._done : end]
         self._done = end
-        return token_entries(self._tokenizer, ids, self._offsets.take(ids), scores)
+        return token_entries(self._tokenizer, ids, offsets, scores)
 
 
-def _pieces(tokenizer: Tokenizer, convention: Convention, texts: Iterable[tuple[Place, str]]) -> Iterator[Piece]:
+def _pieces(
+    tokenizer: Tokenizer, convention: Convention, texts: Iterable[tuple[Place, str]], *, with_offsets: bool = False
+) -> Iterator[Piece]:
     for place, text in texts:
-        given = tokenizer.encode(text, add_special_tokens=False)
+        if with_offsets:
+            given, begins = tokenizer.encode_with_offsets(text, add_special_tokens=False)
+        else:
+            given, begins = tokenizer.encode(text, add_special_tokens=False), []
         tokenizer.check(given, str(place))
         own = own_tokens(given, convention)
-        start = len(tokenizer.token_text(given[0])) if len(own) < len(given) else 0
-        ids = array("i", own)
+        ids, offsets = array("i", own), array("q", begins[len(given) - len(own) :])
         try:
             cut = windows(len(ids), convention)
         except ValueError as error:
@@ -141,7 +144,7 @@ def _pieces(tokenizer: Tokenizer, convention: Convention, texts: Iterable[tuple[
             following = next(cut, None)
             end = len(ids) if held is None or following is None else held.end
             size = place.size * (end - done) / len(ids) if ids else place.size
-            yield Piece(place, text, ids, start, held, following is None, size)
+            yield Piece(place, text, ids, offsets, held, following is None, size)
             if following is None:
                 break
             done, held = end, following

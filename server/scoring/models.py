@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from lpa_model.backends.features import resolve_device, resolve_dtype
-from lpa_model.checkpoint import load_model
+from lpa_model.checkpoint import load_model, weights_hash
 from lpa_model.model import LPAForCausalLM
 from lpa_model.perplexity import Convention, adds_bos, resolve_convention
+from server.engine.fingerprint import fingerprint
 from server.engine.tokenizer import Tokenizer, load_tokenizer
 from server.settings import Settings
 
@@ -24,6 +25,7 @@ class Scorer:
     model: LPAForCausalLM
     tokenizer: Tokenizer
     dtype: str
+    fingerprint: str
 
 
 def load(folder: Path, settings: Settings) -> Scorer:
@@ -32,7 +34,9 @@ def load(folder: Path, settings: Settings) -> Scorer:
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
     model = load_model(folder, dtype, device)
-    return Scorer(model, load_tokenizer(folder, model.config), str(dtype).removeprefix("torch."))
+    name = str(dtype).removeprefix("torch.")
+    found = fingerprint(weights_hash(folder), f"torch ({device}, {name})")
+    return Scorer(model, load_tokenizer(folder, model.config), name, found)
 
 
 def convention_of(scorer: Scorer, asked: dict[str, Any], context: int | None = None) -> Convention:
@@ -46,7 +50,7 @@ def convention_of(scorer: Scorer, asked: dict[str, Any], context: int | None = N
         **asked,
         context=min(config.max_position_embeddings, context or config.max_position_embeddings),
         bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
+        eos_token_id=scorer.tokenizer.eos_token_id,
         adds_bos=adds_bos(scorer.tokenizer.backend, config.bos_token_id),
     )
 
