@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ import torch
 
 from lpa_model.config import Architecture, CacheLayout
 from lpa_model.model import LPAForCausalLM
-from server.engine.engine import Engine, EngineOptions, StepFailed, build_engine
+from server.engine.engine import Engine, StepFailed, build_engine
 from server.engine.request import FinishReason, Request, RequestOutput, SamplingParams
 from server.errors import ContextLength, InvalidRequest
+from server.settings import load_settings
 from tests.conftest import END_OF_TEXT_ID, VOCAB_SIZE, random_model, tiny_config, write_checkpoint
 
 
 def make_engine(folder: Path, **options: Any) -> Engine:
     defaults: dict[str, Any] = {"dtype": "float32", "threads": 1, "block_size": 8, "kv_cache_memory": 1 << 20}
-    return build_engine(folder, EngineOptions(**{**defaults, **options}))
+    return build_engine(folder, replace(load_settings().engine_options(), **{**defaults, **options}))
 
 
 def run(engine: Engine, requests: list[Request], max_steps: int = 2000) -> dict[str, list[RequestOutput]]:
@@ -408,13 +410,13 @@ def test_one_token_prompt_can_be_scored(tiny_checkpoint: Path) -> None:
 def test_what_cannot_be_served_is_refused(tiny_checkpoint: Path) -> None:
     engine = make_engine(tiny_checkpoint)
     with pytest.raises(InvalidRequest, match="empty"):
-        engine.validate(Request("x", [], greedy(1)))
-    with pytest.raises(InvalidRequest, match="300 is outside the vocabulary of 300"):
-        engine.validate(Request("x", [1, 300], greedy(1)))
+        engine.validate([], 1)
+    with pytest.raises(InvalidRequest, match=r"prompt\[1\]: token id 300 is outside the vocabulary of 300"):
+        engine.validate([1, 300], 1, "prompt[1]")
     with pytest.raises(ContextLength, match="128") as caught:
-        engine.validate(Request("x", prompt(1, 100), greedy(29)))
-    assert caught.value.param == "max_tokens"
-    engine.validate(Request("x", prompt(1, 100), greedy(28)))
+        engine.validate(prompt(1, 100), 29, limit_field="max_completion_tokens")
+    assert caught.value.param == "max_completion_tokens"
+    engine.validate(prompt(1, 100), 28)
 
 
 def test_the_whole_context_can_be_used(tiny_checkpoint: Path, architecture: Architecture) -> None:

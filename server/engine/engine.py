@@ -45,22 +45,22 @@ DEFAULT_CACHE_LIMIT = 2 << 30  # bytes
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What `lpa serve`'s flags say about the engine; None means the default described there."""
+    """The settings of the engine. Defaults, and what None means, are in `server/settings.py`."""
 
-    dtype: str = "auto"
-    device: str = "cpu"
-    threads: int | None = None
-    max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
-    step_budget_ms: float = 200.0
-    block_size: int = 64
-    kv_cache_layout: str = "auto"
-    kv_cache_memory: int | None = None
-    enable_prefix_caching: bool = True
-    batch_invariant: bool | None = None
-    chat_template: str | None = None
-    generation_config: Literal["auto", "none"] = "none"
+    dtype: str
+    device: str
+    threads: int | None
+    max_model_len: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    step_budget_ms: float
+    block_size: int
+    kv_cache_layout: str
+    kv_cache_memory: int | None
+    enable_prefix_caching: bool
+    batch_invariant: bool | None
+    chat_template: str | None
+    generation_config: Literal["auto", "none"]
 
 
 @dataclass(frozen=True)
@@ -118,25 +118,24 @@ class Engine:
         """Whether a request is running or waiting."""
         return bool(self._requests)
 
-    def validate(self, request: Request) -> None:
-        """Refuse at the door what cannot be honoured.
+    def validate(
+        self, token_ids: list[int], max_tokens: int, where: str = "prompt", limit_field: str = "max_tokens"
+    ) -> None:
+        """Refuse at the door what cannot be honoured; `where` and `limit_field` name prompt and max_tokens in messages.
 
         Raises:
             InvalidRequest: empty prompt or a token id outside the vocabulary.
             ContextLength: prompt and max_tokens are longer than the context.
         """
-        if not request.token_ids:
-            raise InvalidRequest("prompt: is empty; it must have at least one token", param="prompt")
-        vocab = self.model_config.vocab_size
-        if min(request.token_ids) < 0 or max(request.token_ids) >= vocab:
-            wrong = next(t for t in request.token_ids if not 0 <= t < vocab)
-            raise InvalidRequest(f"prompt: token id {wrong} is outside the vocabulary of {vocab}", param="prompt")
-        total = request.num_prompt_tokens + request.params.max_tokens
+        if not token_ids:
+            raise InvalidRequest(f"{where}: is empty; it must have at least one token", param=where)
+        self.tokenizer.check(token_ids, where)
+        size, total = len(token_ids), len(token_ids) + max_tokens
         if total > self.max_model_len:
             raise ContextLength(
-                f"prompt: {request.num_prompt_tokens} tokens and max_tokens {request.params.max_tokens} make {total}",
+                f"{where}: {size} tokens and {limit_field} {max_tokens} make {total}",
                 self.max_model_len,
-                param="prompt" if request.num_prompt_tokens > self.max_model_len else "max_tokens",
+                param=where if size > self.max_model_len else limit_field,
             )
 
     def compile_grammar(self, spec: GrammarSpec) -> None:

@@ -123,18 +123,23 @@ class Tokenizer:
         return ids, offsets
 
     def check(self, ids: Sequence[int], where: str) -> None:
-        """Refuse tokens of a text that the tokenizer has and the model has not.
+        """Refuse tokens that the model has not, be it that the tokenizer has them.
 
         Raises:
-            InvalidRequest: there is one; the message names it, and `where` the text is.
+            InvalidRequest: there is one; the message names it, and `where` it is.
         """
-        if self._lacking and max(ids, default=0) >= self.vocab_size:
-            token_id = next(i for i in ids if i >= self.vocab_size)
+        if not ids or (min(ids) >= 0 and max(ids) < self.vocab_size):
+            return
+        token_id = next(i for i in ids if not 0 <= i < self.vocab_size)
+        if token_id in self._lacking:
             raise InvalidRequest(
                 f"{where}: the text has the token {self._lacking[token_id]!r}, whose id {token_id} the model lacks: "
                 f"its vocabulary is {self.vocab_size}",
                 param=where,
             )
+        raise InvalidRequest(
+            f"{where}: token id {token_id} is outside the vocabulary of {self.vocab_size}", param=where
+        )
 
     def _pieces(self, text: str) -> Iterator[str]:
         """The library needs some 150 bytes for each character at a time."""

@@ -35,13 +35,6 @@ def check_text(text: str, where: str) -> None:
         ) from None
 
 
-def check_token_ids(ids: list[int], vocab_size: int, where: str) -> None:
-    """Raises InvalidRequest unless every id is in the vocabulary."""
-    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
-        wrong = next(token for token in ids if not 0 <= token < vocab_size)
-        raise InvalidRequest(f"{where}: token id {wrong} is outside the vocabulary of {vocab_size}", param=where)
-
-
 def _parse(value: Any, info: ValidationInfo) -> list[str | list[int]]:
     name = str(info.field_name)
     if isinstance(value, str):

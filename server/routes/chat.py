@@ -13,18 +13,18 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from server.engine.async_engine import AsyncEngine
-from server.engine.request import Logprobs
+from server.engine.request import Completion, Logprobs
 from server.errors import ContextLength
 from server.protocol.chat import ChatCompletionRequest, ChatCompletionResponse, chat_choice, chat_chunk, chat_head
 from server.protocol.inputs import check_text
 from server.protocol.logprobs import chat_logprobs, namer, prompt_logprobs
 from server.routes.body import JsonRoute
-from server.routes.generation import Completed, Generation, begin
+from server.routes.generation import Generation, begin
 from server.routes.limits import check_messages, check_sampling, check_sequences
 from server.routes.prompts import check_model, tokenize, truncate
 from server.routes.respond import TEXT, large_json_response, to_json, while_connected, with_text
 from server.routes.responses import WITH_ENGINE, responses
-from server.routes.sse import DONE, EventStream
+from server.routes.stream import DONE, event_stream
 from server.routes.waiting import with_comments
 from server.settings import Settings
 
@@ -43,8 +43,7 @@ def chat_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         call = await _accept(engine, settings, body, request.state.request_id)
         if not body.stream:
             return await while_connected(request.receive, _answer(call))
-        events = with_comments(_events(call), settings.waiting_comment_interval)
-        return EventStream(await while_connected(request.receive, anext(events)), events)
+        return event_stream(with_comments(_events(call), settings.waiting_comment_interval))
 
     return router
 
@@ -123,12 +122,12 @@ async def _answer(call: _Call) -> Response:
     return await large_json_response(call.generation.answer_size(), lambda: _whole(call, completed))
 
 
-def _whole(call: _Call, completed: list[Completed]) -> dict[str, Any]:
+def _whole(call: _Call, completed: list[Completion]) -> dict[str, Any]:
     body, generation = call.body, call.generation
     choices = []
     for index, done in enumerate(completed):
         logprobs = call.logprobs(done.token_ids, done.logprobs)
-        choice = chat_choice(index, "".join(done.text), logprobs, done.finish_reason, done.stop_reason)
+        choice = chat_choice(index, done.text, logprobs, done.finish_reason, done.stop_reason)
         choices.append({**choice, "token_ids": done.token_ids} if body.return_token_ids else choice)
     found = {**call.head, "choices": choices, "usage": generation.usage()}
     prompt_ids = generation.prompts[0].token_ids

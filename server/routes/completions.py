@@ -14,7 +14,7 @@ from fastapi.responses import Response
 
 from server.engine.async_engine import AsyncEngine
 from server.engine.detokenizer import unfinished_bytes
-from server.engine.request import Logprobs
+from server.engine.request import Completion, Logprobs
 from server.protocol.completions import CompletionRequest, CompletionResponse, completion_choice, completion_head
 from server.protocol.logprobs import (
     Columns,
@@ -28,12 +28,12 @@ from server.protocol.logprobs import (
     prompt_logprobs,
 )
 from server.routes.body import JsonRoute
-from server.routes.generation import Completed, Generation, begin
+from server.routes.generation import Generation, begin
 from server.routes.limits import check_sampling, check_sequences
 from server.routes.prompts import check_model, start_of_document, tokenize, truncate
 from server.routes.respond import TEXT, large_json_response, to_json, while_connected, with_text
 from server.routes.responses import WITH_ENGINE, responses
-from server.routes.sse import DONE, EventStream
+from server.routes.stream import DONE, event_stream
 from server.routes.waiting import with_comments
 from server.settings import Settings
 
@@ -52,8 +52,7 @@ def completions_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         call = await _accept(engine, settings, body, request.state.request_id)
         if not body.stream:
             return await while_connected(request.receive, _answer(call))
-        events = with_comments(_events(call), settings.waiting_comment_interval)
-        return EventStream(await while_connected(request.receive, anext(events)), events)
+        return event_stream(with_comments(_events(call), settings.waiting_comment_interval))
 
     return router
 
@@ -148,7 +147,7 @@ async def _answer(call: _Call) -> Response:
     return await large_json_response(call.generation.answer_size(), lambda: _whole(call, done))
 
 
-def _whole(call: _Call, done: list[Completed]) -> dict[str, Any]:
+def _whole(call: _Call, done: list[Completion]) -> dict[str, Any]:
     generation, n = call.generation, call.body.n
     choices = []
     for prompt in range(len(generation.prompts)):
@@ -160,9 +159,9 @@ def _whole(call: _Call, done: list[Completed]) -> dict[str, Any]:
     return {**call.head, "choices": choices, "usage": generation.usage()}
 
 
-def _choice(call: _Call, prompt: int, index: int, completed: Completed) -> dict[str, Any]:
+def _choice(call: _Call, prompt: int, index: int, completed: Completion) -> dict[str, Any]:
     body, generation = call.body, call.generation
-    text = (generation.prompt_text(prompt) if body.echo else "") + "".join(completed.text)
+    text = (generation.prompt_text(prompt) if body.echo else "") + completed.text
     logprobs = None
     if body.logprobs is not None:
         echoed = call.prompt_columns(prompt)

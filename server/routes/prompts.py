@@ -1,4 +1,4 @@
-"""Inputs of a request to token ids, checked against the model."""
+"""Inputs of a request to token ids."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 from server.engine.async_engine import AsyncEngine
 from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidRequest, NotFound
-from server.protocol.inputs import check_token_ids, place
+from server.protocol.inputs import place
 from server.settings import Settings
 
 LONG_TEXT = 2000  # characters; below, tokenizing is over before a thread would have started
@@ -47,11 +47,7 @@ async def tokenize(
     add_special_tokens: bool = True,
     with_offsets: bool = False,
 ) -> list[Prompt]:
-    """Token ids of every input; long texts are tokenized beside the event loop.
-
-    Raises:
-        InvalidRequest: an input is empty or has a token id outside the vocabulary.
-    """
+    """Token ids of every input; long texts are tokenized beside the event loop."""
 
     def read() -> list[Prompt]:
         return [
@@ -67,16 +63,9 @@ def _prompt(
 ) -> Prompt:
     if isinstance(item, str):
         if with_offsets:
-            prompt = Prompt(where, item, *tokenizer.encode_with_offsets(item, add_special_tokens=add_special_tokens))
-        else:
-            prompt = Prompt(where, item, tokenizer.encode(item, add_special_tokens=add_special_tokens))
-        tokenizer.check(prompt.token_ids, where)
-    else:
-        check_token_ids(item, tokenizer.vocab_size, where)
-        prompt = Prompt(where, None, item)
-    if not prompt.token_ids:
-        raise InvalidRequest(f"{where}: is empty; it must have at least one token", param=where)
-    return prompt
+            return Prompt(where, item, *tokenizer.encode_with_offsets(item, add_special_tokens=add_special_tokens))
+        return Prompt(where, item, tokenizer.encode(item, add_special_tokens=add_special_tokens))
+    return Prompt(where, None, item)
 
 
 def start_of_document(engine: AsyncEngine) -> Prompt:

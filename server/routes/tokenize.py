@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from server.engine.async_engine import AsyncEngine
-from server.protocol.inputs import check_text, check_token_ids
+from server.protocol.inputs import check_text
 from server.protocol.tokenize import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -63,7 +63,7 @@ def tokenize_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         return await large_json_response(len(body.tokens), lambda: {"prompt": _decode(body.tokens)})
 
     def _decode(ids: list[int]) -> str:
-        check_token_ids(ids, tokenizer.vocab_size, "tokens")
+        tokenizer.check(ids, "tokens")
         return tokenizer.decode(ids, skip_special_tokens=False)
 
     @router.get("/tokenizer_info", summary="The tokenizer's settings", responses=responses(TokenizerInfo))
