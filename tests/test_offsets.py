@@ -158,6 +158,7 @@ def test_tokens_behind_unfinished_characters(parts: list[bytes], cut: int) -> No
 
 
 @pytest.mark.parametrize("metaspace", [False, True])
+@settings(deadline=None)
 @given(st.text(alphabet="Hel ox[\n\u00e9\U0001f642", max_size=12))
 def test_ids_alone_have_the_offsets_of_their_own_text(metaspace: bool, text: str) -> None:
     tokenizer = Tokenizer(sentencepiece(metaspace=metaspace), tiny_config())

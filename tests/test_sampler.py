@@ -21,6 +21,7 @@ from lpa_model.backends.base import Mask, SamplingRow, Scores, uniform
 from lpa_model.backends.cpu.logits import row_ops
 from lpa_model.backends.torch import rows as torch_rows
 from lpa_model.backends.torch import sampling
+from lpa_model.backends.torch.results import _broken_rows
 from lpa_model.backends.torch.rows import NOTHING
 from lpa_model.backends.torch.sampling import TORCH_ROWS, RowOps
 from server.engine.request import Request, SamplingParams
@@ -405,3 +406,13 @@ def test_what_numpy_does_on_a_cpu_torch_does_elsewhere(monkeypatch: pytest.Monke
     expected = found()
     monkeypatch.setattr(torch_rows, "_in_numpy", lambda tensor: False)
     assert found() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_with_numbers_that_are_not_finite_are_found(dtype: torch.dtype) -> None:
+    logits = torch.randn(7, VOCAB, dtype=torch.float32).to(dtype)
+    assert _broken_rows(logits) == set()
+    logits[1, 3], logits[2, 0], logits[4, 39] = math.nan, math.inf, -math.inf
+    logits[5, 1], logits[5, 2] = math.inf, -math.inf
+    logits[6] = torch.finfo(dtype).min / VOCAB
+    assert _broken_rows(logits) == {1, 2, 4, 5}
