@@ -20,7 +20,7 @@ from server.engine.request import FinishReason, GrammarSpec, Request, RequestOut
 from server.settings import load_settings
 from tests.conftest import CORPUS, byte_tokenizer, random_model, tiny_config, write_checkpoint
 from tests.serving import serving, until
-from tests.test_attention import CASES, LAYOUTS
+from tests.test_backends import CASES, LAYOUTS
 from tests.test_engine import greedy, ids_of, make_engine, naive_greedy, naive_logprobs, prompt, run
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
