@@ -151,7 +151,7 @@ def test_mistakes_with_generate_are_one_line(tiny_checkpoints: dict[Architecture
     assert_one_line(lpa("generate", "a", "--model", tmp_path / "none"), "none: no such model folder")
     assert_one_line(lpa("generate", "", *model), "prompt: is empty")
     assert_one_line(
-        lpa("generate", "a", *model, "--max-tokens", 128), "prompt: 1 tokens and max_tokens 128 make 129; .* 128 tokens"
+        lpa("generate", "a", *model, "--max-tokens", 128), "prompt: 1 tokens and max_tokens 128 make 129. .* 128 tokens"
     )
 
 

@@ -218,7 +218,7 @@ def test_prompts_that_cannot_be_served_are_named(llm: LLM) -> None:
     ):
         with pytest.raises(InvalidRequest, match=f"^{message}"):
             llm.generate(prompts)  # type: ignore[arg-type]  # some are wrong by type
-    with pytest.raises(ContextLength, match=r"prompts: 120 tokens and max_tokens 16 make 136; .* 128 tokens"):
+    with pytest.raises(ContextLength, match=r"prompts: 120 tokens and max_tokens 16 make 136. .* 128 tokens"):
         llm.generate([5] * 120)
     with pytest.raises(InvalidRequest, match="params: 1 for 2 prompts"):
         llm.generate(["a", "b"], [SamplingParams()])
@@ -269,7 +269,7 @@ def test_the_pieces_of_a_text_are_all_of_its_tokens(llm: LLM) -> None:
         (0, 1, 2, 40, 97), (convention("full", 128), convention("sliding", 9, 4), convention("rolling", 9, None, 0))
     ):
         text = tokenize(llm.tokenizer, how, "x", [5] * size)
-        cut = list(pieces(text, how))
+        cut = list(pieces(text, how, llm.max_model_len))
         assert [piece.window for piece in cut] == [*windows(size, how)] or (size < 2 and cut[0].window is None)
         assert [piece.is_last for piece in cut] == [False] * (len(cut) - 1) + [True]
         assert [token for piece in cut for token in range(piece.start, piece.end)] == list(range(size))
@@ -291,7 +291,7 @@ def test_what_cannot_be_scored_is_named(llm: LLM) -> None:
         llm.loglikelihood([("a", "b"), ("a", "")])
     with pytest.raises(InvalidRequest, match=r"^add_bos: the model has no BOS"):
         llm.loglikelihood([("a", "b")], add_bos=True)
-    with pytest.raises(ContextLength, match=r"^pairs\[0\]\[1\]: 130 tokens with its context"):
+    with pytest.raises(ContextLength, match=r"^pairs\[0\]\[1\]: has 130 tokens with its context"):
         llm.loglikelihood([([5] * 100, [6] * 30)])
     assert idle(llm)
 

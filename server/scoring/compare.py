@@ -82,11 +82,9 @@ def compare_texts(
         UserError, ValueError: a text cannot be scored this way, or none has a token to score; the message names it.
     """
     comparison, corpora, places = Comparison(), (Corpus(convention), Corpus(convention)), deque[Place]()
-    found = (
-        piece
-        for text in tokenized(a.tokenizer, convention, texts, places)
-        for piece in pieces(text, convention, min(a.context, b.context))
-    )
+    context = min(a.context, b.context)
+    every = tokenized(a.tokenizer, convention, texts, places)
+    found = (piece for text in every for piece in pieces(text, convention, context))
     todo, ahead = tee(found)
     work = ((piece.text.token_ids, piece.window) for piece in ahead if piece.window is not None)
     compared = compare_windows(a.model, b.model, work)
