@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -10,7 +10,6 @@ from fastapi.openapi.utils import get_openapi
 
 from server.keys import Keys
 from server.routes.requests import CONTROL
-from server.settings import Settings
 
 DESCRIPTION = """\
 Text from LPA language models (low-dimensional projected attention), in OpenAI's API, with vLLM's names for what goes
@@ -34,8 +33,8 @@ SCHEMES = {
 }
 
 
-def openapi_document(app: FastAPI, settings: Settings, keys: Keys) -> dict[str, Any]:
-    """The document of an application whose routes are all there."""
+def openapi_document(app: FastAPI, names: Sequence[str], keys: Keys) -> dict[str, Any]:
+    """The document of an application whose routes are all there; `names` of the model may be told."""
     document = get_openapi(
         title=app.title,
         version=app.version,
@@ -53,8 +52,8 @@ def openapi_document(app: FastAPI, settings: Settings, keys: Keys) -> dict[str, 
             operation["security"] = [{"AdminKey": []}]
         elif keys.client and path not in keys.open_paths:
             operation["security"] = [{"ApiKey": []}]
-        if body := operation.get("requestBody"):
-            _name_model(schemas[_name_of(body["content"]["application/json"]["schema"])], settings)
+        if names and (body := operation.get("requestBody")):
+            _name_model(schemas[_name_of(body["content"]["application/json"]["schema"])], names)
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
     return document
@@ -70,11 +69,11 @@ def _name_of(reference: dict[str, str]) -> str:
     return reference["$ref"].rpartition("/")[2]
 
 
-def _name_model(schema: dict[str, Any], settings: Settings) -> None:
+def _name_model(schema: dict[str, Any], names: Sequence[str]) -> None:
     """A request's `model` is one of the names that this server has."""
     if (model := schema["properties"].get("model")) is None:
         return
     for kind in model.get("anyOf", [model]):
         if kind.get("type") == "string":
-            kind["enum"] = list(settings.model_names)
-    model["examples"] = [settings.model_name]
+            kind["enum"] = list(names)
+    model["examples"] = [names[0]]
