@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from server.settings import ENV_PREFIX, Settings
+from server.settings import Settings
 
 HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'",
@@ -150,13 +150,13 @@ def settings_tables() -> str:
     lines: list[str] = []
     for name, field in Settings.model_fields.items():
         if name in SETTING_GROUPS:
-            lines += ["", f"### {SETTING_GROUPS[name]}", "", "| flag | variable | default | |", "| --- | --- | --- | --- |"]
+            lines += ["", f"### {SETTING_GROUPS[name]}", "", "| flag | default | |", "| --- | --- | --- |"]
         flag = f"--{name.replace('_', '-')}"
         if field.annotation is bool and field.default:
             flag = f"--no-{name.replace('_', '-')}"
         default = "" if field.default in (None, ()) or field.default_factory else _shown(field.default)
         text = " ".join(filter(None, (field.description or "", _limits(schema[name]))))
-        cells = (f"`{flag}`", f"`{ENV_PREFIX}{name.upper()}`", default, text.replace("|", "\\|"))
+        cells = (f"`{flag}`", default, re.sub(r"([|*])", r"\\\1", text))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
