@@ -26,7 +26,6 @@ HEADERS = {
     "x-content-type-options": "nosniff",
 }
 MEDIA_TYPE = "text/html; charset=utf-8"
-LPA_README = "../../lpa_model/README.md"  # as documents link to it
 
 
 class Document(NamedTuple):
@@ -52,10 +51,16 @@ DOCUMENTS = {
     "benchmarks": _of_server("benchmarks", "Benchmarks"),
     "lpa": Document("LPA", "lpa_model", "README.md"),
     "kernels": _of_server("kernels", "Kernels"),
+    "cpu": Document("CPU kernels", "lpa_model", "backends/cpu/README.md"),
     "architecture": _of_server("architecture", "Architecture"),
     "contributing": _of_server("contributing", "Contributing"),
     "changelog": _of_server("changelog", "Changelog"),
 }
+LINKS = {
+    (f"{name or 'index'}.md" if found.package == "server" else f"../../{found.package}/{found.path}"): name or "./"
+    for name, found in DOCUMENTS.items()
+}
+"""Files as documents of the server link to them, and their pages."""
 REFERENCE = "reference"
 """The page that is made from the OpenAPI document, between the documents."""
 DOCS_PATHS = frozenset({"/docs", *(f"/docs/{name}" for name in (*DOCUMENTS, REFERENCE))})
@@ -74,9 +79,7 @@ SETTING_GROUPS = {
 
 def environment() -> Environment:
     """Templates of pages; `base.html` has style and navigation."""
-    found = Environment(
-        loader=PackageLoader("server", "routes"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    found = Environment(loader=PackageLoader("server", "routes"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     found.globals["pages"] = [(name, document.label) for name, document in DOCUMENTS.items()]
     return found
 
@@ -118,12 +121,16 @@ def render(name: str) -> str:
             if inner.type == "link_open":
                 inner.attrSet("href", _page_link(str(inner.attrGet("href"))))
     end = next((i for i, token in enumerate(tokens) if token.type == "heading_open" and token.tag == "h2"), len(tokens))
-    return environment().get_template("page.html").render(
-        title=DOCUMENTS[name].label,
-        current=name,
-        contents=contents if len(contents) > 2 else (),
-        body=Markup(parser.renderer.render(tokens[:end], parser.options, {})),
-        rest=Markup(parser.renderer.render(tokens[end:], parser.options, {})),
+    return (
+        environment()
+        .get_template("page.html")
+        .render(
+            title=DOCUMENTS[name].label,
+            current=name,
+            contents=contents if len(contents) > 2 else (),
+            body=Markup(parser.renderer.render(tokens[:end], parser.options, {})),
+            rest=Markup(parser.renderer.render(tokens[end:], parser.options, {})),
+        )
     )
 
 
@@ -140,8 +147,8 @@ def anchor(heading: str) -> str:
 
 def _page_link(href: str) -> str:
     """Links between files as links between pages."""
-    href = href.replace(LPA_README, "lpa.md")
-    return re.sub(r"^([\w-]+)\.md(?=#|$)", lambda found: found[1].replace("index", "./"), href)
+    path, mark, fragment = href.partition("#")
+    return LINKS.get(path, path) + mark + fragment
 
 
 def settings_tables() -> str:
