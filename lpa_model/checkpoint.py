@@ -1,11 +1,13 @@
 """The native checkpoint folder: config.json, model.safetensors (or shards with an index), tokenizer.json; beside
-them, where a model has them, tokenizer_config.json and chat_template.jinja as Hugging Face writes them.
+them, where a model has them, tokenizer_config.json, chat_template.jinja and generation_config.json as Hugging Face
+writes them.
 
 Reading is strict: a missing, extra or wrongly shaped tensor is an error that names it. No pickle is ever opened.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -24,7 +26,11 @@ from lpa_model.config import MAX_SIZE, PRESETS, LPAConfig
 from lpa_model.hf_keys import read_object
 from lpa_model.model import LPAForCausalLM
 
-TOKENIZER_FILES = ("tokenizer_config.json", "chat_template.jinja")  # optional ones, kept as they are
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)  # optional ones, kept as they are
 
 
 class CheckpointError(ValueError):
@@ -113,7 +119,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def load_tokenizer_config(folder: Path) -> dict[str, Any]:
     """The folder's tokenizer_config.json, {} without one; CheckpointError when it is broken."""
-    path = folder / "tokenizer_config.json"
+    return read_optional(folder / "tokenizer_config.json")
+
+
+def read_optional(path: Path) -> dict[str, Any]:
+    """The object of a JSON file, {} where there is no such file; CheckpointError when it is broken."""
     if not path.is_file():
         return {}
     try:
@@ -158,6 +168,27 @@ def shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
+def weights_hash(folder: Path) -> str:
+    """12 hexadecimal digits of the contents of config.json and all weights; about a second for each gigabyte.
+
+    Raises:
+        CheckpointError: there are no weights.
+    """
+    whole = hashlib.blake2b(digest_size=6)
+    for path in (folder / "config.json", *weight_files(folder)):
+        with path.open("rb") as file:
+            whole.update(hashlib.file_digest(file, "blake2b").digest())
+    return whole.hexdigest()
+
+
+def check_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """Raises CheckpointError that names a tensor with NaN or an infinity in it. One pass: their sum is not finite."""
+    if tensor.sum(dtype=torch.float32).isfinite():
+        return
+    if count := int(tensor.isfinite().logical_not().sum()):
+        raise CheckpointError(f"{path}: {name} has {count} of {tensor.numel()} numbers that are NaN or infinite")
+
+
 class _LeftEmpty(TorchFunctionMode):
     """Modules leave their tensors as they are: to draw numbers for them would import half of torch's compiler."""
 
@@ -174,7 +205,8 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LPAFor
     """The folder's model in `dtype`, ready for inference; tensors already in `dtype` stay memory-mapped on a CPU.
 
     Raises:
-        CheckpointError: a file is missing or truncated, a tensor is missing, extra or of the wrong shape.
+        CheckpointError: a file is missing or truncated, a tensor is missing, extra, of the wrong shape or has a number
+            that is not finite.
     """
     config = load_config(folder)
     with torch.device("meta"), _LeftEmpty():
@@ -197,6 +229,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LPAFor
                             f"{list(expected[name].shape)}"
                         )
                     found[name] = tensor.to(dtype)
+                    check_finite(path, name, found[name])
         except OSError as error:
             raise CheckpointError(f"{path}: {error}") from error
         except SafetensorError as error:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from typing import NamedTuple
 
 import torch
 
-from lpa_model.perplexity import Tally
+from lpa_model.model import LPAForCausalLM
+from lpa_model.perplexity import Tally, Window
+
+LOGIT_ROWS = 256  # rows of logits held at a time: the vocabulary times this, in float32, is the peak of a comparison
+TOKEN_BUDGET = 2048  # tokens of one forward pass, a single longer window excepted
+LOOK_AHEAD = 16  # token budgets of windows that are sorted by length before they are computed
+
+Work = tuple[Sequence[int], Window]
+"""A text's ids and a window of it."""
 
 
 class Pair(NamedTuple):
@@ -18,6 +27,56 @@ class Pair(NamedTuple):
     logprob_b: float
     kl: float  # KL(A || B) of their distributions there, nats
     same_top: bool  # whether both hold the same token for the most probable
+
+
+def compare_windows(a: LPAForCausalLM, b: LPAForCausalLM, work: Iterable[Work]) -> Iterator[list[Pair]]:
+    """The pairs of each window's scored tokens, in order. The models are on one device.
+
+    The windows may be of many texts. Some `LOOK_AHEAD` budgets of them are read before the first is computed, so that
+    windows of equal length share forward passes.
+    """
+    group: list[Work] = []
+    tokens = 0
+    for item in work:
+        group.append(item)
+        tokens += item[1].length
+        if tokens >= LOOK_AHEAD * TOKEN_BUDGET:
+            yield from _compare_group(a, b, group)
+            group, tokens = [], 0
+    yield from _compare_group(a, b, group)
+
+
+def _compare_group(a: LPAForCausalLM, b: LPAForCausalLM, group: list[Work]) -> list[list[Pair]]:
+    found: list[list[Pair]] = [[] for _ in group]
+    by_length = sorted(range(len(group)), key=lambda i: group[i][1].length)
+    for length, same in groupby(by_length, key=lambda i: group[i][1].length):
+        members = list(same)
+        rows = max(1, TOKEN_BUDGET // length)
+        for at in range(0, len(members), rows):
+            batch = members[at : at + rows]
+            for i, pairs in zip(batch, _compare_batch((a, b), [group[i] for i in batch]), strict=True):
+                found[i] = pairs
+    return found
+
+
+@torch.inference_mode()
+def _compare_batch(models: Sequence[LPAForCausalLM], batch: list[Work]) -> list[list[Pair]]:
+    """Windows of one length through one forward pass of each model."""
+    device = models[0].embed_tokens.weight.device
+    tokens = torch.tensor([window.tokens(ids) for ids, window in batch], dtype=torch.int64, device=device)
+    firsts = [window.first_index for _, window in batch]
+    targets = torch.cat([row[first:] for row, first in zip(tokens, firsts, strict=True)])
+    states = []
+    for model in models:
+        hidden = model(tokens[:, :-1])  # [windows, length - 1, d]: the last token predicts nothing that is asked
+        states.append(torch.cat([row[first - 1 :] for row, first in zip(hidden, firsts, strict=True)]))
+    pairs: list[Pair] = []
+    for start in range(0, len(targets), LOGIT_ROWS):
+        rows = slice(start, start + LOGIT_ROWS)
+        a, b = (model.logits(state[rows]) for model, state in zip(models, states, strict=True))
+        pairs += measure_pairs(targets[rows], a, b)
+    each = iter(pairs)
+    return [list(islice(each, window.num_scored)) for _, window in batch]
 
 
 def measure_pairs(targets: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> list[Pair]:

@@ -6,7 +6,7 @@ Nothing here touches torch, so the counts can be checked against the module that
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -76,7 +76,7 @@ class LPAConfig:
     rope_scaling: Mapping[str, Any] | None = None
     norm_eps: float | None = None  # None: 1e-5 for setting 1, 1e-6 for setting 2
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | Sequence[int] | None = None  # several: a text ends at any of them
 
     def __post_init__(self) -> None:
         if self.architecture not in get_args(Architecture):
@@ -110,8 +110,10 @@ class LPAConfig:
         for name in ("attention_bias", "qk_norm", "lm_head_bias", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is neither true nor false")
-        for name in ("bos_token_id", "eos_token_id"):
-            value = getattr(self, name)
+        if isinstance(self.eos_token_id, Sequence) and not isinstance(self.eos_token_id, str):
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        ends = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+        for name, value in (("bos_token_id", self.bos_token_id), *(("eos_token_id", end) for end in ends)):
             if value is not None and (type(value) is not int or not 0 <= value < self.vocab_size):
                 raise ValueError(f"{name}: {value!r} is neither null nor a token id below {self.vocab_size}")
         if self.num_attention_heads % self.kv_heads:
@@ -174,6 +176,13 @@ class LPAConfig:
         """`norm_eps` with its default filled in."""
         assert self.norm_eps is not None
         return self.norm_eps
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """`eos_token_id` as what it is in general: several tokens, or none."""
+        if self.eos_token_id is None:
+            return ()
+        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
 
     @property
     def rotary(self) -> bool:

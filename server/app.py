@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,8 +18,9 @@ from server.engine.async_engine import AsyncEngine
 from server.errors import BodyTooLarge, Cancelled, InvalidRequest, MethodNotAllowed, NotFound, UserError
 from server.keys import keys_of
 from server.metrics import Metrics
-from server.middleware import Cors, Guard, HeaderLimits, RequestLog
+from server.middleware import Cors, Guard, HeaderLimits, IgnoreUnknownFields, RequestLog
 from server.openapi import openapi_document
+from server.protocol.body import REFUSED
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
 from server.routes.docs import docs_router
@@ -33,6 +35,9 @@ from server.routes.requests import Running, requests_router
 from server.routes.respond import error_response
 from server.routes.tokenize import tokenize_router
 from server.settings import Settings
+
+UNION_TAG = re.compile(r"str|int|float|bool|(list|dict|function-\w+)\[.*\]")
+"""What pydantic puts into the place of an error for a member of a union."""
 
 
 def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> FastAPI:
@@ -82,6 +87,8 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     app.add_middleware(Guard, keys=keys, max_body=settings.max_body_bytes, running=running)
     if settings.cors_origins:
         app.add_middleware(Cors, origins=settings.cors_origins)
+    if settings.ignore_unknown_fields:
+        app.add_middleware(IgnoreUnknownFields)
     limits = HeaderLimits(settings.max_header_fields, settings.max_header_bytes)
     app.add_middleware(RequestLog, enabled=settings.log_requests, max_headers=limits)
     return app
@@ -126,11 +133,13 @@ async def _on_invalid_body(_: Request, error: Exception) -> Response:
 
 def _explain(problem: Any) -> InvalidRequest:
     """pydantic's first finding, in terms of the request."""
-    place, kind = problem["loc"][1:], problem["type"]
+    place, kind = tuple(part for part in problem["loc"][1:] if not UNION_TAG.fullmatch(str(part))), problem["type"]
+    refused = problem["ctx"] if kind == REFUSED else {}
+    place += tuple(refused.get("place", ()))
     if kind == "json_invalid":
         return InvalidRequest(f"the body is not valid JSON: {problem['ctx']['error']} at character {place[0]}")
     if not place:
         return InvalidRequest("the body must be a JSON object, sent with Content-Type: application/json")
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
     reason = "is required" if kind == "missing" else problem["msg"][:1].lower() + problem["msg"][1:]
-    return InvalidRequest(f"{param}: {reason}", param=param)
+    return InvalidRequest(f"{param}: {reason}", param=param, code=refused.get("code"))

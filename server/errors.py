@@ -28,10 +28,11 @@ class UserError(Exception):
     type = "invalid_request_error"
     code: str | None = None
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        self.code = code or self.code
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """OpenAI's error object, all four keys present."""
@@ -47,9 +48,15 @@ class InvalidRequest(UserError):
 
 
 class ContextLength(InvalidRequest):
-    """Prompt and completion together are longer than the context."""
+    """Prompt and completion together are longer than the context of `limit` tokens.
+
+    Clients look for these words, and cut their prompts then.
+    """
 
     code = "context_length_exceeded"
+
+    def __init__(self, reason: str, limit: int, *, param: str) -> None:
+        super().__init__(f"{reason}. This model's maximum context length is {limit} tokens", param=param)
 
 
 class Unauthorized(UserError):
@@ -75,10 +82,6 @@ class NotFound(UserError):
     """There is no such model or route."""
 
     status = 404
-
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message, param=param)
-        self.code = code
 
 
 class MethodNotAllowed(UserError):

@@ -1,6 +1,6 @@
 """What happens around every request. It sees every byte of a stream, so it is plain ASGI.
 
-From the outside: RequestLog, Cors (only where origins are allowed), Guard.
+From the outside: RequestLog, IgnoreUnknownFields and Cors (where settings ask for them), Guard.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import BodyTooLarge, EngineError, HeadersTooLarge, InvalidRequest, UserError
 from server.keys import METRICS, PROBES, Keys
+from server.protocol.body import ignore_unknown_fields
 from server.routes.ndjson import has_lines
 from server.routes.requests import Running
 from server.routes.respond import error_response
@@ -101,6 +102,17 @@ class RequestLog:
             fields,
             extra={"fields": fields},
         )
+
+
+class IgnoreUnknownFields:
+    """Bodies may have fields that the server does not know."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ignore_unknown_fields.set(True)  # in this request's own context
+        await self._app(scope, receive, send)
 
 
 class Cors(CORSMiddleware):

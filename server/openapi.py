@@ -9,14 +9,23 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from server.keys import Keys
+from server.protocol.body import HARMLESS
+from server.protocol.sampling import SamplingBody
 from server.routes.requests import CONTROL
 
-DESCRIPTION = """\
+LISTED = ", ".join(f"`{name}`" for name in sorted(HARMLESS))
+RENAMED = ", ".join(f"`{name}` is `{ours}`" for name, ours in sorted(SamplingBody.aliases.items()))
+
+DESCRIPTION = f"""\
 Text from LPA language models (low-dimensional projected attention), in OpenAI's API, with vLLM's names for what goes
 beyond it, and exact perplexities.
 
-A request's body is a JSON object in UTF-8; a field that is null has its default, and a field that the server does not
-know is ignored. Every error has the shape of `ErrorResponse`; unknown routes are 404, wrong methods 405 with an Allow
+A request's body is a JSON object in UTF-8. A field that is null has its default. One that the server does not know is
+refused (or ignored, with --ignore-unknown-fields). Taken and not used, since they change nothing: {LISTED}.
+
+Other servers' names that mean exactly one of ours: {RENAMED}.
+
+Every error has the shape of `ErrorResponse`; unknown routes are 404, wrong methods 405 with an Allow
 header. Every answer has an `x-request-id` header: the request's own, if it sent one of up to 128 letters, digits and
 `_.:-`, or a new one. Where the server has keys, send one as `Authorization: Bearer KEY`.
 """

@@ -101,6 +101,12 @@ class Settings(BaseSettings):
         description="Jinja file, or the template itself, instead of the model folder's (default of a model without "
         "one: turns of User: and Assistant:).",
     )
+    generation_config: Literal["auto", "none"] = Field(
+        "none",
+        description="Whose sampling defaults hold where a request names none. none: the API's own, so that a request "
+        "means the same with every model. auto: those of the model folder's generation_config.json (temperature, "
+        "top_p, top_k, min_p, repetition_penalty), as vLLM does. A text ends at its EOS tokens either way.",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Type of weights and cache; auto is bfloat16 where the processor has it in hardware."
     )
@@ -133,6 +139,10 @@ class Settings(BaseSettings):
         "its cache computes its generated tokens again one by one (default: where kernels allow it).",
     )
     enable_prefix_caching: bool = Field(True, description="Reuse the cache of a prompt's beginning between requests.")
+    ignore_unknown_fields: bool = Field(
+        False,
+        description="Ignore fields of requests that the server does not know, and log each once; else they are 400s.",
+    )
     max_queue: int = Field(1024, ge=0, description="Sequences that may wait; one more is answered with 429.")
     request_timeout: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="Seconds after which a request is cut off (default: never)."

@@ -25,10 +25,11 @@ class Served:
         self.server = server
         self.engine = server.engine._engine
         self.url = f"http://127.0.0.1:{server.port}"
-        self.client = httpx.Client(base_url=self.url, timeout=20)
+        self.client = httpx.Client(base_url=self.url, timeout=120)
 
     def post(self, path: str, **body: Any) -> httpx.Response:
-        return self.client.post(path, json={"model": "tiny", **body})
+        content = json.dumps({"model": "tiny", **body})  # ASCII, so that it can hold half a surrogate pair
+        return self.client.post(path, content=content, headers={"content-type": "application/json"})
 
     def complete(self, **body: Any) -> dict[str, Any]:
         response = self.post("/v1/completions", **body)

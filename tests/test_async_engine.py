@@ -20,7 +20,7 @@ from tests.test_engine import make_engine, prompt
 @asynccontextmanager
 async def started(engine: Engine, **options: Any) -> AsyncIterator[tuple[AsyncEngine, list[EngineStats]]]:
     stats: list[EngineStats] = []
-    async_engine = AsyncEngine(engine, stats.append, **options)
+    async_engine = AsyncEngine(engine, stats.append, **{"max_queue": 1024, **options})
     await async_engine.start()
     try:
         yield async_engine, stats
@@ -94,10 +94,10 @@ async def test_a_cancelled_consumer_frees_its_blocks(tiny_checkpoint: Path) -> N
 async def test_refusals_come_before_the_queue(tiny_checkpoint: Path) -> None:
     engine = make_engine(tiny_checkpoint, max_num_seqs=1)
     async with started(engine, max_queue=1) as (async_engine, _):
-        with pytest.raises(InvalidRequest):
-            await collect(async_engine, "a", [], greedy(1))
-        with pytest.raises(ContextLength):
-            await collect(async_engine, "a", prompt(1, 128), greedy(1))
+        with pytest.raises(InvalidRequest, match=r"prompt\[3\]: is empty"):
+            async_engine.validate([], 1, "prompt[3]", "max_tokens")
+        with pytest.raises(ContextLength, match="128 tokens and n 1 make 129"):
+            async_engine.validate(prompt(1, 128), 1, "prompt", "n")
         streams = [one(async_engine, f"r{i}", prompt(i, 5), greedy(100)) for i in range(2)]
         for stream in streams[:1]:
             await anext(stream)
@@ -116,7 +116,7 @@ async def test_refusals_come_before_the_queue(tiny_checkpoint: Path) -> None:
 
 async def test_drain_lets_running_requests_finish_and_refuses_new_ones(tiny_checkpoint: Path) -> None:
     engine = make_engine(tiny_checkpoint)
-    async_engine = AsyncEngine(engine, lambda stats: None)
+    async_engine = AsyncEngine(engine, lambda stats: None, max_queue=1024)
     await async_engine.start()
     stream = one(async_engine, "x", prompt(1, 10), greedy(60))
     first = await anext(stream)
@@ -130,7 +130,7 @@ async def test_drain_lets_running_requests_finish_and_refuses_new_ones(tiny_chec
 
 async def test_drain_time_out_cuts_off_what_is_left(tiny_checkpoint: Path) -> None:
     engine = make_engine(tiny_checkpoint)
-    async_engine = AsyncEngine(engine, lambda stats: None)
+    async_engine = AsyncEngine(engine, lambda stats: None, max_queue=1024)
     await async_engine.start()
     stream = one(async_engine, "x", prompt(1, 10), greedy(110))
     await anext(stream)

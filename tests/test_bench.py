@@ -23,7 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
 
 from lpa_model.config import Architecture, LPAConfig
-from server.bench.client import Client, RequestFailed
 from server.bench.floor import decode_work, prompt_work
 from server.bench.load import Load, Timing, prompts, quantile, run_load, summarize
 from server.bench.rounds import _stopped, medians, ratios
@@ -31,6 +30,7 @@ from server.bench.score import score_text
 from server.bench.serve import read_stream
 from server.bench.stopwatch import Stopwatch
 from server.cli import app
+from server.client import Client, RequestFailed
 from tests.conftest import VOCAB_SIZE, random_model, tiny_config, write_checkpoint
 from tests.test_http import Served, serving
 
@@ -107,7 +107,7 @@ def test_a_server_that_refuses_everything_is_one_line(served: Served) -> None:
     result = lpa("serve", served.url, "--input-len", 200, "--requests", 2, "--rounds", 1, "--vocab-size", VOCAB_SIZE)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.count("\n") == 1
-    assert "every request failed: RequestFailed: /v1/completions: 400" in result.stderr
+    assert "/v1/completions: status 400: prompt" in result.stderr
     assert lpa("serve", "127.0.0.1:8000").stderr == "lpa: 127.0.0.1:8000: not an http:// or https:// URL\n"
 
 
@@ -184,8 +184,8 @@ async def test_connections_are_used_again_unless_told_otherwise_and_replaced_whe
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (chunked(b"no such model", status="404 Not Found"), "/v1/x: 404: no such model"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc", "in the middle of an answer"),
+        (chunked(b"no such model", status="404 Not Found"), "/v1/x: status 404: no such model"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc", "in the middle of the answer"),
         (b"", "ended before an answer"),
         (b"220 mail ready\r\n", "/v1/x: the answer is no HTTP"),
     ],

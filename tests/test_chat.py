@@ -183,11 +183,14 @@ def test_the_official_client(client: openai.OpenAI) -> None:
         ({"messages": None}, "messages"),
         ({"messages": []}, "messages"),
         ({"messages": "hello"}, "messages"),
-        ({"messages": [{"role": "user"}, {"role": "tool", "content": "x"}]}, "messages[1].role"),
+        ({"messages": [{"role": "user", "content": "x"}, {"role": "robot", "content": "x"}]}, "messages[1].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "tool", "tool_call_id": "1"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-            "messages[0]",
+            "messages[0].content[0].type",
         ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
         ({"messages": [{"role": "user", "content": "x " * 200}]}, "messages"),
@@ -238,3 +241,54 @@ def test_fields_at_their_default_ask_for_nothing(served: Served) -> None:
     }
     plain = chat(served, max_tokens=5, temperature=0)["choices"]
     assert chat(served, max_tokens=5, temperature=0, **nothing)["choices"] == plain
+
+
+TOOLS = """\
+{%- if tools %}{{ 'TOOLS ' ~ tools[0].function.name ~ '\\n' }}{% endif %}
+{%- for message in messages %}
+{{- message.role ~ ': ' ~ message.content }}
+{%- for call in message.tool_calls or [] %}
+{{- '<' ~ call.function.name ~ ' ' ~ (call.function.arguments | tojson) ~ '>' }}
+{%- endfor %}
+{{- (' #' ~ message.tool_call_id if message.tool_call_id else '') ~ '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"""
+HISTORY: list[dict[str, Any]] = [
+    {"role": "user", "content": "Weather?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "7", "type": "function", "function": {"name": "sky", "arguments": '{"at": "sea"}'}}],
+    },
+    {"role": "tool", "tool_call_id": "7", "content": [{"type": "text", "text": "calm"}]},
+]
+SKY = {"type": "function", "function": {"name": "sky", "parameters": {"type": "object"}}}
+
+
+def test_calls_in_the_history_are_shown_by_a_template_that_can(tiny_checkpoints: dict[Architecture, Path]) -> None:
+    with serving(tiny_checkpoints["setting2"], chat_template=TOOLS) as served:
+        text = 'user: Weather?\nassistant: <sky {"at": "sea"}>\ntool: calm #7\nassistant:'
+        for more, expected in (({}, text), ({"tools": [SKY], "tool_choice": "none"}, f"TOOLS sky\n{text}")):
+            answer = chat(served, messages=HISTORY, max_tokens=2, return_token_ids=True, **more)
+            prompt = served.post("/detokenize", tokens=answer["prompt_token_ids"]).json()["prompt"]
+            assert prompt == expected
+        tokens = served.post("/tokenize", messages=HISTORY, tools=[SKY]).json()["tokens"]
+        assert served.post("/detokenize", tokens=tokens).json()["prompt"] == f"TOOLS sky\n{text}"
+        for choice in ("auto", "required", {"type": "function", "function": {"name": "sky"}}):
+            response = served.post(CHAT, messages=HISTORY, tools=[SKY], tool_choice=choice)
+            assert response.status_code == 400
+            assert response.json()["error"]["param"] == ("tools" if choice == "auto" else "tool_choice")
+
+
+def test_calls_in_the_history_are_refused_where_the_template_leaves_them_out(served: Served) -> None:
+    response = served.post(CHAT, messages=HISTORY)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "messages[1].tool_calls"
+    response = served.post(CHAT, messages=[HISTORY[0], HISTORY[2]])
+    assert "no place for the role 'tool'" in response.json()["error"]["message"]
+    chat(served, messages=[{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": []}])
+
+
+def test_no_log_probabilities_may_be_asked_for_with_a_number(served: Served) -> None:
+    answer = chat(served, logprobs=False, top_logprobs=0, max_tokens=2)
+    assert answer["choices"][0]["logprobs"] is None

@@ -154,6 +154,30 @@ def test_wrong_shapes_say_both_shapes(tmp_path: Path, tiny_checkpoint: Path) -> 
         load(folder)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["embed_tokens.weight", "layers.1.ffn.down_proj.weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite_are_refused_by_name(
+    tmp_path: Path, tiny_checkpoints: dict[Architecture, Path], bad: float, name: str, dtype: torch.dtype
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_checkpoints["setting2"], folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[-1] = bad
+    save_file(tensors, folder / "model.safetensors")
+    count = tensors[name].numel()
+    with pytest.raises(CheckpointError, match=f"model.safetensors: {re.escape(name)} has 1 of {count} numbers"):
+        load_model(folder, dtype, CPU)
+
+
+def test_large_weights_that_are_finite_are_taken(tmp_path: Path, tiny_checkpoints: dict[Architecture, Path]) -> None:
+    """Their sum is not."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_checkpoints["setting2"], folder)
+    rewrite(folder, norm__weight=torch.full((32,), 3e38))
+    load_model(folder, torch.float32, CPU)
+
+
 @pytest.mark.parametrize("kept", [0, 4, 100, -1])
 def test_a_truncated_file_is_named(tmp_path: Path, tiny_checkpoint: Path, kept: int) -> None:
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from lpa_model.checkpoint import load_config, load_model
@@ -150,7 +150,9 @@ def test_mistakes_with_generate_are_one_line(tiny_checkpoints: dict[Architecture
     model = ("--model", tiny_checkpoints["setting2"])
     assert_one_line(lpa("generate", "a", "--model", tmp_path / "none"), "none: no such model folder")
     assert_one_line(lpa("generate", "", *model), "prompt: is empty")
-    assert_one_line(lpa("generate", "a", *model, "--max-tokens", 128), "context is 128 tokens")
+    assert_one_line(
+        lpa("generate", "a", *model, "--max-tokens", 128), "prompt: 1 tokens and max_tokens 128 make 129; .* 128 tokens"
+    )
 
 
 @pytest.fixture
@@ -307,3 +309,19 @@ def test_info_reads_folders_and_says_how_they_are_stored(tiny_checkpoint: Path, 
     assert f"{tiny_config(architecture, attention_rank=None).parameter_count():,} (" in text
     assert re.search(r"architecture +│ lpa-tiny|hidden_size +│ 256", succeed("info"))  # the embedded model
     assert_one_line(lpa("info", tiny_checkpoint / "config"), "config: neither a model folder")
+
+
+def test_weights_that_are_not_finite_are_refused_by_every_command(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m", tiny_config())
+    tensors = load_file(folder / "model.safetensors")
+    tensors["norm.weight"][3] = torch.inf
+    save_file(tensors, folder / "model.safetensors")
+    for command in (
+        ["serve", folder, "--port", "0"],
+        ["score", "--model", folder, "-"],
+        ["generate", "the sea", "--model", folder],
+        ["export", "hf-llama", folder, tmp_path / "out"],
+    ):
+        result = lpa(*command, stdin="the sea")
+        assert result.exit_code == 2, result.output
+        assert "norm.weight has 1 of 32 numbers that are NaN or infinite" in result.output

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,12 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from lpa_model import scoring
+from lpa_model import compare as module
 from lpa_model.checkpoint import save_checkpoint
-from lpa_model.compare import Comparison, Pair, measure_pairs
+from lpa_model.compare import Comparison, Pair, compare_windows, measure_pairs
 from lpa_model.config import Architecture
 from lpa_model.model import LPAForCausalLM
-from lpa_model.perplexity import windows
-from lpa_model.scoring import measure_windows
+from lpa_model.perplexity import Convention, Window, windows
 from tests.conftest import CORPUS, byte_tokenizer, random_model, tiny_config, write_checkpoint
 from tests.test_cli import assert_one_line, lpa, succeed
 from tests.test_perplexity import convention
@@ -64,14 +65,14 @@ def nudged(model: LPAForCausalLM, amount: float) -> LPAForCausalLM:
 
 @pytest.mark.parametrize("amount", [1e-3, 0.05])
 def test_a_comparison_is_its_loop(architecture: Architecture, amount: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "LOGIT_ROWS", 7)
+    monkeypatch.setattr(module, "LOGIT_ROWS", 7)
     a = random_model(tiny_config(architecture))
     b = nudged(random_model(tiny_config(architecture)), amount)
     texts = [byte_tokenizer().encode(text).ids for text in (CORPUS[:160], CORPUS[160:230])]
     for how in (convention("sliding", 12, 5), convention("rolling", 12, None, 0)):
         cut = [(ids, window) for ids in texts for window in windows(len(ids), how)]
         comparison = Comparison()
-        for _, pairs in measure_windows([a, b], cut, measure_pairs):
+        for pairs in compare_windows(a, b, iter(cut)):
             comparison.add(pairs)
         contexts, targets = [], []
         for ids, window in cut:
@@ -83,6 +84,63 @@ def test_a_comparison_is_its_loop(architecture: Architecture, amount: float, mon
         assert expected["kl_divergence"] > 0
         # products of another shape round otherwise: float32 noise in the logits, which alike models feel most
         assert comparison.metrics() == pytest.approx(expected, rel=1e-4, abs=2e-7)
+
+
+def test_windows_compared_together_are_the_windows_alone(
+    architecture: Architecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = random_model(tiny_config(architecture)), random_model(tiny_config(architecture), seed=1)
+    draw = random.Random(8)
+    how = convention("sliding", 16, 6, 7)
+    texts = [draw.choices(range(300), k=draw.randrange(60)) for _ in range(30)]
+    work = [(text, window) for text in texts for window in windows(len(text), how)]
+    alone = [pair for item in work for pairs in compare_windows(a, b, [item]) for pair in pairs]
+    for budget, rows in ((2048, 256), (40, 3), (1, 1)):
+        monkeypatch.setattr(module, "TOKEN_BUDGET", budget)
+        monkeypatch.setattr(module, "LOGIT_ROWS", rows)
+        together = list(compare_windows(a, b, iter(work)))
+        assert [len(pairs) for pairs in together] == [window.num_scored for _, window in work]
+        for pair, expected in zip((pair for pairs in together for pair in pairs), alone, strict=True):
+            assert pair == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_a_comparison_never_holds_more_than_its_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(tiny_config(max_position_embeddings=700))
+    heights: list[int] = []
+    passes: list[int] = []
+    forward, logits = LPAForCausalLM.forward, LPAForCausalLM.logits
+
+    def watched_logits(self: LPAForCausalLM, hidden: torch.Tensor) -> torch.Tensor:
+        heights.append(hidden.shape[0])
+        return logits(self, hidden)
+
+    def watched_forward(self: LPAForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+        passes.append(ids.numel())
+        return forward(self, ids)
+
+    monkeypatch.setattr(LPAForCausalLM, "logits", watched_logits)
+    monkeypatch.setattr(LPAForCausalLM, "forward", watched_forward)
+
+    def passes_of(size: int, how: Convention) -> list[int]:
+        passes.clear()
+        list(compare_windows(model, model, (([5] * size, window) for window in windows(size, how))))
+        return passes
+
+    assert passes_of(700, convention("full", 700)) == [699, 699]
+    assert (max(heights), sum(heights)) == (256, 2 * 699)
+    assert len(passes_of(700, convention("sliding", 100, 50))) == 2  # 13 windows of 100 tokens share one of each
+    assert max(passes_of(7000, convention("sliding", 100, 50))) <= module.TOKEN_BUDGET
+
+    read = 0
+
+    def endless() -> Iterator[tuple[list[int], Window]]:
+        nonlocal read
+        while True:
+            read += 1
+            yield [5] * 100, Window(0, 100, 1)
+
+    next(compare_windows(model, model, endless()))
+    assert read * 100 < (module.LOOK_AHEAD + 1) * module.TOKEN_BUDGET
 
 
 def test_the_measures_of_known_distributions() -> None:

@@ -270,5 +270,6 @@ def test_a_failing_matcher_fails_its_request_only(tiny_checkpoint: Path, monkeyp
     free = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
     outputs = run(engine, [Request("bad", prompt(1, 5), params), Request("good", prompt(2, 5), free)])
     assert outputs["bad"][-1].finish_reason is FinishReason.ERROR
-    assert "response_format" in str(outputs["bad"][-1].error)
+    assert outputs["bad"][-1].invalid_param == "response_format"
+    assert str(outputs["bad"][-1].error).startswith("response_format: ")
     assert len(ids_of(outputs["good"])) == 9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from lpa_model.cache import bytes_per_token
 from lpa_model.checkpoint import load_model
 from lpa_model.config import Architecture, CacheLayout
 from lpa_model.train import TrainConfig, encode, train
-from server.engine.engine import EngineOptions, build_engine
+from server.engine.engine import build_engine
 from server.engine.request import FinishReason, GrammarSpec, Request, RequestOutput, SamplingParams
+from server.settings import load_settings
 from tests.conftest import CORPUS, byte_tokenizer, random_model, tiny_config, write_checkpoint
 from tests.serving import serving, until
-from tests.test_attention import CASES, LAYOUTS
+from tests.test_backends import CASES, LAYOUTS
 from tests.test_engine import greedy, ids_of, make_engine, naive_greedy, naive_logprobs, prompt, run
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -31,7 +33,7 @@ def test_a_device_that_is_not_there(name: str, tiny_checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="device: "):
         resolve_device(name)
     with pytest.raises(ValueError, match="device: "):
-        build_engine(tiny_checkpoint, EngineOptions(device=name))
+        build_engine(tiny_checkpoint, dataclasses.replace(load_settings().engine_options(), device=name))
 
 
 @needs_gpu

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,16 @@ import torch
 
 from lpa_model.config import Architecture, CacheLayout
 from lpa_model.model import LPAForCausalLM
-from server.engine.engine import Engine, EngineOptions, StepFailed, build_engine
+from server.engine.engine import Engine, StepFailed, build_engine
 from server.engine.request import FinishReason, Request, RequestOutput, SamplingParams
 from server.errors import ContextLength, InvalidRequest
+from server.settings import load_settings
 from tests.conftest import END_OF_TEXT_ID, VOCAB_SIZE, random_model, tiny_config, write_checkpoint
 
 
 def make_engine(folder: Path, **options: Any) -> Engine:
     defaults: dict[str, Any] = {"dtype": "float32", "threads": 1, "block_size": 8, "kv_cache_memory": 1 << 20}
-    return build_engine(folder, EngineOptions(**{**defaults, **options}))
+    return build_engine(folder, replace(load_settings().engine_options(), **{**defaults, **options}))
 
 
 def run(engine: Engine, requests: list[Request], max_steps: int = 2000) -> dict[str, list[RequestOutput]]:
@@ -407,13 +410,13 @@ def test_one_token_prompt_can_be_scored(tiny_checkpoint: Path) -> None:
 def test_what_cannot_be_served_is_refused(tiny_checkpoint: Path) -> None:
     engine = make_engine(tiny_checkpoint)
     with pytest.raises(InvalidRequest, match="empty"):
-        engine.validate(Request("x", [], greedy(1)))
-    with pytest.raises(InvalidRequest, match="300 is outside the vocabulary of 300"):
-        engine.validate(Request("x", [1, 300], greedy(1)))
+        engine.validate([], 1)
+    with pytest.raises(InvalidRequest, match=r"prompt\[1\]: token id 300 is outside the vocabulary of 300"):
+        engine.validate([1, 300], 1, "prompt[1]")
     with pytest.raises(ContextLength, match="128") as caught:
-        engine.validate(Request("x", prompt(1, 100), greedy(29)))
-    assert caught.value.param == "max_tokens"
-    engine.validate(Request("x", prompt(1, 100), greedy(28)))
+        engine.validate(prompt(1, 100), 29, limit_field="max_completion_tokens")
+    assert caught.value.param == "max_completion_tokens"
+    engine.validate(prompt(1, 100), 28)
 
 
 def test_the_whole_context_can_be_used(tiny_checkpoint: Path, architecture: Architecture) -> None:
@@ -439,3 +442,34 @@ def test_auto_layout_is_latent_for_learned_and_mixed_for_rotary_positions(
 ) -> None:
     layout = make_engine(tiny_checkpoint).runner.cache.layout
     assert layout == ("latent" if architecture == "setting1" else "mixed")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_logit_that_is_not_finite_ends_its_own_request_only(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, bad: float
+) -> None:
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, logprobs=1)
+
+    def both() -> list[Request]:
+        return [Request("good", prompt(1, 5), params), Request("bad", prompt(2, 5), params)]
+
+    expected = run(make_engine(tiny_checkpoint), both())
+    engine = make_engine(tiny_checkpoint)
+    backend: Any = engine.runner.backend
+    head, calls = backend.head, itertools.count()
+
+    def broken_head(hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = head(hidden)
+        if next(calls) == 2:
+            assert len(logits) == 2
+            logits = logits.clone()
+            logits[1, 7] = bad
+        return logits
+
+    monkeypatch.setattr(backend, "head", broken_head)
+    outputs = run(engine, both())
+    assert ids_of(outputs["good"]) == ids_of(expected["good"])
+    assert ids_of(outputs["bad"]) == ids_of(expected["bad"])[:2]
+    assert outputs["bad"][-1].finish_reason is FinishReason.ERROR
+    assert "not a finite number" in str(outputs["bad"][-1].error)
+    assert outputs["bad"][-1].invalid_param is None  # not the client's fault

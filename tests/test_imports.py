@@ -10,18 +10,23 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 WEB = ("fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings")
+HTTP = ("fastapi", "starlette", "uvicorn", "server.app", "server.cli", "server.routes")
 OUTER = tuple(
     f"server.{name}"
     for name in (
         "app",
+        "bench",
         "cli",
+        "client",
         "keys",
+        "llm",
         "metrics",
         "middleware",
         "openapi",
         "protocol",
         "ray_serve",
         "routes",
+        "scoring",
         "settings",
     )
 )
@@ -50,7 +55,12 @@ RULES: list[tuple[str, tuple[str, ...]]] = [
     ("server/engine/scheduler.py", ("server.engine.async_engine",)),
     *((f"server/engine/{name}.py", ("torch", "lpa_model")) for name in ("step_cost", "waiting_queue")),
     ("server/protocol", ("torch", "server.app", "server.cli", "server.routes")),
-    ("server/routes", ("torch", "server.app", "server.cli")),
+    ("server/routes", ("torch", "server.app", "server.cli", "server.llm")),
+    ("server/llm.py", (*HTTP, "server.bench")),
+    ("server/scoring", (*HTTP, "server.bench")),
+    ("server/scoring/perplexity.py", ("torch", "server.llm", "server.engine.engine")),
+    ("server/scoring/loglikelihood.py", ("torch", "server.llm", "server.engine.engine")),
+    ("server/client.py", ("torch", "lpa_model", "server", *WEB)),
     *((f"server/{name}.py", ("server.routes", "server.app")) for name in ("keys", "settings", "metrics")),
 ]
 

@@ -21,7 +21,7 @@ from lpa_model.perplexity import count_words
 from server.errors import InvalidRequest
 from server.protocol.json_size import CONTAINER, check_num_values
 from server.routes import body as body_module
-from server.routes import fan_out, generation
+from server.routes import generation
 from server.routes.body import SMALL, parse_json
 from server.routes.respond import PART, _in_parts, to_json
 from tests.serving import Served, serving
@@ -210,8 +210,8 @@ def test_a_request_with_many_prompts_is_submitted_as_it_can_run(
     tiny_checkpoints: dict[Architecture, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Any] = []
-    job = fan_out.Job
-    monkeypatch.setattr(generation, "Job", lambda *args: made.append(args) or job(*args))
+    request = generation.Request
+    monkeypatch.setattr(generation, "Request", lambda *args, **more: made.append(args) or request(*args, **more))
     with serving(tiny_checkpoints["setting2"], max_num_seqs=2, max_queue=100) as served:
         seen: list[int] = []
         body = {"model": "tiny", "prompt": ["a b"] * 40, "max_tokens": 3, "ignore_eos": True, "stream": True}

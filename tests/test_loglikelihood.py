@@ -223,8 +223,8 @@ def test_many_sets_and_many_continuations_on_a_small_engine(tiny_checkpoints: di
         ({"continuations": ["a"]}, "context"),
         ({"context": "a", "continuations": []}, "continuations"),
         ({"context": "a", "continuations": "b"}, "continuations"),
-        ({"context": "a", "continuations": ["b", ""]}, "continuations[1]"),
-        ({"context": "a", "continuations": ["b", []]}, "continuations[1]"),
+        ({"context": "a", "continuations": ["", "b\ud800"]}, "continuations[1]"),
+        ({"context": "a", "continuations": ["", []]}, "continuations[0]"),  # nothing at all can be scored
         ({"context": "a", "continuations": ["b", "\ud800"]}, "continuations[1]"),
         ({"context": "\ud800", "continuations": ["b"]}, "context"),
         ({"context": 5, "continuations": ["b"]}, "context"),
@@ -234,7 +234,7 @@ def test_many_sets_and_many_continuations_on_a_small_engine(tiny_checkpoints: di
         ({"pairs": []}, "pairs"),
         ({"pairs": ["ab"]}, "pairs[0]"),
         ({"pairs": [["a", "b"], ["a"]]}, "pairs[1]"),
-        ({"pairs": [["a", "b"], ["a", ""]]}, "pairs[1][1]"),
+        ({"pairs": [["a", ""]]}, "pairs[0][1]"),
         ({"pairs": [[None, "b"]]}, "pairs[0][0]"),
         ({"pairs": [["", [END_OF_TEXT_ID]]]}, "pairs[0][1]"),  # it is its own context
         ({"sets": [{"context": "a", "continuations": ["b"]}, {"context": "a"}]}, "sets[1].continuations"),
@@ -243,7 +243,8 @@ def test_many_sets_and_many_continuations_on_a_small_engine(tiny_checkpoints: di
         ({"sets": [{"context": "a", "continuations": ["b", 5]}]}, "sets[0].continuations[1]"),
         ({"context": "a", "continuations": ["b"], "add_bos": True}, "add_bos"),
         ({"context": "a", "continuations": ["b"], "add_bos": 1}, "add_bos"),
-        ({"context": "a", "continuations": ["b"], "model": None}, "model"),
+        ({"context": "a", "continuations": ["b"], "model": 5}, "model"),
+        ({"context": "a", "continuations": ["b"], "modle": "tiny"}, "modle"),
         ({"context": [5] * CONTEXT, "continuations": ["b"]}, "continuations[0]"),
     ],
 )
@@ -258,11 +259,26 @@ def test_what_cannot_be_is_a_400_that_names_it(served: Served, body: dict[str, A
     until(served.idle)
 
 
-def test_a_continuation_that_has_no_token_of_its_own_is_named(served: Served) -> None:
+def test_what_has_no_token_of_its_own_has_an_error_and_the_others_their_numbers(served: Served) -> None:
     merged = next((a, b) for a in ("th", " t", " th", "an", " s", "sa") for b in ("e", "he", "d", "y", "a", "t")
                   if not split("x" + a, b)[1])  # fmt: skip
-    response = served.post(PATH, pairs=[["a", "b"], ["x" + merged[0], merged[1]]])
-    assert (response.status_code, response.json()["error"]["param"]) == (400, "pairs[1][1]")
+    good = [["a", "b"], ["the", " sea"]]
+    bad = [["x" + merged[0], merged[1]], ["a", ""], ["a", []], ["a", "b" * CONTEXT], ["", [END_OF_TEXT_ID]]]
+    (expected,) = served.post(PATH, pairs=good).json()["data"]
+    (found,) = served.post(PATH, pairs=[bad[0], good[0], *bad[1:], good[1]]).json()["data"]
+    entries = found["continuations"]
+    assert [entry["index"] for entry in entries] == list(range(7))
+    for entry, alone in zip((entries[1], entries[6]), expected["continuations"], strict=True):
+        assert {**entry, "index": 0} == {**alone, "index": 0}
+    for i, code in ((0, None), (2, None), (3, None), (4, "context_length_exceeded"), (5, None)):
+        assert entries[i]["error"]["param"] == f"pairs[{i}][1]"
+        assert (entries[i]["error"]["type"], entries[i]["error"]["code"]) == ("invalid_request_error", code)
+        assert entries[i]["logprob"] is entries[i]["is_greedy"] is None
+    assert found["best"]["logprob"] == (1, 6)[expected["best"]["logprob"]]
+    sets = [{"context": "a", "continuations": [""]}, {"context": "a", "continuations": ["b"]}]
+    first, second = served.post(PATH, sets=sets).json()["data"]
+    assert first["best"] == {"logprob": None, "logprob_per_token": None, "logprob_per_byte": None}
+    assert second["continuations"][0]["logprob"] == expected["continuations"][0]["logprob"]
 
 
 def test_numbers_that_are_none_name_their_continuation(

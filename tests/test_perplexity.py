@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from lpa_model import scoring as module
 from lpa_model.config import Architecture
 from lpa_model.model import LPAForCausalLM
 from lpa_model.perplexity import (
@@ -28,7 +27,6 @@ from lpa_model.perplexity import (
     resolve_convention,
     windows,
 )
-from lpa_model.scoring import score, score_windows
 from tests.conftest import CORPUS, VOCAB_SIZE, byte_tokenizer, random_model, tiny_config
 
 BOS, EOS = 7, 0
@@ -109,6 +107,21 @@ def naive_chunks(model: LPAForCausalLM, ids: list[int], how: Convention) -> list
     return found
 
 
+def score_window(model: LPAForCausalLM, ids: list[int], window: Window) -> list[float]:
+    """Log-probabilities of a window's scored tokens."""
+    given = window.tokens(ids)
+    logprobs = model.logits(model(torch.tensor([given])))[0].log_softmax(-1)
+    return [logprobs[i - 1, given[i]].item() for i in range(window.first_index, window.length)]
+
+
+def score(model: LPAForCausalLM, ids: list[int], how: Convention) -> Tally:
+    """A text's sums, window by window."""
+    tally, own = Tally(), own_tokens(ids, how)
+    for window in windows(len(own), how):
+        tally.add_logprobs(score_window(model, own, window))
+    return tally
+
+
 NAIVE = {"full": naive_full, "sliding": naive_sliding, "rolling": naive_rolling, "chunks": naive_chunks}
 
 
@@ -153,67 +166,12 @@ def test_the_snippet_in_hugging_faces_document_weights_windows_as_the_docstring_
     tally = score(model, ids, how)
     assert (tally.num_tokens, tally.nll_sum) == (counted, pytest.approx(exact, rel=1e-5))
     cut = list(windows(len(ids), how))
-    sums = [-math.fsum(logprobs) for _, logprobs in score_windows(model, ((ids, window) for window in cut))]
+    sums = [-math.fsum(score_window(model, ids, window)) for window in cut]
     factors = [window.num_scored - (i > 0) for i, window in enumerate(cut)]
     assert sum(factors) == weights
     means = [nll / window.num_scored for nll, window in zip(sums, cut, strict=True)]
     assert sum(map(float.__mul__, means, map(float, factors))) == pytest.approx(weighted, rel=1e-5)
     assert weighted / weights != pytest.approx(exact / counted, rel=1e-5)
-
-
-def test_texts_scored_together_are_the_texts_scored_alone(
-    architecture: Architecture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = random_model(tiny_config(architecture))
-    draw = random.Random(8)
-    how = convention("sliding", 16, 6, BOS)
-    texts = [draw.choices(range(VOCAB_SIZE), k=draw.randrange(60)) for _ in range(30)]
-    alone = [[logprobs for _, logprobs in score_windows(model, ((text, w) for w in windows(len(text), how)))]
-             for text in texts]  # fmt: skip
-    work = [(text, window) for text in texts for window in windows(len(text), how)]
-    for budget, rows in ((2048, 256), (40, 3), (1, 1)):
-        monkeypatch.setattr(module, "TOKEN_BUDGET", budget)
-        monkeypatch.setattr(module, "LOGIT_ROWS", rows)
-        together = list(score_windows(model, iter(work)))
-        assert [window for window, _ in together] == [window for _, window in work]
-        expected = [x for of_text in alone for window in of_text for x in window]
-        assert [x for _, window in together for x in window] == pytest.approx(expected, rel=1e-5)
-
-
-def test_scoring_never_holds_more_than_its_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = random_model(tiny_config(max_position_embeddings=700))
-    heights: list[int] = []
-    passes: list[int] = []
-    forward, logits = LPAForCausalLM.forward, LPAForCausalLM.logits
-
-    def watched_logits(self: LPAForCausalLM, hidden: torch.Tensor) -> torch.Tensor:
-        heights.append(hidden.shape[0])
-        return logits(self, hidden)
-
-    def watched_forward(self: LPAForCausalLM, ids: torch.Tensor) -> torch.Tensor:
-        passes.append(ids.numel())
-        return forward(self, ids)
-
-    monkeypatch.setattr(LPAForCausalLM, "logits", watched_logits)
-    monkeypatch.setattr(LPAForCausalLM, "forward", watched_forward)
-    score(model, [5] * 700, convention("full", 700))
-    assert (max(heights), sum(heights), passes) == (256, 699, [699])
-    passes.clear()
-    score(model, [5] * 700, convention("sliding", 100, 50))
-    assert len(passes) == 1  # 13 windows of 100 tokens share it
-    score(model, [5] * 700 * 10, convention("sliding", 100, 50))
-    assert max(passes) <= module.TOKEN_BUDGET
-
-    read = 0
-
-    def endless() -> Iterator[tuple[list[int], Window]]:
-        nonlocal read
-        while True:
-            read += 1
-            yield [5] * 100, Window(0, 100, 1)
-
-    next(score_windows(model, endless()))
-    assert read * 100 < (module.LOOK_AHEAD + 1) * module.TOKEN_BUDGET
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------
@@ -421,11 +379,8 @@ def test_the_standard_error_covers_the_truth_as_often_as_it_says() -> None:
 def test_a_real_text_from_end_to_end(architecture: Architecture) -> None:
     model = random_model(tiny_config(architecture))
     ids = byte_tokenizer().encode(CORPUS).ids
-    seen: list[Window] = []
-    how = convention("rolling", 32, None, EOS)
-    tally = score(model, ids, how, seen.append)
+    tally = score(model, ids, convention("rolling", 32, None, EOS))
     tally.count_text(CORPUS)
-    assert seen == list(windows(len(ids), how))
     assert tally.num_tokens == len(ids)
     metrics = tally.metrics("rolling")
     assert metrics["bits_per_byte"] == pytest.approx(math.log2(metrics["byte_perplexity"] or 0))

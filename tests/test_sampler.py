@@ -21,6 +21,8 @@ from lpa_model.backends.base import Mask, SamplingRow, Scores, uniform
 from lpa_model.backends.cpu.logits import row_ops
 from lpa_model.backends.torch import rows as torch_rows
 from lpa_model.backends.torch import sampling
+from lpa_model.backends.torch.results import _broken_rows
+from lpa_model.backends.torch.rows import NOTHING
 from lpa_model.backends.torch.sampling import TORCH_ROWS, RowOps
 from server.engine.request import Request, SamplingParams
 from server.engine.sampling_state import SamplingState
@@ -53,7 +55,7 @@ def row(draw: float = 0.5, **keys: Any) -> SamplingRow:
 def row_after(generated: list[int], draw: float, eos: int | None = 0, **keys: Any) -> SamplingRow:
     """The row of a request that has generated these tokens one by one."""
     request = Request("r", PROMPT, SamplingParams(max_tokens=50, **keys))
-    state = SamplingState(request, eos)
+    state = SamplingState(request, [] if eos is None else [eos])
     for token in generated:
         state.row(request, 0)
         request.token_ids.append(token)
@@ -163,9 +165,8 @@ def test_every_parameter_equals_its_definition(
     assert torch.equal(logits, before)
 
     steered = steer(logits.tolist(), params, generated, grammar)
-    if max(steered) == -math.inf:  # all but the grammar is waived
-        left = [x if grammar is None or t in grammar else -math.inf for t, x in enumerate(logits.tolist())]
-        assert token == left.index(max(left))
+    if max(steered) == -math.inf:
+        assert token == NOTHING
         return
     if params.temperature == 0:
         assert token == steered.index(max(steered))
@@ -292,13 +293,13 @@ def test_tiny_temperatures_and_non_finite_logits_stay_within_the_vocabulary() ->
         assert 0 <= token < 3
 
 
-def test_a_grammar_wins_over_everything() -> None:
+def test_nothing_is_waived_where_nothing_is_left() -> None:
     logits = torch.zeros(1, VOCAB)
     keys = {"logit_bias": ((1, 100.0),), "allowed_token_ids": (1, 2), "bad_words": ((2,),), "temperature": 0.0}
     assert sample(logits, [row_after([], 0.0, **keys)]) == [1]
-    assert sample(logits, [row_after([], 0.0, **keys)], [mask_of({7, 9})]) == [7]
+    assert sample(logits, [row_after([], 0.0, **keys)], [mask_of({7, 9})]) == [NOTHING]
     # the end of the text is all there is
-    assert sample(logits, [row_after([], 0.0, min_tokens=5)], [mask_of({0})]) == [0]
+    assert sample(logits, [row_after([], 0.0, min_tokens=5)], [mask_of({0})]) == [NOTHING]
 
 
 def test_bad_words_look_at_generated_tokens_only() -> None:
@@ -316,7 +317,7 @@ def test_bad_words_look_at_generated_tokens_only() -> None:
 def test_counts_are_kept_up(generated: list[int], unasked: int) -> None:
     """Whether rows are asked for after every token or not."""
     request = Request("r", PROMPT, SamplingParams(max_tokens=50, repetition_penalty=1.5, presence_penalty=1.0))
-    state = SamplingState(request, 0)
+    state = SamplingState(request, [0])
     for i, token in enumerate(generated):
         request.token_ids.append(token)
         if i % (unasked + 1) == 0:
@@ -405,3 +406,13 @@ def test_what_numpy_does_on_a_cpu_torch_does_elsewhere(monkeypatch: pytest.Monke
     expected = found()
     monkeypatch.setattr(torch_rows, "_in_numpy", lambda tensor: False)
     assert found() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_with_numbers_that_are_not_finite_are_found(dtype: torch.dtype) -> None:
+    logits = torch.randn(7, VOCAB, dtype=torch.float32).to(dtype)
+    assert _broken_rows(logits) == set()
+    logits[1, 3], logits[2, 0], logits[4, 39] = math.nan, math.inf, -math.inf
+    logits[5, 1], logits[5, 2] = math.inf, -math.inf
+    logits[6] = torch.finfo(dtype).min / VOCAB
+    assert _broken_rows(logits) == {1, 2, 4, 5}

@@ -23,7 +23,7 @@ def make_scheduler(num_blocks: int = 32, **changes: Any) -> Scheduler:
         "max_num_seqs": 8,
         "max_num_batched_tokens": 16,
         "step_budget_ms": 50.0,
-        "eos_token_id": 0,
+        "eos_token_ids": {0},
         "max_model_len": 64,
     }
     return Scheduler(BlockManager(num_blocks, 4, True), **{**options, **changes})

@@ -19,10 +19,11 @@ from typer.testing import Result
 from lpa_model.checkpoint import save_checkpoint
 from lpa_model.config import Architecture
 from lpa_model.perplexity import Method
-from lpa_model.scoring import LOOK_AHEAD, TOKEN_BUDGET
-from server.scoring import local, models
+from server.engine.model_runner import BatchResult, ModelRunner
+from server.engine.scheduler import ScheduledBatch
+from server.llm import LLM
+from server.scoring import local
 from server.scoring.texts import Place, find_files, read_texts, total_size
-from server.settings import load_settings
 from tests.conftest import CORPUS, END_OF_TEXT_ID, byte_tokenizer, random_model, tiny_config
 from tests.test_cli import assert_one_line, lpa, succeed
 from tests.test_perplexity import NAIVE, convention
@@ -120,14 +121,15 @@ def test_files_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
     assert next(texts)[1] == "b"
 
 
-def test_texts_are_read_only_as_far_ahead_as_forward_passes_need(tiny_checkpoints: dict[Architecture, Path]) -> None:
-    scorer = models.load(tiny_checkpoints["setting2"], load_settings(dtype="float32", threads=1))
+def test_texts_are_read_only_as_far_ahead_as_the_engine_needs(tiny_checkpoints: dict[Architecture, Path]) -> None:
     numbers = itertools.count()
     texts = ((Place("endless", i, 1), "the sea" if i % 3 else "") for i in numbers)
-    how = models.convention_of(scorer, {"method": "full"})
-    lines = local.score_texts(scorer.model, scorer.tokenizer, how, texts, "tiny", lambda size, tokens: None)
-    assert [line["line"] for line in itertools.islice(lines, 5)] == [0, 1, 2, 3, 4]
-    assert next(numbers) < LOOK_AHEAD * TOKEN_BUDGET
+    told: list[float] = []
+    with LLM(tiny_checkpoints["setting2"], dtype="float32", threads=1, max_num_seqs=4) as llm:
+        lines = local.score_texts(llm, llm.convention("full"), texts, lambda size, tokens: told.append(size))
+        assert [line["line"] for line in itertools.islice(lines, 5)] == [0, 1, 2, 3, 4]
+        assert next(numbers) <= 5 + 2 * 4
+        assert told == [1] * 5
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
@@ -333,10 +335,16 @@ def test_an_error_late_in_a_corpus_prints_no_half_answer(
 def test_numbers_that_are_none_name_their_text(
     tiny_checkpoints: dict[Architecture, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(targets: torch.Tensor, logits: torch.Tensor) -> list[tuple[float, int]]:
-        return [(math.nan if target == 77 else -1.0, 1) for target in targets.tolist()]
+    run = ModelRunner.run
 
-    monkeypatch.setattr(local, "_scores", broken)
+    def broken(self: ModelRunner, batch: ScheduledBatch) -> BatchResult:
+        result = run(self, batch)
+        for item in batch.items:
+            if 77 in item.request.token_ids:
+                result.prompt_logprobs[item.request.id].logprobs[0] = math.nan
+        return result
+
+    monkeypatch.setattr(ModelRunner, "run", broken)
     text = byte_tokenizer().decode([5, 77, 6])
     assert byte_tokenizer().encode(text).ids == [5, 77, 6]
     path = write(tmp_path / "a.jsonl", json_lines({"text": "the sea"}, {"text": text}))

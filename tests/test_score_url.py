@@ -174,21 +174,21 @@ SCORED = {"object": "perplexity.text", "index": 0, "num_tokens": 3}
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (b"", "the connection ended in the middle of the answer"),
-        (b"SSH-2.0-OpenSSH\r\n", "not an HTTP/1.1 server"),
-        (b"HTTP/1.1 502 Bad Gateway\r\ncontent-length: 9\r\n\r\n<p>oh</p>", "status 502: <p>oh</p>"),
-        (with_lines(SCORED, "cut")[:-4], "the connection ended in the middle of the answer"),
-        (with_lines(SCORED), "the answer ended before its last line"),
-        (with_lines(SCORED, SCORED), "the answer has more texts than were sent"),
-        (with_lines("<p>oh</p>"), "not an answer of /v1/perplexity: <p>oh</p>"),
-        (with_lines({"ok": True}), "not an answer of /v1/perplexity"),
+        (b"", "/v1/perplexity: the connection ended before an answer"),
+        (b"SSH-2.0-OpenSSH\r\n", "/v1/perplexity: the answer is no HTTP"),
+        (b"HTTP/1.1 502 Bad Gateway\r\ncontent-length: 9\r\n\r\n<p>oh</p>", "/v1/perplexity: status 502: <p>oh</p>"),
+        (with_lines(SCORED, "cut")[:-4], "/v1/perplexity: the connection ended in the middle of the answer"),
+        (with_lines(SCORED), ": the answer ended before its last line"),
+        (with_lines(SCORED, SCORED), ": the answer has more texts than were sent"),
+        (with_lines("<p>oh</p>"), ": not an answer of /v1/perplexity: <p>oh</p>"),
+        (with_lines({"ok": True}), ": not an answer of /v1/perplexity"),
     ],
     ids=["nothing", "no HTTP", "a proxy's error", "cut", "no last line", "too many", "no JSON", "another answer"],
 )
 def test_a_server_that_breaks_off(answer: bytes, message: str, tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "the sea")
     with answering(answer) as url:
-        assert_one_line(lpa("score", path, "--url", url, "--model", "tiny", "--json"), f"{url}: {message}")
+        assert_one_line(lpa("score", path, "--url", url, "--model", "tiny", "--json"), f"{url}{message}")
 
 
 def test_a_server_that_refuses_before_it_is_sent_anything(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_a_server_that_refuses_before_it_is_sent_anything(tmp_path: Path) -> Non
         thread = threading.Thread(target=answer)
         thread.start()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        assert_one_line(lpa("score", path, "--url", url, "--model", "tiny"), f"{url}: status 404: <p>oh")
+        assert_one_line(lpa("score", path, "--url", url, "--model", "tiny"), f"{url}/v1/perplexity: status 404: ")
         thread.join(10)
 
 
@@ -213,5 +213,5 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "the sea")
     with socket.create_server(("127.0.0.1", 0)) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    assert_one_line(lpa("score", path, "--url", url), f"{url}: ")
+    assert_one_line(lpa("score", path, "--url", url), f"{url}/v1/models: ")
     assert_one_line(lpa("score", path, "--url", "localhost:8000"), "localhost:8000: not an http:// or https:// URL")

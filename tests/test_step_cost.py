@@ -22,7 +22,7 @@ class Machine:
         self, speed: float = 1.0, noise: float = 0.1, hiccups: float = 0.0, pass_ms: float = 0.0, **options: Any
     ) -> None:
         defaults = {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "step_budget_ms": 1e9, "max_model_len": 2048}
-        self.scheduler = Scheduler(BlockManager(4096, 64, False), eos_token_id=0, **{**defaults, **options})
+        self.scheduler = Scheduler(BlockManager(4096, 64, False), eos_token_ids={0}, **{**defaults, **options})
         self.speed, self.noise, self.hiccups, self.pass_ms = speed, noise, hiccups, pass_ms
         self.random = random.Random(0)
         self.latencies: list[float] = []  # of steps with decodes

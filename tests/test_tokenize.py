@@ -133,7 +133,6 @@ def test_the_tokenizers_settings(served: Served, with_bos: Served) -> None:
         ("/tokenize", {"messages": [*TALK, {"role": "clown", "content": "x"}]}, "messages[2].role"),
         ("/tokenize", {"messages": [{"role": "user", "content": "\udc00"}]}, "messages"),
         ("/tokenize", {"messages": TALK, "chat_template": "{{ 1 }}"}, "chat_template"),
-        ("/tokenize", {"messages": TALK, "tools": [{}]}, "tools"),
         ("/tokenize", {"messages": TALK, "chat_template_kwargs": [1]}, "chat_template_kwargs"),
         ("/tokenize", {"messages": TALK, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         (

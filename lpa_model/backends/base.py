@@ -62,7 +62,10 @@ class Scores(NamedTuple):
 class StepResult:
     """What a step found; lists follow the order of the sampling rows."""
 
-    tokens: list[int | None]  # None: the row was constrained and had no mask
+    tokens: list[int | None]  # None: the row was constrained and had no mask, or is in one of these sets
+    stuck: set[int] = field(default_factory=set)  # indices into `tokens`: everything was forbidden
+    broken: set[int] = field(default_factory=set)  # indices into `tokens`: a logit is not finite
+    broken_prompt: set[int] = field(default_factory=set)  # indices into the batch's scored rows: likewise
     scores: dict[int, Scores] = field(default_factory=dict)  # of the sampled token, by index into `tokens`
     prompt_scores: Scores = field(default_factory=lambda: Scores([], [], [], []))  # of the batch's scored rows
 

@@ -10,28 +10,19 @@ from pathlib import Path
 
 import torch
 
-AMX, AVX512_BF16, AVX512, AVX2 = "amx", "avx512bf16", "avx512", "avx2"
-# words of /proc/cpuinfo that each needs, best first
-_X86 = {
-    AMX: {"amx_tile", "amx_bf16", "avx512_bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq"},
-    AVX512_BF16: {"avx512_bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq"},
-    AVX512: {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma"},
-    AVX2: {"avx2", "fma", "f16c"},
-}
-NEON, SCALAR = "neon", "scalar"
+from lpa_model.backends.cpu import library
+from lpa_model.backends.cpu.build import LIBRARY
+
+AMX, AVX512_BF16 = "amx", "avx512bf16"
 
 
 @cache
 def instruction_sets() -> tuple[str, ...]:
-    """Instruction sets of this processor that kernels exist for, the best first; `scalar` is always the last."""
-    machine = platform.machine().lower()
-    if machine in ("aarch64", "arm64"):
-        return (NEON, SCALAR)
-    words = _cpu_words()
-    found = [name for name, needed in _X86.items() if needed <= words]
-    if AMX in found and not getattr(torch.cpu, "_init_amx", lambda: False)():  # Linux grants tiles on request
-        found.remove(AMX)
-    return (*found, SCALAR)
+    """Instruction sets of this processor that the C library has kernels for, the best first; none without a library.
+
+    With AMX among them, the process may use its tiles from here on.
+    """
+    return library.load().supported() if LIBRARY.exists() else ()
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -40,7 +31,9 @@ def has_bfloat16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if platform.system() == "Darwin":
         return platform.machine() == "arm64"
-    return bool(_cpu_words() & {"avx512_bf16", "amx_bf16", "bf16"})
+    if platform.machine() == "aarch64":
+        return "bf16" in _cpu_words()
+    return bool({AMX, AVX512_BF16} & set(instruction_sets()))
 
 
 def resolve_device(name: str) -> torch.device:

@@ -15,7 +15,6 @@ from lpa_model.backends import features
 from lpa_model.backends.base import Backend
 from lpa_model.backends.cpu import library, plan
 from lpa_model.backends.cpu.backend import CpuBackend
-from lpa_model.backends.cpu.build import LIBRARY
 from lpa_model.backends.cpu.numba import plan as numba_plan
 from lpa_model.backends.cpu.numba import programs
 from lpa_model.backends.cpu.numba.launch import compile_kernel
@@ -165,7 +164,7 @@ def _build_program(case: Case, model: LPAForCausalLM) -> Backend:
 def _no_op_list(case: Case) -> str | None:
     if reason := _not_a_cpu(case):
         return reason
-    if not LIBRARY.exists():
+    if not case.instruction_sets:
         return "its kernels are not compiled; `make kernels` does it, and so does an installation on Linux"
     if case.block_size % 2:
         return f"block_size {case.block_size} is odd; take 32, 64 or 128"

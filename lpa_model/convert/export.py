@@ -136,7 +136,7 @@ def _tokenizer_config(given: dict[str, Any], config: LPAConfig, tokenizer: Token
         **given,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    for name, token_id in (("bos_token", config.bos_token_id), ("eos_token", config.eos_token_id)):
+    for name, token_id in (("bos_token", config.bos_token_id), ("eos_token", next(iter(config.eos_token_ids), None))):
         if token_id is not None:
             written[name] = tokenizer.id_to_token(token_id)
     return written

@@ -10,8 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from server.bench.client import Client, RequestFailed
 from server.bench.largest import Kind, largest_requests
+from server.client import Client, RequestFailed
 from server.settings import Settings
 
 INTERVAL = 0.002  # seconds between an answer of /health and the next question

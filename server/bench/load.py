@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.bench.client import Client, RequestFailed
+from server.client import Client, RequestFailed
 
 QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99}
 

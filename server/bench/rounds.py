@@ -13,8 +13,8 @@ from typing import Any
 
 import uvloop
 
-from server.bench.client import Client
 from server.bench.load import Load, Send, Timing, mean_nll, prompts, run_load, summarize
+from server.client import Client
 
 MIN_COMPARED_ROUNDS = 5
 

@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from server.engine.engine import Engine, EngineOptions, build_engine
+from server.engine.engine import Engine, build_engine
 from server.engine.request import GrammarSpec, Request, SamplingParams
+from server.settings import load_settings
 
 WARM_STEPS = 2  # after the last prompt is through
 PLAIN = "greedy"
@@ -61,7 +62,7 @@ def bench_sampling(
     Raises:
         CheckpointError, ValueError: the model or an option cannot be used.
     """
-    engine = build_engine(model, EngineOptions(dtype=dtype, threads=threads, max_num_seqs=streams))
+    engine = build_engine(model, load_settings(dtype=dtype, threads=threads, max_num_seqs=streams).engine_options())
     longest = input_len + WARM_STEPS + steps + 8
     if longest > engine.max_model_len:
         raise ValueError(f"input_len: {longest} tokens with the steps exceed the context of {engine.max_model_len}")

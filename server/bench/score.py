@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable
 from typing import Any, Literal
 
-from server.bench.client import Client
 from server.bench.load import Send, Timing
+from server.client import Client
 
 ScoreApi = Literal["echo", "prompt_logprobs", "perplexity"]
 

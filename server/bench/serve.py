@@ -6,8 +6,8 @@ import json
 import time
 from collections.abc import Callable, Sequence
 
-from server.bench.client import Client, RequestFailed
 from server.bench.load import Send, Timing
+from server.client import Client, RequestFailed
 
 
 def complete(output_len: int, model: str) -> Send:
@@ -25,9 +25,8 @@ def complete(output_len: int, model: str) -> Send:
         }
         arrivals: list[tuple[float, bytes]] = []
         started = time.perf_counter()
-        await client.request(
-            "POST", "/v1/completions", body, lambda piece: arrivals.append((time.perf_counter() - started, piece))
-        )
+        async for piece in client.pieces("POST", "/v1/completions", body):
+            arrivals.append((time.perf_counter() - started, piece))
 
         def read() -> None:
             read_stream(arrivals, timing)

@@ -20,8 +20,9 @@ from lpa_model.config import CacheLayout, LPAConfig
 from server.bench.floor import Machine, Work, decode_work, measure_machine, prompt_work
 from server.bench.stopwatch import Stopwatch
 from server.engine.detokenizer import Detokenizer
-from server.engine.engine import Engine, EngineOptions, build_engine
+from server.engine.engine import Engine, build_engine
 from server.engine.request import Request, SamplingParams
+from server.settings import load_settings
 
 Kind = Literal["score", "prefill", "decode"]
 PARTS = ("forward", "head", "sampling", "scheduling", "detokenization")
@@ -81,13 +82,13 @@ def bench_steps(
         blocks = max(batches) * (-(-longest // 64) + 1)
         engine = build_engine(
             model,
-            EngineOptions(
+            load_settings(
                 dtype=dtype,
                 threads=threads,
                 kv_cache_layout=layout,
                 max_num_seqs=max(batches),
                 kv_cache_memory=blocks * 64 * bytes_per_token(config, layout, weights),
-            ),
+            ).engine_options(),
         )
         # in a thread of its own, as in the server: OpenMP's threads wait otherwise in the first one
         with ThreadPoolExecutor(1) as engine_thread:

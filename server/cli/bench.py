@@ -67,10 +67,10 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """Streamed greedy completions of random prompts: rates and latencies of any OpenAI-compatible server."""
-    from server.bench.client import Client
     from server.bench.load import Load
     from server.bench.rounds import Target, Workload
     from server.bench.serve import complete
+    from server.client import Client
 
     with user_errors():
         _check_plot(plot)
@@ -114,10 +114,10 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Log-probabilities of random texts: the rate of any server that gives them, by the API that it has."""
-    from server.bench.client import Client
     from server.bench.load import Load
     from server.bench.rounds import Target, Workload
     from server.bench.score import score_text
+    from server.client import Client
 
     with user_errors():
         _check_plot(plot)
@@ -140,9 +140,9 @@ def _check_plot(path: Path | None) -> None:
 
 
 def _run(targets: Any, workload: Any, title: str, plot: Path | None, as_json: bool) -> None:
-    from server.bench.client import RequestFailed
     from server.bench.plot import plot_servers
     from server.bench.report import print_report, run_rounds
+    from server.client import RequestFailed
 
     with user_errors():
         try:
@@ -285,8 +285,8 @@ def loglikelihood(
     as_json: AsJson = False,
 ) -> None:
     """Multiple choice: continuations of shared contexts as sets, and one by one without a prefix cache."""
-    from server.bench.client import RequestFailed
     from server.bench.loglikelihood import bench_loglikelihood
+    from server.client import RequestFailed
     from server.settings import load_settings
 
     with user_errors():

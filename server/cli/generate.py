@@ -14,7 +14,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
     model: Model = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most probable token.")] = 0.8,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 takes the most probable token.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from this share of the probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Sample from so many tokens; 0 means all.")] = 0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.", show_default="random")] = None,
@@ -22,22 +22,15 @@ def generate(
     dtype: Dtype = None,
 ) -> None:
     """Continue a text; the continuation streams to the terminal."""
-    from server.engine.engine import build_engine
-    from server.engine.request import Request, SamplingParams
-    from server.settings import load_settings
+    from server.llm import LLM, SamplingParams
 
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=tuple(stop or ())
     )
     with user_errors():
-        settings = load_settings(model=model, dtype=dtype, max_num_seqs=1)
         with ends_at_once():
-            engine = build_engine(settings.model, settings.engine_options())
-        text = sys.stdin.read() if prompt == "-" else prompt
-        request = Request("generate", engine.tokenizer.encode(text), params)
-        engine.validate(request)
-    engine.add_request(request)
-    while engine.has_work:
-        for output in engine.step():
-            print(output.text, end="", flush=True)
+            llm = LLM(model, dtype=dtype, max_num_seqs=1)
+        with llm:
+            for output in llm.stream(sys.stdin.read() if prompt == "-" else prompt, params):
+                print(output.text, end="", flush=True)
     print()

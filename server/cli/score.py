@@ -93,7 +93,7 @@ def score(
     from server.scoring import report
     from server.scoring.texts import find_files, read_texts, total_size
 
-    asked = {"method": method, "max_length": max_length, "stride": stride, "add_bos": add_bos}
+    asked: dict[str, Any] = {"method": method, "max_length": max_length, "stride": stride, "add_bos": add_bos}
     with user_errors(), ExitStack() as stack:
         _check_together("url", url, compare=compare, dtype=dtype, threads=threads)
         _check_together("compare", compare, model=model, tokens=tokens)
@@ -116,7 +116,13 @@ def score(
             start: Start = partial(remote.score_texts, url, key, {"model": model, **asked}, texts)
             extra: dict[str, Any] = {}
         else:
-            start, extra = _local(model, dtype, threads, asked, texts)
+            from server.llm import LLM
+            from server.scoring import local
+
+            with ends_at_once():
+                llm = stack.enter_context(LLM(model, dtype=dtype, threads=threads))
+            start = partial(local.score_texts, llm, llm.convention(**asked), texts)
+            extra = {"dtype": llm.dtype}
         lines = _lines(start, on_tokens, size)
         if as_json:
             report.print_json(lines, extra, sys.stdout)
@@ -130,35 +136,20 @@ def _check_together(name: str, value: object, **others: object) -> None:
             raise ValueError(f"--{other}: cannot be combined with --{name}")
 
 
-def _local(
-    model: str | None, dtype: str | None, threads: int | None, asked: dict[str, Any], texts: Texts
-) -> tuple[Start, dict[str, Any]]:
-    """The scoring in this process, yet to be started, and what the answer is to say besides."""
-    from server.scoring import local, models
-    from server.settings import load_settings
-
-    settings = load_settings(model=model, dtype=dtype, threads=threads)
-    with ends_at_once():
-        scorer = models.load(settings.model, settings)
-    convention = models.convention_of(scorer, asked)
-    start = partial(local.score_texts, scorer.model, scorer.tokenizer, convention, texts, settings.model_name)
-    return start, {"dtype": scorer.dtype}
-
-
 def _compare(
     folders: tuple[Path, Path], dtype: str | None, threads: int | None, asked: dict[str, Any], texts: Texts, size: Size
 ) -> dict[str, Any]:
     """What a comparison prints as JSON; a folder that is named twice is loaded once."""
-    from server.scoring import local, models
+    from server.scoring.compare import common_convention, compare_texts, load
     from server.settings import load_settings
 
     settings = load_settings(dtype=dtype, threads=threads)
     with ends_at_once():
-        a = models.load(folders[0], settings)
-        b = a if folders[0].resolve() == folders[1].resolve() else models.load(folders[1], settings)
-    convention = models.common_convention(a, b, asked)
+        a = load(folders[0], settings)
+        b = a if folders[0].resolve() == folders[1].resolve() else load(folders[1], settings)
+    convention = common_convention(a, b, asked)
     with _progress(size) as advance:
-        found = local.compare_texts((a.model, b.model), a.tokenizer, convention, texts, advance)
+        found = compare_texts(a, b, convention, texts, advance)
     for side, folder in zip("ab", folders, strict=True):
         found[side] = {"model": str(folder), **found[side]}
     return {"dtype": a.dtype, **found}

@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
 from contextlib import aclosing, nullcontext
 from dataclasses import replace
 
@@ -88,7 +88,7 @@ class AsyncEngine:
         engine: Engine,
         on_stats: Callable[[EngineStats], None],
         *,
-        max_queue: int = 1024,
+        max_queue: int,
         on_death: Callable[[], None] | None = None,
     ) -> None:
         self._engine = engine
@@ -117,6 +117,16 @@ class AsyncEngine:
         return self._engine.tokenizer
 
     @property
+    def sampling_defaults(self) -> Mapping[str, float]:
+        """Fields of `SamplingParams` for requests that do not say otherwise."""
+        return self._engine.sampling_defaults
+
+    @property
+    def fingerprint(self) -> str:
+        """What a seed's validity hangs on, in one word."""
+        return self._engine.fingerprint
+
+    @property
     def model_config(self) -> LPAConfig:
         return self._engine.model_config
 
@@ -132,6 +142,10 @@ class AsyncEngine:
     @property
     def max_num_seqs(self) -> int:
         return self._engine.scheduler.max_num_seqs
+
+    def validate(self, token_ids: list[int], max_tokens: int, where: str, limit_field: str) -> None:
+        """As `Engine.validate`; from any thread."""
+        self._engine.validate(token_ids, max_tokens, where, limit_field)
 
     async def compile_grammar(self, spec: GrammarSpec) -> None:
         """Have a grammar ready for its request.
@@ -192,7 +206,8 @@ class AsyncEngine:
         self, requests: Iterable[Request], deadline: float | None = None, session: Session | None = None
     ) -> AsyncGenerator[tuple[int, RequestOutput]]:
         """Run sequences that belong together: (index of the request, output) as they come; the last output of each
-        has a finish_reason. `requests` is read as far as the engine can run them at once, so it may be of any length.
+        has a finish_reason. They must be such as `validate` accepts. `requests` is read as far as the engine can run
+        them at once, so it may be of any length.
 
         When one fails or the generator is closed, all are aborted. A consumer that does not keep up gets outputs
         merged, at most one per sequence waiting.
@@ -202,7 +217,6 @@ class AsyncEngine:
             session: of the request that these sequences are part of; without one they are all of it.
 
         Raises:
-            ContextLength, InvalidRequest: a request cannot be served.
             QueueFull: too many requests are waiting, and this one has not begun.
             Unavailable: the server is draining and this request has not begun, the drain's time has passed, or the
                 engine has died.
@@ -234,6 +248,8 @@ class AsyncEngine:
                 if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
                     if output.token_ids:  # generated before, and merged with the end
                         yield index, replace(output, finish_reason=None)
+                    if output.invalid_param is not None:
+                        raise InvalidRequest(str(output.error), param=output.invalid_param or None)
                     if output.finish_reason is FinishReason.ERROR:
                         raise EngineError(f"the engine failed on this request: {output.error}")
                     raise Unavailable("the server is shutting down")
@@ -258,7 +274,6 @@ class AsyncEngine:
         return free and not self._line and len(running) < self.max_num_seqs
 
     async def _submit(self, request: Request, mailbox: Mailbox, session: Session, deadline: float | None) -> None:
-        self._engine.validate(request)
         self._check_open(session)
         if session in self._begun:
             if self._line or not self._may_have(session):

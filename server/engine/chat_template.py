@@ -53,6 +53,7 @@ def render_chat(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     special_tokens: Mapping[str, Any] | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of a conversation, special tokens written out: encode it with add_special_tokens=False.
@@ -65,6 +66,7 @@ def render_chat(
         continue_final_message: end inside the last message, after its content, so that the model continues it. If the
             template trims contents, its trailing white space is gone here too.
         special_tokens: `bos_token`, `eos_token` and so on, as variables.
+        tools: functions that the template may describe, as its variable `tools`.
         kwargs: more variables; they win over special tokens.
 
     Raises:
@@ -90,7 +92,13 @@ def render_chat(
             raise InvalidRequest("messages: the last one has no content to continue", param="messages")
         content, mark = last, secrets.token_hex(16)
         given[-1]["content"] = f"{content}{mark} "  # a template that trims takes the space away
-    variables = {"tools": None, "documents": None, **(special_tokens or {}), **(kwargs or {})}
+    for i, message in enumerate(given):
+        if "tool_calls" in message and "tool_calls" not in template:  # it would leave them out
+            raise InvalidRequest(
+                f"messages[{i}].tool_calls: this model's chat template does not show them",
+                param=f"messages[{i}].tool_calls",
+            )
+    variables = {"tools": list(tools) or None, "documents": None, **(special_tokens or {}), **(kwargs or {})}
     text = _render(template, {**variables, "messages": given, "add_generation_prompt": add_generation_prompt})
     if not continue_final_message:
         return text

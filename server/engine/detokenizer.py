@@ -32,7 +32,7 @@ class Detokenizer:
     Args:
         prefix: bytes of a character that the prompt began (`unfinished_bytes`); the text begins with that character.
         min_tokens: stop strings do not count during so many tokens.
-        skip_special: special tokens are silent.
+        skip_special: special tokens are silent; one whose name is a stop string ends the text.
     """
 
     def __init__(
@@ -57,9 +57,19 @@ class Detokenizer:
 
     def append(self, token_id: int) -> str:
         """The text that this token makes certain."""
-        raw = b"" if token_id in self._silent else self._tokenizer.token_bytes(token_id)
         self._unstoppable -= 1
-        return self._release(self._decoder.decode(raw))
+        if token_id in self._silent:
+            name = self._tokenizer.token_text(token_id)
+            return self._stop_at(name) if name in self._stop and self._unstoppable < 0 else ""
+        return self._release(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+
+    def _stop_at(self, name: str) -> str:
+        """A special token that has no text ends it all the same where its name is a stop string."""
+        text = self.finish()
+        if self.stopped is None:
+            self.stopped = name
+            text += name if self._include_stop else ""
+        return text
 
     def finish(self) -> str:
         """The text that was held back; an unfinished character becomes U+FFFD. Nothing after a stop string."""

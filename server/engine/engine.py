@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from lpa_model.backends import select
-from lpa_model.checkpoint import load_config
+from lpa_model.checkpoint import load_config, weights_hash
 from lpa_model.config import LPAConfig
 from server.engine.block_manager import BlockManager
 from server.engine.detokenizer import Detokenizer, unfinished_bytes
+from server.engine.fingerprint import fingerprint
+from server.engine.generation_config import load_generation_config
 from server.engine.grammar import GrammarCompiler
 from server.engine.memory import give_back_freed_memory, keep_freed_memory
 from server.engine.model_runner import BatchResult, ModelRunner
@@ -41,21 +45,22 @@ DEFAULT_CACHE_LIMIT = 2 << 30  # bytes
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What `lpa serve`'s flags say about the engine; None means the default described there."""
+    """The settings of the engine. Defaults, and what None means, are in `server/settings.py`."""
 
-    dtype: str = "auto"
-    device: str = "cpu"
-    threads: int | None = None
-    max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
-    step_budget_ms: float = 200.0
-    block_size: int = 64
-    kv_cache_layout: str = "auto"
-    kv_cache_memory: int | None = None
-    enable_prefix_caching: bool = True
-    batch_invariant: bool | None = None
-    chat_template: str | None = None
+    dtype: str
+    device: str
+    threads: int | None
+    max_model_len: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    step_budget_ms: float
+    block_size: int
+    kv_cache_layout: str
+    kv_cache_memory: int | None
+    enable_prefix_caching: bool
+    batch_invariant: bool | None
+    chat_template: str | None
+    generation_config: Literal["auto", "none"]
 
 
 @dataclass(frozen=True)
@@ -76,14 +81,26 @@ class StepFailed(Exception):
 
 
 class Engine:
-    """Continuous batching over one model: `add_request`, `abort`, `step` while `has_work`."""
+    """Continuous batching over one model: `add_request`, `abort`, `step` while `has_work`.
+
+    `sampling_defaults` are fields of `SamplingParams` for requests that do not say otherwise. `fingerprint` names what
+    a seed's validity hangs on.
+    """
 
     def __init__(
-        self, runner: ModelRunner, scheduler: Scheduler, tokenizer: Tokenizer, backend: BackendInfo = BackendInfo()
+        self,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        tokenizer: Tokenizer,
+        sampling_defaults: Mapping[str, float] | None = None,
+        fingerprint: str = "lpa",
+        backend: BackendInfo = BackendInfo(),
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
         self.tokenizer = tokenizer
+        self.sampling_defaults = dict(sampling_defaults or {})
+        self.fingerprint = fingerprint
         self.backend = backend
         self._requests: dict[str, tuple[Request, Detokenizer]] = {}
         self._report = EngineStats()
@@ -101,25 +118,24 @@ class Engine:
         """Whether a request is running or waiting."""
         return bool(self._requests)
 
-    def validate(self, request: Request) -> None:
-        """Refuse at the door what cannot be honoured.
+    def validate(
+        self, token_ids: list[int], max_tokens: int, where: str = "prompt", limit_field: str = "max_tokens"
+    ) -> None:
+        """Refuse at the door what cannot be honoured; `where` and `limit_field` name prompt and max_tokens in messages.
 
         Raises:
             InvalidRequest: empty prompt or a token id outside the vocabulary.
             ContextLength: prompt and max_tokens are longer than the context.
         """
-        if not request.token_ids:
-            raise InvalidRequest("prompt: is empty; it must have at least one token", param="prompt")
-        vocab = self.model_config.vocab_size
-        if min(request.token_ids) < 0 or max(request.token_ids) >= vocab:
-            wrong = next(t for t in request.token_ids if not 0 <= t < vocab)
-            raise InvalidRequest(f"prompt: token id {wrong} is outside the vocabulary of {vocab}", param="prompt")
-        total = request.num_prompt_tokens + request.params.max_tokens
+        if not token_ids:
+            raise InvalidRequest(f"{where}: is empty; it must have at least one token", param=where)
+        self.tokenizer.check(token_ids, where)
+        size, total = len(token_ids), len(token_ids) + max_tokens
         if total > self.max_model_len:
             raise ContextLength(
-                f"prompt: {request.num_prompt_tokens} tokens and max_tokens {request.params.max_tokens} are {total} "
-                f"together; the context is {self.max_model_len} tokens",
-                param="prompt" if request.num_prompt_tokens > self.max_model_len else "max_tokens",
+                f"{where}: {size} tokens and {limit_field} {max_tokens} make {total}",
+                self.max_model_len,
+                param=where if size > self.max_model_len else limit_field,
             )
 
     def compile_grammar(self, spec: GrammarSpec) -> None:
@@ -186,7 +202,7 @@ class Engine:
         if token is not None:
             self._observe_token(request)
             # the end of text or a stop token, but not the last token of a grammar's text
-            last = request.id in result.ended and token != self.model_config.eos_token_id
+            last = request.id in result.ended and token not in self.scheduler.eos_token_ids
             stopped = request.finish_reason is FinishReason.STOP and not last
             text = detokenizer.append(token) if not stopped or request.params.include_stop_str_in_output else ""
             if detokenizer.stopped is not None:
@@ -214,8 +230,12 @@ class Engine:
     def _fail(self, request: Request, error: Exception) -> RequestOutput:
         self.scheduler.finish(request, FinishReason.ERROR)
         self._close(request)
-        message = f"{type(error).__name__}: {error}"
-        return RequestOutput(request_id=request.id, finish_reason=FinishReason.ERROR, error=message)
+        reason = FinishReason.ERROR
+        if isinstance(error, InvalidRequest):
+            return RequestOutput(
+                request_id=request.id, finish_reason=reason, error=error.message, invalid_param=error.param or ""
+            )
+        return RequestOutput(request_id=request.id, finish_reason=reason, error=f"{type(error).__name__}: {error}")
 
     def _close(self, request: Request) -> None:
         del self._requests[request.id]
@@ -264,13 +284,14 @@ def build_engine(model_dir: Path, options: EngineOptions) -> Engine:
     """
     # Every thread that computes keeps a team of OpenMP threads. With more of them than processors, none spins while it
     # waits, and each product of a small step takes 0.1 ms to wake its team: so this thread's team ends with it.
-    with ThreadPoolExecutor(1, "loading") as loading:
-        return loading.submit(_build_engine, model_dir, options).result()
+    with ThreadPoolExecutor(1, "loading") as loading, ThreadPoolExecutor(1, "hashing") as hashing:
+        return loading.submit(_build_engine, model_dir, options, hashing).result()
 
 
-def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
+def _build_engine(model_dir: Path, options: EngineOptions, hashing: Executor) -> Engine:
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     config = load_config(model_dir)
+    weights = hashing.submit(weights_hash, model_dir)
     choice = select.choose(
         config,
         dtype=options.dtype,
@@ -317,12 +338,18 @@ def _build_engine(model_dir: Path, options: EngineOptions) -> Engine:
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         step_budget_ms=options.step_budget_ms,
-        eos_token_id=config.eos_token_id,
+        eos_token_ids=tokenizer.eos_token_ids,
         max_model_len=max_model_len,
         replays=invariant,
     )
-    runner = ModelRunner(backend, cache, GrammarCompiler(tokenizer))
-    return Engine(runner, scheduler, tokenizer, BackendInfo(backend.name, invariant, choice.refused))
+    return Engine(
+        ModelRunner(backend, cache, GrammarCompiler(tokenizer)),
+        scheduler,
+        tokenizer,
+        load_generation_config(model_dir).defaults(options.generation_config),
+        fingerprint(weights.result(), backend.name),
+        BackendInfo(backend.name, invariant, choice.refused),
+    )
 
 
 def _max_model_len(config: LPAConfig, asked: int | None, cache_tokens: int) -> int:

@@ -36,8 +36,8 @@ CACHED_GRAMMAR_BYTES = 256 << 20
 COMPILE_THREADS = 2
 
 
-class GrammarFailed(Exception):
-    """A grammar that compiled cannot be followed any further; the message is for the request's user."""
+class GrammarFailed(InvalidRequest):
+    """A grammar that compiled cannot be followed any further."""
 
 
 class GrammarCompiler:
@@ -49,6 +49,7 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self.vocab_size = tokenizer.vocab_size
+        self.eos_token_ids = tokenizer.eos_token_ids
         self.mask_size = tokenizer.vocab_size + (tokenizer.eos_token_id is None)
         self.pool = ThreadPoolExecutor(COMPILE_THREADS, "grammar-compile", initializer=_stand_back)
         self._tools: tuple[GrammarWorkers, llguidance.LLTokenizer] | None = None  # made by the first grammar
@@ -170,15 +171,14 @@ class GrammarState:
         began = time.thread_time()
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)  # without the GIL
         if self._matcher.is_error():
-            raise GrammarFailed(f"{self._spec.param}: {_failure(self._matcher)}")
+            raise _failed(self._spec, _failure(self._matcher))
         self._check_time(began)
 
     def _check_time(self, began: float) -> None:
         """What has become slow, and would become slower with every token, ends here."""
         if time.thread_time() - began > MAX_STEP_SECONDS:
-            raise GrammarFailed(
-                f"{self._spec.param}: is too complex here: a single token takes more than {MAX_STEP_SECONDS:g} seconds"
-            )
+            reason = f"is too complex here: a single token takes more than {MAX_STEP_SECONDS:g} seconds"
+            raise _failed(self._spec, reason)
 
     def take(self) -> npt.NDArray[np.uint8] | None:
         """The mask: a bit per token, lowest first; None if the text is complete and no token may follow.
@@ -194,7 +194,16 @@ class GrammarState:
         if self._compiler.mask_size > self._compiler.vocab_size:  # the end of the text of a model without one
             byte, bit = divmod(self._compiler.vocab_size, 8)
             self._mask[byte] &= 0xFF ^ (1 << bit)
+        first, *others = self._compiler.eos_token_ids or (None,)
+        if first is not None and self._mask[first // 8] >> first % 8 & 1:  # llguidance knows of one EOS token
+            for token_id in others:
+                self._mask[token_id // 8] |= 1 << token_id % 8
         return self._mask if self._mask.any() else None
+
+    @property
+    def accepts(self) -> bool:
+        """Whether the text matches as it is; to be read once its mask has been taken."""
+        return self._matcher is not None and bool(self._matcher.is_accepting())
 
     def advance(self, token_id: int, pool: Executor) -> Future[bool]:
         """Follow a token that the last mask allowed, and go on with the next mask.
@@ -210,13 +219,14 @@ class GrammarState:
         assert self._matcher is not None
         try:
             began = time.thread_time()
-            if not self._matcher.consume_token(token_id):
-                raise GrammarFailed(f"{self._spec.param}: {_failure(self._matcher)}")
+            ended = token_id in self._compiler.eos_token_ids
+            if not ended and not self._matcher.consume_token(token_id):
+                raise _failed(self._spec, _failure(self._matcher))
             self._check_time(began)
         except BaseException as error:
             followed.set_exception(error)
             raise
-        ended = self._matcher.is_stopped()
+        ended = ended or self._matcher.is_stopped()
         followed.set_result(ended)
         if ended:
             self._mask[:] = 0
@@ -224,11 +234,13 @@ class GrammarState:
             self._compute()
 
 
-def failure_of(spec: GrammarSpec | None, error: BaseException) -> GrammarFailed | UserError:
+def failure_of(spec: GrammarSpec, error: BaseException) -> UserError:
     """What a job raised, for the request's user; a defect of llguidance, maybe even a panic, is named."""
-    if isinstance(error, GrammarFailed | UserError):
-        return error
-    return GrammarFailed(f"{spec.param if spec else 'grammar'}: {type(error).__name__}: {error}")
+    return error if isinstance(error, UserError) else _failed(spec, f"{type(error).__name__}: {error}")
+
+
+def _failed(spec: GrammarSpec, reason: str) -> GrammarFailed:
+    return GrammarFailed(f"{spec.param}: {reason}", param=spec.param)
 
 
 def _vocabulary(tokenizer: Tokenizer) -> Vocabulary:

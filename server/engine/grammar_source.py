@@ -16,10 +16,12 @@ from typing import Any
 import llguidance
 from llguidance.gbnf_to_lark import any_to_lark
 
+from server.engine.json_schema import find_fault
 from server.engine.request import GrammarSpec
 from server.errors import InvalidRequest
 
-MAX_TEXT = 1 << 17  # characters of a schema, expression, grammar or list
+MAX_TEXT = 1 << 17  # characters of an expression, grammar or list
+MAX_SCHEMA = 1 << 20  # characters of a schema: 5,000 properties with their descriptions
 MAX_STEP_SECONDS = 0.5  # of processor time for one token: its mask, or to follow it
 MAX_ATTEMPTS = 256  # subschemas tried per level, to say where a schema is wrong
 EXPLAIN_SECONDS = 1.0  # of processor time for that
@@ -34,7 +36,8 @@ def limits_of(spec: GrammarSpec) -> llguidance.LLParserLimits:
     return llguidance.LLParserLimits(
         initial_lexer_fuel=1_000_000,  # about 20 ms
         step_lexer_fuel=100_000,  # about 7 ms of one mask
-        step_max_items=50_000,  # about 3 ms of one mask
+        # 50,000 are about 3 ms of one mask; an object of 5,000 optional properties needs more
+        step_max_items=400_000 if spec.kind.startswith("json") else 50_000,
         max_items_in_row=25_000 if spec.kind.startswith("json") else 2_000,
         max_lexer_states=50_000,  # about 100 MB
         max_grammar_size=250_000,
@@ -72,8 +75,9 @@ def new_matcher(vocabulary: llguidance.LLTokenizer, source: str, spec: GrammarSp
 
 def check_length(spec: GrammarSpec) -> None:
     """Raises InvalidRequest for a text that is too long to be tried."""
-    if len(spec.text) > MAX_TEXT:
-        raise _invalid(spec, f"has {len(spec.text)} characters; at most {MAX_TEXT} can be compiled")
+    most = MAX_SCHEMA if spec.kind == "json_schema" else MAX_TEXT
+    if len(spec.text) > most:
+        raise _invalid(spec, f"has {len(spec.text)} characters; at most {most} can be compiled")
 
 
 def source_of(spec: GrammarSpec) -> str:
@@ -82,7 +86,10 @@ def source_of(spec: GrammarSpec) -> str:
     Raises:
         InvalidRequest: it is none of its kind.
     """
-    return _SOURCES[spec.kind](spec)
+    try:
+        return _SOURCES[spec.kind](spec)
+    except ValueError as error:  # UnicodeEncodeError too
+        raise _invalid(spec, f"cannot be compiled: {first_line(str(error))}") from None
 
 
 def _follow(matcher: llguidance.LLMatcher, spec: GrammarSpec, rng: random.Random) -> str:
@@ -125,6 +132,8 @@ def _json_schema(spec: GrammarSpec) -> str:
     schema = _parse_json(spec)
     if not isinstance(schema, dict | bool):
         raise _invalid(spec, "a JSON schema is an object or a boolean")
+    if fault := find_fault(schema):
+        raise _invalid(spec, f"cannot be compiled: {fault}")
     return _schema_source(schema)
 
 
@@ -188,6 +197,8 @@ def _reason(error: str) -> str:
         return f"{found[2]} at character {len(found[1]) + 1} of the expression"
     if found := re.search(r"\(in regex\): (.*)", error):
         return found[1]
+    if first_line(error) == NOTHING_FITS:
+        return "no text matches it: its rules only lead to one another, or to characters that no token has"
     return re.sub(r"^(?:at )?(\d+)\((\d+)\):", r"line \1, column \2:", first_line(error))
 
 

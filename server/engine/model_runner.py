@@ -13,24 +13,26 @@ import numpy as np
 from lpa_model.backends.base import Backend, Mask, SamplingRow
 from lpa_model.batch import Batch, ScoredRows, Span
 from lpa_model.cache import LatentCache
-from server.engine.grammar import GrammarCompiler, GrammarFailed, GrammarState, failure_of
+from server.engine.grammar import GrammarCompiler, GrammarState, failure_of
 from server.engine.request import Logprobs, Request
 from server.engine.sampling_state import SamplingState
 from server.engine.scheduler import ScheduledBatch, ScheduledRequest
-from server.errors import UserError
+from server.errors import InvalidRequest, UserError
 
 MASK_GRACE = 0.002  # seconds that a step waits for a late grammar mask before it goes on without that request
 LONG_GRACE = 0.05  # seconds
 MASK_THREADS = 4  # a slow mask leaves the others enough
+NOT_FINITE = "the model gave a logit that is not a finite number"
 
 
 @dataclass
 class BatchResult:
     """By request id: the sampled token, its log-probability, and log-probabilities of prompt tokens.
 
-    `ended`: the grammar's text is complete, with this step's token or, if it has none, without another.
+    `ended`: the text is complete, with this step's token or, if it has none, since no other may follow.
     `deferred`: the mask was not ready, so the last token is to be computed again and sampled then.
-    `errors`: the grammar cannot be followed; the request has no token and must end.
+    `errors`: the grammar cannot be followed, no token is allowed, or the model's numbers are not finite; the request
+    has no token and must end.
     """
 
     tokens: dict[str, int] = field(default_factory=dict)
@@ -71,6 +73,12 @@ class ModelRunner:
         allowed = {i: masks[request.id] for i, request in enumerate(requests) if request.id in masks}
         found = self.backend.collect(handle, allowed)
         for i, (request, token) in enumerate(zip(requests, found.tokens, strict=True)):
+            if i in found.broken:
+                result.errors[request.id] = FloatingPointError(NOT_FINITE)
+            elif i in found.stuck and self._may_end(request):
+                result.ended.add(request.id)
+            elif i in found.stuck:
+                result.errors[request.id] = _nothing_left(request)
             if token is None:
                 continue
             result.tokens[request.id] = token
@@ -79,7 +87,10 @@ class ModelRunner:
         self._advance_grammars([r for r in requests if r.params.grammar and r.id in result.tokens], result)
         columns = Logprobs(*found.prompt_scores)
         for request, first, end, top in runs:
-            result.prompt_logprobs[request.id] = columns.part(first, end, top)
+            if found.broken_prompt and not found.broken_prompt.isdisjoint(range(first, end)):
+                result.errors[request.id] = FloatingPointError(NOT_FINITE)
+            else:
+                result.prompt_logprobs[request.id] = columns.part(first, end, top)
         return result
 
     def close(self) -> None:
@@ -161,7 +172,7 @@ class ModelRunner:
                 continue
             try:
                 mask = self._grammars[request].take()
-            except (GrammarFailed, UserError) as error:
+            except UserError as error:
                 result.errors[request.id] = error
                 continue
             if mask is None:
@@ -169,6 +180,12 @@ class ModelRunner:
             else:
                 masks[request.id] = mask
         return masks
+
+    def _may_end(self, request: Request) -> bool:
+        """Whether the text is complete as it is: by its grammar, or else by min_tokens."""
+        if request.params.grammar:
+            return self._grammars[request].accepts
+        return request.num_output_tokens >= request.params.min_tokens
 
     def _advance_grammars(self, requests: list[Request], result: BatchResult) -> None:
         """Grammars follow the tokens beside this thread. One that is late costs the others no more than MASK_GRACE;
@@ -184,7 +201,7 @@ class ModelRunner:
         for request, job in zip(requests, jobs, strict=True):
             if not job.done():
                 continue
-            if (error := job.exception()) is not None:
+            if (error := job.exception()) is not None and request.params.grammar:
                 result.errors[request.id] = failure_of(request.params.grammar, error)
                 del result.tokens[request.id]
             elif job.result():
@@ -192,8 +209,21 @@ class ModelRunner:
 
     def _state(self, request: Request) -> SamplingState:
         if request not in self._states:
-            self._states[request] = SamplingState(request, self.backend.config.eos_token_id)
+            self._states[request] = SamplingState(request, self.compiler.eos_token_ids)
         return self._states[request]
+
+
+def _nothing_left(request: Request) -> InvalidRequest:
+    params = request.params
+    named = [name for name in ("allowed_token_ids", "bad_words", "min_tokens") if getattr(params, name)]
+    param = named[0] if named else "logit_bias"
+    others = [*named[1:], *([params.grammar.param] if params.grammar else [])]
+    beside = f" beside {' and '.join(others)}" if others else ""
+    return InvalidRequest(
+        f"{param}: after {request.num_output_tokens} tokens no token is left that may be generated{beside}, and the "
+        "text is not complete",
+        param=param,
+    )
 
 
 def _filled_blocks(item: ScheduledRequest, block_size: int) -> list[int]:

@@ -113,6 +113,7 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token id or stop string
     error: str | None = None  # with FinishReason.ERROR
+    invalid_param: str | None = None  # with it, where the request is at fault: the field
 
     def merge(self, later: RequestOutput) -> RequestOutput:
         """This output and the one that follows it as one."""
@@ -125,6 +126,36 @@ class RequestOutput:
             logprobs=self.logprobs or later.logprobs,
             prompt_logprobs=self.prompt_logprobs,
         )
+
+
+@dataclass(kw_only=True)
+class Completion:
+    """What a sequence has generated so far."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: Logprobs = field(default_factory=Logprobs)  # of token_ids, where they were asked for
+    prompt_logprobs: Logprobs | None = None  # as of RequestOutput
+    num_cached_tokens: int = 0
+    finish_reason: FinishReason | None = None  # None: it goes on
+    stop_reason: int | str | None = None  # the stop token id or stop string
+
+    def add(self, output: RequestOutput) -> None:
+        """What comes next."""
+        self.text += output.text
+        self.token_ids += output.token_ids
+        if output.logprobs is not None:
+            self.logprobs.extend(output.logprobs)
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
+        self.num_cached_tokens = output.num_cached_tokens
+        self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of its tokens, in nats."""
+        values = self.logprobs.logprobs
+        return sum(values) / len(values) if values else float("-inf")
 
 
 class Request:
@@ -246,6 +277,23 @@ class Request:
             return len(self.scored(computed, num_tokens))
         first = max(computed, self.params.first_logit_position)
         return max(0, min(computed + num_tokens, self.num_prompt_tokens - 1) - first)
+
+
+def scoring_request(
+    request_id: str,
+    token_ids: list[int],
+    first: int,
+    top: int = 0,
+    branches: tuple[int, ...] = (),
+    group: str | None = None,
+) -> Request:
+    """A request for the log-probabilities of token_ids[first:], first at least 1, with `top` alternatives for each.
+
+    `branches` and `group` are those of `Request`. With branches, `first` is branches[0], and the first tokens of all
+    branches come first.
+    """
+    params = SamplingParams(max_tokens=0, prompt_logprobs=top, first_logit_position=first - 1)
+    return Request(request_id, token_ids, params, branches=branches, group=group)
 
 
 @dataclass(frozen=True, kw_only=True)

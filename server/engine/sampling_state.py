@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -17,7 +18,7 @@ class SamplingState:
     reference to the request, so that it can be kept for as long as the request lives.
     """
 
-    def __init__(self, request: Request, eos_token_id: int | None) -> None:
+    def __init__(self, request: Request, eos_token_ids: Sequence[int]) -> None:
         params = request.params
         self._allowed = None
         if params.allowed_token_ids is not None:
@@ -26,7 +27,7 @@ class SamplingState:
         if params.logit_bias:
             self._bias_ids = np.array([token for token, _ in params.logit_bias], np.int64)
             self._bias = np.array([bias for _, bias in params.logit_bias], np.float32)
-        self._ends = [*params.stop_token_ids] if eos_token_id is None else [eos_token_id, *params.stop_token_ids]
+        self._ends = [*eos_token_ids, *params.stop_token_ids]
         self._banned = [words[0] for words in params.bad_words if len(words) == 1]
         self._bad_ends: dict[int, list[tuple[list[int], int]]] = {}  # by the token before the last
         for *prefix, last in params.bad_words:

@@ -13,7 +13,7 @@ followers of a leader: they take its prompt over in the very step that completes
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -81,7 +81,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         step_budget_ms: float,
-        eos_token_id: int | None,
+        eos_token_ids: Collection[int],
         max_model_len: int,
         replays: bool = True,
     ) -> None:
@@ -91,7 +91,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.step_budget_ms = step_budget_ms
-        self.eos_token_id = eos_token_id
+        self.eos_token_ids = frozenset(eos_token_ids)
         self.max_model_len = max_model_len
         self.replays = replays
         self.waiting = WaitingQueue()
@@ -389,7 +389,7 @@ class Scheduler:
     def _check_stop(self, request: Request, token: int) -> None:
         params = request.params
         if request.num_output_tokens >= params.min_tokens:
-            if token == self.eos_token_id and not params.ignore_eos:
+            if token in self.eos_token_ids and not params.ignore_eos:
                 return self.finish(request, FinishReason.STOP)
             if token in params.stop_token_ids:
                 return self.finish(request, FinishReason.STOP, token)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,10 @@ from server.engine.chat_template import (
     render_chat,
     template_of,
 )
+from server.engine.generation_config import load_generation_config
 from server.errors import InvalidRequest
+
+logger = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 PIECE = 1 << 18  # characters, about
@@ -38,6 +42,9 @@ class Tokenizer:
     eos_token and so on. Without a `chat_template` (Jinja source) there is the default for base models, under which
     an answer is to end before `chat_stop`.
 
+    A text ends at any of `eos_token_ids`: the tokenizer's own `eos_token`, those of config.json, and those given here.
+    `eos_token_id` is the first of them, or None, and stands for the end of a text where one has to be written.
+
     A tokenizer may know more tokens than the model: `check` refuses those where they are used.
 
     Raises:
@@ -51,19 +58,30 @@ class Tokenizer:
         *,
         tokenizer_config: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
+        eos_token_ids: Sequence[int] = (),
     ) -> None:
         self.backend = backend
         self.vocab_size = config.vocab_size
         self.bos_token_id = config.bos_token_id
-        self.eos_token_id = config.eos_token_id
         self.tokenizer_config = dict(tokenizer_config or {})
         self.special_tokens = _special_tokens(self.tokenizer_config, backend, config)
+        named = backend.token_to_id(self.special_tokens["eos_token"]) if "eos_token" in self.special_tokens else None
+        ends = dict.fromkeys(i for i in (named, *config.eos_token_ids, *eos_token_ids) if i is not None)
+        if lacking := [i for i in ends if i >= config.vocab_size]:
+            logger.warning(
+                "EOS tokens %s are beyond the model's %d tokens: it never gives them", lacking, config.vocab_size
+            )
+        self.eos_token_ids = tuple(i for i in ends if i < config.vocab_size)
+        self.eos_token_id = next(iter(self.eos_token_ids), None)
         self.chat_template = DEFAULT_TEMPLATE if chat_template is None else chat_template
         self.chat_stop = DEFAULT_STOP if chat_template is None else ()
         compile_template(self.chat_template)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         description = json.loads(backend.to_str())
+        if _spare_spaces(description["post_processor"]):
+            self.backend = tokenizers.Tokenizer.from_str(json.dumps(description))
+        self.drops_first_space = _drops_first_space(description["decoder"])
         self._words_are_apart = _words_are_apart(description)
         to_bytes = _token_to_bytes(description["decoder"])
         self._bytes = [b""] * config.vocab_size
@@ -86,19 +104,42 @@ class Tokenizer:
             ids += encoding.ids
         return ids
 
+    def encode_with_offsets(self, text: str, *, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
+        """Token ids as `encode` gives them, and for each the character of `text` at which it begins.
+
+        Tokens that share a character begin at it, and so does what a normalizer makes of it. A token that the
+        tokenizer adds begins where the text before it has ended.
+        """
+        ids: list[int] = []
+        offsets: list[int] = []
+        start = end = 0
+        for piece in self._pieces(text):
+            (encoding,) = self.backend.encode_batch([piece], add_special_tokens=add_special_tokens)
+            ids += encoding.ids
+            for (first, last), added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
+                offsets.append(end if added else start + first)
+                end = end if added else start + last
+            start += len(piece)
+        return ids, offsets
+
     def check(self, ids: Sequence[int], where: str) -> None:
-        """Refuse tokens of a text that the tokenizer has and the model has not.
+        """Refuse tokens that the model has not, be it that the tokenizer has them.
 
         Raises:
-            InvalidRequest: there is one; the message names it, and `where` the text is.
+            InvalidRequest: there is one; the message names it, and `where` it is.
         """
-        if self._lacking and max(ids, default=0) >= self.vocab_size:
-            token_id = next(i for i in ids if i >= self.vocab_size)
+        if not ids or (min(ids) >= 0 and max(ids) < self.vocab_size):
+            return
+        token_id = next(i for i in ids if not 0 <= i < self.vocab_size)
+        if token_id in self._lacking:
             raise InvalidRequest(
                 f"{where}: the text has the token {self._lacking[token_id]!r}, whose id {token_id} the model lacks: "
                 f"its vocabulary is {self.vocab_size}",
                 param=where,
             )
+        raise InvalidRequest(
+            f"{where}: token id {token_id} is outside the vocabulary of {self.vocab_size}", param=where
+        )
 
     def _pieces(self, text: str) -> Iterator[str]:
         """The library needs some 150 bytes for each character at a time."""
@@ -109,9 +150,13 @@ class Tokenizer:
         yield text[start:]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of a whole sequence, as the tokenizer itself writes it; half characters become U+FFFD."""
-        text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        return text
+        """Text of a whole sequence; bytes that are no character become U+FFFD, one for each attempt at a character.
+
+        The space that SentencePiece puts before the first word is left out.
+        """
+        silent = self.special_ids if skip_special_tokens else frozenset()
+        text = b"".join(self._bytes[i] for i in ids if i not in silent).decode(errors="replace")
+        return text.removeprefix(" ") if self.drops_first_space else text
 
     def render_chat(
         self,
@@ -119,6 +164,7 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """A conversation as `chat_template.render_chat` writes it, with this model's template and special tokens.
@@ -131,6 +177,7 @@ class Tokenizer:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             special_tokens=self.special_tokens,
+            tools=tools,
             kwargs=kwargs,
         )
 
@@ -160,7 +207,13 @@ def load_tokenizer(folder: Path, config: LPAConfig, chat_template: str | None = 
         file = folder / "chat_template.jinja"
         template = template_of(tokenizer_config, read_template(str(file)) if file.is_file() else None)
     backend = checkpoint.load_tokenizer(folder)
-    return Tokenizer(backend, config, tokenizer_config=tokenizer_config, chat_template=template)
+    return Tokenizer(
+        backend,
+        config,
+        tokenizer_config=tokenizer_config,
+        chat_template=template,
+        eos_token_ids=load_generation_config(folder).eos_token_ids,
+    )
 
 
 def _special_tokens(
@@ -168,10 +221,11 @@ def _special_tokens(
 ) -> dict[str, str]:
     """Texts by name; the ids of config.json tell BOS and EOS where tokenizer_config.json does not."""
     found: dict[str, str] = {}
+    ids = {"bos_token": config.bos_token_id, "eos_token": next(iter(config.eos_token_ids), None)}
     for name in SPECIAL_TOKENS:
         value = tokenizer_config.get(name)
         text = value.get("content") if isinstance(value, dict) else value
-        if text is None and (token_id := getattr(config, f"{name}_id", None)) is not None:
+        if text is None and (token_id := ids.get(name)) is not None:
             text = backend.id_to_token(token_id)
         if isinstance(text, str):
             found[name] = text
@@ -195,9 +249,32 @@ def _words_are_apart(description: Mapping[str, Any]) -> bool:
     )
 
 
+def _spare_spaces(processor: Any) -> bool:
+    """Switch off `trim_offsets`, after which a token would begin behind its own spaces; whether it was on."""
+    found = False
+    for part in _parts(processor, "processors"):
+        if part.get("trim_offsets"):
+            part["trim_offsets"], found = False, True
+    return found
+
+
+def _drops_first_space(decoder: Any) -> bool:
+    return any(
+        (part["type"] == "Strip" and part["content"] == " " and part["start"] > 0)
+        or (part["type"] == "Metaspace" and part.get("prepend_scheme") != "never")
+        for part in _parts(decoder, "decoders")
+    )
+
+
+def _parts(part: Any, key: str) -> list[Any]:
+    """The parts of a Sequence, which are under `key`, or the part itself; none for null."""
+    if part is None:
+        return []
+    return [inner for one in part[key] for inner in _parts(one, key)] if part["type"] == "Sequence" else [part]
+
+
 def _token_to_bytes(decoder: dict[str, Any] | None) -> Any:
-    parts = [decoder] if decoder and decoder["type"] != "Sequence" else (decoder or {}).get("decoders", [])
-    kinds = {part["type"] for part in parts if part}
+    kinds = {part["type"] for part in _parts(decoder, "decoders")}
     if "ByteLevel" in kinds:
         table = _byte_level_alphabet()
 

@@ -39,8 +39,10 @@ class Vocabulary:
             return self._longest_first(text.encode())
         while ids and not self.tokens[ids[0]].endswith(SENTINEL.encode()):
             ids = ids[1:]
-        if b"".join(self.tokens[i] for i in ids[1:]) == text.encode():
-            return ids[1:]
+        ids = ids[1:]
+        # the text of a special token is text here: the token itself fits no grammar
+        if set(self.special_token_ids).isdisjoint(ids) and b"".join(self.tokens[i] for i in ids) == text.encode():
+            return ids
         return self._longest_first(text.encode())
 
     def _longest_first(self, raw: bytes) -> list[int]:

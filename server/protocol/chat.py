@@ -2,47 +2,113 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+import json
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from server.errors import InvalidRequest
-from server.protocol.body import RequestBody
-from server.protocol.sampling import MAX_LOGPROBS, SamplingBody, Usage
+from server.protocol.body import RequestBody, ignore_unknown_fields, refusal
+from server.protocol.sampling import FINGERPRINT, MAX_LOGPROBS, SamplingBody, Usage
 
 PARTS_JOINED_BY = "\n"  # as vLLM does
 
 
-class TextPart(RequestBody):
-    """A piece of a message."""
+PART_FIELDS = frozenset({"type", "text", "cache_control"})  # the last one is taken and not used
+
+
+class TextPart(BaseModel):
+    """A piece of a message; it documents what `_join_parts` reads and is never built."""
 
     type: Literal["text"] = Field(description="Only text is understood.")
     text: str = Field(description="The piece.", examples=["Tell me a story."])
 
 
+def _join_parts(value: Any) -> Any:
+    """A message's content as one text, or as it is if it is no list of parts."""
+    if not isinstance(value, list):
+        return value
+    for i, part in enumerate(value):
+        if not isinstance(part, dict):
+            raise refusal("must be an object with type and text", i)
+        if part.get("type") != "text":
+            raise refusal(
+                f"must be 'text', which alone this server reads, not {str(part.get('type'))[:40]!r}", i, "type"
+            )
+        if not isinstance(part.get("text"), str):
+            raise refusal("must be a text", i, "text")
+        if (unknown := part.keys() - PART_FIELDS) and not ignore_unknown_fields.get():
+            raise refusal("is unknown to this server", i, min(unknown)[:64], code="unknown_parameter")
+    return PARTS_JOINED_BY.join(part["text"] for part in value)
+
+
+class FunctionCall(RequestBody):
+    """What was called."""
+
+    name: str = Field(description="The function.")
+    arguments: str | dict[str, Any] = Field("{}", description="An object, as JSON text or as it is.")
+
+    @model_validator(mode="after")
+    def _parse(self) -> Self:
+        if isinstance(self.arguments, str):
+            try:
+                self.arguments = json.loads(self.arguments or "{}")
+            except (ValueError, RecursionError) as error:
+                raise refusal(f"is not JSON: {error}", "arguments") from None
+            if not isinstance(self.arguments, dict):
+                raise refusal("must be a JSON object", "arguments")
+        return self
+
+
+class ToolCall(RequestBody):
+    """A call that an assistant made earlier."""
+
+    harmless: ClassVar[frozenset[str]] = frozenset({"index"})
+
+    id: str | None = Field(None, description="Which `tool_call_id` the answer has.")
+    type: Literal["function"] = Field("function", description="Only functions are called.")
+    function: FunctionCall = Field(description="What was called.")
+
+
 class Message(RequestBody):
     """One turn of a conversation."""
 
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "tool_calls": ([],),
-        "function_call": (),
-        "tool_call_id": (),
-        "audio": (),
-    }
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"function_call": (), "audio": ()}
+    harmless: ClassVar[frozenset[str]] = frozenset({"refusal", "annotations", "cache_control"})
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(description="Who speaks.", examples=["user"])
-    content: str | list[TextPart] = Field(
-        "", description="A text, or parts of one, which are joined by line breaks.", examples=["Tell me a story."]
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="Who speaks; `tool` gives what a call came to.", examples=["user"]
+    )
+    content: Annotated[str | None, BeforeValidator(_join_parts, json_schema_input_type=str | list[TextPart])] = Field(
+        None,
+        description="A text, or parts of one, which are joined by line breaks; only an assistant's may be missing.",
+        examples=["Tell me a story."],
     )
     name: str | None = Field(None, description="Handed to the chat template.")
-    refusal: str | None = Field(None, description="Taken and not used.")
+    reasoning_content: str | None = Field(None, description="Handed to the chat template.")
+    tool_calls: list[ToolCall] = Field([], description="Calls of an assistant, for the chat template.")
+    tool_call_id: str | None = Field(None, description="Of role tool: the call that this answers.")
+
+    @model_validator(mode="after")
+    def _check_role(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise refusal(f"is required of role {self.role!r}, and not null", "content")
+        if self.tool_calls and self.role != "assistant":
+            raise refusal("belong to role 'assistant'", "tool_calls")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise refusal("belongs to role 'tool'", "tool_call_id")
+        return self
 
     def to_template(self) -> dict[str, Any]:
-        """As chat templates read it."""
-        text = self.content
-        if not isinstance(text, str):
-            text = PARTS_JOINED_BY.join(part.text for part in text)
-        return {"role": self.role, "content": text, "name": self.name}
+        """As chat templates read it: arguments of calls are objects."""
+        return {
+            "role": self.role,
+            "content": self.content or "",
+            "name": self.name,
+            "reasoning_content": self.reasoning_content,
+            "tool_calls": [call.model_dump() for call in self.tool_calls] or None,
+            "tool_call_id": self.tool_call_id,
+        }
 
 
 class ChatCompletionRequest(SamplingBody):
@@ -50,8 +116,6 @@ class ChatCompletionRequest(SamplingBody):
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
         **SamplingBody.unsupported,
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "parallel_tool_calls": (True, False),
         "functions": ([],),
         "function_call": ("none", "auto"),
@@ -90,12 +154,17 @@ class ChatCompletionRequest(SamplingBody):
     add_special_tokens: bool = Field(
         False, description="Let the tokenizer add its special tokens to those that the chat template writes."
     )
-    metadata: dict[str, str] | None = Field(None, description="Taken and not used.")
+    tools: list[dict[str, Any]] = Field(
+        [], description="Functions that the chat template describes; only with tool_choice none, since none is called."
+    )
+    tool_choice: Literal["none", "auto"] = Field("auto", description="auto asks for nothing where there are no tools.")
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         self.check_together()
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.tools and self.tool_choice != "none":
+            raise InvalidRequest("tools: calling them is not supported; tool_choice 'none' shows them", param="tools")
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs: needs logprobs to be true", param="top_logprobs")
         return self
 
@@ -112,10 +181,11 @@ class ChatCompletionRequest(SamplingBody):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-def chat_head(request_id: str, created: int, model: str, *, stream: bool) -> dict[str, Any]:
+def chat_head(request_id: str, created: int, model: str, fingerprint: str, *, stream: bool) -> dict[str, Any]:
     """What the answer or every chunk of a stream begins with; `created` in seconds since 1970."""
     kind = "chat.completion.chunk" if stream else "chat.completion"
-    return {"id": f"chatcmpl-{request_id}", "object": kind, "created": created, "model": model}
+    head = {"id": f"chatcmpl-{request_id}", "object": kind, "created": created, "model": model}
+    return {**head, "system_fingerprint": fingerprint}
 
 
 def chat_choice(
@@ -189,6 +259,7 @@ class ChatCompletionResponse(BaseModel):
     object: Literal["chat.completion"]
     created: int = Field(description="Seconds since 1970.")
     model: str
+    system_fingerprint: str = FINGERPRINT
     choices: list[ChatChoice]
     usage: Usage
     prompt_logprobs: list[dict[str, Any] | None] | None = Field(None, description="As in completions.")

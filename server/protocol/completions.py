@@ -8,13 +8,18 @@ from pydantic import BaseModel, Field, model_validator
 
 from server.errors import InvalidRequest
 from server.protocol.inputs import Inputs
-from server.protocol.sampling import MAX_LOGPROBS, SamplingBody, Usage
+from server.protocol.sampling import FINGERPRINT, MAX_LOGPROBS, SamplingBody, Usage
 
 
 class CompletionRequest(SamplingBody):
     """Text that continues a prompt."""
 
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {**SamplingBody.unsupported, "suffix": ("",)}
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **SamplingBody.unsupported,
+        "suffix": ("",),
+        "store": (False,),
+        "service_tier": ("auto", "default"),
+    }
 
     prompt: Inputs | None = Field(
         None,
@@ -23,6 +28,9 @@ class CompletionRequest(SamplingBody):
     )
     max_tokens: int = Field(
         16, ge=0, description="Most tokens to generate; 0, with echo or prompt_logprobs, returns the prompt only."
+    )
+    max_completion_tokens: int | None = Field(
+        None, ge=0, description="Chats' name of max_tokens; it wins where both are given."
     )
     best_of: int | None = Field(
         None,
@@ -45,6 +53,8 @@ class CompletionRequest(SamplingBody):
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         self.check_together()
+        if self.max_completion_tokens is not None:
+            self.max_tokens = self.max_completion_tokens
         if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
             raise InvalidRequest(
                 "max_tokens: 0 needs echo or prompt_logprobs; without them there is nothing to answer",
@@ -68,9 +78,10 @@ class CompletionRequest(SamplingBody):
         return max((top for top in (*wanted, self.prompt_logprobs) if top is not None), default=None)
 
 
-def completion_head(request_id: str, created: int, model: str) -> dict[str, Any]:
+def completion_head(request_id: str, created: int, model: str, fingerprint: str) -> dict[str, Any]:
     """What the answer and every chunk of a stream begin with; `created` in seconds since 1970."""
-    return {"id": f"cmpl-{request_id}", "object": "text_completion", "created": created, "model": model}
+    head = {"id": f"cmpl-{request_id}", "object": "text_completion", "created": created, "model": model}
+    return {**head, "system_fingerprint": fingerprint}
 
 
 def completion_choice(
@@ -124,5 +135,6 @@ class CompletionResponse(BaseModel):
     object: Literal["text_completion"]
     created: int = Field(description="Seconds since 1970.")
     model: str
+    system_fingerprint: str = FINGERPRINT
     choices: list[CompletionChoice]
     usage: Usage | None = None

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import PlainValidator, ValidationInfo
+from pydantic import Field, PlainValidator, ValidationInfo
 
 from server.errors import InvalidRequest
+
+MODEL: Any = Field(None, description="Name of the model (default: the one that is served).", examples=["lpa-tiny"])
+"""The field that every body has."""
 
 
 def check_input(value: Any, where: str) -> str | list[int]:
@@ -30,13 +33,6 @@ def check_text(text: str, where: str) -> None:
         raise InvalidRequest(
             f"{where}: half a surrogate pair at character {error.start} is no Unicode text", param=where
         ) from None
-
-
-def check_token_ids(ids: list[int], vocab_size: int, where: str) -> None:
-    """Raises InvalidRequest unless every id is in the vocabulary."""
-    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
-        wrong = next(token for token in ids if not 0 <= token < vocab_size)
-        raise InvalidRequest(f"{where}: token id {wrong} is outside the vocabulary of {vocab_size}", param=where)
 
 
 def _parse(value: Any, info: ValidationInfo) -> list[str | list[int]]:

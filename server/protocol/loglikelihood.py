@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, PlainValidator, model_validator
 
 from server.engine.request import Logprobs
-from server.errors import EngineError, InvalidRequest
-from server.protocol.body import RequestBody
-from server.protocol.inputs import check_input
-from server.protocol.sampling import Usage, usage
+from server.errors import EngineError, InvalidRequest, UserError
+from server.protocol.answers import ErrorBody
+from server.protocol.body import HARMLESS, RequestBody
+from server.protocol.inputs import MODEL, check_input
+from server.protocol.sampling import FINGERPRINT, Usage, usage
 
 TextOrIds = str | list[int]
 
@@ -26,7 +27,9 @@ def _later(schema: Any) -> PlainValidator:
 class LoglikelihoodRequest(RequestBody):
     """How probable continuations are after their contexts, in one of three forms."""
 
-    model: str = Field(description="Name of the model.", examples=["lpa-tiny"])
+    harmless: ClassVar[frozenset[str]] = HARMLESS
+
+    model: str | None = MODEL
     context: Annotated[Any, _later(TextOrIds)] = Field(
         None, description="Text or token ids before every one of `continuations`.", examples=["The sun was"]
     )
@@ -73,7 +76,7 @@ def _pair(pair: Any, where: str) -> Alternative:
     if not isinstance(pair, list) or len(pair) != 2:
         raise InvalidRequest(f"{where}: must be a list of two, context and continuation", param=where)
     context, continuation = (check_input(value, f"{where}[{i}]") for i, value in enumerate(pair))
-    return Alternative(f"{where}[1]", context, _check_not_empty(continuation, f"{where}[1]"))
+    return Alternative(f"{where}[1]", context, continuation)
 
 
 def _set(entry: Any, where: str) -> list[Alternative]:
@@ -83,12 +86,8 @@ def _set(entry: Any, where: str) -> list[Alternative]:
     if entry.get("context") is None:
         raise InvalidRequest(f"{context_at}: is required; it may be empty", param=context_at)
     context = check_input(entry["context"], context_at)
-    found = []
-    for i, value in enumerate(_check_list(entry.get("continuations"), at)):
-        found.append(
-            Alternative(f"{at}[{i}]", context, _check_not_empty(check_input(value, f"{at}[{i}]"), f"{at}[{i}]"))
-        )
-    return found
+    values = enumerate(_check_list(entry.get("continuations"), at))
+    return [Alternative(f"{at}[{i}]", context, check_input(value, f"{at}[{i}]")) for i, value in values]
 
 
 def _check_list(value: Any, where: str) -> list[Any]:
@@ -97,29 +96,25 @@ def _check_list(value: Any, where: str) -> list[Any]:
     return value
 
 
-def _check_not_empty(value: TextOrIds, where: str) -> TextOrIds:
-    if not value:
-        raise InvalidRequest(f"{where}: is empty; there is nothing to score", param=where)
-    return value
-
-
 class ScoredContinuation(BaseModel):
-    """One alternative."""
+    """One alternative. What cannot be scored has an `error`, and null for its numbers; if nothing of a request can, the
+    answer is that error."""
 
     index: int
-    logprob: float = Field(description="Sum over its tokens, natural logarithm.")
-    num_tokens: int
-    num_bytes: int = Field(description="Of the continuation as it was given, in UTF-8.")
-    is_greedy: bool = Field(description="Whether every token was the most probable one in its place.")
-    logprob_per_token: float
+    logprob: float | None = Field(description="Sum over its tokens, natural logarithm.")
+    num_tokens: int | None
+    num_bytes: int | None = Field(description="Of the continuation as it was given, in UTF-8.")
+    is_greedy: bool | None = Field(description="Whether every token was the most probable one in its place.")
+    logprob_per_token: float | None
     logprob_per_byte: float | None = Field(description="null for tokens without text.")
+    error: ErrorBody | None = Field(None, description="Why it has no numbers.")
 
 
 class Best(BaseModel):
-    """Index of the best continuation of a set by each number, the first of equals."""
+    """Index of the best continuation of a set by each number, the first of equals; null where none has it."""
 
-    logprob: int
-    logprob_per_token: int
+    logprob: int | None
+    logprob_per_token: int | None
     logprob_per_byte: int | None
 
 
@@ -136,6 +131,7 @@ class LoglikelihoodResponse(BaseModel):
 
     object: Literal["loglikelihood"]
     model: str
+    system_fingerprint: str = FINGERPRINT
     add_bos: bool
     data: list[ScoredSet] = Field(description="One for `continuations` and for `pairs`, else one for each of `sets`.")
     usage: Usage
@@ -157,6 +153,14 @@ def continuation_fields(index: int, where: str, scores: Logprobs, num_bytes: int
     }
 
 
+NUMBERS = ("logprob", "num_tokens", "num_bytes", "is_greedy", "logprob_per_token", "logprob_per_byte")
+
+
+def failed_fields(index: int, error: UserError) -> dict[str, Any]:
+    """The entry of a continuation that cannot be scored."""
+    return {"index": index, **dict.fromkeys(NUMBERS), **error.body()}
+
+
 def set_fields(index: int, continuations: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """An entry of `data`: the continuations, and the index of the best by each number, the first of equals."""
     best: dict[str, int | None] = {}
@@ -167,12 +171,18 @@ def set_fields(index: int, continuations: Sequence[dict[str, Any]]) -> dict[str,
 
 
 def loglikelihood_fields(
-    model: str, add_bos: bool, data: Sequence[dict[str, Any]], prompt_tokens: int, cached_tokens: int
+    model: str,
+    fingerprint: str,
+    add_bos: bool,
+    data: Sequence[dict[str, Any]],
+    prompt_tokens: int,
+    cached_tokens: int,
 ) -> dict[str, Any]:
     """The answer. A context that continuations share counts once for all that were scored together."""
     return {
         "object": "loglikelihood",
         "model": model,
+        "system_fingerprint": fingerprint,
         "add_bos": add_bos,
         "data": list(data),
         "usage": usage(prompt_tokens, 0, cached_tokens),

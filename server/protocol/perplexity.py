@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -13,16 +13,19 @@ from lpa_model.perplexity import Convention, Method, Tally
 from server.engine.request import Logprobs
 from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidRequest
-from server.protocol.body import RequestBody
-from server.protocol.inputs import Inputs, check_input
+from server.protocol.body import HARMLESS, RequestBody
+from server.protocol.inputs import MODEL, Inputs, check_input
 from server.protocol.json_size import check_num_values
 from server.protocol.logprobs import LOWEST_LOGPROB
+from server.protocol.sampling import FINGERPRINT
 
 
 class PerplexityParameters(RequestBody):
     """Everything but the texts: fields of a JSON body, query parameters beside a body of lines."""
 
-    model: str = Field(description="Name of the model.", examples=["lpa-tiny"])
+    harmless: ClassVar[frozenset[str]] = HARMLESS
+
+    model: str | None = MODEL
     method: Method = Field(
         "full",
         description="full: one window, an error if the text does not fit. sliding: windows of max_length tokens that "
@@ -135,6 +138,7 @@ class PerplexityResponse(BaseModel):
 
     object: Literal["perplexity"]
     model: str
+    system_fingerprint: str = FINGERPRINT
     method: Method
     max_length: int
     stride: int | None = Field(description="null but for sliding.")
@@ -215,11 +219,14 @@ def text_fields(index: int, tally: Tally, method: Method) -> dict[str, Any]:
     return {"object": "perplexity.text", "index": index, **tally.metrics(method)}
 
 
-def corpus_fields(model: str, convention: Convention, corpus: Tally, prompt_tokens: int) -> dict[str, Any]:
+def corpus_fields(
+    model: str, fingerprint: str, convention: Convention, corpus: Tally, prompt_tokens: int
+) -> dict[str, Any]:
     """The answer without `data`, or the last line of a stream: it says which perplexity it is."""
     return {
         "object": "perplexity",
         "model": model,
+        "system_fingerprint": fingerprint,
         **asdict(convention),
         "aggregate": {"num_texts": corpus.num_texts, **corpus.metrics(convention.method)},
         "usage": {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens},

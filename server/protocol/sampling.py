@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationInfo
 
 from server.engine.request import SamplingParams
 from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidRequest
-from server.protocol.body import RequestBody
+from server.protocol.body import HARMLESS, RequestBody
+from server.protocol.inputs import MODEL
 from server.protocol.structured import ResponseFormat, StructuredOutputs, grammar_of
 
 GREEDY_BELOW = 1e-6  # a temperature that would drown float32 logits is greedy
@@ -55,23 +56,50 @@ class SamplingBody(RequestBody):
         "length_penalty": (1,),
         "use_beam_search": (False,),
         "spaces_between_special_tokens": (True,),
-        "return_tokens_as_token_ids": (False,),
         "logits_processors": ([],),
+        "logprob_token_ids": (),
         "prompt_embeds": (),
-        "guided_json": (),
-        "guided_regex": (),
-        "guided_choice": (),
-        "guided_grammar": (),
+        "guided_decoding_backend": (),
+        # SGLang's
+        "stop_regex": ([],),
+        # llama.cpp's
+        "repeat_penalty": (1,),
+        "typical_p": (1,),
+        "mirostat": (0,),
+        "dry_multiplier": (0,),
+        "xtc_probability": (0,),
+        "samplers": (),
+        # LMDeploy's
+        "kwargs": ({},),
+        "do_preprocess": (True,),
+    }
+    harmless: ClassVar[frozenset[str]] = HARMLESS
+    aliases: ClassVar[dict[str, str]] = {
+        # vLLM's older ones
+        "guided_json": "structured_outputs.json",
+        "guided_regex": "structured_outputs.regex",
+        "guided_choice": "structured_outputs.choice",
+        "guided_grammar": "structured_outputs.grammar",
+        # SGLang's and llama.cpp's
+        "json_schema": "structured_outputs.json",
+        "regex": "structured_outputs.regex",
+        "ebnf": "structured_outputs.grammar",
+        "grammar": "structured_outputs.grammar",
+        "no_stop_trim": "include_stop_str_in_output",
+        "n_predict": "max_tokens",
+        # TGI's and LMDeploy's
+        "max_new_tokens": "max_tokens",
+        "min_new_tokens": "min_tokens",
     }
 
-    model: str = Field(description="Name of the model.", examples=["lpa-tiny"])
+    model: str | None = MODEL
     n: int = Field(1, ge=1, le=128, description="Completions for each prompt.")
     stream: bool = Field(False, description="Send the text as server-sent events while it is generated.")
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
     stop: Annotated[list[Text], BeforeValidator(_stops, json_schema_input_type=Text | list[Text])] = Field(
         [],
-        max_length=4,
-        description="A text or up to 4 that end the completion; they are not part of it.",
+        max_length=16,
+        description="A text or up to 16 that end the completion; they are not part of it.",
         examples=["\n\n"],
     )
     temperature: float = Field(1.0, ge=0, le=2, description="0 always takes the most probable token.")
@@ -125,15 +153,20 @@ class SamplingBody(RequestBody):
     truncate_prompt_tokens: int | None = Field(
         None,
         ge=-1,
-        description="Keep only the prompt's last tokens, so many, at least 1; -1: as many as fit the context.",
+        description="Keep only so many of the prompt's tokens, at least 1; -1: as many as fit the context.",
         json_schema_extra={"not": {"const": 0}},
+    )
+    truncation_side: Literal["left", "right"] = Field(
+        "left", description="Where truncate_prompt_tokens cuts: left keeps a prompt's last tokens, right its first."
+    )
+    return_tokens_as_token_ids: bool = Field(
+        False, description="Name the tokens of log-probabilities by their ids, as token_id:5."
     )
     return_token_ids: bool = Field(False, description="Add `prompt_token_ids` and `token_ids` to the answer.")
     priority: int = Field(0, ge=-INT64, lt=INT64, description="Requests with a smaller number go first.")
     cache_salt: str | None = Field(
         None, min_length=1, max_length=1024, description="Share cached prompts only with requests of the same salt."
     )
-    user: str | None = Field(None, description="Taken and not used.")
 
     def check_together(self) -> None:
         """Refuse combinations of the common fields."""
@@ -146,9 +179,16 @@ class SamplingBody(RequestBody):
         grammar_of(self.response_format, self.structured_outputs)
 
     def sampling_params(
-        self, tokenizer: Tokenizer, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+        self,
+        tokenizer: Tokenizer,
+        max_tokens: int,
+        logprobs: int | None,
+        prompt_logprobs: int | None,
+        defaults: Mapping[str, float],
     ) -> SamplingParams:
         """How one sequence is generated, with so many alternatives for its tokens and those of its prompt.
+
+        `defaults` has values for fields that the request does not have, in the place of the documented ones.
 
         Raises:
             InvalidRequest: a token id is outside the vocabulary, or min_tokens is more than max_tokens.
@@ -158,6 +198,10 @@ class SamplingBody(RequestBody):
                 f"min_tokens: {self.min_tokens} is more than the {max_tokens} tokens that may be generated",
                 param="min_tokens",
             )
+        given = {
+            name: getattr(self, name) if name in self.model_fields_set else defaults.get(name, getattr(self, name))
+            for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        }
         allowed = self.allowed_token_ids
         for field, ids in (
             ("stop_token_ids", self.stop_token_ids),
@@ -170,11 +214,13 @@ class SamplingBody(RequestBody):
                 )
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=self.temperature if self.temperature >= GREEDY_BELOW else 0.0,
-            top_p=max(self.top_p, LEAST_TOP_P),
-            top_k=min(max(self.top_k, 0), tokenizer.vocab_size),  # a number that no tensor holds would fail the step
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
+            temperature=given["temperature"] if given["temperature"] >= GREEDY_BELOW else 0.0,
+            top_p=max(given["top_p"], LEAST_TOP_P),
+            top_k=min(
+                max(given["top_k"], 0), tokenizer.vocab_size
+            ),  # a number that no tensor holds would fail the step
+            min_p=given["min_p"],
+            repetition_penalty=given["repetition_penalty"],
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             logit_bias=tuple(self.logit_bias.items()),
@@ -200,6 +246,12 @@ def _bad_words(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, .
     for banned in ids:
         tokenizer.check(banned, "bad_words")
     return tuple(dict.fromkeys(i for i in ids if i))
+
+
+FINGERPRINT: Any = Field(
+    description="Version, weights, dtype and backend: while it is the same, a seed gives the same text.",
+    examples=["lpa-0.1.0-3f2a9c1be07d-cpu-avx2-float32"],
+)
 
 
 class PromptTokensDetails(BaseModel):

@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from server.engine.request import GrammarSpec
 from server.errors import InvalidRequest
-from server.protocol.body import RequestBody
+from server.protocol.body import RequestBody, refusal
 
 Choice = Annotated[str, StringConstraints(min_length=1)]
 
@@ -35,20 +35,24 @@ class ResponseFormat(RequestBody):
         description="text: free. json_object: any JSON object. json_schema: JSON that follows a schema."
     )
     json_schema: JsonSchemaFormat | None = Field(None, description="Needed by type json_schema.")
+    schema_: dict[str, Any] | None = Field(
+        None, alias="schema", description="With type json_object: the JSON schema that it follows, as llama.cpp has it."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise InvalidRequest(
-                "response_format.json_schema: goes with type 'json_schema', which needs it",
-                param="response_format.json_schema",
-            )
+            raise refusal("goes with type 'json_schema', which needs it", "json_schema")
+        if self.schema_ is not None and self.type != "json_object":
+            raise refusal("goes with type 'json_object' only", "schema")
         return self
 
     def grammar(self) -> GrammarSpec | None:
         """None for free text."""
         if self.type == "text":
             return None
+        if self.schema_ is not None:
+            return GrammarSpec("json_schema", _dump(self.schema_), "response_format.schema")
         if self.json_schema is None or self.json_schema.json_schema is None:
             return GrammarSpec("json_object", "{}", "response_format")
         return GrammarSpec("json_schema", _dump(self.json_schema.json_schema), "response_format.json_schema.schema")

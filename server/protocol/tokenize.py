@@ -7,12 +7,11 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from server.errors import InvalidRequest
-from server.protocol.body import RequestBody
+from server.protocol.body import HARMLESS, RequestBody
 from server.protocol.chat import Message
-from server.protocol.inputs import check_text
+from server.protocol.inputs import MODEL, check_text
 
 TokenId = Annotated[int, Field(ge=0)]
-MODEL = Field(None, description="Name of the model; there is only one.", examples=["lpa-tiny"])
 
 
 class TokenizeRequest(RequestBody):
@@ -20,9 +19,9 @@ class TokenizeRequest(RequestBody):
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
         "chat_template": (),  # would run a stranger's program; the server's own is set with --chat-template
-        "tools": ([],),
         "mm_processor_kwargs": ({},),
     }
+    harmless: ClassVar[frozenset[str]] = HARMLESS
 
     model: str | None = MODEL
     prompt: str | None = Field(None, description="The text; this or `messages`.", examples=["Once upon a time"])
@@ -38,6 +37,7 @@ class TokenizeRequest(RequestBody):
         None, description="Messages: end with what begins an answer (default: unless the last message is continued)."
     )
     continue_final_message: bool = Field(False, description="Messages: leave the last one open.")
+    tools: list[dict[str, Any]] = Field([], description="Messages: functions that the chat template describes.")
     chat_template_kwargs: dict[str, Any] = Field({}, description="Messages: more variables for the chat template.")
     return_token_strs: bool = Field(False, description="Add the tokens as the vocabulary writes them.")
 
@@ -62,6 +62,8 @@ class TokenizeResponse(BaseModel):
 
 class DetokenizeRequest(RequestBody):
     """Tokens to be turned into text."""
+
+    harmless: ClassVar[frozenset[str]] = HARMLESS
 
     model: str | None = MODEL
     tokens: list[TokenId] = Field(

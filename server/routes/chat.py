@@ -13,18 +13,18 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from server.engine.async_engine import AsyncEngine
-from server.engine.request import Logprobs
+from server.engine.request import Completion, Logprobs
 from server.errors import ContextLength
 from server.protocol.chat import ChatCompletionRequest, ChatCompletionResponse, chat_choice, chat_chunk, chat_head
 from server.protocol.inputs import check_text
-from server.protocol.logprobs import chat_logprobs, prompt_logprobs
+from server.protocol.logprobs import chat_logprobs, namer, prompt_logprobs
 from server.routes.body import JsonRoute
-from server.routes.generation import Completed, Generation, begin
+from server.routes.generation import Generation, begin
 from server.routes.limits import check_messages, check_sampling, check_sequences
 from server.routes.prompts import check_model, tokenize, truncate
 from server.routes.respond import TEXT, large_json_response, to_json, while_connected, with_text
 from server.routes.responses import WITH_ENGINE, responses
-from server.routes.sse import DONE, EventStream
+from server.routes.stream import DONE, event_stream
 from server.routes.waiting import with_comments
 from server.settings import Settings
 
@@ -43,8 +43,7 @@ def chat_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         call = await _accept(engine, settings, body, request.state.request_id)
         if not body.stream:
             return await while_connected(request.receive, _answer(call))
-        events = with_comments(_events(call), settings.waiting_comment_interval)
-        return EventStream(await while_connected(request.receive, anext(events)), events)
+        return event_stream(with_comments(_events(call), settings.waiting_comment_interval))
 
     return router
 
@@ -59,7 +58,9 @@ class _Call:
 
     def logprobs(self, token_ids: list[int], scores: Logprobs) -> dict[str, Any] | None:
         top = self.body.alternatives
-        return None if top is None else chat_logprobs(self.generation.engine.tokenizer, token_ids, scores, top)
+        tokenizer = self.generation.engine.tokenizer
+        name = namer(tokenizer, as_ids=self.body.return_tokens_as_token_ids)
+        return None if top is None else chat_logprobs(tokenizer, name, token_ids, scores, top)
 
 
 async def _accept(engine: AsyncEngine, settings: Settings, body: ChatCompletionRequest, request_id: str) -> _Call:
@@ -75,21 +76,28 @@ async def _accept(engine: AsyncEngine, settings: Settings, body: ChatCompletionR
             not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
         ),
         continue_final_message=body.continue_final_message,
+        tools=body.tools,
         kwargs=body.chat_template_kwargs,
     )
     check_text(text, "messages")
     (prompt,) = await tokenize(engine, "messages", [text], add_special_tokens=body.add_special_tokens)
     limit_field, limit = body.limit
-    prompt = truncate(prompt, body.truncate_prompt_tokens, engine.max_model_len - (limit or 1))
+    most = engine.max_model_len - (limit or 1)
+    prompt = truncate(prompt, body.truncate_prompt_tokens, most, body.truncation_side)
     room = engine.max_model_len - len(prompt.token_ids)
     if room < 1:
         raise ContextLength(
-            f"messages: {len(prompt.token_ids)} tokens leave no room for an answer; the maximum context length is "
-            f"{engine.max_model_len} tokens",
+            f"messages: {len(prompt.token_ids)} tokens leave no place for an answer",
+            engine.max_model_len,
             param="messages",
         )
     params = await asyncio.to_thread(
-        body.sampling_params, tokenizer, room if limit is None else limit, body.alternatives, body.prompt_logprobs
+        body.sampling_params,
+        tokenizer,
+        room if limit is None else limit,
+        body.alternatives,
+        body.prompt_logprobs,
+        engine.sampling_defaults,
     )
     generation = await begin(
         engine,
@@ -101,7 +109,11 @@ async def _accept(engine: AsyncEngine, settings: Settings, body: ChatCompletionR
         params=replace(params, stop=(*params.stop, *tokenizer.chat_stop)),
         limit_field=limit_field,
     )
-    return _Call(body, generation, chat_head(request_id, int(time.time()), settings.model_name, stream=body.stream))
+    return _Call(
+        body,
+        generation,
+        chat_head(request_id, int(time.time()), settings.model_name, engine.fingerprint, stream=body.stream),
+    )
 
 
 async def _answer(call: _Call) -> Response:
@@ -110,12 +122,12 @@ async def _answer(call: _Call) -> Response:
     return await large_json_response(call.generation.answer_size(), lambda: _whole(call, completed))
 
 
-def _whole(call: _Call, completed: list[Completed]) -> dict[str, Any]:
+def _whole(call: _Call, completed: list[Completion]) -> dict[str, Any]:
     body, generation = call.body, call.generation
     choices = []
     for index, done in enumerate(completed):
         logprobs = call.logprobs(done.token_ids, done.logprobs)
-        choice = chat_choice(index, "".join(done.text), logprobs, done.finish_reason, done.stop_reason)
+        choice = chat_choice(index, done.text, logprobs, done.finish_reason, done.stop_reason)
         choices.append({**choice, "token_ids": done.token_ids} if body.return_token_ids else choice)
     found = {**call.head, "choices": choices, "usage": generation.usage()}
     prompt_ids = generation.prompts[0].token_ids
@@ -133,11 +145,11 @@ async def _events(call: _Call) -> AsyncGenerator[str]:
     """The answer as events: of each choice its role, a chunk per output and its end; the usage if asked for, [DONE]."""
     body, generation = call.body, call.generation
 
-    def whole(entry: dict[str, Any], **more: Any) -> dict[str, Any]:
-        return {**call.head, "choices": [entry], **more, **generation.chunk_usage()}
+    def whole(entry: dict[str, Any], unsent: int = 0, **more: Any) -> dict[str, Any]:
+        return {**call.head, "choices": [entry], **more, **generation.chunk_usage(unsent)}
 
-    def chunk(entry: dict[str, Any], **more: Any) -> str:
-        return to_json(whole(entry, **more))
+    def chunk(entry: dict[str, Any], unsent: int = 0, **more: Any) -> str:
+        return to_json(whole(entry, unsent, **more))
 
     all_alike = not (body.return_token_ids or generation.counts_in_chunks)  # but for their text
     with_texts: dict[int, Callable[[str], str]] = {}  # of the choices that have begun
@@ -145,7 +157,8 @@ async def _events(call: _Call) -> AsyncGenerator[str]:
         async for index, output in outputs:
             if index not in with_texts:
                 ids = {"prompt_token_ids": generation.prompts[0].token_ids} if body.return_token_ids else {}
-                yield chunk(chat_chunk(index, {"role": "assistant", "content": ""}), **ids)
+                role = chat_chunk(index, {"role": "assistant", "content": ""})
+                yield chunk(role, len(output.token_ids), **ids)
                 with_texts[index] = with_text(whole(chat_chunk(index, {"content": TEXT})))
             if all_alike and output.logprobs is None and output.finish_reason is None:
                 if output.text:

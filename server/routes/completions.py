@@ -14,16 +14,26 @@ from fastapi.responses import Response
 
 from server.engine.async_engine import AsyncEngine
 from server.engine.detokenizer import unfinished_bytes
-from server.engine.request import Logprobs
+from server.engine.request import Completion, Logprobs
 from server.protocol.completions import CompletionRequest, CompletionResponse, completion_choice, completion_head
-from server.protocol.logprobs import Columns, TextOffsets, columns, join, prompt_columns, prompt_logprobs
+from server.protocol.logprobs import (
+    Columns,
+    Name,
+    TextOffsets,
+    columns,
+    join,
+    namer,
+    offsets_of_ids,
+    prompt_columns,
+    prompt_logprobs,
+)
 from server.routes.body import JsonRoute
-from server.routes.generation import Completed, Generation, begin
+from server.routes.generation import Generation, begin
 from server.routes.limits import check_sampling, check_sequences
 from server.routes.prompts import check_model, start_of_document, tokenize, truncate
 from server.routes.respond import TEXT, large_json_response, to_json, while_connected, with_text
 from server.routes.responses import WITH_ENGINE, responses
-from server.routes.sse import DONE, EventStream
+from server.routes.stream import DONE, event_stream
 from server.routes.waiting import with_comments
 from server.settings import Settings
 
@@ -42,8 +52,7 @@ def completions_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         call = await _accept(engine, settings, body, request.state.request_id)
         if not body.stream:
             return await while_connected(request.receive, _answer(call))
-        events = with_comments(_events(call), settings.waiting_comment_interval)
-        return EventStream(await while_connected(request.receive, anext(events)), events)
+        return event_stream(with_comments(_events(call), settings.waiting_comment_interval))
 
     return router
 
@@ -57,6 +66,11 @@ class _Call:
     head: dict[str, Any]
     columns_of_prompts: dict[int, Columns] = field(default_factory=dict)  # n choices share them
 
+    @property
+    def name(self) -> Name:
+        """What tokens are called in log-probabilities."""
+        return namer(self.generation.engine.tokenizer, as_ids=self.body.return_tokens_as_token_ids)
+
     def prompt_columns(self, prompt: int) -> Columns | None:
         """None unless the prompt is echoed with log-probabilities."""
         top = self.body.logprobs
@@ -64,9 +78,11 @@ class _Call:
             return None
         if prompt not in self.columns_of_prompts:
             generation = self.generation
-            ids, scores = generation.prompts[prompt].token_ids, generation.prompt_scores[prompt]
-            found = prompt_columns(generation.engine.tokenizer, ids, generation.prompt_text(prompt), scores, top)
-            self.columns_of_prompts[prompt] = found
+            tokenizer, scores = generation.engine.tokenizer, generation.prompt_scores[prompt]
+            ids, offsets = generation.prompts[prompt].token_ids, generation.prompts[prompt].offsets
+            if offsets is None:
+                offsets = offsets_of_ids(tokenizer, ids)
+            self.columns_of_prompts[prompt] = prompt_columns(self.name, ids, offsets, scores, top)
         return self.columns_of_prompts[prompt]
 
     def offsets(self, prompt: int) -> TextOffsets:
@@ -82,7 +98,7 @@ class _Call:
     def columns(self, token_ids: list[int], scores: Logprobs, offsets: TextOffsets) -> Columns:
         assert self.body.logprobs is not None
         taken = offsets.take(token_ids)
-        return columns(self.generation.engine.tokenizer, token_ids, scores, taken, self.body.logprobs)
+        return columns(self.name, token_ids, scores, taken, self.body.logprobs)
 
 
 async def _accept(engine: AsyncEngine, settings: Settings, body: CompletionRequest, request_id: str) -> _Call:
@@ -92,24 +108,37 @@ async def _accept(engine: AsyncEngine, settings: Settings, body: CompletionReque
     if body.prompt is None:
         prompts = [start_of_document(engine)]
     else:
-        prompts = await tokenize(engine, "prompt", body.prompt, add_special_tokens=body.add_special_tokens)
+        prompts = await tokenize(
+            engine,
+            "prompt",
+            body.prompt,
+            add_special_tokens=body.add_special_tokens,
+            with_offsets=body.echo and body.logprobs is not None,
+        )
     room = engine.max_model_len - body.max_tokens
     width = body.width if body.max_tokens else 1  # nothing differs between choices that generate nothing
     ranked = 0 if width > body.n else None
     logprobs = body.logprobs if body.logprobs is not None else ranked
     params = await asyncio.to_thread(
-        body.sampling_params, engine.tokenizer, body.max_tokens, logprobs, body.scores_prompts
+        body.sampling_params,
+        engine.tokenizer,
+        body.max_tokens,
+        logprobs,
+        body.scores_prompts,
+        engine.sampling_defaults,
     )
     generation = await begin(
         engine,
         settings,
         body,
-        [truncate(prompt, body.truncate_prompt_tokens, room) for prompt in prompts],
+        [truncate(prompt, body.truncate_prompt_tokens, room, body.truncation_side) for prompt in prompts],
         request_id,
         width=width,
         params=params,
     )
-    return _Call(body, generation, completion_head(request_id, int(time.time()), settings.model_name))
+    return _Call(
+        body, generation, completion_head(request_id, int(time.time()), settings.model_name, engine.fingerprint)
+    )
 
 
 async def _answer(call: _Call) -> Response:
@@ -118,7 +147,7 @@ async def _answer(call: _Call) -> Response:
     return await large_json_response(call.generation.answer_size(), lambda: _whole(call, done))
 
 
-def _whole(call: _Call, done: list[Completed]) -> dict[str, Any]:
+def _whole(call: _Call, done: list[Completion]) -> dict[str, Any]:
     generation, n = call.generation, call.body.n
     choices = []
     for prompt in range(len(generation.prompts)):
@@ -130,9 +159,9 @@ def _whole(call: _Call, done: list[Completed]) -> dict[str, Any]:
     return {**call.head, "choices": choices, "usage": generation.usage()}
 
 
-def _choice(call: _Call, prompt: int, index: int, completed: Completed) -> dict[str, Any]:
+def _choice(call: _Call, prompt: int, index: int, completed: Completion) -> dict[str, Any]:
     body, generation = call.body, call.generation
-    text = (generation.prompt_text(prompt) if body.echo else "") + "".join(completed.text)
+    text = (generation.prompt_text(prompt) if body.echo else "") + completed.text
     logprobs = None
     if body.logprobs is not None:
         echoed = call.prompt_columns(prompt)
@@ -153,11 +182,11 @@ async def _events(call: _Call) -> AsyncGenerator[str]:
     """The answer as events: the prompt first if it is echoed, a chunk per output, the usage if asked for, [DONE]."""
     body, generation = call.body, call.generation
 
-    def whole(entry: dict[str, Any]) -> dict[str, Any]:
-        return {**call.head, "choices": [entry], **generation.chunk_usage()}
+    def whole(entry: dict[str, Any], unsent: int = 0) -> dict[str, Any]:
+        return {**call.head, "choices": [entry], **generation.chunk_usage(unsent)}
 
-    def chunk(entry: dict[str, Any]) -> str:
-        return to_json(whole(entry))
+    def chunk(entry: dict[str, Any], unsent: int = 0) -> str:
+        return to_json(whole(entry, unsent))
 
     def opening(index: int, prompt: int) -> dict[str, Any] | None:
         """What comes before the first token of a choice: the echo, the ids of the prompt."""
@@ -179,7 +208,7 @@ async def _events(call: _Call) -> AsyncGenerator[str]:
             for index in range(sequence * copies, (sequence + 1) * copies):
                 if index not in with_texts:
                     if first := opening(index, prompt):
-                        yield chunk(first)
+                        yield chunk(first, len(output.token_ids))
                     with_texts[index] = with_text(whole(completion_choice(index, TEXT, None, None, None)))
                 if all_alike and output.logprobs is None and output.finish_reason is None:
                     if output.text:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -9,37 +11,11 @@ from typing import Any
 
 from server.engine.async_engine import AsyncEngine
 from server.engine.detokenizer import unfinished_bytes
-from server.engine.request import Logprobs, RequestOutput, SamplingParams
-from server.errors import ContextLength
+from server.engine.request import Completion, Logprobs, Request, RequestOutput, SamplingParams
 from server.protocol.sampling import SamplingBody, usage
-from server.routes.fan_out import Job, deadline_of, run_jobs
-from server.routes.prompts import Prompt
+from server.routes.prompts import LONG_TEXT, MANY, Prompt
+from server.routes.respond import deadline_of
 from server.settings import Settings
-
-
-@dataclass
-class Completed:
-    """What one sequence has generated so far."""
-
-    text: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: Logprobs = field(default_factory=Logprobs)
-    finish_reason: str = "length"
-    stop_reason: int | str | None = None
-
-    def add(self, output: RequestOutput) -> None:
-        self.text.append(output.text)
-        self.token_ids += output.token_ids
-        if output.logprobs is not None:
-            self.logprobs.extend(output.logprobs)
-        if output.finish_reason is not None:
-            self.finish_reason, self.stop_reason = output.finish_reason.value, output.stop_reason
-
-    @property
-    def mean_logprob(self) -> float:
-        """Of its tokens, in nats."""
-        values = self.logprobs.logprobs
-        return sum(values) / len(values) if values else float("-inf")
 
 
 @dataclass
@@ -60,7 +36,7 @@ class Generation:
     async def run(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
         """(index, output) of every sequence as they come. A prompt's first sequence is the first to say anything, so
         that `prompt_scores` is there when it does."""
-        async with aclosing(run_jobs(self.engine, self.request_id, self._jobs(), self.deadline)) as outputs:
+        async with aclosing(self.engine.generate(self._requests(), self.deadline)) as outputs:
             async for index, output in outputs:
                 prompt = index // self.width
                 self.completion_tokens += len(output.token_ids)
@@ -69,17 +45,29 @@ class Generation:
                     self.prompt_scores[prompt] = output.prompt_logprobs
                 yield index, output
 
-    def _jobs(self) -> Iterator[Job]:
-        """Made as the engine takes them."""
+    def _requests(self) -> Iterator[Request]:
+        """Choices above 0 stand behind choice 0 of the same prompt and share its run."""
+        unique = f"{self.request_id}-{secrets.token_hex(4)}"  # clients may send an x-request-id twice
         plain = self.params.without_prompt_logprobs()
-        for prompt in self.prompts:
+        for number, prompt in enumerate(self.prompts):
+            leader: Request | None = None
             for choice in range(self.width):
-                params = plain if choice else self.params
-                yield Job(prompt.token_ids, params, choice, self.body.priority, self.body.cache_salt or "")
+                request = Request(
+                    f"{unique}-{number * self.width + choice}",
+                    prompt.token_ids,
+                    plain if choice else self.params,
+                    choice=choice,
+                    priority=self.body.priority,
+                    cache_salt=self.body.cache_salt or "",
+                    leader=leader,
+                    group=unique,
+                )
+                leader = leader or request
+                yield request
 
-    async def collect(self) -> list[Completed]:
+    async def collect(self) -> list[Completion]:
         """Every sequence to its end, by index."""
-        done = [Completed() for _ in range(len(self.prompts) * self.width)]
+        done = [Completion() for _ in range(len(self.prompts) * self.width)]
         async with aclosing(self.run()) as outputs:
             async for index, output in outputs:
                 done[index].add(output)
@@ -113,13 +101,14 @@ class Generation:
         options = self.body.stream_options
         return options is not None and options.include_usage and options.continuous_usage_stats
 
-    def chunk_usage(self) -> dict[str, Any]:
-        """The field `usage` of a chunk, if chunks have one: null, or what has been used so far."""
-        return {"usage": self.usage() if self.counts_in_chunks else None} if self.sends_usage else {}
+    def chunk_usage(self, unsent: int = 0) -> dict[str, Any]:
+        """The field `usage` of a chunk, if chunks have one: null, or what has been used so far but for `unsent`
+        tokens, which come in a later chunk."""
+        return {"usage": self.usage(unsent) if self.counts_in_chunks else None} if self.sends_usage else {}
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self, unsent: int = 0) -> dict[str, Any]:
         prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
-        return usage(prompt_tokens, self.completion_tokens, sum(self.cached_tokens.values()))
+        return usage(prompt_tokens, self.completion_tokens - unsent, sum(self.cached_tokens.values()))
 
 
 async def begin(
@@ -133,20 +122,20 @@ async def begin(
     params: SamplingParams,
     limit_field: str = "max_tokens",
 ) -> Generation:
-    """Refuse what does not fit the context or is no grammar.
+    """Refuse what the model cannot do; `limit_field` says how many tokens may be generated.
 
     Raises:
-        ContextLength: `limit_field` says how many tokens may be generated, and they do not fit behind a prompt.
-        InvalidRequest: the grammar cannot be compiled.
+        ContextLength, InvalidRequest: as `AsyncEngine.validate`, or the grammar cannot be compiled.
     """
-    for prompt in prompts:
-        total = len(prompt.token_ids) + params.max_tokens
-        if total > engine.max_model_len:
-            raise ContextLength(
-                f"{prompt.where}: {len(prompt.token_ids)} tokens and {limit_field} {params.max_tokens} make {total}; "
-                f"the maximum context length is {engine.max_model_len} tokens",
-                param=prompt.where if len(prompt.token_ids) > engine.max_model_len else limit_field,
-            )
+
+    def validate() -> None:
+        for prompt in prompts:
+            engine.validate(prompt.token_ids, params.max_tokens, prompt.where, limit_field)
+
+    if len(prompts) > MANY or sum(len(prompt.token_ids) for prompt in prompts) > LONG_TEXT:
+        await asyncio.to_thread(validate)
+    else:
+        validate()
     if params.grammar is not None:
         await engine.compile_grammar(params.grammar)
     return Generation(engine, body, prompts, width, params, request_id, deadline_of(settings))

@@ -1,22 +1,14 @@
-"""Bodies and answers of lines (application/x-ndjson) that are read and written while the work goes on."""
+"""Bodies of lines (application/x-ndjson) that are read while the work goes on."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 
 from starlette.datastructures import Headers
-from starlette.requests import ClientDisconnect
-from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Message, Receive
 
-from server.errors import BodyTooLarge, Cancelled, EngineError, UserError
-from server.routes.respond import while_connected
-
-logger = logging.getLogger(__name__)
+from server.errors import BodyTooLarge
 
 NDJSON = "application/x-ndjson"
 PATHS = frozenset({"/v1/perplexity"})  # of routes that read such bodies as they come, and limit each line themselves
@@ -72,56 +64,3 @@ class LineBody:
     def _check(self, number: int, size: int) -> None:
         if size > self._limit:
             raise BodyTooLarge(f"line {number}: has more than {self._limit} bytes, the limit of a line")
-
-
-class LineStream(Response):
-    """Sends each string of `lines` as a line and closes the generator however the stream ends.
-
-    An error before the first line is an answer with its own status. One in the middle becomes a last line with
-    OpenAI's error object. A reader that does not keep up holds the generator back; one that leaves ends it, and so
-    does cancelling, which is told as an error.
-    """
-
-    media_type = NDJSON
-
-    def __init__(self, lines: AsyncGenerator[str], body: LineBody | None = None) -> None:
-        self.status_code = 200
-        self.background = None
-        # proxies that buffer would turn a stream into one late answer
-        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
-        self._lines = lines
-        self._body = body
-        self._started = False
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await while_connected(self._body.receive if self._body else receive, self._send_all(send))
-        except ClientDisconnect:
-            state = scope["state"]
-            if not state["cancelled"].done():
-                state["client_left"] = True
-                return
-            if not self._started:
-                raise Cancelled() from None
-            await _send_line(send, json.dumps(Cancelled().body()))
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _send_all(self, send: Send) -> None:
-        async with aclosing(self._lines) as lines:
-            first = await anext(lines)
-            self._started = True
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            try:
-                await _send_line(send, first)
-                async for line in lines:
-                    await _send_line(send, line)
-            except UserError as error:
-                await _send_line(send, json.dumps(error.body()))
-            except Exception:
-                logger.exception("a stream failed")
-                await _send_line(send, json.dumps(EngineError("the server failed in the middle of the stream").body()))
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _send_line(send: Send, line: str) -> None:
-    await send({"type": "http.response.body", "body": f"{line}\n".encode(), "more_body": True})

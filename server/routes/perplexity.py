@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter
@@ -14,30 +13,27 @@ from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lpa_model.perplexity import Convention, Tally, Window, adds_bos, own_tokens, resolve_convention, windows
+from lpa_model.perplexity import Convention
 from server.engine.async_engine import AsyncEngine
 from server.engine.request import Logprobs
 from server.engine.tokenizer import Tokenizer
-from server.errors import ContextLength, EngineError, InvalidRequest, UserError
-from server.protocol.inputs import check_token_ids, place
-from server.protocol.logprobs import TextOffsets
+from server.errors import InvalidRequest, UserError
+from server.protocol.inputs import place
 from server.protocol.perplexity import (
     LINES_OPENAPI,
     PerplexityParameters,
     PerplexityRequest,
     PerplexityResponse,
-    corpus_fields,
     input_of_line,
-    text_fields,
-    token_entries,
 )
 from server.routes.body import JsonRoute
-from server.routes.fan_out import deadline_of
-from server.routes.ndjson import LineBody, LineStream, has_lines
+from server.routes.ndjson import LineBody, has_lines
 from server.routes.prompts import check_model
-from server.routes.respond import to_json, while_connected
+from server.routes.respond import deadline_of, to_json, while_connected
 from server.routes.responses import WITH_ENGINE, responses
 from server.routes.scoring import Scorer
+from server.routes.stream import line_stream
+from server.scoring.perplexity import Corpus, Piece, Text, convention_of, entries, pieces, tokenize
 from server.settings import Settings
 
 BATCH = 1 << 16  # characters of texts that are tokenized together
@@ -47,40 +43,21 @@ Inputs = AsyncGenerator[Iterable[tuple[str, str | list[int]]]]
 """Batches of (place in the request, text or token ids); taking one from a batch may raise a UserError."""
 
 
-@dataclass(frozen=True)
-class Text:
-    """A text on its way; `text` was decoded if it came as token ids. Token 0 begins at character `start`."""
-
-    where: str
-    text: str
-    token_ids: list[int]
-    start: int
-    tally: Tally  # words and bytes are in it from the beginning
-
-
-@dataclass(frozen=True)
-class ScoredWindow:
-    """A window of a text with the log-probabilities of its scored tokens; None if the text has nothing to score."""
-
-    text: Text
-    window: Window | None
-    scores: Logprobs
-    is_last: bool  # of its text
-
-
 def perplexity_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
     """The route over one engine."""
 
     async def answer(request: Request, asked: PerplexityParameters, inputs: Inputs, body: LineBody | None) -> Response:
         check_model(asked.model, settings)
-        convention = _convention(asked, engine)
-        scorer = Scorer(engine, settings, request.state.request_id)
-        works = _works(scorer, _texts(engine.tokenizer, convention, inputs), convention, asked)
-        scored = scorer.in_order(works, deadline_of(settings))
-        lines = _lines(engine.tokenizer, asked, convention, scored, settings.model_name)
-        if asked.stream:
-            return LineStream(lines, body)
         receive = request.receive if body is None else body.receive
+        convention = convention_of(
+            engine.tokenizer, engine.max_model_len, asked.method, asked.max_length, asked.stride, asked.add_bos
+        )
+        scorer = Scorer(engine, settings, request.state.request_id)
+        works = _works(scorer, _texts(engine.tokenizer, convention, asked, inputs), convention, asked)
+        scored = scorer.in_order(works, deadline_of(settings))
+        lines = _lines(engine.tokenizer, asked, convention, scored, settings.model_name, engine.fingerprint)
+        if asked.stream:
+            return line_stream(lines, receive)
         return Response(await while_connected(receive, _whole(lines)), media_type="application/json")
 
     async def answer_lines(request: Request) -> Response:
@@ -116,23 +93,6 @@ def perplexity_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
     return router
 
 
-def _convention(asked: PerplexityParameters, engine: AsyncEngine) -> Convention:
-    config = engine.model_config
-    try:
-        return resolve_convention(
-            asked.method,
-            asked.max_length,
-            asked.stride,
-            asked.add_bos,
-            context=engine.max_model_len,
-            bos_token_id=config.bos_token_id,
-            eos_token_id=config.eos_token_id,
-            adds_bos=adds_bos(engine.tokenizer.backend, config.bos_token_id),
-        )
-    except ValueError as error:
-        raise InvalidRequest(str(error), param=str(error).partition(":")[0]) from None
-
-
 async def _inputs_of_list(inputs: list[str | list[int]]) -> Inputs:
     batch: list[tuple[str, str | list[int]]] = []
     size = 0
@@ -154,48 +114,32 @@ async def _inputs_of_lines(body: LineBody, max_values: int) -> Inputs:
             )
 
 
-async def _texts(tokenizer: Tokenizer, convention: Convention, inputs: Inputs) -> AsyncGenerator[Text]:
+async def _texts(
+    tokenizer: Tokenizer, convention: Convention, asked: PerplexityParameters, inputs: Inputs
+) -> AsyncGenerator[Text]:
     """Tokenized texts in order; tokenized beside the event loop."""
 
-    def tokenize(batch: Iterable[tuple[str, str | list[int]]]) -> list[Text | UserError]:
+    def tokenize_all(batch: Iterable[tuple[str, str | list[int]]]) -> list[Text | UserError]:
         found: list[Text | UserError] = []
         try:
             for where, value in batch:
-                found.append(_text(tokenizer, convention, where, value))
+                found.append(tokenize(tokenizer, convention, where, value, with_offsets=asked.return_tokens))
         except UserError as error:
             found.append(error)
         return found
 
     async with aclosing(inputs):
         async for batch in inputs:
-            for item in await asyncio.to_thread(tokenize, batch):
+            for item in await asyncio.to_thread(tokenize_all, batch):
                 if isinstance(item, UserError):
                     raise item
                 yield item
 
 
-def _text(tokenizer: Tokenizer, convention: Convention, where: str, value: str | list[int]) -> Text:
-    start = 0
-    if isinstance(value, str):
-        given = tokenizer.encode(value, add_special_tokens=False)
-        tokenizer.check(given, where)
-        ids = own_tokens(given, convention)
-        text = value
-        if len(ids) < len(given):
-            start = len(tokenizer.token_text(given[0]))
-    else:
-        check_token_ids(value, tokenizer.vocab_size, where)
-        ids = own_tokens(value, convention)
-        text = tokenizer.decode(ids, skip_special_tokens=False)
-    tally = Tally()
-    tally.count_text(text)
-    return Text(where, text, ids, start, tally)
-
-
 async def _works(
     scorer: Scorer, texts: AsyncGenerator[Text], convention: Convention, asked: PerplexityParameters
-) -> AsyncGenerator[Coroutine[Any, Any, ScoredWindow]]:
-    """The scoring of every window of every text, in order."""
+) -> AsyncGenerator[Coroutine[Any, Any, tuple[Piece, Logprobs]]]:
+    """The scoring of every piece of every text, in order."""
     entries = 0
     async with aclosing(texts):
         async for text in texts:
@@ -207,92 +151,42 @@ async def _works(
                         f"{MAX_TOKEN_ENTRIES}, the most in one {'line' if asked.stream else 'answer'}",
                         param="return_tokens",
                     )
-            for window, is_last in _with_last(_cut(text, convention)):
-                yield _score(scorer, text, window, is_last, asked.top_logprobs)
+            for piece in pieces(text, convention, scorer.max_model_len):
+                yield _score(scorer, piece, asked.top_logprobs)
 
 
-def _cut(text: Text, convention: Convention) -> Iterator[Window]:
-    try:
-        return windows(len(text.token_ids), convention)
-    except ValueError as error:
-        kind = ContextLength if convention.method == "full" else InvalidRequest
-        raise kind(f"{text.where}: {error}", param=text.where) from None
-
-
-def _with_last(cut: Iterator[Window]) -> Iterator[tuple[Window | None, bool]]:
-    """Each window and whether it is the last; None for the only one of a text that has none."""
-    held = next(cut, None)
-    for following in cut:
-        yield held, False
-        held = following
-    yield held, True
-
-
-async def _score(scorer: Scorer, text: Text, window: Window | None, is_last: bool, top: int) -> ScoredWindow:
-    scores = Logprobs()
-    if window is not None:
-        scores, _ = await scorer.score(window.tokens(text.token_ids), window.first_index, top)
-    return ScoredWindow(text, window, scores, is_last)
+async def _score(scorer: Scorer, piece: Piece, top: int) -> tuple[Piece, Logprobs]:
+    if piece.window is None:
+        return piece, Logprobs()
+    scores, _ = await scorer.score(piece.window.tokens(piece.text.token_ids), piece.window.first_index, top)
+    return piece, scores
 
 
 async def _lines(
     tokenizer: Tokenizer,
     asked: PerplexityParameters,
     convention: Convention,
-    scored: AsyncGenerator[ScoredWindow],
+    scored: AsyncGenerator[tuple[Piece, Logprobs]],
     model: str,
+    fingerprint: str,
 ) -> AsyncGenerator[str]:
     """JSON of each text, then of the corpus."""
-    corpus, prompt_tokens = Tally(), 0
-    tokens = _TokenRuns(tokenizer)
+    corpus = Corpus(convention)
+    tokens: list[str] = []  # JSON of the text's tokens, made piece by piece beside the event loop
     async with aclosing(scored):
-        async for item in scored:
-            text = item.text
-            try:
-                text.tally.add_logprobs(item.scores.logprobs)
-            except ValueError as error:
-                raise EngineError(f"{text.where}: {error}") from None
-            if asked.return_tokens and item.window is not None:
-                await asyncio.to_thread(tokens.add_window, text, item.window, item.scores)
-            if not item.is_last:
-                continue
-            entry = to_json(text_fields(corpus.num_texts, text.tally, convention.method))
-            if asked.return_tokens:
-                await asyncio.to_thread(tokens.add, text, len(text.token_ids), None)
-                entry = _with_list(entry, "tokens", tokens.runs)
-            yield entry
-            corpus.add_text(text.tally)
-            prompt_tokens += len(text.token_ids)
-            tokens = _TokenRuns(tokenizer)
-    if not corpus.num_tokens:
-        why = "" if convention.add_bos else "; without BOS the first token of a text is not scored"
-        raise InvalidRequest(f"input: has no token to score{why}", param="input")
-    yield to_json(corpus_fields(model, convention, corpus, prompt_tokens))
+        async for piece, scores in scored:
+            if asked.return_tokens and piece.start < piece.end:
+                tokens.append(await asyncio.to_thread(_tokens, tokenizer, piece, scores))
+            if (tally := corpus.add(piece, scores.logprobs)) is not None:
+                line = to_json(corpus.text_fields(tally))
+                yield _with_list(line, "tokens", tokens) if asked.return_tokens else line
+                tokens = []
+    yield to_json(corpus.fields(model, fingerprint))
 
 
-class _TokenRuns:
-    """JSON of a text's tokens, made run by run so that the event loop is never held for long."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.runs: list[str] = []
-        self._tokenizer = tokenizer
-        self._offsets: TextOffsets | None = None
-        self._done = 0
-
-    def add_window(self, text: Text, window: Window, scores: Logprobs) -> None:
-        """The tokens up to the end of a window that was scored."""
-        self.add(text, window.first_scored, None)
-        self.add(text, window.end, scores)
-
-    def add(self, text: Text, end: int, scores: Logprobs | None) -> None:
-        """The tokens up to `end`, scored or not."""
-        if self._offsets is None:
-            self._offsets = TextOffsets(self._tokenizer, text.start, text.text)
-        ids = text.token_ids[self._done : end]
-        self._done = end
-        if ids:
-            entries = token_entries(self._tokenizer, ids, self._offsets.take(ids), scores)
-            self.runs.append(to_json(entries)[1:-1])
+def _tokens(tokenizer: Tokenizer, piece: Piece, scores: Logprobs) -> str:
+    """The entries of a piece's tokens, with commas between them."""
+    return to_json(entries(tokenizer, piece, scores))[1:-1]
 
 
 async def _whole(lines: AsyncGenerator[str]) -> str:

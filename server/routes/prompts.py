@@ -1,15 +1,16 @@
-"""Inputs of a request to token ids, checked against the model."""
+"""Inputs of a request to token ids."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from server.engine.async_engine import AsyncEngine
 from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidRequest, NotFound
-from server.protocol.inputs import check_token_ids, place
+from server.protocol.inputs import place
 from server.settings import Settings
 
 LONG_TEXT = 2000  # characters; below, tokenizing is over before a thread would have started
@@ -18,16 +19,18 @@ MANY = 16  # texts
 
 @dataclass(frozen=True)
 class Prompt:
-    """`where` is its place in the request, for messages; `text` is None if it came as token ids."""
+    """`where` is its place in the request, for messages; `text` is None if it came as token ids. `offsets`, where they
+    are wanted, are the characters of a text at which its tokens begin."""
 
     where: str
     text: str | None
     token_ids: list[int]
+    offsets: list[int] | None = None
 
 
-def check_model(name: str, settings: Settings) -> None:
-    """Raises NotFound unless the server serves `name`."""
-    if name not in settings.model_names:
+def check_model(name: str | None, settings: Settings) -> None:
+    """Raises NotFound unless the server serves `name`; None is its only model."""
+    if name is not None and name not in settings.model_names:
         names = ", ".join(map(repr, settings.model_names))
         raise NotFound(
             f"model: {name!r} does not exist; this server has {names}",
@@ -37,33 +40,32 @@ def check_model(name: str, settings: Settings) -> None:
 
 
 async def tokenize(
-    engine: AsyncEngine, field: str, inputs: Sequence[str | list[int]], *, add_special_tokens: bool = True
+    engine: AsyncEngine,
+    field: str,
+    inputs: Sequence[str | list[int]],
+    *,
+    add_special_tokens: bool = True,
+    with_offsets: bool = False,
 ) -> list[Prompt]:
-    """Token ids of every input; long texts are tokenized beside the event loop.
-
-    Raises:
-        InvalidRequest: an input is empty or has a token id outside the vocabulary.
-    """
+    """Token ids of every input; long texts are tokenized beside the event loop."""
 
     def read() -> list[Prompt]:
         return [
-            _prompt(engine.tokenizer, place(field, i, len(inputs)), item, add_special_tokens)
+            _prompt(engine.tokenizer, place(field, i, len(inputs)), item, add_special_tokens, with_offsets)
             for i, item in enumerate(inputs)
         ]
 
     return await asyncio.to_thread(read) if sum(map(len, inputs)) > LONG_TEXT or len(inputs) > MANY else read()
 
 
-def _prompt(tokenizer: Tokenizer, where: str, item: str | list[int], add_special_tokens: bool) -> Prompt:
+def _prompt(
+    tokenizer: Tokenizer, where: str, item: str | list[int], add_special_tokens: bool, with_offsets: bool
+) -> Prompt:
     if isinstance(item, str):
-        prompt = Prompt(where, item, tokenizer.encode(item, add_special_tokens=add_special_tokens))
-        tokenizer.check(prompt.token_ids, where)
-    else:
-        check_token_ids(item, tokenizer.vocab_size, where)
-        prompt = Prompt(where, None, item)
-    if not prompt.token_ids:
-        raise InvalidRequest(f"{where}: is empty; it must have at least one token", param=where)
-    return prompt
+        if with_offsets:
+            return Prompt(where, item, *tokenizer.encode_with_offsets(item, add_special_tokens=add_special_tokens))
+        return Prompt(where, item, tokenizer.encode(item, add_special_tokens=add_special_tokens))
+    return Prompt(where, None, item)
 
 
 def start_of_document(engine: AsyncEngine) -> Prompt:
@@ -79,7 +81,10 @@ def start_of_document(engine: AsyncEngine) -> Prompt:
     return Prompt("prompt", None, [token])
 
 
-def truncate(prompt: Prompt, keep: int | None, room: int) -> Prompt:
-    """The prompt's last `keep` tokens (-1: its last `room`; None: all), as vLLM's truncate_prompt_tokens."""
+def truncate(prompt: Prompt, keep: int | None, room: int, side: Literal["left", "right"]) -> Prompt:
+    """The prompt without what is beyond `keep` tokens (-1: beyond `room`; None: whole), cut off on one side, as vLLM's
+    truncate_prompt_tokens and truncation_side."""
     limit = len(prompt.token_ids) if keep is None else max(room, 1) if keep == -1 else keep
-    return prompt if len(prompt.token_ids) <= limit else Prompt(prompt.where, None, prompt.token_ids[-limit:])
+    if len(prompt.token_ids) <= limit:
+        return prompt
+    return Prompt(prompt.where, None, prompt.token_ids[-limit:] if side == "left" else prompt.token_ids[:limit])

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from server.errors import UserError
+from server.settings import Settings
 
 T = TypeVar("T")
 
@@ -66,6 +67,12 @@ def _list_in_parts(value: Any) -> str:
 def error_response(error: UserError) -> Response:
     """The error's status, headers and object. ASCII, since a message may quote half a surrogate pair."""
     return Response(json.dumps(error.body()), error.status, error.headers(), "application/json")
+
+
+def deadline_of(settings: Settings) -> float | None:
+    """When a request that comes now is to be given up, on the event loop's clock; None: never."""
+    timeout = settings.request_timeout
+    return None if timeout is None else asyncio.get_running_loop().time() + timeout
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

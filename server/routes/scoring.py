@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from server.engine.async_engine import AsyncEngine
-from server.engine.request import Logprobs, Request, SamplingParams
+from server.engine.request import Logprobs, Request, scoring_request
 from server.errors import TimedOut
 from server.settings import Settings
 
@@ -31,27 +31,21 @@ class Scorer:
         self._session = engine.session()
         self._count = 0
         self.max_in_flight = engine.max_num_seqs + min(engine.max_num_seqs, settings.max_queue)
+        self.max_model_len = engine.max_model_len
         self._slots = asyncio.Semaphore(self.max_in_flight)
 
     async def score(
         self, token_ids: list[int], first: int, top: int = 0, branches: tuple[int, ...] = ()
     ) -> tuple[Logprobs, int]:
-        """Log-probabilities of token_ids[first:], first at least 1, with the `top` most probable tokens at each.
-
-        Args:
-            branches: as of `Request`; then `first` is branches[0], and the first tokens of all branches come first.
-
-        Returns:
-            The scores, and how many tokens came from the prefix cache.
+        """What `scoring_request` asks for: the scores, and how many tokens came from the prefix cache.
 
         Raises:
             UserError: as `AsyncEngine.generate`.
         """
         async with self._slots:
-            params = SamplingParams(max_tokens=0, prompt_logprobs=top, first_logit_position=first - 1)
             self._count += 1
             sequence_id = f"{self._unique}-{self._count}"
-            request = Request(sequence_id, token_ids, params, branches=branches, group=self._unique)
+            request = scoring_request(sequence_id, token_ids, first, top, branches, self._unique)
             return await self._run(request, len(token_ids) - first)
 
     async def in_order(

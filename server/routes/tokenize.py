@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from server.engine.async_engine import AsyncEngine
-from server.protocol.inputs import check_text, check_token_ids
+from server.protocol.inputs import check_text
 from server.protocol.tokenize import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -32,8 +32,7 @@ def tokenize_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
     @router.post("/tokenize", summary="Tokens of a text", responses=responses(TokenizeResponse, *WITH_BODY))
     async def tokenize(body: TokenizeRequest) -> Response:
         """Token ids of a text, or of a conversation in the model's chat template."""
-        if body.model is not None:
-            check_model(body.model, settings)
+        check_model(body.model, settings)
         check_messages(body.messages or (), settings)
         return await large_json_response(_size(body), lambda: _answer(body))
 
@@ -51,6 +50,7 @@ def tokenize_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
                 not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
             ),
             continue_final_message=body.continue_final_message,
+            tools=body.tools,
             kwargs=body.chat_template_kwargs,
         )
         check_text(text, "messages")
@@ -59,12 +59,11 @@ def tokenize_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
     @router.post("/detokenize", summary="Text of tokens", responses=responses(DetokenizeResponse, *WITH_BODY))
     async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of token ids; special tokens are written out, so that /tokenize gives the same ids again."""
-        if body.model is not None:
-            check_model(body.model, settings)
+        check_model(body.model, settings)
         return await large_json_response(len(body.tokens), lambda: {"prompt": _decode(body.tokens)})
 
     def _decode(ids: list[int]) -> str:
-        check_token_ids(ids, tokenizer.vocab_size, "tokens")
+        tokenizer.check(ids, "tokens")
         return tokenizer.decode(ids, skip_special_tokens=False)
 
     @router.get("/tokenizer_info", summary="The tokenizer's settings", responses=responses(TokenizerInfo))

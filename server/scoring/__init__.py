@@ -1,1 +1,1 @@
-"""Perplexities of files on the command line: reading, scoring here or by a server, comparing, and what is printed."""
+"""Scoring: texts to windows and pairs to sequences, for every way in; and files on the command line."""

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lpa_model.convert.export import export_llama
-from server.engine.engine import EngineOptions, build_engine
+from server.engine.engine import build_engine
 from server.engine.request import Request, SamplingParams
+from server.settings import load_settings
 from tests.conftest import byte_tokenizer, random_model, tiny_config, write_checkpoint
 from tests.test_export import CASES
 
@@ -34,7 +35,7 @@ def test_transformers_computes_the_same(tmp_path: Path, changes: dict[str, Any])
         )[0, 60:]
     torch.testing.assert_close(logits, ours.logits(ours(torch.tensor([ids])))[0], rtol=0, atol=1e-4)
 
-    engine = build_engine(source, EngineOptions(dtype="float32", threads=1, kv_cache_memory=1 << 20))
+    engine = build_engine(source, load_settings(dtype="float32", threads=1, kv_cache_memory=1 << 20).engine_options())
     engine.add_request(Request("r", ids[:60], SamplingParams(max_tokens=20, temperature=0)))
     tokens: list[int] = []
     while engine.has_work:

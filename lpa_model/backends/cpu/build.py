@@ -117,6 +117,8 @@ def build(
         flavours = [InstructionSet("all", instruction_sets[0].cpu)] if source.name in ONCE else instruction_sets
         for flavour in flavours:
             command = [*_target(machine), *flags, f"-mcpu={flavour.cpu}", f"-DISA={flavour.name}", *flavour.defines]
+            if source.name in ONCE:
+                command.append(f'-DSOURCE="{source_hash()}"')
             text = f"{version('ziglang')} {command}".encode() + headers + source.read_bytes()
             output = objects / f"{source.stem}-{flavour.name}-{hashlib.sha256(text).hexdigest()[:16]}.o"
             jobs.append((output, [*command, "-c", str(source)]))
@@ -133,6 +135,12 @@ def build(
         for old in set(objects.glob("*.o")) - set(wanted):
             old.unlink()
     return target
+
+
+def source_hash() -> str:
+    """Of all sources: a library says which ones it was made of."""
+    text = b"".join(path.name.encode() + path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]")))
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def _target(machine: str) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lpa_model.backends.cpu.args import RECORDS
-from lpa_model.backends.cpu.build import INSTRUCTION_SETS, LIBRARY
+from lpa_model.backends.cpu.build import INSTRUCTION_SETS, LIBRARY, source_hash
 
 Kernel = Callable[[int, int], None]
 """(address of the kernel's record, work items): returns when all work is done. One item runs in the calling thread."""
@@ -46,12 +46,16 @@ class Library:
     def __init__(self, path: Path) -> None:
         """
         Raises:
-            LibraryError: there is no library at `path`, or its records are not those of `args`.
+            LibraryError: there is no library at `path`, it was compiled from other sources than those beside this file,
+                or its records are not those of `args`.
         """
         if not path.exists():
             raise LibraryError(f"{path} is not there: `make kernels` compiles it")
         self.path = path
         self._library = ctypes.CDLL(str(path))
+        made_of = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(self._library, "lpa_source"))).decode()
+        if made_of != source_hash():
+            raise LibraryError(f"{path} is older than its sources: `make kernels` compiles them")
         self._library.lpa_supports.restype = ctypes.c_int64
         check_records(self._layout())
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lpa_model.backends.base import Mask, SamplingRow, Scores, StepResult
+from lpa_model.backends.torch.rows import NOTHING
 from lpa_model.backends.torch.sampling import TORCH_ROWS, RowOps, sample, score
 from lpa_model.batch import Batch, Ints
 
@@ -21,6 +23,7 @@ class ComputedStep(NamedTuple):
     hidden: Tensor
 
 
+EXPONENT = np.int16(0x7F80)  # of bfloat16: all ones are NaN and the infinities
 LOGIT_ROWS = 256  # rows of logits held at once, in the head's dtype
 
 
@@ -29,16 +32,23 @@ def step_result(
 ) -> StepResult:
     """Sample and score a step; `head` takes some of its rows [n, d] to logits [n, vocab]."""
     batch, sampling, hidden = step
-    result = StepResult([None] * len(sampling), prompt_scores=_score_rows(hidden, head, batch, ops))
+    result = StepResult([None] * len(sampling))
+    _score_rows(hidden, head, batch, ops, result)
     able = [i for i, row in enumerate(sampling) if not row.constrained or i in masks]
     if not able:
         return result
     rows = [sampling[i] for i in able]
     logits = head(hidden[[row.row for row in rows]])
     tokens = sample(logits, rows, [masks.get(i) for i in able], ops)
-    for i, token in zip(able, tokens, strict=True):
-        result.tokens[i] = token
-    if scored := [n for n, row in enumerate(rows) if row.logprobs is not None]:
+    broken = _broken_rows(logits)
+    for n, (i, token) in enumerate(zip(able, tokens, strict=True)):
+        if n in broken:
+            result.broken.add(i)
+        elif token == NOTHING:
+            result.stuck.add(i)
+        else:
+            result.tokens[i] = token
+    if scored := [n for n, row in enumerate(rows) if row.logprobs is not None and result.tokens[able[n]] is not None]:
         targets = torch.tensor([tokens[n] for n in scored], device=logits.device)
         some = logits if len(scored) == len(logits) else logits[scored]
         tops = [rows[n].logprobs or 0 for n in scored]
@@ -54,16 +64,33 @@ def _part(scores: Scores, at: int, top: int) -> Scores:
     )
 
 
-def _score_rows(hidden: Tensor, head: Callable[[Tensor], Tensor], batch: Batch, ops: RowOps) -> Scores:
-    columns = Scores([], [], [], [])
+def _broken_rows(logits: Tensor) -> set[int]:
+    """The rows of logits [rows, vocab] that hold a number which is not finite: then their sum is not, either.
+
+    NumPy takes one thread: torch would wake a team of them in every step, for a fraction of what a small product costs.
+    """
+    if logits.device.type == "cpu" and logits.dtype is torch.float32:
+        with np.errstate(all="ignore"):
+            return set(np.flatnonzero(~np.isfinite(logits.numpy().sum(-1))).tolist())
+    if logits.device.type == "cpu" and logits.dtype is torch.bfloat16:
+        bits = logits.view(torch.int16).numpy() & EXPONENT
+        return set(np.flatnonzero((bits == EXPONENT).any(-1)).tolist())
+    return set(logits.sum(-1, dtype=torch.float32).isfinite().logical_not().nonzero()[:, 0].tolist())
+
+
+def _score_rows(
+    hidden: Tensor, head: Callable[[Tensor], Tensor], batch: Batch, ops: RowOps, result: StepResult
+) -> None:
+    columns = result.prompt_scores
     rows, targets, tops = batch.scored
     for at in range(0, len(rows), LOGIT_ROWS):
         chunk = slice(at, at + LOGIT_ROWS)
         wanted = _tensor(targets[chunk], hidden)
-        found = score(head(hidden[_tensor(rows[chunk], hidden)]), wanted, int(tops[chunk].max()), ops)
+        logits = head(hidden[_tensor(rows[chunk], hidden)])
+        result.broken_prompt.update(at + row for row in _broken_rows(logits))
+        found = score(logits, wanted, int(tops[chunk].max()), ops)
         for column, more in zip(columns, found, strict=True):
             column += more  # type: ignore[operator]  # each of its own kind
-    return columns
 
 
 def _tensor(ids: Ints, like: Tensor) -> Tensor:

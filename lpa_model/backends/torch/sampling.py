@@ -2,8 +2,8 @@
 
 The order is vLLM's: grammar, allowed tokens, bans (bad words, min_tokens) and logit bias; repetition, then frequency
 and presence penalties; temperature; min_p; top_k; top_p. Whatever is forbidden has the logit -inf from its step on,
-so that no bias brings it back. If nothing is left, all but the grammar is waived for that row, and its best token
-is taken. Log-probabilities are scored from the untouched logits.
+so that no bias brings it back. If nothing is left, the row has no token. Log-probabilities are scored from the
+untouched logits.
 
 top_k keeps exactly k tokens, of equal ones those of lower id. top_p keeps a token if those strictly more probable have
 less than top_p of the mass that min_p and top_k left. Nothing is sorted for it: a token is drawn from all and taken if
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lpa_model.backends.base import Mask, SamplingRow, Scores
 from lpa_model.backends.torch import rows as torch_rows
-from lpa_model.backends.torch.rows import NOTHING, UNDECIDED, RowScores
+from lpa_model.backends.torch.rows import UNDECIDED, RowScores
 from lpa_model.batch import Ints
 
 
@@ -44,16 +44,12 @@ MORE_NUMBERS = 4  # times as many as were not enough
 def sample(
     logits: Tensor, rows: Sequence[SamplingRow], masks: Sequence[Mask | None], ops: RowOps = TORCH_ROWS
 ) -> list[int]:
-    """One token per row of logits [rows, vocab]: greedy at temperature 0, else by inverse distribution.
+    """One token per row of logits [rows, vocab]: greedy at temperature 0, else by inverse distribution; NOTHING where
+    everything is forbidden.
 
     `masks` are the rows' grammar masks. Logits that are not float32 are taken as such.
     """
-    tokens = _draw(_penalize(_constrain(logits, rows, masks, ops), logits, rows, ops), rows, ops)
-    if stuck := [i for i, token in enumerate(tokens) if token == NOTHING]:
-        allowed = ops.copy_allowed(logits[stuck], [masks[i] for i in stuck])
-        for i, token in zip(stuck, torch_rows.argmax(allowed).tolist(), strict=True):
-            tokens[i] = token
-    return tokens
+    return _draw(_penalize(_constrain(logits, rows, masks, ops), logits, rows, ops), rows, ops)
 
 
 def _draw(logits: Tensor, rows: Sequence[SamplingRow], ops: RowOps) -> list[int]:

@@ -192,3 +192,7 @@ static int supports(const char *name) { return !strcmp(name, "scalar"); }
  * use tiles from here on. */
 EXPORT int64_t lpa_supports(const char *name);
 EXPORT int64_t lpa_supports(const char *name) { return supports(name); }
+
+/* What the library was compiled from: build.py's source_hash. */
+EXPORT extern const char lpa_source[];
+EXPORT const char lpa_source[] = SOURCE;

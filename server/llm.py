@@ -1,0 +1,439 @@
+"""The Python API: a model folder in this process, with the server's own engine, scheduler and scoring.
+
+    from server.llm import LLM, SamplingParams
+
+    with LLM("runs/model", dtype="float32") as llm:
+        (story,) = llm.generate("Once upon a time", SamplingParams(max_tokens=64, temperature=0))
+        scores = llm.score(["The sun is bright."], method="full")
+        likely, unlikely = llm.loglikelihood([("The sun was", " bright."), ("The sun was", " a table.")])
+
+Where the engine is batch-invariant (its start line says so), texts, log-probabilities and sums are those of the command
+line and of the server, to the bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack, cast
+
+from pydantic import ValidationError
+
+from lpa_model.backends.features import resolve_device, resolve_dtype
+from lpa_model.perplexity import Convention, Method, Tally
+from server.engine.engine import Engine, EngineOptions, StepFailed, build_engine
+from server.engine.request import (
+    Completion,
+    FinishReason,
+    GrammarSpec,
+    Logprobs,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    scoring_request,
+)
+from server.engine.tokenizer import Tokenizer
+from server.errors import EngineError, InvalidRequest
+from server.protocol.inputs import check_input, place
+from server.protocol.loglikelihood import Alternative, continuation_fields
+from server.protocol.sampling import MAX_LOGPROBS, SamplingBody
+from server.scoring.loglikelihood import Pair, PairTokenizer, Unscorable, packs
+from server.scoring.perplexity import Corpus, Piece, Text, convention_of, pieces, runs, tokenize
+from server.settings import load_settings
+
+__all__ = ["LLM", "Completion", "GrammarSpec", "Likelihood", "Logprobs", "SamplingParams", "Scores", "TextScores"]
+
+Prompt = str | list[int]
+"""A text or its token ids."""
+
+T = TypeVar("T")
+
+
+class Options(TypedDict, total=False):
+    """Settings of `lpa serve` that the engine is built from. None or not given: the LPA_ variable or the default."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] | None
+    device: str | None
+    threads: int | None
+    max_model_len: int | None
+    max_num_seqs: int | None
+    max_num_batched_tokens: int | None
+    step_budget_ms: float | None
+    block_size: int | None
+    kv_cache_layout: Literal["auto", "latent", "mixed", "full"] | None
+    kv_cache_memory: int | None
+    enable_prefix_caching: bool | None
+    batch_invariant: bool | None
+    chat_template: str | None
+    generation_config: Literal["auto", "none"] | None
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """A scored text. Entry i of the lists belongs to token i; None where a token is not scored."""
+
+    token_ids: list[int]
+    logprobs: list[float | None]  # natural logarithms
+    ranks: list[int | None]  # 1 for the most probable token
+    sums: Tally
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scored texts, their exact sums, and the convention that says what was scored."""
+
+    convention: Convention
+    texts: list[TextScores]
+    sums: Tally  # of all texts
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """A continuation after its context."""
+
+    logprob: float  # sum over its tokens, natural logarithm
+    is_greedy: bool  # whether every token was the most probable one in its place
+    num_tokens: int
+    num_bytes: int  # of the continuation as it was given, in UTF-8
+
+
+class LLM:
+    """A model that generates and scores in this process, for one caller at a time.
+
+    As a context manager it closes at the end.
+    """
+
+    def __init__(self, folder: str | Path | None = None, **options: Unpack[Options]) -> None:
+        """
+        Args:
+            folder: model folder (default: LPA_MODEL, or the embedded model).
+            options: `Options`; `server.settings.Settings` describes each.
+
+        Raises:
+            TypeError: an option is not the engine's.
+            ValueError: an option is out of range, or does not fit the model or the machine; the message names it.
+            lpa_model.checkpoint.CheckpointError: the folder cannot be used; the message names the file or tensor.
+        """
+        if unknown := options.keys() - {field.name for field in dataclasses.fields(EngineOptions)}:
+            raise TypeError(f"LLM: {min(unknown)!r} is not an option of the engine")
+        settings = load_settings(model=folder, **options)
+        self.name = settings.model_name
+        self.dtype = str(resolve_dtype(settings.dtype, resolve_device(settings.device))).removeprefix("torch.")
+        self._engine: Engine | None = build_engine(settings.model, settings.engine_options())
+        # steps run in a thread of their own, as in the server: a thread that computes keeps a team of OpenMP threads
+        self._thread = ThreadPoolExecutor(1, "engine")
+        self._inboxes: dict[str, list[RequestOutput]] = {}  # by request id
+        self._numbers = itertools.count()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free model and cache; what is generated or scored meanwhile ends. Closing again does nothing."""
+        self._thread.shutdown()
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = None
+
+    @property
+    def engine(self) -> Engine:
+        """The engine; RuntimeError if the model is closed."""
+        if self._engine is None:
+            raise RuntimeError("the model is closed")
+        return self._engine
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self.engine.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt and completion together, in tokens."""
+        return self.engine.max_model_len
+
+    @property
+    def default_params(self) -> SamplingParams:
+        """SamplingParams(), with what the folder's generation_config.json says if the option has it so."""
+        return replace(SamplingParams(), **cast(dict[str, Any], self.engine.sampling_defaults))
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """What follows each prompt, as many at a time as the engine runs.
+
+        Args:
+            prompts: a text, its token ids, or a list of either; the tokenizer adds its special tokens to texts.
+            params: for all prompts, or one for each (default: `default_params`).
+
+        Raises:
+            InvalidRequest: a prompt is empty or has a token id outside the vocabulary, or a parameter is out of range.
+            ContextLength: a prompt and its max_tokens are longer than `max_model_len`.
+            EngineError: a step of the engine failed.
+        """
+        values = _as_list(prompts)
+        each = [params or self.default_params] * len(values) if not isinstance(params, Sequence) else list(params)
+        if len(each) != len(values):
+            raise InvalidRequest(f"params: {len(each)} for {len(values)} prompts", param="params")
+        requests = [
+            self._request(value, one, place("prompts", i, len(values)))
+            for i, (value, one) in enumerate(zip(values, each, strict=True))
+        ]
+        return [completion for _, completion in self._run((request, request) for request in requests)]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """What follows one prompt, piece by piece as it comes; the last piece has a finish_reason.
+
+        Nothing is computed before the first piece is asked for; closing the iterator ends the generation.
+
+        Raises:
+            UserError: as `generate`, at once where the request is refused.
+        """
+        return self._stream(self._request(prompt, params or self.default_params, "prompt"))
+
+    def _stream(self, request: Request) -> Iterator[RequestOutput]:
+        inbox = self._submit(request)
+        try:
+            while True:
+                for output in self._next_outputs(inbox):
+                    yield output
+                    if output.finish_reason is not None:
+                        return
+        finally:
+            self._forget(request)
+
+    def score(
+        self,
+        texts: Prompt | Sequence[Prompt],
+        method: Method = "full",
+        *,
+        max_length: int | None = None,
+        stride: int | None = None,
+        add_bos: bool | None = None,
+    ) -> Scores:
+        """Log-probabilities of the tokens of each text, and what they come to; `lpa_model/perplexity.py` says how.
+
+        Args:
+            texts: a text, its token ids, or a list of either.
+            method: "full", "sliding", "rolling" or "chunks".
+            max_length: tokens of a window, context included (default: `max_model_len`).
+            stride: tokens between the beginnings of sliding windows (default: half of max_length).
+            add_bos: whether BOS stands before a text (default: the tokenizer's own setting).
+
+        Raises:
+            InvalidRequest: an argument does not fit the model, or a text the method; or no token can be scored.
+            ContextLength: a text is too long for "full".
+            EngineError: a step of the engine failed, or the model gave a number that is not finite.
+        """
+        values = _as_list(texts)
+        convention = self.convention(method, max_length=max_length, stride=stride, add_bos=add_bos)
+        tokenized = (
+            tokenize(self.tokenizer, convention, where, check_input(value, where))
+            for where, value in ((place("texts", i, len(values)), value) for i, value in enumerate(values))
+        )
+        corpus, found = Corpus(convention), list[TextScores]()
+        logprobs: list[float | None] = []
+        ranks: list[int | None] = []
+        for piece, scores in self.score_pieces(tokenized, convention):
+            for start, end, of_run in runs(piece, scores):
+                logprobs += [None] * (end - start) if of_run is None else of_run.logprobs
+                ranks += [None] * (end - start) if of_run is None else of_run.ranks
+            if (sums := corpus.add(piece, scores.logprobs)) is not None:
+                found.append(TextScores(list(piece.text.token_ids), logprobs, ranks, sums))
+                logprobs, ranks = [], []
+        corpus.check("texts")
+        return Scores(convention, found, corpus.tally)
+
+    def convention(
+        self,
+        method: Method,
+        *,
+        max_length: int | None = None,
+        stride: int | None = None,
+        add_bos: bool | None = None,
+    ) -> Convention:
+        """The arguments of `score` with the model's own for those that are None. Raises InvalidRequest."""
+        return convention_of(self.tokenizer, self.max_model_len, method, max_length, stride, add_bos)
+
+    def score_pieces(self, texts: Iterable[Text], convention: Convention) -> Iterator[tuple[Piece, Logprobs]]:
+        """Scores of a corpus of any size: its pieces in order, each as soon as it is there.
+
+        `texts` is read as far ahead as the engine scores at once. Raises what `score` raises, and what `texts` does.
+        """
+
+        def work() -> Iterator[tuple[Piece, Request | None]]:
+            for text in texts:
+                for piece in pieces(text, convention, self.max_model_len):
+                    if (window := piece.window) is None:
+                        yield piece, None
+                    else:
+                        yield piece, scoring_request(self._id(), window.tokens(text.token_ids), window.first_index)
+
+        for piece, completion in self._run(work()):
+            yield piece, completion.prompt_logprobs or Logprobs()
+
+    def loglikelihood(self, pairs: Sequence[tuple[Prompt, Prompt]], *, add_bos: bool | None = None) -> list[Likelihood]:
+        """How probable each continuation is after its context, for pairs (context, continuation).
+
+        Continuations of one context are computed together, each as if it stood alone.
+
+        Args:
+            pairs: texts or token ids; a context may be empty, a continuation may not.
+            add_bos: whether BOS stands before a context (default: the tokenizer's own setting).
+
+        Raises:
+            InvalidRequest: a pair cannot be scored; it is named.
+            ContextLength: context and continuation are longer than `max_model_len`.
+            EngineError: as `score`.
+        """
+        split = PairTokenizer(self.tokenizer, self.max_model_len, add_bos)
+        tokenized: list[Pair] = []
+        for pair in split([_alternative(pair, f"pairs[{i}]") for i, pair in enumerate(pairs)]):
+            if isinstance(pair, Unscorable):
+                raise pair.error
+            tokenized.append(pair)
+        work = (
+            (pack, scoring_request(self._id(), pack.token_ids, pack.branches[0], branches=pack.branches))
+            for pack in packs(tokenized, split.max_tokens)
+        )
+        found: dict[int, Likelihood] = {}
+        for pack, completion in self._run(work):
+            for scored, scores in pack.scores(completion.prompt_logprobs or Logprobs()):
+                entry = continuation_fields(scored.index, scored.where, scores, scored.num_bytes)
+                found[scored.index] = Likelihood(
+                    entry["logprob"], entry["is_greedy"], entry["num_tokens"], entry["num_bytes"]
+                )
+        return [found[i] for i in range(len(tokenized))]
+
+    # --- requests --------------------------------------------------------------------------------------------------
+
+    def _id(self) -> str:
+        return str(next(self._numbers))
+
+    def _request(self, value: Prompt, params: SamplingParams, where: str) -> Request:
+        """What `generate` raises is raised here."""
+        value = check_input(value, where)
+        ids = self.tokenizer.encode(value) if isinstance(value, str) else value
+        params = _checked(params, self.tokenizer)
+        self.engine.validate(ids, params.max_tokens, where)
+        if params.grammar is not None:
+            self.engine.compile_grammar(params.grammar)
+        return Request(self._id(), ids, params)
+
+    def _run(self, work: Iterable[tuple[T, Request | None]]) -> Iterator[tuple[T, Completion]]:
+        """Each item of `work` with what its request came to, in order; an empty completion for one without a request.
+
+        `work` is read as far as the engine runs at once, and as much again.
+        """
+        most = 2 * self.engine.scheduler.max_num_seqs
+        waiting: deque[tuple[T, Request | None]] = deque()
+        completions: dict[str, Completion] = {}
+        inbox: list[RequestOutput] = []
+        remaining = iter(work)
+        try:
+            while True:
+                for item, request in itertools.islice(remaining, most - len(waiting)):
+                    waiting.append((item, request))
+                    if request is not None:
+                        completions[request.id] = Completion()
+                        self._submit(request, inbox)
+                if not waiting:
+                    return
+                item, request = waiting[0]
+                completion = Completion() if request is None else completions[request.id]
+                if request is None or completion.finish_reason is not None:
+                    waiting.popleft()
+                    if request is not None:
+                        self._forget(request)
+                        del completions[request.id]
+                    yield item, completion
+                    continue
+                for output in self._next_outputs(inbox):
+                    completions[output.request_id].add(output)
+        finally:
+            for _, request in waiting:
+                if request is not None:
+                    self._forget(request)
+
+    def _submit(self, request: Request, inbox: list[RequestOutput] | None = None) -> list[RequestOutput]:
+        """Queue a request; its outputs come into the inbox that is returned."""
+        inbox = [] if inbox is None else inbox
+        self._inboxes[request.id] = inbox
+        self.engine.add_request(request)
+        return inbox
+
+    def _forget(self, request: Request) -> None:
+        """No output of a request is wanted any more."""
+        self._inboxes.pop(request.id, None)
+        if self._engine is not None:
+            self._engine.abort(request.id)
+
+    def _next_outputs(self, inbox: list[RequestOutput]) -> list[RequestOutput]:
+        """What has come into an inbox; steps until something has.
+
+        Raises:
+            InvalidRequest: a request of this inbox cannot be followed, such as its grammar.
+            EngineError: the step that held one failed.
+        """
+        while not inbox:
+            try:
+                outputs = self._thread.submit(self.engine.step).result()
+            except StepFailed as failed:
+                outputs = failed.outputs
+            self.engine.take_stats()  # nobody else does, and they grow
+            for output in outputs:
+                if (owner := self._inboxes.get(output.request_id)) is not None:
+                    owner.append(output)
+        found = inbox.copy()
+        inbox.clear()
+        for output in found:
+            if output.invalid_param is not None:
+                raise InvalidRequest(str(output.error), param=output.invalid_param or None)
+            if output.finish_reason is FinishReason.ERROR:
+                raise EngineError(f"the engine failed on this request: {output.error}")
+        return found
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several as a list."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [cast(Prompt, prompts)]
+    return list(cast(Sequence[Prompt], prompts))
+
+
+def _checked(params: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
+    """The parameters as the API takes and rounds them. Raises InvalidRequest that names the field."""
+    if params.max_tokens < 0:
+        raise InvalidRequest(f"max_tokens: {params.max_tokens} is less than 0", param="max_tokens")
+    if params.max_tokens == 0 and params.prompt_logprobs is None:
+        raise InvalidRequest("max_tokens: 0 needs prompt_logprobs; there is nothing to answer", param="max_tokens")
+    if params.logprobs is not None and not 0 <= params.logprobs <= MAX_LOGPROBS:
+        raise InvalidRequest(f"logprobs: {params.logprobs} is not between 0 and {MAX_LOGPROBS}", param="logprobs")
+    for word in params.bad_words:
+        tokenizer.check(word, "bad_words")
+    given: dict[str, Any] = {}
+    for name in {field.name for field in dataclasses.fields(params)} & SamplingBody.model_fields.keys() - {"bad_words"}:
+        value = getattr(params, name)
+        given[name] = dict(value) if name == "logit_bias" else list(value) if isinstance(value, tuple) else value
+    try:
+        body = SamplingBody(model="", **given)
+    except ValidationError as invalid:
+        first = invalid.errors()[0]
+        name = str((*first["loc"], *first.get("ctx", {}).get("place", ()))[0])
+        raise InvalidRequest(f"{name}: {first['msg'][:1].lower()}{first['msg'][1:]}", param=name) from None
+    checked = body.sampling_params(tokenizer, params.max_tokens, params.logprobs, params.prompt_logprobs, {})
+    return replace(params, **{name: getattr(checked, name) for name in given})
+
+
+def _alternative(pair: tuple[Prompt, Prompt], where: str) -> Alternative:
+    context, continuation = (check_input(value, f"{where}[{i}]") for i, value in enumerate(pair))
+    return Alternative(f"{where}[1]", context, continuation)

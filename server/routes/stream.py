@@ -1,0 +1,94 @@
+"""Answers that come piece by piece: server-sent events, and lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server.errors import Cancelled, EngineError, UserError
+from server.routes.ndjson import NDJSON
+from server.routes.respond import while_connected
+from server.routes.waiting import COMMENT
+
+logger = logging.getLogger(__name__)
+
+DONE = "[DONE]"
+
+
+class Stream(Response):
+    """Sends each string of `pieces` in a frame of its own and closes the generator however the stream ends.
+
+    An error before the first piece is an answer with its own status. One in the middle becomes a last piece with
+    OpenAI's error object. A reader that does not keep up holds the generator back; one that leaves ends it, and so
+    does cancelling, which is told as an error.
+    """
+
+    def __init__(
+        self,
+        pieces: AsyncGenerator[str],
+        media_type: str,
+        frame: Callable[[str], str],
+        receive: Receive | None = None,
+    ) -> None:
+        """`receive` takes the place of the request's own."""
+        self.status_code = 200
+        self.background = None
+        self.media_type = media_type
+        # proxies that buffer would turn a stream into one late answer
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self._pieces = pieces
+        self._frame = frame
+        self._receive = receive
+        self._started = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await while_connected(self._receive or receive, self._send_all(send))
+        except ClientDisconnect:
+            state = scope["state"]
+            if not state["cancelled"].done():
+                state["client_left"] = True
+                return
+            if not self._started:
+                raise Cancelled() from None
+            await self._send_last(send, Cancelled())
+
+    async def _send_all(self, send: Send) -> None:
+        async with aclosing(self._pieces) as pieces:
+            first = await anext(pieces)
+            self._started = True
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            try:
+                await self._send(send, first)
+                async for piece in pieces:
+                    await self._send(send, piece)
+            except UserError as error:
+                await self._send_last(send, error)
+            except Exception:
+                logger.exception("a stream failed")
+                await self._send_last(send, EngineError("the server failed in the middle of the stream"))
+            else:
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send(self, send: Send, piece: str) -> None:
+        await send({"type": "http.response.body", "body": self._frame(piece).encode(), "more_body": True})
+
+    async def _send_last(self, send: Send, error: UserError) -> None:
+        await self._send(send, json.dumps(error.body()))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def event_stream(events: AsyncGenerator[str]) -> Stream:
+    """Server-sent events; a stream that ends as it should ends with DONE."""
+    return Stream(events, "text/event-stream", lambda data: f"{data if data == COMMENT else f'data: {data}'}\n\n")
+
+
+def line_stream(lines: AsyncGenerator[str], receive: Receive) -> Stream:
+    """Lines of JSON; `receive` passes on the body that is read meanwhile."""
+    return Stream(lines, NDJSON, lambda line: f"{line}\n", receive)
