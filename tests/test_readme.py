@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +110,9 @@ def script(clone: Clone, parts: list[Command]) -> str:
         lines.append(f"printf '{MARK}'")
         if SERVES.match(part.text):
             lines += [
-                f"bash -c {_quoted(clone.typed(part.text).strip())} > served & pid=$!",
-                "until grep -q ' is served' served; do kill -0 $pid; sleep 0.1; done",
-                "kill -TERM $pid; wait $pid; cat served",
+                f"served=$(mktemp -p .); bash -c {_quoted(clone.typed(part.text).strip())} > $served & pid=$!",
+                "until grep -q ' is served' $served; do kill -0 $pid; sleep 0.1; done",
+                "kill -TERM $pid; wait $pid; cat $served",
             ]
         else:
             lines.append(clone.typed(part.text))
@@ -146,10 +147,23 @@ def run_of(path: Path) -> list[Command]:
     return [command for block in found for command in commands(block)]
 
 
-@pytest.mark.parametrize("path", [path for path in DOCUMENTS if run_of(path)], ids=name)
-def test_what_is_typed_works(path: Path, clone: Clone) -> None:
-    parts = [part for part in run_of(path) if not part.text.startswith("make serve")]  # it is running
-    done = clone.run(script(clone, parts))
+TYPED = {
+    path: [part for part in run_of(path) if not part.text.startswith("make serve")]  # it is running
+    for path in DOCUMENTS
+    if run_of(path)
+}
+
+
+@pytest.fixture(scope="module")
+def terminals(clone: Clone) -> Iterator[dict[Path, Future[subprocess.CompletedProcess[str]]]]:
+    """All documents, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {path: pool.submit(clone.run, script(clone, parts)) for path, parts in TYPED.items()}
+
+
+@pytest.mark.parametrize("path", TYPED, ids=name)
+def test_what_is_typed_works(path: Path, terminals: dict[Path, Future[subprocess.CompletedProcess[str]]]) -> None:
+    parts, done = TYPED[path], terminals[path].result()
     outputs = done.stdout.split(MARK)[1:]
     assert done.returncode == 0, f"{parts[len(outputs) - 1].text}\n{outputs[-1:]}\n{done.stderr}"
     for part, output in zip(parts, outputs, strict=True):

@@ -71,7 +71,7 @@ SETTING_GROUPS = {
     "dtype": "How it is computed",
     "max_model_len": "Steps and cache",
     "max_queue": "Limits and times",
-    "api_key": "Who may call",
+    "api_key": "Keys and origins",
     "log_format": "Log",
 }
 """Headings of the settings, by the first of each group in the order of `Settings`."""
