@@ -1,5 +1,7 @@
 # make serve     virtual environment, install, start the server on the embedded model
 # make test      the same environment plus test tools; lint, types, tests
+# make lint      its lint and types alone
+# make test-fast     its quickest tests alone: values and bookkeeping, no kernels, no sockets; under 30 seconds
 # make test-extra    the tests against heavy peers (lm-eval, transformers, schemathesis, LangChain, a browser), and of the
 #                    kernels under sanitizers, in an environment of their own; the browser is Debian's chromium, the
 #                    sanitizers' libraries come with its gcc: installed with apt-get if there is none
@@ -12,9 +14,11 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
+FAST = block_manager cache chat_template convert_llama docker export grammar imports init layers logprobs \
+	metrics model scheduler settings step_cost tokenizer
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 
-.PHONY: install serve kernels test test-extra clean
+.PHONY: install serve kernels lint test test-fast test-extra clean
 
 install: .venv/installed
 
@@ -38,11 +42,16 @@ kernels: .venv/installed-dev
 serve: install
 	.venv/bin/lpa serve
 
-test: .venv/installed-dev
+lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+test: lint
 	.venv/bin/pytest
+
+test-fast: .venv/installed-dev
+	.venv/bin/pytest $(FAST:%=tests/test_%.py)
 
 .venv-extra/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-extra

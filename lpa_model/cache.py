@@ -19,8 +19,8 @@ class LatentCache:
 
     `latent` stores the rank-r projection shared by all heads (heads = 1, width = r), `full` the keys (rotated,
     where positions are rotary) and values themselves (heads = H_kv, width = dh), `mixed` full keys and latent
-    values (LPA.md section 4). A dense projection has no latent: its tensor is full in every layout. Who computes in
-    programs (`fused`) arranges the numbers of a block of values otherwise, and neither writes nor gathers here.
+    values (lpa_model/README.md, "The latent cache"). A dense projection has no latent: its tensor is full in every
+    layout. The CPU backends write blocks themselves, and arrange the numbers of a block as their kernels read them.
     """
 
     def __init__(

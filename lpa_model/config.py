@@ -254,7 +254,7 @@ class LPAConfig:
         return keys, values
 
     def cache_elements_per_token(self, layout: CacheLayout, width_unit: int = 1) -> int:
-        """Cached numbers per token over all layers (LPA.md section 4: 2r, H·dh + r, or 2·H·dh per layer).
+        """Cached numbers per token over all layers: 2r, H·dh + r, or 2·H·dh in each (lpa_model/README.md).
 
         Widths of heads and latents are padded to multiples of `width_unit`.
         """

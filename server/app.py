@@ -28,6 +28,7 @@ from server.routes.health import health_router, package_version
 from server.routes.loglikelihood import loglikelihood_router
 from server.routes.metrics import metrics_router
 from server.routes.models import models_router
+from server.routes.pages import DOCS_PATHS, pages_router
 from server.routes.perplexity import perplexity_router
 from server.routes.playground import PLAYGROUND_PATHS, playground_router
 from server.routes.requests import Running, requests_router
@@ -51,7 +52,7 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
         finally:
             await engine.stop(settings.drain_timeout)
 
-    keys, running = keys_of(settings, PLAYGROUND_PATHS), Running()
+    keys, running = keys_of(settings, PLAYGROUND_PATHS | DOCS_PATHS), Running()
     app = FastAPI(
         title="LPA inference server",
         version=package_version(),
@@ -69,8 +70,15 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     app.include_router(health_router(engine))
     app.include_router(metrics_router(metrics))
     app.include_router(playground_router())
+    app.include_router(pages_router())
     app.include_router(requests_router(running, keys))
-    app.include_router(docs_router(functools.cache(lambda: openapi_document(app, settings, keys))))
+    names = settings.model_names
+    app.include_router(
+        docs_router(
+            functools.cache(lambda: openapi_document(app, names, keys)),
+            functools.cache(lambda: openapi_document(app, () if keys.client else names, keys)),
+        )
+    )
     app.add_exception_handler(UserError, _on_user_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(HTTPException, _on_http_exception)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -12,7 +12,6 @@ from server.keys import Keys
 from server.protocol.body import HARMLESS
 from server.protocol.sampling import SamplingBody
 from server.routes.requests import CONTROL
-from server.settings import Settings
 
 LISTED = ", ".join(f"`{name}`" for name in sorted(HARMLESS))
 RENAMED = ", ".join(f"`{name}` is `{ours}`" for name, ours in sorted(SamplingBody.aliases.items()))
@@ -43,8 +42,8 @@ SCHEMES = {
 }
 
 
-def openapi_document(app: FastAPI, settings: Settings, keys: Keys) -> dict[str, Any]:
-    """The document of an application whose routes are all there."""
+def openapi_document(app: FastAPI, names: Sequence[str], keys: Keys) -> dict[str, Any]:
+    """The document of an application whose routes are all there; `names` of the model may be told."""
     document = get_openapi(
         title=app.title,
         version=app.version,
@@ -62,8 +61,8 @@ def openapi_document(app: FastAPI, settings: Settings, keys: Keys) -> dict[str, 
             operation["security"] = [{"AdminKey": []}]
         elif keys.client and path not in keys.open_paths:
             operation["security"] = [{"ApiKey": []}]
-        if body := operation.get("requestBody"):
-            _name_model(schemas[_name_of(body["content"]["application/json"]["schema"])], settings)
+        if names and (body := operation.get("requestBody")):
+            _name_model(schemas[_name_of(body["content"]["application/json"]["schema"])], names)
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
     return document
@@ -79,11 +78,11 @@ def _name_of(reference: dict[str, str]) -> str:
     return reference["$ref"].rpartition("/")[2]
 
 
-def _name_model(schema: dict[str, Any], settings: Settings) -> None:
+def _name_model(schema: dict[str, Any], names: Sequence[str]) -> None:
     """A request's `model` is one of the names that this server has."""
     if (model := schema["properties"].get("model")) is None:
         return
     for kind in model.get("anyOf", [model]):
         if kind.get("type") == "string":
-            kind["enum"] = list(settings.model_names)
-    model["examples"] = [settings.model_name]
+            kind["enum"] = list(names)
+    model["examples"] = [names[0]]

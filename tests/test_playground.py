@@ -100,7 +100,7 @@ def test_every_reference_of_the_page_is_a_file_or_an_anchor() -> None:
     page = Page()
     ids = page.values("id")
     assert len(ids) == len(set(ids))
-    own = {*PLAYGROUND_PATHS, "/docs"}
+    own = {*PLAYGROUND_PATHS, "/docs/"}
     for reference in page.values("src") + page.values("href"):
         assert reference.removeprefix("#") in ids if reference.startswith("#") else f"/{reference}" in own
     for name, text in SCRIPTS.items():

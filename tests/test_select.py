@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from functools import partial
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -47,6 +48,14 @@ def test_every_case_has_the_expected_backend(best: str) -> None:
             choice = choose()
             assert (choice.name, choice.batch_invariant) == (EXPECTED[best][dtype], True), (name, options)
             assert all(reason for _, reason in choice.refused)
+
+
+def test_the_documents_have_the_table() -> None:
+    page = (Path(__file__).parent.parent / "server" / "docs" / "architecture.md").read_text()
+    columns = [*EXPECTED["scalar"]]
+    lines = [f"| processor | {' | '.join(columns)} |", "| --- | --- | --- |"]
+    lines += [f"| {best} | {' | '.join(expected[dtype] for dtype in columns)} |" for best, expected in EXPECTED.items()]
+    assert "\n" + "\n".join(lines) + "\n\n" in page
 
 
 def test_a_name_is_that_of_the_loaded_backend() -> None:

@@ -42,8 +42,8 @@ def test_wheel_holds_both_packages_and_the_embedded_model(wheel: Path) -> None:
     expected = {
         str(path.relative_to(ROOT))
         for package, patterns in {
-            "lpa_model": ("*.py", "py.typed", "checkpoints/**/*", "backends/cpu/csrc/*"),
-            "server": ("*.py", "py.typed", "playground/**/*", "routes/*.html"),
+            "lpa_model": ("*.py", "py.typed", "README.md", "checkpoints/**/*", "backends/cpu/csrc/*"),
+            "server": ("*.py", "py.typed", "docs/*.md", "playground/**/*", "routes/*.html"),
         }.items()
         for pattern in patterns
         for path in (ROOT / package).rglob(pattern)

@@ -1,4 +1,4 @@
-"""GET /openapi.json, and GET /docs: the document as one page to read. It loads nothing else and runs no program.
+"""GET /openapi.json, and GET /docs/reference: the document as one page to read, which loads nothing else.
 
 Swagger UI and its like would be megabytes of vendored JavaScript, or none without the internet; a page that needs a
 second request could not send an API key with it.
@@ -10,18 +10,17 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterator
-from importlib.resources import files
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from jinja2 import Environment, Template
+from jinja2 import Template
 from markupsafe import Markup, escape
 
+from server.routes.pages import HEADERS, MEDIA_TYPE, REFERENCE, environment
 from server.routes.respond import json_response
 from server.routes.responses import responses
 
-HEADERS = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'"}
 LIMITS = {
     "minimum": "≥ {}",
     "exclusiveMinimum": "> {}",
@@ -37,8 +36,11 @@ LIMITS = {
 IN_EXAMPLES = ("model", "prompt", "input", "tokens")  # beside required fields
 
 
-def docs_router(document: Callable[[], dict[str, Any]]) -> APIRouter:
-    """The routes of a document that there is once the application has all of its routes."""
+def docs_router(document: Callable[[], dict[str, Any]], open_document: Callable[[], dict[str, Any]]) -> APIRouter:
+    """The routes of a document that there is once the application has all of its routes.
+
+    `open_document` is what a page that needs no key may say.
+    """
     router = APIRouter(tags=["Operations"])
     described = responses(None, description="A page of HTML.")
     described[200]["content"] = {"text/html": {"schema": {"type": "string"}}}
@@ -47,21 +49,22 @@ def docs_router(document: Callable[[], dict[str, Any]]) -> APIRouter:
     async def openapi() -> Response:
         return json_response(document())
 
-    @router.get("/docs", summary="This documentation", response_class=Response, responses=described)
-    async def docs(request: Request) -> Response:
+    @router.get(f"/docs/{REFERENCE}", summary="This page", response_class=Response, responses=described)
+    async def reference(request: Request) -> Response:
         """The OpenAPI document, which is at /openapi.json, as a page."""
-        page = _template().render(document=document(), url=str(request.base_url).rstrip("/"))
-        return Response(page, media_type="text/html; charset=utf-8", headers=HEADERS)
+        url = str(request.base_url).rstrip("/")
+        page = _template().render(document=open_document(), url=url, title="API reference", current="api")
+        return Response(page, media_type=MEDIA_TYPE, headers=HEADERS)
 
     return router
 
 
 @functools.cache
 def _template() -> Template:
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"kind": _kind, "limits": _limits, "prose": _prose, "fields": _fields}
-    environment.globals |= {"by_tag": _by_tag, "example": _example, "name_of": _name_of}
-    return environment.from_string(files("server").joinpath("routes/docs.html").read_text(encoding="utf-8"))
+    templates = environment()
+    templates.filters |= {"kind": _kind, "limits": _limits, "prose": _prose, "fields": _fields}
+    templates.globals |= {"by_tag": _by_tag, "example": _example, "name_of": _name_of}
+    return templates.get_template("reference.html")
 
 
 def _by_tag(document: dict[str, Any], tag: str) -> Iterator[tuple[str, str, dict[str, Any]]]:

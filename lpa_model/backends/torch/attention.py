@@ -2,7 +2,8 @@
 
 A token's path follows from its role alone, so that no result depends on scheduling: prompt and scored tokens go
 `expanded` (keys and values are rebuilt from the latents once and meet ordinary attention), generated tokens go
-`absorbed` where positions allow it, and read the pools where they lie (LPA.md section 4; DeepSeek-V2's MLA).
+`absorbed` where positions allow it, and read the pools where they lie (lpa_model/README.md, "Absorption";
+DeepSeek-V2's MLA).
 """
 
 from __future__ import annotations
