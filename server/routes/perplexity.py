@@ -28,6 +28,7 @@ from server.protocol.perplexity import (
     PerplexityResponse,
     corpus_fields,
     input_of_line,
+    progress_fields,
     text_fields,
     token_entries,
 )
@@ -255,6 +256,8 @@ async def _lines(
             if asked.return_tokens and item.window is not None:
                 await asyncio.to_thread(tokens.add_window, text, item.window, item.scores)
             if not item.is_last:
+                if asked.stream_progress and item.window is not None:
+                    yield to_json(progress_fields(corpus.num_texts, item.window.end, len(text.token_ids)))
                 continue
             entry = to_json(text_fields(corpus.num_texts, text.tally, convention.method))
             if asked.return_tokens:
