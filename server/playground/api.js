@@ -4,10 +4,13 @@ const STORED_KEY = "lpa-api-key";
 
 /** OpenAI's error object, or the want of an answer (status 0). */
 export class ApiError extends Error {
-  constructor(message, status, param = null) {
+  constructor(message, status, { param = null, code = null, hadKey = false, broken = false } = {}) {
     super(message);
     this.status = status;
     this.param = param; // the field at fault
+    this.code = code;
+    this.hadKey = hadKey; // whether a key was sent
+    this.broken = broken; // whether the answer had begun
   }
 }
 
@@ -20,20 +23,23 @@ export function storeKey(key) {
 
 /**
  * The response to a GET, or to a POST if there is a body; throws ApiError unless it is a success.
- * After a 401, `askForKey(message)` is awaited, and the call made again with the key it stored if it returns true.
+ * After a 401, `askForKey(error)` is awaited, and the call made again with the key it stored if it returns true.
  */
 export async function call(path, { body, signal, askForKey } = {}) {
   for (;;) {
-    const response = await send(path, body, signal);
+    const key = storedKey();
+    const response = await send(path, key, body, signal);
     if (response.ok) return response;
-    const error = await errorOf(response);
-    if (error.status !== 401 || !askForKey || !(await askForKey(error.message))) throw error;
+    const error = await errorOf(response, key);
+    if (error.status !== 401) throw error;
+    if (storedKey() !== key) continue; // another call was given a new one meanwhile
+    if (!askForKey || !(await askForKey(error))) throw error;
   }
 }
 
-async function send(path, body, signal) {
+async function send(path, key, body, signal) {
   const headers = {};
-  if (storedKey()) headers.Authorization = `Bearer ${storedKey()}`;
+  if (key) headers.Authorization = `Bearer ${key}`;
   if (body) headers["Content-Type"] = "application/json";
   try {
     return await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
@@ -43,11 +49,12 @@ async function send(path, body, signal) {
   }
 }
 
-async function errorOf(response) {
+async function errorOf(response, key) {
+  const hadKey = Boolean(key);
   try {
     const { error } = await response.json();
-    return new ApiError(error.message, response.status, error.param);
+    return new ApiError(error.message, response.status, { param: error.param, code: error.code, hadKey });
   } catch {
-    return new ApiError(`the server answered with status ${response.status}`, response.status);
+    return new ApiError(`the server answered with status ${response.status}`, response.status, { hadKey });
   }
 }

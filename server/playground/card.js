@@ -1,6 +1,6 @@
 // The card beside a token: its probability and what else it could have been.
 
-import { bitsOf, pieceOf } from "./tokens.js";
+import { bitsOf, blankName, pieceOf } from "./tokens.js";
 
 const GAP = 8; // px
 const element = (tag, className, text = "") => {
@@ -93,7 +93,7 @@ function partsOf({ text, tokens, bits }) {
   for (const { label, logprob } of tokens) {
     if (logprob !== null) rows.append(...bar(label, Math.exp(logprob), "chosen"));
   }
-  return [head(text, bits), rows, element("p", "hint", `${tokens.length} tokens, which have bytes that are no text alone`)];
+  return [head(blankName(text) ?? text, bits), rows, element("p", "hint", `${tokens.length} tokens, which have bytes that are no text alone`)];
 }
 
 function bar(label, p, kind) {

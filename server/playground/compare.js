@@ -1,7 +1,8 @@
 // The Compare tab: two texts, or two methods on one text, side by side.
 
-import { announce, byId, failed, isRunKey } from "./dom.js";
+import { announce, byId } from "./dom.js";
 import { methodFields } from "./method.js";
+import { dims, runs } from "./run.js";
 import { drawMap, figure, score } from "./score.js";
 import { roam } from "./tokens.js";
 
@@ -14,6 +15,7 @@ const ROWS = [
   ["Tokens scored", (scored) => scored.num_tokens, 0],
 ];
 
+/** Wires the tab. Returns what `runs` does. */
 export function compareTab(server) {
   const [form, same, a, b] = ["compare-form", "same-text", "a-text", "b-text"].map(byId);
   const [methodA, methodB] = ["a", "b"].map((side) => methodFields(form.querySelector(`[data-method="${side}"]`)));
@@ -29,29 +31,36 @@ export function compareTab(server) {
   });
   a.addEventListener("input", () => same.checked && (b.value = a.value));
 
-  form.addEventListener("submit", async (event) => {
-    event.preventDefault();
-    if (form.ariaBusy === "true") return;
-    form.ariaBusy = "true";
-    failed("compare-error", null);
+  const asked = () => JSON.stringify([a.value, methodA.read(), b.value, methodB.read()]);
+  const showsOf = dims(form, asked);
+
+  async function work(signal, progress) {
+    const of = asked();
+    const sides = [{ text: a.value, method: methodA.read() }, { text: b.value, method: methodB.read() }];
     announce("Scoring");
-    try {
-      const both = [score(server, a.value, methodA.read()), score(server, b.value, methodB.read())];
-      const [scoredA, scoredB] = await Promise.all(both);
-      drawTable(scoredA, scoredB);
-      drawMap(maps[0], scoredA);
-      drawMap(maps[1], scoredB);
-      byId("verdict").textContent = verdict(scoredA, scoredB, a.value === b.value);
-      announce(byId("verdict").textContent);
-    } catch (error) {
-      failed("compare-error", error);
-    } finally {
-      form.ariaBusy = "false";
-    }
-  });
-  form.addEventListener("keydown", (event) => {
-    if (event.target.matches("textarea") && isRunKey(event)) form.requestSubmit();
-  });
+    const progressOf = (side) => (done, all) => {
+      Object.assign(side, { done, all });
+      const known = sides.filter((other) => other.all);
+      progress(...["done", "all"].map((name) => known.reduce((sum, other) => sum + other[name], 0)));
+    };
+    const both = sides.map((side) => score(server, side.text, side.method, signal, progressOf(side)));
+    const [scoredA, scoredB] = await Promise.all(both);
+    drawTable(scoredA, scoredB);
+    drawMap(maps[0], scoredA);
+    drawMap(maps[1], scoredB);
+    byId("verdict").textContent = verdict(scoredA, scoredB, sides[0].text === sides[1].text);
+    showsOf(of);
+    announce(byId("verdict").textContent);
+  }
+
+  const by = (name) => () => {
+    methodA.choose(name);
+    methodB.choose(name);
+    run.start();
+  };
+  const remedies = () => ({ sliding: by("sliding"), rolling: by("rolling") });
+  const run = runs(form, server, { place: "compare-error", work, remedies });
+  return run;
 }
 
 function drawTable(scoredA, scoredB) {

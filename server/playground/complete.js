@@ -1,65 +1,59 @@
 // The Complete tab: a prompt, a stream of tokens, and the controls of sampling.
 
 import { call } from "./api.js";
+import { announce, byId, write } from "./dom.js";
+import { watchRoom } from "./room.js";
+import { dims, runs } from "./run.js";
+import { addSliders } from "./sliders.js";
 import { chunks } from "./stream.js";
 import { assembler, bitsOf, bytesOf, draw, labelOf, pieceOf, roam } from "./tokens.js";
-import { announce, byId, failed, isRunKey } from "./dom.js";
 
 const NEUTRAL = { top_p: 1, top_k: 0, min_p: 0, presence_penalty: 0, frequency_penalty: 0, repetition_penalty: 1 };
 const ALTERNATIVES = 5;
 const ENDS = { length: "max tokens reached", stop: "end of text" };
+const WITH_TEXT = ["continue", "copy", "to-score"]; // buttons that need a completion
 
-/** Wires the tab; `scoreText(text)` opens the Score tab on a text. */
+/** Wires the tab; `scoreText(text)` opens the Score tab on a text. Returns what `runs` does. */
 export function completeTab(server, scoreText) {
-  const [form, prompt, output, run] = ["complete-form", "prompt", "completion", "run"].map(byId);
-  let running = null; // AbortController
-  let text = ""; // of the completion
+  const [form, prompt, output] = ["complete-form", "prompt", "completion"].map(byId);
+  let shown = { prompt: "", text: "" }; // the completion on the page
+  const room = watchRoom(server, prompt);
+  const showsOf = dims(form, () => prompt.value);
 
   addSliders(form);
   roam(output);
 
-  form.addEventListener("submit", async (event) => {
-    event.preventDefault();
-    if (running) return running.abort();
-    running = new AbortController();
-    run.textContent = "Stop";
-    output.classList.add("streaming");
-    failed("complete-error", null);
-    for (const id of ["continue", "copy", "to-score"]) byId(id).disabled = true;
-    announce("Writing");
-    const before = document.createElement("span");
-    before.className = "before";
-    before.textContent = prompt.value;
-    output.replaceChildren(before);
-    text = "";
-    const began = performance.now();
-    const facts = { began, first: null, tokens: 0, bits: 0, end: "" };
+  async function work(signal) {
+    const stopped = () => (facts.end = "stopped");
+    const facts = { began: 0, first: null, tokens: 0, bits: 0, end: "" };
+    signal.addEventListener("abort", stopped);
     try {
-      await write(facts);
-    } catch (error) {
-      if (error.name === "AbortError") facts.end = "stopped";
-      else failed("complete-error", error);
+      await room.settle(signal);
+      facts.began = performance.now();
+      await stream(facts, signal);
     } finally {
-      running = null;
-      run.textContent = "Complete";
       output.classList.remove("streaming");
-      for (const id of ["continue", "copy", "to-score"]) byId(id).disabled = !text;
-      showFacts(facts);
-      announce(facts.tokens ? `${facts.tokens} tokens: ${text}` : "Nothing was written");
+      if (facts.first !== null) {
+        for (const id of WITH_TEXT) byId(id).disabled = !shown.text;
+        showFacts(facts);
+        announce(`${facts.tokens} tokens: ${shown.text}`);
+      }
     }
-  });
+  }
 
-  async function write(facts) {
-    const body = { model: await server.model(), prompt: prompt.value, ...sampling() };
+  /** What is on the page stays there until the first token is. */
+  async function stream(facts, signal) {
+    const asked = prompt.value;
+    const body = { model: await server.model(), prompt: asked, ...sampling() };
     const extra = { stream: true, stream_options: { include_usage: true }, logprobs: ALTERNATIVES };
-    const { signal } = running;
     const response = await call("v1/completions", { body: { ...body, ...extra }, signal, askForKey: server.askForKey });
     const { push, flush } = assembler();
     const add = (piece) => piece && output.append(...draw(piece));
     for await (const { choices } of chunks(response)) {
       for (const choice of choices) {
+        if (facts.first === null) begin(asked);
         facts.first ??= performance.now();
-        text += choice.text;
+        shown.text += choice.text;
         for (const token of tokensOf(choice.logprobs)) {
           facts.tokens += 1;
           facts.bits += bitsOf(token.logprob);
@@ -67,28 +61,65 @@ export function completeTab(server, scoreText) {
         }
         if (choice.finish_reason) facts.end = endOf(choice);
       }
-      showFacts(facts);
+      if (facts.first !== null) showFacts(facts);
     }
     add(flush());
-    strikeBeyond(output, text);
+    strikeBeyond(output, shown.text);
   }
 
-  document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && running) running.abort();
+  function begin(asked) {
+    shown = { prompt: asked, text: "" };
+    showsOf(asked);
+    for (const id of WITH_TEXT) byId(id).disabled = true;
+    const before = document.createElement("span");
+    before.className = "before";
+    before.textContent = asked;
+    output.replaceChildren(before);
+    output.classList.add("streaming");
+  }
+
+  const run = runs(form, server, {
+    place: "complete-error",
+    work,
+    remedies: () => {
+      if (!room.full()) return { fit: () => run.start() };
+      return { shorten: () => room.shorten().then(run.start, run.start) };
+    },
   });
-  prompt.addEventListener("keydown", (event) => isRunKey(event) && !running && form.requestSubmit());
-  form.addEventListener("reset", () => setTimeout(() => form.dispatchEvent(new Event("input"))));
+
+  countChanges(form);
+  for (const chip of document.querySelectorAll("#chips button")) {
+    chip.addEventListener("click", () => {
+      write(prompt, chip.textContent);
+      run.restart();
+    });
+  }
   byId("continue").addEventListener("click", () => {
-    prompt.value += text;
-    run.focus(); // this button is about to be disabled
-    form.requestSubmit();
+    write(prompt, shown.prompt + shown.text);
+    // this button is about to be disabled; where there is no keyboard, the focus would bring one up
+    if (matchMedia("(pointer: fine)").matches) prompt.focus();
+    else byId("run").focus();
+    run.restart();
   });
   byId("copy").hidden = !navigator.clipboard; // only over https and from this machine
   byId("copy").addEventListener("click", async () => {
-    await navigator.clipboard.writeText(prompt.value + text);
+    await navigator.clipboard.writeText(shown.prompt + shown.text);
     announce("Copied");
   });
-  byId("to-score").addEventListener("click", () => scoreText(prompt.value + text));
+  byId("to-score").addEventListener("click", () => scoreText(shown.prompt + shown.text));
+  return run;
+}
+
+/** Say how many of the folded controls are not as they were. */
+function countChanges(form) {
+  const folded = form.querySelector("details");
+  const controls = [...folded.querySelectorAll("input:not([type=range]), textarea")];
+  const count = () => {
+    const changed = controls.filter((control) => control.value !== control.defaultValue).length;
+    folded.querySelector("small").textContent = changed ? `${changed} changed` : "";
+  };
+  form.addEventListener("input", count);
+  form.addEventListener("reset", () => setTimeout(count));
 }
 
 /** The controls as fields of the request; those that would change nothing are left out. */
@@ -154,18 +185,4 @@ function showFacts({ began, first, tokens, bits, end }) {
       ]
     : [end];
   byId("complete-facts").textContent = parts.filter(Boolean).join(" · ");
-}
-
-/** A slider beside every number that has both limits; the keyboard has the number itself. */
-function addSliders(form) {
-  for (const control of form.querySelectorAll(".control:not(.plain, .wide)")) {
-    const number = control.querySelector("input");
-    const slider = Object.assign(document.createElement("input"), { type: "range", tabIndex: -1 });
-    for (const name of ["min", "max", "step"]) slider[name] = number[name];
-    slider.setAttribute("aria-hidden", "true");
-    slider.defaultValue = number.value;
-    slider.addEventListener("input", () => (number.value = slider.value));
-    number.addEventListener("input", () => (slider.value = number.value));
-    control.append(slider);
-  }
 }

@@ -1,10 +1,10 @@
 // The page: tabs, theme, key, legends, and the parts of it.
 
-import { call, storedKey, storeKey } from "./api.js";
+import { call, storeKey, storedKey } from "./api.js";
 import { watchTokens } from "./card.js";
 import { compareTab } from "./compare.js";
 import { completeTab } from "./complete.js";
-import { byId, failed } from "./dom.js";
+import { byId } from "./dom.js";
 import { watchServer } from "./live.js";
 import { scoreTab } from "./score.js";
 import { HOTTEST, shade } from "./tokens.js";
@@ -12,7 +12,8 @@ import { HOTTEST, shade } from "./tokens.js";
 const THEMES = { auto: "automatic", light: "light", dark: "dark" };
 const TABS = ["complete", "score", "compare"];
 
-function tabs() {
+/** `shown` has what to do when a tab comes to be seen, by its name. Returns select(name, focus). */
+function tabs(shown) {
   const select = (name, focus = false) => {
     for (const other of TABS) {
       const tab = byId(`${other}-tab`);
@@ -22,6 +23,7 @@ function tabs() {
     }
     if (focus) byId(`${name}-tab`).focus();
     history.replaceState(null, "", `#${name}`);
+    shown[name]();
   };
   for (const [i, name] of TABS.entries()) {
     const tab = byId(`${name}-tab`);
@@ -33,6 +35,7 @@ function tabs() {
   }
   const asked = location.hash.slice(1);
   if (TABS.includes(asked)) select(asked);
+  else shown[TABS[0]]();
   return select;
 }
 
@@ -52,17 +55,20 @@ function themeButton() {
   show();
 }
 
-/** Returns askForKey(why): opens the dialog, and is true once a key was given. */
+/** Returns askForKey(error): opens the dialog, says what was wrong, and is true once a key was given. */
 function keyDialog(onKey) {
   const [dialog, input] = [byId("key-dialog"), byId("key")];
   let asked = null;
-  const askForKey = (why) => {
-    byId("key-why").textContent = `${why ? `The server says: ${why}. ` : ""}It stays in this tab and is forgotten with it.`;
+  const askForKey = (error) => {
+    byId("key-wrong").textContent = error?.hadKey ? "The server does not know this key." : "";
+    input.ariaInvalid = String(Boolean(error?.hadKey));
+    byId("key-why").textContent = error && !error.hadKey ? "This server wants one. " : "";
     asked ??= new Promise((resolve) => {
       input.value = storedKey();
       dialog.returnValue = "cancel";
       dialog.addEventListener("close", () => resolve(dialog.returnValue === "save"), { once: true });
       dialog.showModal();
+      input.select();
     }).then((given) => {
       asked = null;
       if (given) storeKey(input.value.trim());
@@ -71,7 +77,9 @@ function keyDialog(onKey) {
     });
     return asked;
   };
-  byId("key-button").addEventListener("click", () => askForKey(""));
+  byId("key-button").addEventListener("click", async () => {
+    if (await askForKey(null)) await call("v1/models", { askForKey }).catch(() => {}); // asks again if it is wrong
+  });
   return askForKey;
 }
 
@@ -94,15 +102,18 @@ function legends() {
   }
 }
 
-/** The model's name, asked for once; the context sets the limit of what may be asked for. */
+/** The model's name, asked for once, and shown with what the model says of itself. */
 function modelOf(askForKey) {
   let asked = null;
   const ask = async () => {
     const { data } = await (await call("v1/models", { askForKey })).json();
-    byId("model").textContent = data[0].id;
-    byId("max_tokens").max = data[0].max_model_len - 1;
-    byId("max_tokens").parentElement.querySelector("[type=range]").max = data[0].max_model_len - 1;
-    return data[0].id;
+    const { id, description, max_model_len: context } = data[0];
+    byId("model").textContent = id;
+    byId("model").title = id;
+    byId("about").textContent =
+      description ??
+      `A language model that continues a text, of up to ${context.toLocaleString("en")} tokens, and tells how probable it finds every token.`;
+    return id;
   };
   return () => {
     asked ??= ask().catch((error) => {
@@ -113,9 +124,18 @@ function modelOf(askForKey) {
   };
 }
 
+/** `action`, but only the first time. */
+function once(action) {
+  let done = false;
+  return () => {
+    if (!done) action();
+    done = true;
+  };
+}
+
 /** What is folded on a narrow window; style.css shows all of it on a wide one. */
 function folds() {
-  for (const button of document.querySelectorAll("[aria-expanded]")) {
+  for (const button of document.querySelectorAll("button[aria-expanded]")) {
     const set = (open) => {
       button.ariaExpanded = String(open);
       button.textContent = open ? "Hide" : "Show";
@@ -126,18 +146,21 @@ function folds() {
   }
 }
 
-const select = tabs();
 const askForKey = keyDialog(watchServer());
 const server = { askForKey, model: modelOf(askForKey) };
 themeButton();
 legends();
 folds();
-completeTab(server, (text) => {
-  select("score", true);
-  byId("score-text").value = text;
-  byId("score-form").requestSubmit();
-});
-scoreTab(server);
-compareTab(server);
 watchTokens(byId("card"));
-server.model().catch((error) => failed("complete-error", error));
+const scoring = scoreTab(server);
+const completing = completeTab(server, (text) => {
+  scoring.open(text);
+  select("score", true);
+});
+const comparing = compareTab(server);
+// whoever comes sees a result at once
+const select = tabs({
+  complete: once(completing.start),
+  score: once(scoring.start),
+  compare: once(comparing.start),
+});

@@ -1,21 +1,32 @@
 // Scoring a text: the call, its figures, the heat map, and the Score tab.
 
 import { call } from "./api.js";
-import { announce, byId, failed, isRunKey } from "./dom.js";
+import { announce, byId, write } from "./dom.js";
 import { methodFields } from "./method.js";
+import { dims, runs } from "./run.js";
+import { lines } from "./stream.js";
 import { assembler, draw, labelOf, roam } from "./tokens.js";
 
 const ALTERNATIVES = 5;
 const MOST_SHOWN = 5000; // tokens; a page of many more elements is no longer smooth
 const LONGEST_DRAWN = 200_000; // characters; a longer text's tokens are not even asked for
+const BEGINNING = 500_000; // characters, of a text that is too large for the server
 const MOST_WORDS = 12;
 
-/** The API's entry for one text, with tokens if it can be drawn; `options` are the fields that methodFields reads. */
-export async function score(server, text, options) {
+/**
+ * The API's entry for one text, with tokens if it can be drawn; `options` are the fields that methodFields reads.
+ * `progress(done, all)` is called with tokens where there are several windows.
+ */
+export async function score(server, text, options, signal, progress) {
   const wanted = text.length > LONGEST_DRAWN ? {} : { return_tokens: true, top_logprobs: ALTERNATIVES };
-  const body = { model: await server.model(), input: text, ...options, ...wanted };
-  const response = await call("v1/perplexity", { body, askForKey: server.askForKey });
-  const [scored] = (await response.json()).data;
+  const streamed = { stream: true, stream_progress: true };
+  const body = { model: await server.model(), input: text, ...options, ...wanted, ...streamed };
+  const response = await call("v1/perplexity", { body, signal, askForKey: server.askForKey });
+  let scored = null;
+  for await (const line of lines(response)) {
+    if (line.object === "perplexity.progress") progress(line.done_tokens, line.prompt_tokens);
+    else scored ??= line;
+  }
   return { tokens: [], ...scored };
 }
 
@@ -69,32 +80,41 @@ function surprisingWords(drawn) {
   return found.slice(0, MOST_WORDS);
 }
 
+/** Wires the tab. Returns what `runs` does, and `open(text)`, which scores another text. */
 export function scoreTab(server) {
   const [form, text, map] = ["score-form", "score-text", "score-map"].map(byId);
   const method = methodFields(form.querySelector("[data-method]"));
+  const asked = () => JSON.stringify([text.value, method.read()]);
+  const showsOf = dims(form, asked);
   roam(map);
   drawFigures(null);
 
-  form.addEventListener("submit", async (event) => {
-    event.preventDefault();
-    if (form.ariaBusy === "true") return;
-    form.ariaBusy = "true";
-    failed("score-error", null);
+  async function work(signal, progress) {
+    const of = asked();
     announce("Scoring");
-    try {
-      const scored = await score(server, text.value, method.read());
-      drawFigures(scored);
-      const drawn = drawMap(map, scored);
-      drawWords(surprisingWords(drawn));
-      byId("score-note").textContent = noteOf(scored.tokens.length);
-      announce(`Perplexity ${figure(scored.perplexity)}, ${figure(scored.bits_per_byte, 3)} bits per byte`);
-    } catch (error) {
-      failed("score-error", error);
-    } finally {
-      form.ariaBusy = "false";
-    }
-  });
-  text.addEventListener("keydown", (event) => isRunKey(event) && form.requestSubmit());
+    const scored = await score(server, text.value, method.read(), signal, progress);
+    drawFigures(scored);
+    drawWords(surprisingWords(drawMap(map, scored)));
+    byId("score-note").textContent = noteOf(scored.tokens.length);
+    showsOf(of);
+    announce(`Perplexity ${figure(scored.perplexity)}, ${figure(scored.bits_per_byte, 3)} bits per byte`);
+  }
+
+  const by = (name) => () => {
+    method.choose(name);
+    run.start();
+  };
+  const begin = () => {
+    write(text, text.value.slice(0, BEGINNING).toWellFormed());
+    run.start();
+  };
+  const remedies = () => ({ sliding: by("sliding"), rolling: by("rolling"), ...(text.value.length > BEGINNING ? { begin } : {}) });
+  const run = runs(form, server, { place: "score-error", work, remedies });
+  const open = (other) => {
+    write(text, other);
+    run.restart();
+  };
+  return { ...run, open };
 }
 
 function noteOf(numTokens) {

@@ -7,6 +7,20 @@
 export const HOTTEST = 12; // bits at which the shade is full
 const ESCAPED = /^bytes:((?:\\x[0-9a-f]{2})+)$/; // how OpenAI writes a token whose bytes are not UTF-8
 
+const BLANK = /^[\s\p{C}]+$/u; // white space, controls, joiners
+const BLANKS = {
+  " ": "space",
+  "\n": "new line",
+  "\t": "tab",
+  "\r": "carriage return",
+  "\f": "form feed",
+  "\u00a0": "no-break space",
+  "\u200b": "zero-width space",
+  "\u200d": "zero-width joiner",
+  "\u3000": "wide space",
+  "\ufeff": "byte order mark",
+};
+
 const encoder = new TextEncoder();
 const pieces = new WeakMap(); // element to piece
 
@@ -18,14 +32,27 @@ export function bytesOf(text) {
   return escaped ? Uint8Array.from(escaped[1].slice(2).split("\\x"), (hex) => parseInt(hex, 16)) : encoder.encode(text);
 }
 
-/** A token's text with its white space made visible; bytes that are no text as ‹hex›. */
+/** A token's text with its white space made visible, or named if there is nothing else; bytes that are no text as ‹hex›. */
 export function labelOf(bytes) {
   try {
     const text = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
-    return text.replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥") || "(empty)";
+    return blankName(text) ?? text.replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥");
   } catch {
     return `‹${Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join(" ")}›`;
   }
+}
+
+/** The name of a text that shows nothing, such as "2 new lines, tab"; null of any other. */
+export function blankName(text) {
+  if (!text) return "(empty)";
+  if (!BLANK.test(text)) return null;
+  return [...text.matchAll(/(.)\1*/gsu)]
+    .map(([run, char]) => {
+      const name = BLANKS[char] ?? `U+${char.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
+      const count = [...run].length;
+      return count > 1 ? `${count} ${name}s` : name;
+    })
+    .join(", ");
 }
 
 /** Feed it tokens in order: `push` returns the piece that is complete, or null; `flush` what is left. */
@@ -67,6 +94,8 @@ export function draw(piece) {
   span.setAttribute("role", "button");
   const [, space, rest] = /^(\s*)([^]*)$/.exec(piece.text);
   span.textContent = rest || space;
+  const name = blankName(piece.text);
+  if (name) span.ariaLabel = name; // its text has nothing to read
   if (/[\n\r]/.test(piece.text)) span.classList.add("break");
   if (piece.bits === null) span.classList.add("unscored");
   else shade(span, piece.bits);

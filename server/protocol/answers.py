@@ -35,6 +35,10 @@ class ModelCard(BaseModel):
     owned_by: str = "lpa"
     root: str = Field(description="The first of the model's names, which answers carry.")
     max_model_len: int = Field(description="Longest prompt and completion together, in tokens.")
+    description: str | None = Field(
+        description="The first paragraph of the README.md in the model's folder; null where there is none.",
+        examples=["A small model, trained on story books."],
+    )
 
 
 class ModelList(BaseModel):

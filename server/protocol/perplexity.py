@@ -54,9 +54,16 @@ class PerplexityParameters(RequestBody):
     stream: bool = Field(
         False, description="Answer in lines (application/x-ndjson): one per text as it is done, then the aggregate."
     )
+    stream_progress: bool = Field(
+        False,
+        description="With stream: a line, too, after each window of a text that has further ones: "
+        '`{"object": "perplexity.progress", "index": 0, "done_tokens": 512, "prompt_tokens": 7003}`.',
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
+        if self.stream_progress and not self.stream:
+            raise InvalidRequest("stream_progress: needs stream to be true", param="stream_progress")
         if self.top_logprobs and not self.return_tokens:
             raise InvalidRequest("top_logprobs: needs return_tokens to be true", param="top_logprobs")
         return self
@@ -217,6 +224,16 @@ def _token(tokenizer: Tokenizer, token_id: int) -> dict[str, Any]:
 def text_fields(index: int, tally: Tally, method: Method) -> dict[str, Any]:
     """An entry of `data`, or a line of a stream, without its tokens."""
     return {"object": "perplexity.text", "index": index, **tally.metrics(method)}
+
+
+def progress_fields(index: int, done_tokens: int, prompt_tokens: int) -> dict[str, Any]:
+    """A line of a stream before a text's entry."""
+    return {
+        "object": "perplexity.progress",
+        "index": index,
+        "done_tokens": done_tokens,
+        "prompt_tokens": prompt_tokens,
+    }
 
 
 def corpus_fields(

@@ -6,6 +6,7 @@ import time
 
 from fastapi import APIRouter, Path
 
+from server.model_card import description
 from server.protocol.answers import ModelCard, ModelList
 from server.routes.prompts import check_model
 from server.routes.responses import responses
@@ -16,8 +17,11 @@ def models_router(settings: Settings, max_model_len: int) -> APIRouter:
     """The routes; the server has one model, under one name or several."""
     router = APIRouter(tags=["OpenAI"])
     created = int(time.time())
+    about = description(settings.model)
     cards = {
-        name: ModelCard(id=name, created=created, root=settings.model_name, max_model_len=max_model_len)
+        name: ModelCard(
+            id=name, created=created, root=settings.model_name, max_model_len=max_model_len, description=about
+        )
         for name in settings.model_names
     }
 

@@ -25,6 +25,7 @@ from server.protocol.perplexity import (
     PerplexityRequest,
     PerplexityResponse,
     input_of_line,
+    progress_fields,
 )
 from server.routes.body import JsonRoute
 from server.routes.ndjson import LineBody, has_lines
@@ -181,6 +182,8 @@ async def _lines(
                 line = to_json(corpus.text_fields(tally))
                 yield _with_list(line, "tokens", tokens) if asked.return_tokens else line
                 tokens = []
+            elif asked.stream_progress:
+                yield to_json(progress_fields(corpus.tally.num_texts, piece.end, len(piece.text.token_ids)))
     yield to_json(corpus.fields(model, fingerprint))
 
 
