@@ -58,6 +58,8 @@ test-fast: .venv/installed-dev
 	.venv-extra/bin/python -m pip --disable-pip-version-check install "torch==2.13.0" $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	.venv-extra/bin/python -m pip --disable-pip-version-check install -e ".[dev,extra-tests]"
 	command -v gcc >/dev/null || { apt-get update && apt-get install -y --no-install-recommends gcc; }
+	command -v npm >/dev/null || { apt-get update && apt-get install -y --no-install-recommends npm; }
+	npm install --silent --no-audit --no-fund --prefix .venv-extra axe-core@4
 	command -v chromium >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium fonts-dejavu-core; }
 	touch $@
 

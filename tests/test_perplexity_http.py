@@ -311,6 +311,19 @@ def test_a_stream_is_the_answer_in_lines(served: Served) -> None:
     assert alike(last, whole)
 
 
+def test_a_stream_tells_how_far_a_text_is(served: Served) -> None:
+    """A line per window but the last; they change nothing else."""
+    body: dict[str, Any] = {"input": ["x" * 50, "short"], "method": "sliding", "max_length": 16, "stride": 8}
+    plain = [json.loads(line) for line in served.post(PATH, **body, stream=True).text.splitlines()]
+    told = [json.loads(line) for line in served.post(PATH, **body, stream=True, stream_progress=True).text.splitlines()]
+    progress = [line for line in told if line["object"] == "perplexity.progress"]
+    assert [line for line in told if line not in progress] == plain
+    assert told[: len(progress)] == progress  # all of the first text's, which has several windows
+    assert [line["done_tokens"] for line in progress] == list(range(16, 50, 8))
+    assert {(line["index"], line["prompt_tokens"]) for line in progress} == {(0, 50)}
+    assert refused(served, input="x", stream_progress=True)["param"] == "stream_progress"
+
+
 def test_a_body_of_lines_is_the_list_of_texts(served: Served) -> None:
     whole = ask(served, input=TEXTS, method="rolling", max_length=16)
     forms: list[Any] = [

@@ -26,6 +26,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 ROOT = Path(__file__).parent.parent.parent
 CHROMIUM = shutil.which("chromium")
+AXE = Path(sys.prefix) / "node_modules/axe-core/axe.min.js"  # make test-extra puts it there
 ARGUMENTS = (
     *("--no-sandbox", "--headless=new", "--disable-gpu", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -69,6 +70,12 @@ LOW_CONTRAST = """() => {
     if (ratio < 4.5) low[text[0].data.trim()] = ratio;
   }
   return low;
+}"""
+
+# of axe-core: the rules that the page breaks, and the elements
+VIOLATIONS = """async () => {
+  const { violations } = await axe.run(document, { resultTypes: ["violations"] });
+  return violations.map(({ id, nodes }) => [id, nodes.map(({ html }) => html)]);
 }"""
 
 FOCUSED = "document.activeElement.id"
@@ -125,7 +132,7 @@ def open_page(browser: Browser, url: str) -> Iterator[Open]:
     troubles: list[str] = []
     contexts = []
 
-    def open_at(width: int = 1280, theme: Any = "light", at: str = url, **options: Any) -> Page:
+    def open_at(width: int = 1280, theme: Any = "light", at: str = url, ready: bool = True, **options: Any) -> Page:
         context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=theme, **options)
         contexts.append(context)
         page = context.new_page()
@@ -133,6 +140,9 @@ def open_page(browser: Browser, url: str) -> Iterator[Open]:
         page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: troubles.append(str(error)))
         page.goto(f"{at}/")
+        if ready:  # with a first completion
+            expect(page.locator("#completion .token").last).to_be_visible()
+            idle(page, "complete")
         return page
 
     yield open_at
@@ -163,20 +173,38 @@ def running(url: str) -> float:
     return float(found[1])
 
 
+def idle(page: Page, tab: str, timeout: float = 20_000) -> None:
+    """Wait until nothing runs there."""
+    expect(page.locator(f"#{tab}-form:not(.running)")).to_have_count(1, timeout=timeout)
+
+
+def run(page: Page, tab: str, timeout: float = 20_000) -> None:
+    """Press the button, which stays pressed until all is there."""
+    page.click(f"#{tab}-form .primary")
+    idle(page, tab, timeout)
+
+
+def open_tab(page: Page, tab: str) -> None:
+    """With its first result, which comes by itself."""
+    page.click(f"#{tab}-tab")
+    expect(page.locator(f"#{tab} .token").last).to_be_visible()
+    idle(page, tab)
+
+
 def complete(page: Page, **controls: Any) -> None:
     """Set controls, and wait for a whole completion."""
+    page.evaluate("document.querySelector('.more').open = true")
     for name, value in controls.items():
         page.locator(f"#{name}").fill(str(value))
-    page.click("#run")
-    expect(page.locator("#run")).to_have_text("Complete")
+    run(page, "complete")
     expect(page.locator("#copy")).to_be_enabled()
 
 
 def score(page: Page, text: str) -> None:
-    page.click("#score-tab")
+    open_tab(page, "score")
     page.fill("#score-text", text)
-    page.click("#score-form .primary")
-    expect(page.locator("#score-map .token").first).to_be_visible()
+    run(page, "score")
+    expect(page.locator("#score-form")).not_to_have_class("stale")
 
 
 def test_completion_is_that_of_the_api(open_page: Open, url: str) -> None:
@@ -189,7 +217,7 @@ def test_completion_is_that_of_the_api(open_page: Open, url: str) -> None:
     assert page.locator("#completion .token").count() == 24
     expect(page.locator("#complete-facts")).to_contain_text("24 tokens")
     page.click("#continue")
-    expect(page.locator("#run")).to_have_text("Complete")
+    idle(page, "complete")
     assert page.locator("#prompt").input_value() == body["prompt"] + choice["text"]
 
 
@@ -198,7 +226,7 @@ def test_stop_in_the_middle_ends_the_request(open_page: Open, url: str) -> None:
     page.fill("#max_tokens", "1000")
     page.click("#run")
     expect(page.locator("#run")).to_have_text("Stop")
-    expect(page.locator("#completion .token").nth(5)).to_be_visible()
+    expect(page.locator("#completion.streaming .token").nth(5)).to_be_visible()
     page.click("#run")  # all of it takes little more than a second
     expect(page.locator("#run")).to_have_text("Complete")
     expect(page.locator("#complete-facts")).to_contain_text("stopped")
@@ -223,17 +251,17 @@ def test_token_shows_its_alternatives(open_page: Open, url: str) -> None:
     ]
     top = choice["logprobs"]["top_logprobs"][3]
     labels = [label.replace("␣", " ") for label in card.locator(".label").all_text_contents()]
+    labels = [{"new line": "\n", "2 new lines": "\n\n", "space": " "}.get(label, label) for label in labels]
     assert labels == [*top, "all others"]
     shown = [float(text.removesuffix(" %")) / 100 for text in card.locator(".value").all_text_contents()]
     assert shown == pytest.approx([*map(math.exp, top.values()), 1 - sum(map(math.exp, top.values()))], rel=0.01)
-    assert card.locator(".label.chosen").text_content() == labels[0].replace(" ", "␣")  # greedy
+    assert card.locator(".label.chosen").text_content() == card.locator(".label").first.text_content()  # greedy
     page.mouse.move(0, 0)
     expect(card).to_be_hidden()
 
 
 def test_a_tap_shows_the_card_inside_a_phone(open_page: Open) -> None:
     page = open_page(360, has_touch=True, is_mobile=True)
-    page.tap("[aria-controls=controls]")
     complete(page, max_tokens=30)
     for at in (0, 12, 29):
         page.locator("#completion .token").nth(at).tap()
@@ -252,13 +280,39 @@ def test_stop_text_and_what_the_server_refuses(open_page: Open, url: str) -> Non
     shown = (page.locator("#completion").text_content() or "").removeprefix("It was a dark night, and")
     assert shown.removesuffix(struck) == whole[: whole.index(word)]
     assert struck.startswith(word)
-    page.fill("#max_tokens", "1023")
-    page.click("#run")
-    expect(page.locator("#complete-error")).to_contain_text("maximum context length")
-    expect(page.locator("#max_tokens")).to_have_attribute("aria-invalid", "true")
-    complete(page, max_tokens=3)
+    page.fill("#stop", "\n".join("abcdefghijklmnopqrstuvwxyz"))
+    run(page, "complete")
+    expect(page.locator("#complete-error")).to_contain_text("Stop at: ")
+    expect(page.locator("#stop")).to_have_attribute("aria-invalid", "true")
+    page.click("#complete-error .remedy")
     expect(page.locator("#complete-error")).to_be_empty()
-    expect(page.locator("#max_tokens")).not_to_have_attribute("aria-invalid", "true")
+    expect(page.locator("#stop")).not_to_have_attribute("aria-invalid", "true")
+    assert page.locator("#stop").input_value() == ""
+
+
+def test_max_tokens_are_those_that_there_is_room_for(open_page: Open, url: str) -> None:
+    page = open_page()
+    prompt = STORY * 4
+    count = ask(url, "/tokenize", prompt=prompt)["count"]
+    page.fill("#prompt", prompt)
+    expect(page.locator("#prompt-size")).to_have_text(f"{count} of 1,024 tokens")
+    page.fill("#max_tokens", "5000")
+    assert page.locator("#max_tokens").input_value() == str(1024 - count)
+    page.fill("#prompt", "x")
+    expect(page.locator("#max_tokens")).to_have_value("1023")
+    page.fill("#max_tokens", "20")
+
+    page.fill("#prompt", STORY * 100)
+    before = page.locator("#completion").text_content()
+    run(page, "complete")
+    expect(page.locator("#complete-error")).to_contain_text("The prompt takes all that the model can read at once.")
+    assert page.locator("#completion").text_content() == before
+    page.click("#complete-error .remedy")
+    expect(page.locator("#complete-facts")).to_contain_text("20 tokens")
+    expect(page.locator("#prompt-size")).to_contain_text("1,00")
+    assert page.locator("#prompt").input_value().endswith(STORY)
+    idle(page, "complete")
+    expect(page.locator("#complete-error")).to_be_empty()
 
 
 def test_score_is_that_of_the_api(open_page: Open, url: str) -> None:
@@ -295,11 +349,11 @@ def test_most_surprising_words(open_page: Open, url: str) -> None:
 
 def test_compare_two_texts_and_two_methods(open_page: Open, url: str) -> None:
     page = open_page()
-    page.click("#compare-tab")
+    open_tab(page, "compare")
     other = "Fire the old by a man sat story and down them told the."
     page.fill("#a-text", STORY)
     page.fill("#b-text", other)
-    page.click("#compare-form .primary")
+    run(page, "compare")
     expect(page.locator("#verdict")).to_contain_text("finds A the easier text")
     cells = page.locator("#compare-table tr").first.locator("td").all_text_contents()
     expected = [entry["perplexity"] for entry in ask(url, "/v1/perplexity", input=[STORY, other])["data"]]
@@ -312,10 +366,10 @@ def test_compare_two_texts_and_two_methods(open_page: Open, url: str) -> None:
     page.select_option('[data-method="b"] [name="method"]', "sliding")
     page.fill('[data-method="b"] [name="max_length"]', "8")
     page.fill('[data-method="b"] [name="stride"]', "4")
-    page.click("#compare-form .primary")
+    run(page, "compare")
     expect(page.locator("#verdict")).to_contain_text("One text, two methods: B reads")
     cells = page.locator("#compare-table tr").first.locator("td").all_text_contents()
-    methods: list[dict[str, Any]] = [{"method": "full"}, {"method": "sliding", "max_length": 8, "stride": 4}]
+    methods: list[dict[str, Any]] = [{"method": "sliding"}, {"method": "sliding", "max_length": 8, "stride": 4}]
     answers = [ask(url, "/v1/perplexity", input=STORY * 3, **method) for method in methods]
     assert cells[:2] == [figure(answer["data"][0]["perplexity"]) for answer in answers]
     page.uncheck("#same-text")
@@ -324,30 +378,39 @@ def test_compare_two_texts_and_two_methods(open_page: Open, url: str) -> None:
 
 def test_every_method_of_the_menu_is_taken(open_page: Open) -> None:
     page = open_page()
-    page.click("#score-tab")
+    open_tab(page, "score")
     page.fill("#score-text", STORY * 4)
     page.fill('[data-method="score"] [name="max_length"]', "16")
     for method in ("sliding", "rolling", "chunks"):
         page.select_option('[data-method="score"] [name="method"]', method)
-        page.click("#score-form .primary")
+        run(page, "score")
         expect(page.locator("#announce")).to_contain_text("Perplexity")
         expect(page.locator("#score-error")).to_be_empty()
         assert page.locator("#score-map").text_content() == STORY * 4
     assert page.locator("#score-map .unscored").count() > 16  # chunks: the first halves
     expect(page.locator("#score-bits-per-byte")).to_have_text("\N{EN DASH}")  # there is none, of a part of the bytes
     page.select_option('[data-method="score"] [name="method"]', "full")
-    page.click("#score-form .primary")
-    expect(page.locator("#score-error")).to_contain_text("16")
+    run(page, "score")
+    expect(page.locator("#score-error")).to_contain_text("longer than one window")
+    expect(page.locator("#score-form")).to_have_class(re.compile("stale"))
+    page.get_by_role("button", name="Use sliding windows").click()
+    expect(page.locator("#score-form")).not_to_have_class(re.compile("stale"))
+    expect(page.locator("#score-error")).to_be_empty()
+    expect(page.locator('[data-method="score"] [name="method"]')).to_have_value("sliding")
+    page.fill('[data-method="score"] [name="max_length"]', "5000")
+    run(page, "score")
+    expect(page.locator("#score-error")).to_contain_text("Window: ")
+    page.get_by_role("button", name="Use the default").click()
+    expect(page.locator("#score-error")).to_be_empty()
 
 
 def test_a_long_text_has_figures(open_page: Open) -> None:
     page = open_page()
-    page.click("#score-tab")
-    page.select_option('[data-method="score"] [name="method"]', "sliding")
+    open_tab(page, "score")
     for repeats, note, drawn in ((500, "The first 5,000 of 7,", 5000), (4000, "is not drawn", 0)):
         page.fill("#score-text", STORY * repeats)
-        page.click("#score-form .primary")
-        expect(page.locator("#score-note")).to_contain_text(note, timeout=60_000)
+        run(page, "score", timeout=120_000)
+        expect(page.locator("#score-note")).to_contain_text(note)
         assert page.locator("#score-map .token").count() == drawn
         assert 1 < float(page.locator("#score-perplexity").text_content() or "") < 1000
 
@@ -362,7 +425,8 @@ def test_keyboard_is_enough(open_page: Open) -> None:
     page.keyboard.press("Control+A")
     page.keyboard.type("The captain looked at")
     page.keyboard.press("Control+Enter")
-    expect(page.locator("#completion .token").nth(2)).to_be_visible()
+    expect(page.locator("#completion.streaming .token").nth(2)).to_be_visible()
+    assert page.evaluate(FOCUSED) == "prompt"
     page.keyboard.press("Escape")
     expect(page.locator("#run")).to_have_text("Complete")
     assert (page.locator("#completion").text_content() or "").startswith("The captain looked at")
@@ -392,17 +456,30 @@ def test_keyboard_is_enough(open_page: Open) -> None:
 
 def test_a_server_with_a_key_asks_for_it_once(open_page: Open, tmp_path: Path) -> None:
     with serving(tmp_path, "--api-key", "secret") as url:
-        page = open_page(at=url)
+        page = open_page(at=url, ready=False)
         dialog = page.locator("#key-dialog")
-        expect(dialog).to_be_visible()
+        expect(dialog).to_contain_text("This server wants one.")
+        page.keyboard.press("Escape")
+        expect(page.locator("#complete-error")).to_contain_text("This server wants an API key.")
+        page.get_by_role("button", name="Give a key").click()
         page.fill("#key", "wrong")
         page.keyboard.press("Enter")
-        expect(dialog).to_be_visible()
+        expect(dialog).to_contain_text("The server does not know this key.")
+        expect(page.locator("#key")).to_have_attribute("aria-invalid", "true")
         page.fill("#key", "secret")
         page.keyboard.press("Enter")
         expect(page.locator("#model")).to_have_text("lpa-tiny")
         expect(dialog).to_be_hidden()
+        expect(page.locator("#completion .token").last).to_be_visible()  # the first result, now that it may
+        idle(page, "complete")
         complete(page, max_tokens=4)
+        page.click("#key-button")
+        page.fill("#key", "wrong again")
+        page.keyboard.press("Enter")
+        expect(dialog).to_contain_text("The server does not know this key.")
+        page.fill("#key", "secret")
+        page.keyboard.press("Enter")
+        expect(dialog).to_be_hidden()
         page.reload()
         expect(page.locator("#model")).to_have_text("lpa-tiny")
         expect(dialog).to_be_hidden()
@@ -433,14 +510,135 @@ def test_live_strip_backs_off_when_refused_and_rests_while_hidden(open_page: Ope
 @pytest.mark.parametrize("device", WIDTHS)
 def test_looks(device: str, theme: str, open_page: Open, tmp_path: Path) -> None:
     page = open_page(WIDTHS[device], theme)
+    expect(page.locator("#model")).to_be_visible()
     for tab in ("complete", "score", "compare"):
-        page.click(f"#{tab}-tab")
-        page.click(f"#{tab}-form .primary")
-        expect(page.locator(f"#{tab} .token").last).to_be_visible()
-        expect(page.locator("#run")).to_have_text("Complete")
+        open_tab(page, tab)
         page.screenshot(path=tmp_path / f"{tab}-{device}-{theme}.png", full_page=True)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert page.evaluate(LOW_CONTRAST) == {}
+        page.locator(f"#{tab} textarea").first.fill("Another text.")
+        expect(page.locator(f"#{tab}-form")).to_have_class(re.compile("stale"))
+        assert page.evaluate(LOW_CONTRAST) == {}
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("device", ["phone", "desktop"])
+def test_axe_finds_nothing(device: str, theme: str, open_page: Open) -> None:
+    page = open_page(WIDTHS[device], theme, bypass_csp=True)  # axe is no part of the page
+
+    def check(state: str) -> None:
+        page.wait_for_timeout(300)  # colours that change slowly
+        assert page.evaluate(VIOLATIONS) == [], state
+
+    page.evaluate(AXE.read_text())
+    for tab in ("complete", "score", "compare"):
+        open_tab(page, tab)
+        check(tab)
+        page.locator(f"#{tab} .token").nth(3).focus()
+        check(f"{tab}, card")
+        page.keyboard.press("Escape")
+        page.locator(f"#{tab} textarea").first.fill("Another text.")
+        check(f"{tab}, changed")
+        page.route("**/v1/**", lambda route: route.abort())
+        run(page, tab)
+        expect(page.locator(f"#{tab}-error")).to_contain_text("The server does not answer.")
+        check(f"{tab}, failed")
+        page.unroute("**/v1/**")
+    page.click("#complete-tab")
+    page.click(".more summary")
+    check("all controls")
+    page.click("#key-button")
+    check("key")
+
+
+def test_a_first_visit_shows_what_there_is(open_page: Open, url: str) -> None:
+    page = open_page()
+    with urllib.request.urlopen(f"{url}/v1/models") as answer:
+        [card] = json.load(answer)["data"]
+    assert page.locator("#about").text_content() == card["description"]
+    expect(page.locator("#top_p")).to_be_hidden()
+    expect(page.locator("#temperature")).to_be_visible()
+    chip = page.locator("#chips button").nth(2)
+    text = chip.text_content() or ""
+    chip.click()
+    expect(page.locator("#completion .before")).to_have_text(text)
+    idle(page, "complete")
+    assert page.locator("#prompt").input_value() == text
+    complete(page, top_k=5, seed=1)
+    expect(page.locator(".more small")).to_have_text("2 changed")
+
+
+def test_results_are_dimmed_until_they_are_of_the_text_again(open_page: Open) -> None:
+    page = open_page()
+    open_tab(page, "score")
+    form, text = page.locator("#score-form"), page.locator("#score-text")
+    first = text.input_value()
+    text.fill("Another text.")
+    expect(form).to_have_class(re.compile("stale"))
+    text.fill(first)
+    expect(form).not_to_have_class(re.compile("stale"))
+    page.fill('[data-method="score"] [name="stride"]', "7")
+    expect(form).to_have_class(re.compile("stale"))
+    page.get_by_role("button", name="Score again").click()
+    expect(form).not_to_have_class(re.compile("stale"))
+
+
+def test_a_run_that_fails_destroys_nothing(open_page: Open) -> None:
+    page = open_page()
+    for tab in ("complete", "score", "compare"):
+        open_tab(page, tab)
+        results = "#completion", "#complete-facts", "#score-result", "#compare-result"
+        before = [page.locator(result).text_content() for result in results]
+        page.route("**/v1/**", lambda route: route.abort())
+        run(page, tab)
+        expect(page.locator(f"#{tab}-error")).to_contain_text("The server does not answer.")
+        assert [page.locator(result).text_content() for result in results] == before
+        page.unroute("**/v1/**")
+        page.get_by_role("button", name="Try again").click()
+        expect(page.locator(f"#{tab}-error")).to_be_empty()
+        idle(page, tab)
+
+
+def test_scoring_shows_its_progress_and_stops(open_page: Open, url: str) -> None:
+    page = open_page()
+    open_tab(page, "score")
+    perplexity = page.locator("#score-perplexity").text_content()
+    page.fill("#score-text", STORY * 4000)
+    page.click("#score-form .primary")
+    expect(page.locator("#score .progress")).to_contain_text(re.compile(r"\d of 5\d,\d\d\d tokens"))
+    assert 0 < page.locator("#score progress").evaluate("bar => bar.value") < 1
+    page.click("#score-form .primary")
+    idle(page, "score")
+    expect(page.locator("#score .progress")).to_be_hidden()
+    expect(page.locator("#score-error")).to_be_empty()
+    assert page.locator("#score-perplexity").text_content() == perplexity
+    for _ in range(200):
+        if running(url) == 0:
+            break
+        time.sleep(0.05)
+    assert running(url) == 0
+
+
+def test_tokens_that_show_nothing_have_names(open_page: Open) -> None:
+    page = open_page()
+    text = "One line.\n\n\tTwo \u00a0\u200b lines."
+    score(page, text)
+    assert page.locator("#score-map").text_content() == text
+    blank = page.locator("#score-map .token").filter(has_not_text=re.compile(r"[^\s\u200b]"))
+    names = [name for token in blank.all() if (name := token.get_attribute("aria-label"))]
+    assert blank.count() == len(names) > 0
+    for name in names:
+        assert re.fullmatch(r"((\d+ )?(space|new line|tab|no-break space|zero-width space)s?(, )?)+", name), name
+    page.locator("#score-map .token[aria-label*='new line']").first.focus()
+    expect(page.locator("#card b")).to_contain_text("new line")
+
+
+def test_after_continue_the_caret_is_at_the_end_of_the_text(open_page: Open) -> None:
+    page = open_page()
+    complete(page, max_tokens=5)
+    page.click("#continue")
+    assert page.evaluate(FOCUSED) == "prompt"
+    assert page.evaluate("document.activeElement.selectionStart === document.activeElement.value.length")
 
 
 def test_theme_button_overrules_the_system(open_page: Open) -> None:
