@@ -36,6 +36,7 @@ TAGS = [
     {"name": "Operations", "description": "For load balancers and monitoring."},
     {"name": "Control", "description": "For operators; needs an admin key."},
 ]
+LIMITS = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"})
 SCHEMES = {
     "ApiKey": {"type": "http", "scheme": "bearer", "description": "A key of --api-key or --api-key-file."},
     "AdminKey": {"type": "http", "scheme": "bearer", "description": "A key of --admin-api-key."},
@@ -53,6 +54,7 @@ def openapi_document(app: FastAPI, names: Sequence[str], keys: Keys) -> dict[str
         tags=TAGS,
         routes=app.routes,
     )
+    _restore_integers(document)
     schemas: dict[str, Any] = document["components"]["schemas"]
     document["components"]["securitySchemes"] = SCHEMES
     for path, operation in _operations(document):
@@ -72,6 +74,19 @@ def _operations(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]
     for path, item in document["paths"].items():
         for operation in item.values():
             yield path, operation
+
+
+def _restore_integers(schema: Any) -> None:
+    """FastAPI reads every limit as a float; these are integers where they were."""
+    if isinstance(schema, list):
+        for entry in schema:
+            _restore_integers(entry)
+    elif isinstance(schema, dict):
+        for name, value in schema.items():
+            if name in LIMITS and isinstance(value, float) and value.is_integer():
+                schema[name] = int(value)
+            else:
+                _restore_integers(value)
 
 
 def _name_of(reference: dict[str, str]) -> str:

@@ -43,7 +43,7 @@ def test_wheel_holds_both_packages_and_the_embedded_model(wheel: Path) -> None:
         str(path.relative_to(ROOT))
         for package, patterns in {
             "lpa_model": ("*.py", "py.typed", "README.md", "checkpoints/**/*", "backends/cpu/csrc/*"),
-            "server": ("*.py", "py.typed", "docs/*.md", "playground/**/*", "routes/*.html"),
+            "server": ("*.py", "py.typed", "docs/*.md", "playground/**/*", "routes/*.html", "routes/*.json"),
         }.items()
         for pattern in patterns
         for path in (ROOT / package).rglob(pattern)

@@ -9,8 +9,11 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterator
+from importlib.resources import files
 from typing import Any
+from urllib.parse import urlencode
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -18,6 +21,7 @@ from jinja2 import Template
 from markupsafe import Markup, escape
 
 from server.routes.pages import HEADERS, MEDIA_TYPE, REFERENCE, environment
+from server.routes.requests import CONTROL
 from server.routes.respond import json_response
 from server.routes.responses import responses
 
@@ -33,7 +37,8 @@ LIMITS = {
     "minProperties": "at least {} entries",
     "maxProperties": "at most {} entries",
 }
-IN_EXAMPLES = ("model", "prompt", "input", "tokens")  # beside required fields
+KEYS = {"ApiKey": "$KEY", "AdminKey": "$ADMIN_KEY"}  # how an example's shell has the keys of a security scheme
+WIDTH = 100  # characters of a line of an answer
 
 
 def docs_router(document: Callable[[], dict[str, Any]], open_document: Callable[[], dict[str, Any]]) -> APIRouter:
@@ -53,17 +58,32 @@ def docs_router(document: Callable[[], dict[str, Any]], open_document: Callable[
     async def reference(request: Request) -> Response:
         """The OpenAPI document, which is at /openapi.json, as a page."""
         url = str(request.base_url).rstrip("/")
-        page = _template().render(document=open_document(), url=url, title="API reference", current="api")
+        document = open_document()
+        page = _template().render(
+            document=document,
+            url=url,
+            model=_model_of(document),
+            secured=any("security" in operation for item in document["paths"].values() for operation in item.values()),
+            title="API reference",
+            current="api",
+        )
         return Response(page, media_type=MEDIA_TYPE, headers=HEADERS)
 
     return router
+
+
+def _model_of(document: dict[str, Any]) -> str | None:
+    """The first of the model's names, if the document tells them."""
+    model = document["components"]["schemas"]["CompletionRequest"]["properties"]["model"]
+    names = [name for kind in model.get("anyOf", [model]) for name in kind.get("enum", ())]
+    return names[0] if names else None
 
 
 @functools.cache
 def _template() -> Template:
     templates = environment()
     templates.filters |= {"kind": _kind, "limits": _limits, "prose": _prose, "fields": _fields}
-    templates.globals |= {"by_tag": _by_tag, "example": _example, "name_of": _name_of}
+    templates.globals |= {"by_tag": _by_tag, "examples": _examples, "name_of": _name_of}
     return templates.get_template("reference.html")
 
 
@@ -99,14 +119,20 @@ def _kind(schema: dict[str, Any]) -> Markup:
 
 def _limits(schema: dict[str, Any]) -> str:
     """Its limits in words, those of its alternatives and entries too."""
-    own = [form.format(f"{schema[key]:.15g}") for key, form in LIMITS.items() if key in schema]
+    own = [form.format(_number(schema[key])) for key, form in LIMITS.items() if key in schema]
     inner = [*schema.get("anyOf", ()), *(schema[key] for key in ("items",) if key in schema)]
     return ", ".join(dict.fromkeys([*own, *filter(None, map(_limits, inner))]))
 
 
+def _number(value: float) -> str:
+    """All digits of an integer: one more than the limit must be seen to be more."""
+    return str(value) if isinstance(value, int) else f"{value:.15g}"
+
+
 def _fields(schema: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those that are required first."""
     required = schema.get("required", ())
-    return [
+    fields = [
         {
             "name": name,
             "schema": field,
@@ -116,14 +142,64 @@ def _fields(schema: dict[str, Any]) -> list[dict[str, Any]]:
         }
         for name, field in schema.get("properties", {}).items()
     ]
+    return sorted(fields, key=lambda field: not field["required"])
 
 
-def _example(document: dict[str, Any], schema: dict[str, Any]) -> str:
-    """A body made of the examples of its fields."""
-    schema = document["components"]["schemas"][_name_of(schema)]
-    shown = [*schema.get("required", ()), *IN_EXAMPLES]
-    properties = schema["properties"]
-    return _json({k: field["examples"][0] for k, field in properties.items() if k in shown and "examples" in field})
+@functools.cache
+def recorded() -> dict[str, list[dict[str, Any]]]:
+    """Examples by method and path: what is sent, and what lpa-tiny answered; a test records them and runs them."""
+    found: dict[str, list[dict[str, Any]]] = json.loads(
+        files("server").joinpath("routes/examples.json").read_text(encoding="utf-8")
+    )
+    return found
+
+
+def _examples(
+    method: str, path: str, operation: dict[str, Any], url: str, model: str | None
+) -> Iterator[tuple[str, str]]:
+    """(command, answer) of a route, for a shell; `model` is the name to send in the place of the recorded one."""
+    security = [{"AdminKey": []}] if CONTROL in operation["tags"] else operation.get("security", ())
+    for example in recorded().get(f"{method} {path}", ()):
+        yield command(example, method, url + path, security, model), _shown(example["answer"])
+
+
+def command(example: dict[str, Any], method: str, url: str, security: Any, model: str | None) -> str:
+    """The line that sends an example. `url` has the names of path parameters in braces."""
+    query = {name: _renamed(value, name, model) for name, value in example.get("query", {}).items()}
+    for name, value in example.get("path", {}).items():
+        url = url.replace(f"{{{name}}}", model if model and name == "name" else value)
+    words = ["curl -s" if "then" in example else "curl", shlex.quote(f"{url}?{urlencode(query)}" if query else url)]
+    if method == "POST" and not {"body", "lines"} & example.keys():
+        words += ["-X", "POST"]
+    words += [f'-H "Authorization: Bearer {KEYS[scheme]}"' for schemes in security for scheme in schemes]
+    before = ""
+    if "body" in example:
+        body = {name: _renamed(value, name, model) for name, value in example["body"].items()}
+        words += ["-H 'Content-Type: application/json'", "-d", shlex.quote(_json(body))]
+    if "lines" in example:
+        before = f"printf '%s\\n' {' '.join(shlex.quote(_json(line)) for line in example['lines'])} |\n  "
+        words += ["-H 'Content-Type: application/x-ndjson'", "--data-binary", "@-"]
+    return f"{before}{' '.join(words)}{example.get('then', '')}"
+
+
+def _renamed(value: Any, name: str, model: str | None) -> Any:
+    return model if model and name == "model" else value
+
+
+def _shown(answer: Any) -> str:
+    """JSON with a line for each entry of what does not fit in one; text as it is."""
+    return answer if isinstance(answer, str) else _pretty(answer, 0)
+
+
+def _pretty(value: Any, indent: int) -> str:
+    whole = _json(value)
+    if len(whole) + indent <= WIDTH or not isinstance(value, dict | list):
+        return whole
+    pairs = [(f"{_json(k)}: ", v) for k, v in value.items()] if isinstance(value, dict) else [("", v) for v in value]
+    space = " " * (indent + 2)
+    inner = ",\n".join(f"{space}{name}{_pretty(entry, indent + 2)}" for name, entry in pairs)
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    return f"{opening}\n{inner}\n{' ' * indent}{closing}"
 
 
 def _prose(text: str) -> Markup:
