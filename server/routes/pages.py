@@ -16,6 +16,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import RedirectResponse, Response
 from jinja2 import Environment, PackageLoader
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 from markupsafe import Markup
 
 from server.settings import Settings
@@ -128,10 +129,16 @@ def render(name: str) -> str:
             title=DOCUMENTS[name].label,
             current=name,
             contents=contents if len(contents) > 2 else (),
-            body=Markup(parser.renderer.render(tokens[:end], parser.options, {})),
-            rest=Markup(parser.renderer.render(tokens[end:], parser.options, {})),
+            body=_html(parser, tokens[:end]),
+            rest=_html(parser, tokens[end:]),
         )
     )
+
+
+def _html(parser: MarkdownIt, tokens: list[Token]) -> Markup:
+    """A column without a name has no header."""
+    found = str(parser.renderer.render(tokens, parser.options, {}))
+    return Markup(re.sub(r"<th( style=\"[^\"]*\")?></th>", "<td></td>", found))
 
 
 def source(name: str) -> str:
