@@ -404,7 +404,7 @@ def test_loglikelihood_compares_sets_with_pairs_one_by_one(tmp_path: Path) -> No
     assert 0 <= found["difference"] < 1e-3
     assert "3 contexts of 40 tokens with 4 continuations of 5" in lpa("loglikelihood", folder, *sizes).stdout
     too_long = lpa("loglikelihood", folder, "--context-len", 200, "--dtype", "float32")
-    assert (too_long.exit_code, "model's is 128 tokens" in too_long.stderr) == (2, True)
+    assert (too_long.exit_code, "maximum context length is 128 tokens" in too_long.stderr) == (2, True)
 
 
 def test_a_stopwatch_leaves_what_it_watched_as_it_was() -> None:

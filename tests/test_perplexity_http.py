@@ -456,8 +456,8 @@ def test_parameters_beside_lines_are_checked_like_those_of_a_body(served: Served
     ]:
         found, (body,) = post_lines(served, ["the sea"], **query)
         assert (found, body["error"]["param"]) == (status, param)
-    response = served.client.post(PATH, content=b'"x"\n', headers={"content-type": "application/x-ndjson"})
-    assert (response.status_code, response.json()["error"]["param"]) == (400, "model")
+    response = served.client.post(PATH, content=b'"the sea"\n', headers={"content-type": "application/x-ndjson"})
+    assert (response.status_code, response.json()["model"]) == (200, "tiny")
 
 
 def test_a_body_of_lines_has_no_limit_but_a_line_has(tiny_checkpoints: dict[Architecture, Path]) -> None:
