@@ -200,7 +200,7 @@ class Settings(BaseSettings):
         description="Most values and names in a JSON body; an object or a list counts as four.",
     )
     max_sequences: int = Field(4096, ge=1, description="Most prompts times n (or best_of) of a request.")
-    max_messages: int = Field(2048, ge=1, description="Most messages of a conversation, each part of one counted.")
+    max_messages: int = Field(2048, ge=1, description="Most messages of a conversation.")
     max_list_entries: int = Field(
         1024, ge=1, description="Most entries of bad_words, of stop_token_ids and of logit_bias."
     )

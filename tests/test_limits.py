@@ -47,10 +47,6 @@ def message(content: Any = "a") -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 
-def part(count: int) -> list[dict[str, str]]:
-    return [{"type": "text", "text": "a"}] * count
-
-
 @pytest.mark.parametrize(
     ("path", "just", "beyond", "setting"),
     [
@@ -59,12 +55,6 @@ def part(count: int) -> list[dict[str, str]]:
         (COMPLETIONS, {"prompt": ["a"], "best_of": 6}, {"prompt": ["a", "b"], "best_of": 4}, "max_sequences"),
         (CHAT, {"messages": [message()], "n": 6}, {"messages": [message()], "n": 7}, "max_sequences"),
         (CHAT, {"messages": [message()] * 4}, {"messages": [message()] * 5}, "max_messages"),
-        (
-            CHAT,
-            {"messages": [message(part(3)), message()]},
-            {"messages": [message(part(4)), message()]},
-            "max_messages",
-        ),
         ("/tokenize", {"messages": [message()] * 4}, {"messages": [message()] * 5}, "max_messages"),
         (COMPLETIONS, {"bad_words": ["a"] * 3}, {"bad_words": ["a"] * 4}, "max_list_entries"),
         (COMPLETIONS, {"bad_words": ["é" * 6]}, {"bad_words": ["é" * 6, "a"]}, "max_bad_words_bytes"),

@@ -28,9 +28,8 @@ def check_sequences(num_prompts: int, width: int, settings: Settings) -> None:
 
 
 def check_messages(messages: Sequence[Message], settings: Settings) -> None:
-    """Raises InvalidRequest for a conversation of too many messages and parts."""
-    count = sum(1 if isinstance(message.content, str) else max(1, len(message.content or ())) for message in messages)
-    check_count("messages", "messages and parts", count, settings.max_messages, "max_messages")
+    """Raises InvalidRequest for a conversation of too many messages; their parts are joined when a body is read."""
+    check_count("messages", "messages", len(messages), settings.max_messages, "max_messages")
 
 
 def check_count(field: str, what: str, count: int, limit: int, setting: str) -> None:
