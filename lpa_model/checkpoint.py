@@ -215,7 +215,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LPAFor
     found: dict[str, torch.Tensor] = {}
     for path in weight_files(folder):
         try:
-            path.open("rb").close()  # an unreadable file is told apart from a broken one
+            path.open("rb").close()  # raises OSError for an unreadable file, so that it is not reported as a broken one
             with safe_open(path, framework="pt", device=str(device)) as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     if name not in expected:

@@ -121,7 +121,7 @@ class LPAConfig:
                 f"num_key_value_heads: {self.kv_heads} does not divide num_attention_heads {self.num_attention_heads}"
             )
         if self.architecture == "setting2" and self.head_size % 2:
-            raise ValueError(f"head_dim: {self.head_size} is odd, and rotary positions turn pairs of dimensions")
+            raise ValueError(f"head_dim: {self.head_size} is odd, and rotary positions rotate pairs of dimensions")
         if self.architecture == "setting1":
             if self.attention_bias:
                 raise ValueError("attention_bias: setting 1 has its own fixed attention biases; leave it false")

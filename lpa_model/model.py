@@ -14,7 +14,7 @@ from lpa_model.config import LPAConfig
 from lpa_model.layers import LayerNorm, ReluFFN, RMSNorm, RotaryEmbedding, SwiGLU
 
 
-class Setting1Block(nn.Module):
+class PostNormBlock(nn.Module):
     """x + norm1(attention(x)), then x + norm2(ffn(x)): the norm is on the branch's output."""
 
     def __init__(self, config: LPAConfig, layer: int) -> None:
@@ -32,7 +32,7 @@ class Setting1Block(nn.Module):
         return y
 
 
-class Setting2Block(nn.Module):
+class PreNormBlock(nn.Module):
     """x + attention(norm1(x)), then x + ffn(norm2(x))."""
 
     def __init__(self, config: LPAConfig, layer: int) -> None:
@@ -63,7 +63,7 @@ class LPAForCausalLM(nn.Module):
         else:
             self.rotary = RotaryEmbedding(config)
             self.norm = RMSNorm(config.hidden_size, config.eps)
-        block = Setting1Block if config.architecture == "setting1" else Setting2Block
+        block = PostNormBlock if config.architecture == "setting1" else PreNormBlock
         self.layers = nn.ModuleList(block(config, layer) for layer in range(config.num_hidden_layers))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         if config.tie_word_embeddings:

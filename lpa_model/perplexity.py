@@ -86,7 +86,7 @@ def resolve_convention(
     eos_token_id: int | None,
     adds_bos: bool,
 ) -> Convention:
-    """Fill in what was not asked for, and check the rest.
+    """Fill in defaults and check what is given.
 
     Args:
         max_length: tokens of a window (default: `context`, which is the most).

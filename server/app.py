@@ -103,7 +103,7 @@ async def _on_client_left(request: Request, _: Exception) -> Response:
     if request.state.cancelled.done():
         return error_response(Cancelled())
     request.state.client_left = True
-    return Response(status_code=499)  # nginx' number; nobody reads it
+    return Response(status_code=499)  # nginx's code; the client has closed the connection
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

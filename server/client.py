@@ -97,7 +97,7 @@ class Client:
         if self._session is not None:
             await self._session.close()
             self._session = None
-            await asyncio.sleep(0)  # connections close in the loop's next turn
+            await asyncio.sleep(0)  # connections close in the loop's next iteration
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:  # it belongs to the event loop that runs now
@@ -130,7 +130,9 @@ class _Upload:
                 if len(piece) >= UPLOAD_PIECE:
                     yield piece
                     piece = b""
-                    await asyncio.sleep(0)  # sending waits only where there is no room, and answers are to be read
+                    await asyncio.sleep(
+                        0
+                    )  # sending yields only at a full buffer, and answers have to be read meanwhile
         except Exception as error:
             self.error = error
             raise

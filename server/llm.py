@@ -193,7 +193,7 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """What follows one prompt, piece by piece as it comes; the last piece has a finish_reason.
 
-        Nothing is computed before the first piece is asked for; closing the iterator ends the generation.
+        Nothing is computed before the first `next`; closing the iterator ends the generation.
 
         Raises:
             UserError: as `generate`, at once where the request is refused.
@@ -389,7 +389,7 @@ class LLM:
                 outputs = self._thread.submit(self.engine.step).result()
             except StepFailed as failed:
                 outputs = failed.outputs
-            self.engine.take_stats()  # nobody else does, and they grow
+            self.engine.take_stats()  # nothing else does, and they grow
             for output in outputs:
                 if (owner := self._inboxes.get(output.request_id)) is not None:
                     owner.append(output)

@@ -16,7 +16,7 @@ from prometheus_client import (
 
 from server.engine.request import EngineStats, FinishReason
 
-disable_created_metrics()  # a line for each counter and bucket family that nobody plots
+disable_created_metrics()  # a sample per counter and bucket family that is never plotted
 
 # seconds; a small model on a CPU answers in fractions of a millisecond, a long corpus takes minutes
 LATENCY_BUCKETS = (

@@ -116,7 +116,7 @@ class IgnoreUnknownFields:
 
 
 class Cors(CORSMiddleware):
-    """Starlette's, with refusals in OpenAI's shape. A preflight is answered here, where no key is asked for."""
+    """Starlette's, with refusals in OpenAI's shape. A preflight is answered here, where no key is required."""
 
     def __init__(self, app: ASGIApp, origins: tuple[str, ...]) -> None:
         super().__init__(
@@ -137,7 +137,7 @@ class Cors(CORSMiddleware):
 
 
 class Guard:
-    """Key, limit of the body, cancelling, and the answer to what nobody caught."""
+    """Key, limit of the body, cancelling, and the answer to uncaught exceptions."""
 
     def __init__(self, app: ASGIApp, keys: Keys, max_body: int, running: Running) -> None:
         self._app = app
@@ -191,7 +191,7 @@ class Guard:
 
 
 def _until_cancelled(receive: Receive, cancelled: asyncio.Future[None]) -> Receive:
-    """`receive` that tells of a client that left when the request is cancelled: the work ends by the same road."""
+    """`receive` that reports a disconnect when the request is cancelled: both end the work in the same way."""
 
     async def until_cancelled() -> Message:
         receiving = asyncio.ensure_future(receive())

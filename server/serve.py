@@ -19,7 +19,7 @@ from server.app import create_app
 from server.connection import connection_class
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import build_engine
-from server.engine.memory import give_back_code
+from server.engine.memory import release_code
 from server.listen import explain, listeners, url_of
 from server.metrics import Metrics
 from server.settings import Settings
@@ -93,7 +93,7 @@ class Server(uvicorn.Server):
 
     @property
     def status(self) -> int:
-        """The process's exit status: 0 if it has served and nobody's request was cut off."""
+        """The process's exit status: 0 if it has served and no request was cut off."""
         clean = self.started and self.engine.alive and not self.engine.num_cut_off and not self.force_exit
         return 0 if clean else 1
 
@@ -110,7 +110,7 @@ class Server(uvicorn.Server):
             await self.lifespan.shutdown()
             raise ValueError(explain(error, self._settings.host, self._settings.port)) from None
         if self.started:
-            give_back_code()
+            release_code()
             print(greeting(self._settings, self.port), flush=True)
 
     async def on_tick(self, counter: int) -> bool:
@@ -137,7 +137,7 @@ class Server(uvicorn.Server):
 
     @property
     def port(self) -> int:
-        """The port that is open; settings may have asked for a free one."""
+        """The port that is open; `port` 0 means any free one."""
         port: int = self.servers[0].sockets[0].getsockname()[1]
         return port
 

@@ -9,7 +9,7 @@ from pathlib import Path
 CODE = """
 import re
 import torch
-from server.engine.memory import SMAPS, give_back_code
+from server.engine.memory import SMAPS, release_code
 
 def mapped():
     with open("/proc/self/status") as status:
@@ -18,7 +18,7 @@ def mapped():
 x = torch.randn(64, 64)
 expected = x @ x
 before = mapped()
-total = give_back_code()
+total = release_code()
 assert total > 0, "no mapping was found"
 freed = before - mapped()
 assert torch.equal(x @ x, expected)

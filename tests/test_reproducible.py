@@ -180,10 +180,12 @@ def test_bfloat16_scores_do_not_depend_on_chunks_company_or_hits(
 def test_it_is_refused_where_it_cannot_be_kept(
     folders: dict[Architecture, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert make_engine(folders["setting2"], block_size=32).scheduler.replays
-    assert not make_engine(folders["setting2"], block_size=32, batch_invariant=False).scheduler.replays
+    assert make_engine(folders["setting2"], block_size=32).scheduler.recompute_decodes_one_by_one
+    assert not make_engine(
+        folders["setting2"], block_size=32, batch_invariant=False
+    ).scheduler.recompute_decodes_one_by_one
     monkeypatch.setattr(select, "CANDIDATES", select.CANDIDATES[-1:])
-    assert not make_engine(folders["setting2"]).scheduler.replays
+    assert not make_engine(folders["setting2"]).scheduler.recompute_decodes_one_by_one
     with pytest.raises(ValueError, match="batch_invariant: the backend torch is not"):
         make_engine(folders["setting2"], batch_invariant=True)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lpa_model.checkpoint import CheckpointError, load_config, load_model, load_tokenizer, load_tokenizer_config
 from lpa_model.config import ATTENTION_PROJECTIONS, LPAConfig
 from lpa_model.layers import LowRankLinear
-from lpa_model.model import LPAForCausalLM, Setting2Block
+from lpa_model.model import LPAForCausalLM, PreNormBlock
 
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -98,7 +98,7 @@ def llama_tensors(model: LPAForCausalLM) -> dict[str, Tensor]:
     config = model.config
     tensors: dict[str, Tensor] = {"model.embed_tokens.weight": model.embed_tokens.weight}
     for i, block in enumerate(model.layers):
-        assert isinstance(block, Setting2Block), "setting 1 was refused"
+        assert isinstance(block, PreNormBlock), "setting 1 was refused"
         prefix = f"model.layers.{i}"
         for name in ATTENTION_PROJECTIONS:
             weight, bias = _merge(getattr(block.attention, f"{name}_proj"))

@@ -33,7 +33,7 @@ class Silence:
 def bench_health(
     url: str, api_key: str | None, settings: Settings, on_done: Callable[[Silence], None]
 ) -> list[Silence]:
-    """Every kind in turn, with /health asked all the while; `settings` has the server's limits.
+    """Every kind, one after another, with /health polled meanwhile; `settings` has the server's limits.
 
     Raises:
         ValueError: the server cannot be reached, or has ceased to answer.

@@ -49,11 +49,11 @@ def _text(length: int) -> str:
 
 
 def _texts(model: str, settings: Settings) -> Iterator[Kind]:
-    room = settings.max_body_bytes - 1000
-    yield _post("a long prompt", COMPLETIONS, model, prompt=_text(room), max_tokens=1)
-    yield _post("a prompt of line breaks", COMPLETIONS, model, prompt="\n" * (room // 2), max_tokens=1)
-    yield _post("/tokenize", "/tokenize", model, prompt=_text(room))
-    yield _post("/tokenize with strings", "/tokenize", model, prompt=_text(room), return_token_strs=True)
+    max_chars = settings.max_body_bytes - 1000
+    yield _post("a long prompt", COMPLETIONS, model, prompt=_text(max_chars), max_tokens=1)
+    yield _post("a prompt of line breaks", COMPLETIONS, model, prompt="\n" * (max_chars // 2), max_tokens=1)
+    yield _post("/tokenize", "/tokenize", model, prompt=_text(max_chars))
+    yield _post("/tokenize with strings", "/tokenize", model, prompt=_text(max_chars), return_token_strs=True)
     yield _post("/detokenize", "/detokenize", model, tokens=[1] * (settings.max_body_values - 100))
 
 
@@ -96,12 +96,12 @@ def _conversations(model: str, settings: Settings) -> Iterator[Kind]:
 
 
 def _scoring(model: str, settings: Settings) -> Iterator[Kind]:
-    room = settings.max_body_bytes - 1000
-    yield _post("a text's perplexity", PERPLEXITY, model, input=_text(room // 16), method="chunks")
+    max_chars = settings.max_body_bytes - 1000
+    yield _post("a text's perplexity", PERPLEXITY, model, input=_text(max_chars // 16), method="chunks")
     yield _post("texts' perplexities", PERPLEXITY, model, input=["a b"] * 4096)
     rows = {"method": "sliding", "return_tokens": True, "top_logprobs": 20}
-    yield _post("tokens' log-probabilities", PERPLEXITY, model, input=_text(room // 64), **rows)
-    line = json.dumps(_text(room)).encode()
+    yield _post("tokens' log-probabilities", PERPLEXITY, model, input=_text(max_chars // 64), **rows)
+    line = json.dumps(_text(max_chars)).encode()
     yield Kind("a line of a corpus", f"{PERPLEXITY}?model={model}&method=full", line + b"\n", LINES)
     yield _post("pairs of texts", LOGLIKELIHOOD, model, pairs=[["a", "b"]] * 4096)
 

@@ -16,9 +16,9 @@ from server.settings import Settings
 def bench_loglikelihood(
     settings: Settings, *, sets: int, context_len: int, continuations: int, continuation_len: int, rounds: int
 ) -> dict[str, Any]:
-    """Score sets of `continuations` after one context each, as sets, in turn with the same pairs one by one at a server
-    without a prefix cache. Contexts and continuations are random tokens, new ones every round; a first round does not
-    count.
+    """Score sets of `continuations` after one context each, as sets, alternating with the same pairs one by one at a
+    server without a prefix cache. Contexts and continuations are random tokens, new ones every round; a first round
+    does not count.
 
     `speedup` is how many times faster the sets are, round by round: median, lowest and highest; `bound` is the ratio
     of tokens. `difference` is the largest one between the sums of log-probabilities, in nats.

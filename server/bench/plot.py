@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg")
-# Okabe and Ito's blue and vermilion: told apart by colour-blind eyes too, and by marker and line besides
+# Okabe and Ito's blue and vermilion: safe for colour blindness; marker and line style differ as well
 STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#0072B2", "marker": "o", "linestyle": "-"},
     {"color": "#D55E00", "marker": "s", "linestyle": "--"},
@@ -90,7 +90,7 @@ def plot_steps(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     axes.set_xscale("log", subs=[2, 5])
     axes.xaxis.set_major_formatter("{x:,g}")
     axes.xaxis.set_minor_formatter("{x:,g}")
-    axes.set_xlim(min(floors) / 1.5, max(measured) * 6)  # room for the last text
+    axes.set_xlim(min(floors) / 1.5, max(measured) * 6)  # space for the last label
     _describe(axes, "by kind of work, layout, batch x context", "milliseconds (logarithmic scale)", "")
     axes.grid(visible=False, axis="y")
     axes.grid(axis="x", which="minor", alpha=0.3)

@@ -1,4 +1,4 @@
-"""Rounds of one workload at one server, or at two in turn: ratios of neighbouring rounds outlast a machine's moods."""
+"""Rounds of one workload at one server, or alternating between two: ratios of neighbouring rounds cancel drift."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def measure(targets: Sequence[Target], workload: Workload, on_done: Callable[[Ti
     """Run all rounds; each target's `rounds` get the summaries. A first round is not counted: caches fill, code warms.
 
     Raises:
-        OSError, RequestFailed: a server does not answer when asked for its model.
+        OSError, RequestFailed: a server does not answer GET /v1/models.
         ValueError: a comparison of too few rounds.
     """
     if len(targets) > 1 and workload.rounds < MIN_COMPARED_ROUNDS:

@@ -1,4 +1,4 @@
-"""What each sampling feature adds to a step of many streams: the same engine and prompts, features in turn."""
+"""What each sampling feature adds to a step of many streams: the same engine and prompts, one feature after another."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def complete(output_len: int, model: str) -> Send:
         def read() -> None:
             read_stream(arrivals, timing)
             if timing.output_tokens != output_len:
-                raise ValueError(f"{timing.output_tokens} tokens came, {output_len} were asked for")
+                raise ValueError(f"{timing.output_tokens} tokens came, {output_len} were requested")
 
         return read
 

@@ -17,7 +17,7 @@ import typer
 if TYPE_CHECKING:
     from lpa_model.config import LPAConfig
 
-# Commands whose flags are the fields of a class that is dear to import parse their own arguments.
+# Commands whose flags are the fields of a class that is expensive to import parse their own arguments.
 PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 Model = Annotated[Path | None, typer.Option(help="Model folder.", show_default="LPA_MODEL, or the embedded model")]

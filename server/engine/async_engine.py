@@ -44,7 +44,7 @@ class Mailbox:
         self._wake()
 
     def expire(self) -> None:
-        """Whoever takes, now or later, gets TimedOut."""
+        """Every `get`, now or later, raises TimedOut."""
         self._expired = True
         self._wake()
 

@@ -1,6 +1,6 @@
 """Who holds which cache block, and which blocks already hold a given prefix. Integers and digests only, no tensors.
 
-A block is held (reference count above 0), cached (full, findable by its hash, held by nobody) or free. Free blocks
+A block is held (reference count above 0), cached (full, findable by its hash, reference count 0) or free. Free blocks
 are handed out lowest number first, so that the live range of the pool stays dense; when none is left, the cached
 block that was released longest ago is taken.
 """

@@ -21,7 +21,7 @@ from server.engine.detokenizer import Detokenizer, unfinished_bytes
 from server.engine.fingerprint import fingerprint
 from server.engine.generation_config import load_generation_config
 from server.engine.grammar import GrammarCompiler
-from server.engine.memory import give_back_freed_memory, keep_freed_memory
+from server.engine.memory import release_freed_memory, retain_freed_memory
 from server.engine.model_runner import BatchResult, ModelRunner
 from server.engine.request import (
     EngineStats,
@@ -319,8 +319,8 @@ def _build_engine(model_dir: Path, options: EngineOptions, hashing: Executor) ->
     max_model_len = _max_model_len(config, options.max_model_len, num_blocks * options.block_size)
     cache = backend.make_cache(layout, num_blocks, options.block_size)
     backend.warm_up()
-    give_back_freed_memory()
-    keep_freed_memory()
+    release_freed_memory()
+    retain_freed_memory()
     logger.info("backend: %s%s", backend.name, ", batch-invariant" if invariant else "")
     for name, reason in choice.refused:
         logger.info("backend %s was not taken: %s", name, reason)
@@ -340,7 +340,7 @@ def _build_engine(model_dir: Path, options: EngineOptions, hashing: Executor) ->
         step_budget_ms=options.step_budget_ms,
         eos_token_ids=tokenizer.eos_token_ids,
         max_model_len=max_model_len,
-        replays=invariant,
+        recompute_decodes_one_by_one=invariant,
     )
     return Engine(
         ModelRunner(backend, cache, GrammarCompiler(tokenizer)),

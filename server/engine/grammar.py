@@ -185,7 +185,7 @@ class GrammarState:
 
         Raises:
             GrammarFailed: the grammar is too complex here, or no token of the vocabulary fits it.
-            UserError: as `GrammarCompiler.compile`, if nobody has called that before.
+            UserError: as `GrammarCompiler.compile`, if that has not been called before.
         """
         assert self._job is not None
         job, self._job = self._job, None

@@ -172,14 +172,14 @@ def _read_exactly(connection: socket.socket, size: int) -> bytes:
 
 
 def fork_workers(fd: int, seconds: float, memory: int) -> None:
-    """The forker's main loop: a fork for each socket that comes, until there is nobody to send one."""
+    """The forker's main loop: a fork for each socket that comes, until the other end closes."""
     os.nice(NICENESS)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     control = socket.socket(fileno=fd)
     size = int.from_bytes(_read_exactly(control, 8), "little")
     native = pickle.loads(_read_exactly(control, size)).native()
     gc.freeze()  # a collection in a worker would copy what it shares
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors need nobody to wait for them
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps supervisors
     while True:
         message, fds, _, _ = socket.recv_fds(control, 1, 1)
         if not message:

@@ -1,4 +1,4 @@
-"""What the process does with memory that it does not need at the moment."""
+"""The process's memory: freed memory that glibc keeps, and what is released to the system."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ CODE = re.compile(
 )
 
 
-def keep_freed_memory() -> bool:
-    """Have glibc keep the memory of freed tensors for the next ones, in one arena for all threads.
+def retain_freed_memory() -> bool:
+    """Have glibc reuse the memory of freed tensors, in one arena for all threads.
 
-    A step frees tensors of many megabytes and allocates the same again. Left to itself, glibc gives them back to the
-    system, which hands out every page anew, zeroed; and every thread that allocates keeps a heap of its own. Returns
-    whether it did: other C libraries have no such switch.
+    A step frees tensors of many megabytes and allocates the same again. By default glibc unmaps them,
+    so that every page faults and is zeroed again, and every thread that allocates has a heap of its own. Returns
+    whether mallopt took the settings: other C libraries have none.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
@@ -32,18 +32,18 @@ def keep_freed_memory() -> bool:
     return all([mallopt(name, value) for name, value in settings])
 
 
-def give_back_freed_memory() -> None:
-    """Have glibc give to the system what loading a model has left free."""
+def release_freed_memory() -> None:
+    """Release to the system what loading a model has left free in glibc's heap."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
-def give_back_code() -> int:
-    """Let go of the libraries' code, most of which only the start has needed: what is called comes back page by page.
+def release_code() -> int:
+    """Release the pages of the libraries' code, most of which only the start needs: what is called is mapped again.
 
-    It is read from files, and stays in the system's cache as long as there is room. Returns the bytes of its mappings;
-    none where the system does not tell them.
+    The pages come from files and stay in the page cache while memory is free. Returns the bytes of the mappings; 0
+    where the system has no /proc/self/smaps.
     """
     if not SMAPS.exists():
         return 0

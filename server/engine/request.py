@@ -13,7 +13,7 @@ from typing import Literal
 class GrammarSpec:
     """What generated text must match; `text` is the schema (JSON), expression, grammar or JSON list of choices.
 
-    `param` is the field of the request that asked for it, for errors.
+    `param` is the request's field that errors name.
     """
 
     kind: Literal["json_object", "json_schema", "regex", "choice", "grammar"]
@@ -134,7 +134,7 @@ class Completion:
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    logprobs: Logprobs = field(default_factory=Logprobs)  # of token_ids, where they were asked for
+    logprobs: Logprobs = field(default_factory=Logprobs)  # of token_ids, where requested
     prompt_logprobs: Logprobs | None = None  # as of RequestOutput
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None  # None: it goes on

@@ -83,17 +83,17 @@ class Scheduler:
         step_budget_ms: float,
         eos_token_ids: Collection[int],
         max_model_len: int,
-        replays: bool = True,
+        recompute_decodes_one_by_one: bool = True,
     ) -> None:
-        """`replays`: generated tokens that were lost with a preempted request's blocks are computed one by one, as they
-        were at first, and not as if they were a prompt: they are the same to the bit then."""
+        """`recompute_decodes_one_by_one`: after a preemption, generated tokens are recomputed in decode steps, to the
+        same bits; otherwise they are prefilled with the prompt."""
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.step_budget_ms = step_budget_ms
         self.eos_token_ids = frozenset(eos_token_ids)
         self.max_model_len = max_model_len
-        self.replays = replays
+        self.recompute_decodes_one_by_one = recompute_decodes_one_by_one
         self.waiting = WaitingQueue()
         self.running: list[Request] = []  # sorted by order
         self.cost = StepCost()
@@ -116,7 +116,7 @@ class Scheduler:
         """The next step's work; blocks for it are allocated, so it must be run or its requests finished."""
         batch = ScheduledBatch()
         for request in list(self.running):
-            if self._decodes(request, request.num_computed_tokens) and self._make_room(request, 1, batch):
+            if self._decodes(request, request.num_computed_tokens) and self._allocate_blocks(request, 1, batch):
                 batch.items.append(ScheduledRequest(request, 1, True))
         if self.waiting or len(batch.items) < len(self.running):
             self._schedule_prompts(batch)
@@ -124,13 +124,15 @@ class Scheduler:
 
     def _decodes(self, request: Request, computed: int) -> bool:
         """Whether the token after `computed` ones is computed as a generated one, which goes alone."""
-        first = request.num_prompt_tokens if self.replays else len(request.token_ids) - 1
+        first = request.num_prompt_tokens if self.recompute_decodes_one_by_one else len(request.token_ids) - 1
         return request.num_output_tokens > 0 and computed >= first
 
     def _prompt_end(self, request: Request) -> int:
         """Tokens up to here are computed as a prompt's."""
         return (
-            request.num_prompt_tokens if self.replays and request.num_output_tokens else request.num_tokens_to_compute
+            request.num_prompt_tokens
+            if self.recompute_decodes_one_by_one and request.num_output_tokens
+            else request.num_tokens_to_compute
         )
 
     def _schedule_prompts(self, batch: ScheduledBatch) -> None:
@@ -143,7 +145,7 @@ class Scheduler:
             if self._decodes(request, computed) or not running or request.is_scoring not in budget.open_kinds:
                 continue
             tokens = budget.affordable(request, computed, self._prompt_end(request))
-            if tokens and self._make_room(request, tokens, batch):
+            if tokens and self._allocate_blocks(request, tokens, batch):
                 self._take(request, tokens, budget, batch)
         followers: dict[Request, list[Request]] = {}
         for item in batch.items:
@@ -172,7 +174,7 @@ class Scheduler:
                 continue
             self.waiting.remove(request)
             self._admit(request, hits, batch)
-            self._make_room(request, tokens, batch)
+            self._allocate_blocks(request, tokens, batch)
             if decodes:
                 batch.items.append(ScheduledRequest(request, 1, True))
             else:
@@ -243,7 +245,7 @@ class Scheduler:
 
     def _join(self, item: ScheduledRequest, followers: dict[Request, list[Request]], batch: ScheduledBatch) -> None:
         """Let the followers of a prompt that this step completes run: they share its full blocks and get a copy of
-        the last one. Those for whom there is no room will look the prompt up like anyone else."""
+        the last one. Those that get no slot look the prompt up in the prefix cache as any request does."""
         leader = item.request
         if not leader.followers or leader.num_output_tokens or not item.samples:
             return
@@ -307,7 +309,7 @@ class Scheduler:
         request.status = RequestStatus.RUNNING
         insert(self.running, request)
 
-    def _make_room(self, request: Request, tokens: int, batch: ScheduledBatch) -> bool:
+    def _allocate_blocks(self, request: Request, tokens: int, batch: ScheduledBatch) -> bool:
         """Give a request the blocks for its next tokens, preempting those that go last if there are none."""
         if request.status is not RequestStatus.RUNNING:
             return False
@@ -341,7 +343,7 @@ class Scheduler:
         self.waiting.add(request)
 
     def _stop_running(self, request: Request) -> None:
-        """Take a request's blocks and its place; nobody waits for what it was computing any more."""
+        """Free a request's blocks and its slot; requests that waited for its blocks stop waiting."""
         remove(self.running, request)
         size = self.blocks.block_size
         for digest in request.block_hashes[request.num_computed_tokens // size : request.num_shareable_tokens // size]:
@@ -363,8 +365,8 @@ class Scheduler:
 
         `tokens` has a token id for every scheduled request that samples, but for those that have finished
         meanwhile, are `deferred` (their last token counts as not computed, so that they sample in the next step) or
-        have `ended` without one: by what their text must match it is complete. Finished requests have given their
-        blocks back when they are yielded.
+        have `ended` without one: by what their text must match it is complete. The blocks of
+        finished requests are free when they are yielded.
         """
         for request, num_tokens, is_decode in batch.items:
             if request.status is RequestStatus.FINISHED:
@@ -380,7 +382,7 @@ class Scheduler:
                 self.finish(request, FinishReason.STOP)
             elif token is not None:
                 self._check_stop(request, token)
-                if request.followers:  # there was no room for them
+                if request.followers:  # they got no slot
                     self.waiting.wake(request.followers)
             elif request.num_computed_tokens == request.num_tokens_to_compute:
                 self.finish(request, FinishReason.LENGTH)

@@ -121,8 +121,8 @@ class StepCost:
 class PromptShare:
     """Milliseconds that one kind of work has earned, a share of every step's decodes at a time.
 
-    It is spent when it is worth a pass: at least half of the time that the work adds to a step then goes into tokens. A
-    portion larger than a step's share comes every other step, and not later, however dear a pass seems to be.
+    It is spent when it is worth a pass: at least half of the time that the work adds to a step then goes into tokens.
+    More than one step's share is saved up for two steps at most, however expensive a pass is estimated to be.
     """
 
     def __init__(self) -> None:

@@ -58,7 +58,7 @@ class Turns:
 class WaitingQueue:
     """Requests that are `ready` to run, and those set aside until another one has computed what they share with it.
 
-    The latter stand in that request's `followers` or `waiters`, so that nobody has to look at them in between.
+    The latter stand in that request's `followers` or `waiters`, so that no step scans them in between.
     """
 
     def __init__(self) -> None:

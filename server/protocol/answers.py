@@ -79,6 +79,6 @@ class VersionResponse(BaseModel):
 class CancelResponse(BaseModel):
     """Requests that were ended."""
 
-    id: str = Field(description="As it was asked for.")
+    id: str = Field(description="The name that was requested.")
     object: Literal["request.cancelled"] = "request.cancelled"
     cancelled: int = Field(ge=1, description="HTTP requests that were running under this id.")

@@ -181,11 +181,11 @@ class ChatCompletionRequest(SamplingBody):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-def chat_head(request_id: str, created: int, model: str, fingerprint: str, *, stream: bool) -> dict[str, Any]:
-    """What the answer or every chunk of a stream begins with; `created` in seconds since 1970."""
+def chat_envelope(request_id: str, created: int, model: str, fingerprint: str, *, stream: bool) -> dict[str, Any]:
+    """The fields before `choices` of the answer, or of every chunk of a stream; `created` in seconds since 1970."""
     kind = "chat.completion.chunk" if stream else "chat.completion"
-    head = {"id": f"chatcmpl-{request_id}", "object": kind, "created": created, "model": model}
-    return {**head, "system_fingerprint": fingerprint}
+    envelope = {"id": f"chatcmpl-{request_id}", "object": kind, "created": created, "model": model}
+    return {**envelope, "system_fingerprint": fingerprint}
 
 
 def chat_choice(

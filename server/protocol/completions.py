@@ -78,10 +78,10 @@ class CompletionRequest(SamplingBody):
         return max((top for top in (*wanted, self.prompt_logprobs) if top is not None), default=None)
 
 
-def completion_head(request_id: str, created: int, model: str, fingerprint: str) -> dict[str, Any]:
-    """What the answer and every chunk of a stream begin with; `created` in seconds since 1970."""
-    head = {"id": f"cmpl-{request_id}", "object": "text_completion", "created": created, "model": model}
-    return {**head, "system_fingerprint": fingerprint}
+def completion_envelope(request_id: str, created: int, model: str, fingerprint: str) -> dict[str, Any]:
+    """The fields before `choices` of the answer and of every chunk of a stream; `created` in seconds since 1970."""
+    envelope = {"id": f"cmpl-{request_id}", "object": "text_completion", "created": created, "model": model}
+    return {**envelope, "system_fingerprint": fingerprint}
 
 
 def completion_choice(

@@ -82,7 +82,7 @@ class StructuredOutputs(RequestBody):
     grammar: str | None = Field(None, min_length=1, description="Context-free grammar in Lark's notation.")
 
     def spec(self) -> GrammarSpec | None:
-        """What is asked for; None if that is nothing.
+        """The constraint; None if there is none.
 
         Raises:
             InvalidRequest: more than one field is given.

@@ -15,7 +15,7 @@ from fastapi.responses import Response
 from server.engine.async_engine import AsyncEngine
 from server.engine.request import Completion, Logprobs
 from server.errors import ContextLength
-from server.protocol.chat import ChatCompletionRequest, ChatCompletionResponse, chat_choice, chat_chunk, chat_head
+from server.protocol.chat import ChatCompletionRequest, ChatCompletionResponse, chat_choice, chat_chunk, chat_envelope
 from server.protocol.inputs import check_text
 from server.protocol.logprobs import chat_logprobs, namer, prompt_logprobs
 from server.routes.body import JsonRoute
@@ -54,7 +54,7 @@ class _Call:
 
     body: ChatCompletionRequest
     generation: Generation
-    head: dict[str, Any]
+    envelope: dict[str, Any]
 
     def logprobs(self, token_ids: list[int], scores: Logprobs) -> dict[str, Any] | None:
         top = self.body.alternatives
@@ -84,8 +84,8 @@ async def _accept(engine: AsyncEngine, settings: Settings, body: ChatCompletionR
     limit_field, limit = body.limit
     most = engine.max_model_len - (limit or 1)
     prompt = truncate(prompt, body.truncate_prompt_tokens, most, body.truncation_side)
-    room = engine.max_model_len - len(prompt.token_ids)
-    if room < 1:
+    tokens_left = engine.max_model_len - len(prompt.token_ids)
+    if tokens_left < 1:
         raise ContextLength(
             f"messages: {len(prompt.token_ids)} tokens leave no place for an answer",
             engine.max_model_len,
@@ -94,7 +94,7 @@ async def _accept(engine: AsyncEngine, settings: Settings, body: ChatCompletionR
     params = await asyncio.to_thread(
         body.sampling_params,
         tokenizer,
-        room if limit is None else limit,
+        tokens_left if limit is None else limit,
         body.alternatives,
         body.prompt_logprobs,
         engine.sampling_defaults,
@@ -112,7 +112,7 @@ async def _accept(engine: AsyncEngine, settings: Settings, body: ChatCompletionR
     return _Call(
         body,
         generation,
-        chat_head(request_id, int(time.time()), settings.model_name, engine.fingerprint, stream=body.stream),
+        chat_envelope(request_id, int(time.time()), settings.model_name, engine.fingerprint, stream=body.stream),
     )
 
 
@@ -129,7 +129,7 @@ def _whole(call: _Call, completed: list[Completion]) -> dict[str, Any]:
         logprobs = call.logprobs(done.token_ids, done.logprobs)
         choice = chat_choice(index, done.text, logprobs, done.finish_reason, done.stop_reason)
         choices.append({**choice, "token_ids": done.token_ids} if body.return_token_ids else choice)
-    found = {**call.head, "choices": choices, "usage": generation.usage()}
+    found = {**call.envelope, "choices": choices, "usage": generation.usage()}
     prompt_ids = generation.prompts[0].token_ids
     if body.prompt_logprobs is not None:
         scores = generation.prompt_scores[0]
@@ -142,11 +142,11 @@ def _whole(call: _Call, completed: list[Completion]) -> dict[str, Any]:
 
 
 async def _events(call: _Call) -> AsyncGenerator[str]:
-    """The answer as events: of each choice its role, a chunk per output and its end; the usage if asked for, [DONE]."""
+    """The answer as events: of each choice its role, a chunk per output and its end; the usage if requested, [DONE]."""
     body, generation = call.body, call.generation
 
     def whole(entry: dict[str, Any], unsent: int = 0, **more: Any) -> dict[str, Any]:
-        return {**call.head, "choices": [entry], **more, **generation.chunk_usage(unsent)}
+        return {**call.envelope, "choices": [entry], **more, **generation.chunk_usage(unsent)}
 
     def chunk(entry: dict[str, Any], unsent: int = 0, **more: Any) -> str:
         return to_json(whole(entry, unsent, **more))
@@ -172,5 +172,5 @@ async def _events(call: _Call) -> AsyncGenerator[str]:
                 end = chat_chunk(index, {}, None, output.finish_reason.value)
                 yield chunk({**end, "stop_reason": output.stop_reason})
     if generation.sends_usage:
-        yield to_json({**call.head, "choices": [], "usage": generation.usage()})
+        yield to_json({**call.envelope, "choices": [], "usage": generation.usage()})
     yield DONE

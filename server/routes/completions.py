@@ -15,7 +15,7 @@ from fastapi.responses import Response
 from server.engine.async_engine import AsyncEngine
 from server.engine.detokenizer import unfinished_bytes
 from server.engine.request import Completion, Logprobs
-from server.protocol.completions import CompletionRequest, CompletionResponse, completion_choice, completion_head
+from server.protocol.completions import CompletionRequest, CompletionResponse, completion_choice, completion_envelope
 from server.protocol.logprobs import (
     Columns,
     Name,
@@ -63,7 +63,7 @@ class _Call:
 
     body: CompletionRequest
     generation: Generation
-    head: dict[str, Any]
+    envelope: dict[str, Any]
     columns_of_prompts: dict[int, Columns] = field(default_factory=dict)  # n choices share them
 
     @property
@@ -115,7 +115,7 @@ async def _accept(engine: AsyncEngine, settings: Settings, body: CompletionReque
             add_special_tokens=body.add_special_tokens,
             with_offsets=body.echo and body.logprobs is not None,
         )
-    room = engine.max_model_len - body.max_tokens
+    max_prompt_tokens = engine.max_model_len - body.max_tokens
     width = body.width if body.max_tokens else 1  # nothing differs between choices that generate nothing
     ranked = 0 if width > body.n else None
     logprobs = body.logprobs if body.logprobs is not None else ranked
@@ -131,13 +131,13 @@ async def _accept(engine: AsyncEngine, settings: Settings, body: CompletionReque
         engine,
         settings,
         body,
-        [truncate(prompt, body.truncate_prompt_tokens, room, body.truncation_side) for prompt in prompts],
+        [truncate(prompt, body.truncate_prompt_tokens, max_prompt_tokens, body.truncation_side) for prompt in prompts],
         request_id,
         width=width,
         params=params,
     )
     return _Call(
-        body, generation, completion_head(request_id, int(time.time()), settings.model_name, engine.fingerprint)
+        body, generation, completion_envelope(request_id, int(time.time()), settings.model_name, engine.fingerprint)
     )
 
 
@@ -156,7 +156,7 @@ def _whole(call: _Call, done: list[Completion]) -> dict[str, Any]:
             of_prompt = sorted(of_prompt, key=lambda completed: -completed.mean_logprob)[:n]
         chosen = of_prompt if generation.width >= n else of_prompt * n
         choices += [_choice(call, prompt, prompt * n + c, completed) for c, completed in enumerate(chosen)]
-    return {**call.head, "choices": choices, "usage": generation.usage()}
+    return {**call.envelope, "choices": choices, "usage": generation.usage()}
 
 
 def _choice(call: _Call, prompt: int, index: int, completed: Completion) -> dict[str, Any]:
@@ -179,11 +179,11 @@ def _choice(call: _Call, prompt: int, index: int, completed: Completion) -> dict
 
 
 async def _events(call: _Call) -> AsyncGenerator[str]:
-    """The answer as events: the prompt first if it is echoed, a chunk per output, the usage if asked for, [DONE]."""
+    """The answer as events: the prompt first if it is echoed, a chunk per output, the usage if requested, [DONE]."""
     body, generation = call.body, call.generation
 
     def whole(entry: dict[str, Any], unsent: int = 0) -> dict[str, Any]:
-        return {**call.head, "choices": [entry], **generation.chunk_usage(unsent)}
+        return {**call.envelope, "choices": [entry], **generation.chunk_usage(unsent)}
 
     def chunk(entry: dict[str, Any], unsent: int = 0) -> str:
         return to_json(whole(entry, unsent))
@@ -226,5 +226,5 @@ async def _events(call: _Call) -> AsyncGenerator[str]:
                         entry["token_ids"] = output.token_ids
                     yield chunk(entry)
     if generation.sends_usage:
-        yield to_json({**call.head, "choices": [], "usage": generation.usage()})
+        yield to_json({**call.envelope, "choices": [], "usage": generation.usage()})
     yield DONE

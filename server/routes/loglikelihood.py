@@ -48,8 +48,8 @@ def loglikelihood_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         sets = await asyncio.to_thread(body.alternatives)
         tokenize = PairTokenizer(engine.tokenizer, engine.max_model_len, body.add_bos)
         scorer = Scorer(engine, settings, request.state.request_id)
-        works = _works(scorer, tokenize, sets)
-        scored = scorer.in_order(works, deadline_of(settings))
+        score_jobs = _score_jobs(scorer, tokenize, sets)
+        scored = scorer.in_order(score_jobs, deadline_of(settings))
         return await while_connected(
             request.receive, _answer(settings.model_name, engine.fingerprint, tokenize.add_bos, len(sets), scored)
         )
@@ -57,7 +57,7 @@ def loglikelihood_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
     return router
 
 
-async def _works(
+async def _score_jobs(
     scorer: Scorer, tokenize: PairTokenizer, sets: Sequence[Sequence[Alternative]]
 ) -> AsyncGenerator[Coroutine[Any, Any, Scored]]:
     """The scoring of every set, pack by pack."""

@@ -1,4 +1,4 @@
-"""Bodies of lines (application/x-ndjson) that are read while the work goes on."""
+"""Bodies of lines (application/x-ndjson) that are read while earlier lines are computed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class LineBody:
         self._pieces: asyncio.Queue[Message] = asyncio.Queue(1)
 
     async def receive(self) -> Message:
-        """The server's next message, once there is room for it."""
+        """The server's next message, once the buffer is not full."""
         message = await self._receive()
         if message["type"] == "http.request":
             await self._pieces.put(message)

@@ -54,8 +54,8 @@ def perplexity_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
             engine.tokenizer, engine.max_model_len, asked.method, asked.max_length, asked.stride, asked.add_bos
         )
         scorer = Scorer(engine, settings, request.state.request_id)
-        works = _works(scorer, _texts(engine.tokenizer, convention, asked, inputs), convention, asked)
-        scored = scorer.in_order(works, deadline_of(settings))
+        score_jobs = _score_jobs(scorer, _texts(engine.tokenizer, convention, asked, inputs), convention, asked)
+        scored = scorer.in_order(score_jobs, deadline_of(settings))
         lines = _lines(engine.tokenizer, asked, convention, scored, settings.model_name, engine.fingerprint)
         if asked.stream:
             return line_stream(lines, receive)
@@ -137,7 +137,7 @@ async def _texts(
                 yield item
 
 
-async def _works(
+async def _score_jobs(
     scorer: Scorer, texts: AsyncGenerator[Text], convention: Convention, asked: PerplexityParameters
 ) -> AsyncGenerator[Coroutine[Any, Any, tuple[Piece, Logprobs]]]:
     """The scoring of every piece of every text, in order."""

@@ -15,7 +15,7 @@ from fastapi.responses import Response
 
 MEDIA_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 HEADERS = {
-    "cache-control": "no-cache",  # kept by the browser, but asked for each time: an answer without a body, mostly
+    "cache-control": "no-cache",  # cached by the browser, but revalidated each time: mostly a 304
     "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",

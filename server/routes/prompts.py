@@ -81,10 +81,12 @@ def start_of_document(engine: AsyncEngine) -> Prompt:
     return Prompt("prompt", None, [token])
 
 
-def truncate(prompt: Prompt, keep: int | None, room: int, side: Literal["left", "right"]) -> Prompt:
-    """The prompt without what is beyond `keep` tokens (-1: beyond `room`; None: whole), cut off on one side, as vLLM's
-    truncate_prompt_tokens and truncation_side."""
-    limit = len(prompt.token_ids) if keep is None else max(room, 1) if keep == -1 else keep
+def truncate(prompt: Prompt, keep: int | None, max_prompt_tokens: int, side: Literal["left", "right"]) -> Prompt:
+    """The prompt cut to `keep` tokens on one side, as vLLM's truncate_prompt_tokens and truncation_side.
+
+    `keep`: None is the whole prompt, -1 is `max_prompt_tokens`.
+    """
+    limit = len(prompt.token_ids) if keep is None else max(max_prompt_tokens, 1) if keep == -1 else keep
     if len(prompt.token_ids) <= limit:
         return prompt
     return Prompt(prompt.where, None, prompt.token_ids[-limit:] if side == "left" else prompt.token_ids[:limit])

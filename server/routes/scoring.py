@@ -48,12 +48,10 @@ class Scorer:
             request = scoring_request(sequence_id, token_ids, first, top, branches, self._unique)
             return await self._run(request, len(token_ids) - first)
 
-    async def in_order(
-        self, works: AsyncGenerator[Coroutine[Any, Any, T]], deadline: float | None
-    ) -> AsyncGenerator[T]:
-        """`in_order` for works that score with this scorer; a drain waits for all of them."""
+    async def in_order(self, jobs: AsyncGenerator[Coroutine[Any, Any, T]], deadline: float | None) -> AsyncGenerator[T]:
+        """`in_order` for jobs that score with this scorer; a drain waits for all of them."""
         with self._session:
-            async with aclosing(in_order(works, self.max_in_flight, deadline)) as results:
+            async with aclosing(in_order(jobs, self.max_in_flight, deadline)) as results:
                 async for result in results:
                     yield result
 
@@ -67,12 +65,12 @@ class Scorer:
 
 
 async def in_order(
-    works: AsyncGenerator[Coroutine[Any, Any, T]], max_in_flight: int, deadline: float | None
+    jobs: AsyncGenerator[Coroutine[Any, Any, T]], max_in_flight: int, deadline: float | None
 ) -> AsyncGenerator[T]:
-    """Results of `works` in their order. At most `max_in_flight` of them run, or are done but not yet taken.
+    """Results of `jobs` in their order. At most `max_in_flight` of them run, or are done but not yet taken.
 
     When one fails, the results before it come first; then its error is raised, and those after it are cancelled.
-    The same when `works` itself raises.
+    The same when `jobs` itself raises.
 
     Args:
         deadline: when to give up, on the event loop's clock.
@@ -87,8 +85,8 @@ async def in_order(
         end: Exception | None = None
         try:
             await slots.acquire()
-            async for work in works:
-                started.put_nowait(asyncio.create_task(work))
+            async for job in jobs:
+                started.put_nowait(asyncio.create_task(job))
                 await slots.acquire()
         except Exception as error:
             end = error
@@ -110,7 +108,7 @@ async def in_order(
                 raise TimedOut("the request took longer than this server's request_timeout") from None
             slots.release()
             yield result
-            if loop.time() > until:  # results that are there already suspend nobody
+            if loop.time() > until:  # finished results never suspend this coroutine
                 await asyncio.sleep(0)
                 until = loop.time() + SLICE
         if item is not None:
@@ -123,4 +121,4 @@ async def in_order(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await works.aclose()
+        await jobs.aclose()

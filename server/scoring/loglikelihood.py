@@ -46,7 +46,7 @@ class PairTokenizer:
         add_bos: whether BOS stands before a context (None: the tokenizer's own setting).
 
     Raises:
-        InvalidRequest: add_bos is asked for and the model has no BOS.
+        InvalidRequest: add_bos is true and the model has no BOS.
     """
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int, add_bos: bool | None) -> None:

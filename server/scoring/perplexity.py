@@ -1,6 +1,6 @@
 """Texts to windows, and the scores of windows to sums: one pipeline for the API, `LLM` and the command line.
 
-It knows neither HTTP nor the engine: whoever drives it has each window scored and adds the scores in order. What a
+It knows neither HTTP nor the engine: its caller has each window scored and adds the scores in order. What a
 window is, and what sums come to, is in `lpa_model/perplexity.py`.
 """
 

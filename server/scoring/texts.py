@@ -1,4 +1,4 @@
-"""Texts from files, folders and standard input, one at a time: the next is read when it is asked for."""
+"""Texts from files, folders and standard input, one at a time: read lazily."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _has_suffix(path: Path, suffixes: tuple[str, ...]) -> bool:
 
 
 def total_size(files: Sequence[str]) -> int | None:
-    """Bytes of all files as they are stored; None if one is a pipe, which nobody knows the end of."""
+    """Bytes of all files as they are stored; None if one is a pipe, whose length is unknown."""
     paths = [Path(name) for name in files]
     if not all(name != "-" and path.is_file() for name, path in zip(files, paths, strict=True)):
         return None

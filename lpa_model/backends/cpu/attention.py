@@ -21,7 +21,7 @@ from lpa_model.batch import Batch
 
 SPLIT_TOKENS = 128  # at most, in whole blocks: a work item of decode attention
 QUERY_TILE, ITEM_TILES, PACKED_TOKENS = 32, 2, 32  # as in csrc/attention_prompt.c
-Hidden = tuple[NDArray[np.int64], NDArray[np.int64]]
+MaskedRange = tuple[NDArray[np.int64], NDArray[np.int64]]
 """(shared_ends, own_starts) [rows]: a row does not see its text's tokens from one to the other."""
 
 
@@ -95,7 +95,7 @@ class PromptRows:
 
     positions: NDArray[np.int64]  # [rows]
     slots: NDArray[np.int64]  # [rows]: block * block_size + offset
-    hidden: Hidden | None
+    masked_range: MaskedRange | None
     tables: NDArray[np.int64]  # block tables, one text after another
     spans: NDArray[np.int64]  # [texts, 6]: first row, context, length, table start, first packed token, first block
     block_spans: NDArray[np.int64]  # [blocks]: the text of each block
@@ -128,7 +128,7 @@ class PromptRows:
         block_size: int,
         positions: NDArray[np.int64],
         slots: NDArray[np.int64],
-        hidden: Hidden | None = None,
+        masked_range: MaskedRange | None = None,
     ) -> PromptRows:
         """`tables` cover context and length of each text, or more."""
         ends = np.asarray(contexts, dtype=np.int64) + np.asarray(lengths, dtype=np.int64)
@@ -147,7 +147,7 @@ class PromptRows:
         return cls(
             positions=np.ascontiguousarray(positions, dtype=np.int64),
             slots=np.ascontiguousarray(slots, dtype=np.int64),
-            hidden=hidden,
+            masked_range=masked_range,
             tables=np.concatenate([np.asarray(table, dtype=np.int64) for table in tables]),
             spans=np.stack((starts(lengths), contexts, lengths, *firsts), axis=1).astype(np.int64),
             block_spans=np.repeat(np.arange(len(blocks)), blocks),
@@ -158,7 +158,7 @@ class PromptRows:
     @cached_property
     def fields(self) -> dict[str, int]:
         """What a record says of them; they have to live until the kernel has run."""
-        shared_ends, own_starts = self.hidden or (None, None)
+        shared_ends, own_starts = self.masked_range or (None, None)
         return {
             "prompt_positions": self.positions.ctypes.data,
             "prompt_slots": self.slots.ctypes.data,

@@ -25,7 +25,7 @@ from lpa_model.backends.cpu.rotary import interleaved, rope_cache
 from lpa_model.batch import Batch
 from lpa_model.cache import LatentCache
 from lpa_model.layers import LayerNorm, LowRankLinear, ReluFFN, RMSNorm, SwiGLU
-from lpa_model.model import LPAForCausalLM, Setting1Block, Setting2Block
+from lpa_model.model import LPAForCausalLM, PostNormBlock, PreNormBlock
 
 MOST_ROWS = 512  # of one run of the op list: so many stay in the cores' caches from one operation to the next
 WIDTH_UNIT = 32  # numbers that the cache's widths are padded to multiples of
@@ -52,9 +52,9 @@ class Norm:
 class LayerPlan:
     """A block's packed weights, and its operations over a cache."""
 
-    def __init__(self, block: Setting1Block | Setting2Block, cache: LatentCache) -> None:
+    def __init__(self, block: PostNormBlock | PreNormBlock, cache: LatentCache) -> None:
         attention = block.attention
-        rotary = isinstance(block, Setting2Block)
+        rotary = isinstance(block, PreNormBlock)
         self.pre_norm = rotary
         self.heads, self.scale = attention.heads, attention.scale
         self.keys, self.values = cache.keys[attention.layer], cache.values[attention.layer]
@@ -210,7 +210,7 @@ class StepPlan:
             self.rope = rope_cache(model.rotary, padded(model.config.head_size))
         if model.norm is not None:
             self.norm = Norm.of(model.norm)
-        self.layers = [LayerPlan(cast("Setting1Block | Setting2Block", block), cache) for block in model.layers]
+        self.layers = [LayerPlan(cast("PostNormBlock | PreNormBlock", block), cache) for block in model.layers]
         self.output = pack(*_matrix(model.lm_head))
         self.capacity = 0
 

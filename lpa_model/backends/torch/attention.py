@@ -32,7 +32,7 @@ class PagedAttention:
     """What `Attention` calls in every layer of one step: writes the step's keys and values, then attends."""
 
     def __init__(self, batch: Batch, cache: LatentCache, rotary: RotaryEmbedding | None, *, padding: int = 0) -> None:
-        """`padding`: rows behind the batch's, which nobody reads."""
+        """`padding`: rows after the batch's, which are never read."""
         device = cache.keys[0].device
 
         def tensor(array: NDArray[Any]) -> Tensor:
@@ -114,7 +114,7 @@ class PrefillGroup:
     """Consecutive prompt spans of equal shape, attended together.
 
     Queries meet keys in tiles of TILE tokens that begin at multiples of TILE, filled up with rows and keys that
-    nobody reads. So every product has the same shape however a prompt is cut into chunks and whatever else is in the
+    are never read. So every product has the same shape however a prompt is cut into chunks and whatever else is in the
     batch, and a row's result is the same to the bit.
     """
 

@@ -22,7 +22,7 @@ from lpa_model.batch import Batch
 from lpa_model.cache import LatentCache
 from lpa_model.config import LPAConfig
 from lpa_model.layers import LayerNorm, LowRankLinear, RMSNorm, SwiGLU
-from lpa_model.model import LPAForCausalLM, Setting1Block, Setting2Block
+from lpa_model.model import LPAForCausalLM, PostNormBlock, PreNormBlock
 
 MOST_ROWS = 512  # of one run of the op list: so many stay in the cores' caches from one operation to the next
 
@@ -73,7 +73,7 @@ class Weights:
 class FusedLayer:
     """A block's weights, and its operations over a cache."""
 
-    def __init__(self, block: Setting1Block | Setting2Block, cache: LatentCache) -> None:
+    def __init__(self, block: PostNormBlock | PreNormBlock, cache: LatentCache) -> None:
         attention, ffn = block.attention, block.ffn
         self.heads, self.scale = attention.heads, attention.scale
         self.keys, self.values = cache.keys[attention.layer], cache.values[attention.layer]
@@ -90,7 +90,7 @@ class FusedLayer:
         ]
         query, key, value = (layer.up if isinstance(layer, LowRankLinear) else layer for layer in projections)
         group = self.heads // attention.kv_heads
-        rotary = isinstance(block, Setting2Block)
+        rotary = isinstance(block, PreNormBlock)
 
         def rotated(linear: nn.Linear) -> Weights:
             if not rotary:
@@ -191,7 +191,7 @@ class FusedStep:
         self.embed_positions = None if model.rotary is not None else deepcopy(model.embed_positions)
         self.rope = None if model.rotary is None else rope_cache(model.rotary, model.config.head_size)
         self.block_size = cache.block_size
-        self.layers = [FusedLayer(cast("Setting1Block | Setting2Block", block), cache) for block in model.layers]
+        self.layers = [FusedLayer(cast("PostNormBlock | PreNormBlock", block), cache) for block in model.layers]
         self.output, self.vocab_size = Weights.of(model.lm_head), model.config.vocab_size
         self.capacity = 0
 
