@@ -58,7 +58,7 @@ def save_checkpoint(
     for source in [tokenizer_files / name for name in TOKENIZER_FILES] if tokenizer_files is not None else []:
         if source.is_file():
             _replace(folder / source.name, source.read_text(encoding="utf-8-sig"))
-    shutil.copymode(folder / "config.json", weights)  # safetensors shuts everybody else out, a container's user too
+    shutil.copymode(folder / "config.json", weights)  # safetensors writes 0600, which a container's user cannot read
     weights.replace(folder / "model.safetensors")
 
 

@@ -37,7 +37,7 @@ from server.routes.tokenize import tokenize_router
 from server.settings import Settings
 
 UNION_TAG = re.compile(r"str|int|float|bool|(list|dict|function-\w+)\[.*\]")
-"""What pydantic puts into the place of an error for a member of a union."""
+"""What pydantic puts into the `loc` of an error for a member of a union."""
 
 
 def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> FastAPI:
@@ -133,13 +133,13 @@ async def _on_invalid_body(_: Request, error: Exception) -> Response:
 
 def _explain(problem: Any) -> InvalidRequest:
     """pydantic's first finding, in terms of the request."""
-    place, kind = tuple(part for part in problem["loc"][1:] if not UNION_TAG.fullmatch(str(part))), problem["type"]
+    loc, kind = tuple(part for part in problem["loc"][1:] if not UNION_TAG.fullmatch(str(part))), problem["type"]
     refused = problem["ctx"] if kind == REFUSED else {}
-    place += tuple(refused.get("place", ()))
+    loc += tuple(refused.get("loc", ()))
     if kind == "json_invalid":
-        return InvalidRequest(f"the body is not valid JSON: {problem['ctx']['error']} at character {place[0]}")
-    if not place:
+        return InvalidRequest(f"the body is not valid JSON: {problem['ctx']['error']} at character {loc[0]}")
+    if not loc:
         return InvalidRequest("the body must be a JSON object, sent with Content-Type: application/json")
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
     reason = "is required" if kind == "missing" else problem["msg"][:1].lower() + problem["msg"][1:]
     return InvalidRequest(f"{param}: {reason}", param=param, code=refused.get("code"))

@@ -130,9 +130,7 @@ class _Upload:
                 if len(piece) >= UPLOAD_PIECE:
                     yield piece
                     piece = b""
-                    await asyncio.sleep(
-                        0
-                    )  # sending yields only at a full buffer, and answers have to be read meanwhile
+                    await asyncio.sleep(0)  # sending yields only at a full buffer; answers have to be read meanwhile
         except Exception as error:
             self.error = error
             raise

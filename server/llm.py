@@ -40,7 +40,7 @@ from server.engine.request import (
 )
 from server.engine.tokenizer import Tokenizer
 from server.errors import EngineError, InvalidRequest
-from server.protocol.inputs import check_input, place
+from server.protocol.inputs import check_input, entry_loc
 from server.protocol.loglikelihood import Alternative, continuation_fields
 from server.protocol.sampling import MAX_LOGPROBS, SamplingBody
 from server.scoring.loglikelihood import Pair, PairTokenizer, Unscorable, packs
@@ -185,7 +185,7 @@ class LLM:
         if len(each) != len(values):
             raise InvalidRequest(f"params: {len(each)} for {len(values)} prompts", param="params")
         requests = [
-            self._request(value, one, place("prompts", i, len(values)))
+            self._request(value, one, entry_loc("prompts", i, len(values)))
             for i, (value, one) in enumerate(zip(values, each, strict=True))
         ]
         return [completion for _, completion in self._run((request, request) for request in requests)]
@@ -238,7 +238,7 @@ class LLM:
         convention = self.convention(method, max_length=max_length, stride=stride, add_bos=add_bos)
         tokenized = (
             tokenize(self.tokenizer, convention, where, check_input(value, where))
-            for where, value in ((place("texts", i, len(values)), value) for i, value in enumerate(values))
+            for where, value in ((entry_loc("texts", i, len(values)), value) for i, value in enumerate(values))
         )
         corpus, found = Corpus(convention), list[TextScores]()
         logprobs: list[float | None] = []
@@ -428,7 +428,7 @@ def _checked(params: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
         body = SamplingBody(model="", **given)
     except ValidationError as invalid:
         first = invalid.errors()[0]
-        name = str((*first["loc"], *first.get("ctx", {}).get("place", ()))[0])
+        name = str((*first["loc"], *first.get("ctx", {}).get("loc", ()))[0])
         raise InvalidRequest(f"{name}: {first['msg'][:1].lower()}{first['msg'][1:]}", param=name) from None
     checked = body.sampling_params(tokenizer, params.max_tokens, params.logprobs, params.prompt_logprobs, {})
     return replace(params, **{name: getattr(checked, name) for name in given})

@@ -120,7 +120,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def _check_descriptors(self) -> None:
-        """Log and count when none is left: the event loop drops connections then without a word."""
+        """Log and count when none is left: the event loop then drops connections silently."""
         try:
             os.close(os.open(os.devnull, os.O_RDONLY))
         except OSError as error:

@@ -117,12 +117,12 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def in_pairs(values: torch.Tensor) -> torch.Tensor:
-    """A pool of values [.., tokens, width] as a program keeps it: [.., tokens / 2, width, 2]."""
+def to_vnni(values: torch.Tensor) -> torch.Tensor:
+    """A pool of values [.., tokens, width] in VNNI layout: [.., tokens / 2, width, 2]."""
     return values.unflatten(-2, (-1, 2)).transpose(-1, -2).reshape(values.shape)
 
 
-def out_of_pairs(values: torch.Tensor) -> torch.Tensor:
+def from_vnni(values: torch.Tensor) -> torch.Tensor:
     """The inverse."""
     *outer, tokens, width = values.shape
     return values.reshape(*outer, tokens // 2, width, 2).transpose(-1, -2).reshape(values.shape)

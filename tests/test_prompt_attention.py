@@ -18,7 +18,7 @@ from lpa_model.backends.cpu.numba.programs import KERNELS, Program
 from lpa_model.backends.cpu.numba.prompts import NO_PROMPTS, PromptRows
 from lpa_model.backends.features import instruction_sets
 from lpa_model.batch import Batch, Span
-from tests.conftest import in_pairs
+from tests.conftest import to_vnni
 
 PROGRAM_SETS = [name for name in instruction_sets() if name in KERNELS]
 pytestmark = pytest.mark.skipif(
@@ -54,7 +54,7 @@ class Texts:
                 for t in range(context):
                     pool[table[t // BLOCK_SIZE], :, t % BLOCK_SIZE] = text[t]
             pools.append(pool)
-        pools[1] = in_pairs(pools[1])
+        pools[1] = to_vnni(pools[1])
         new_keys, new_values = (x[:, context:].flatten(2).flatten(0, 1) for x in (keys, values))
         queries, out = q.flatten(0, 1).contiguous(), torch.empty(batch * length, heads, width, dtype=torch.bfloat16)
         program = Program(np.zeros(1, dtype=records.CALL))

@@ -23,7 +23,7 @@ from server.engine.model_runner import BatchResult, ModelRunner
 from server.engine.scheduler import ScheduledBatch
 from server.llm import LLM
 from server.scoring import local
-from server.scoring.texts import Place, find_files, read_texts, total_size
+from server.scoring.texts import Source, find_files, read_texts, total_size
 from tests.conftest import CORPUS, END_OF_TEXT_ID, byte_tokenizer, random_model, tiny_config
 from tests.test_cli import assert_one_line, lpa, succeed
 from tests.test_perplexity import NAIVE, convention
@@ -60,7 +60,7 @@ def bos_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def texts_of(*names: object, field: str | None = None) -> list[tuple[str, str]]:
     files = find_files([str(name) for name in names], field)
-    return [(str(place), text) for place, text in read_texts(files, field)]
+    return [(str(source), text) for source, text in read_texts(files, field)]
 
 
 def test_a_file_is_a_text_as_it_stands(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_file_is_a_text_as_it_stands(tmp_path: Path) -> None:
     assert texts_of(plain, packed) == [(str(plain), content), (str(packed), content)]
     assert total_size([str(plain), str(packed)]) == plain.stat().st_size + packed.stat().st_size
     assert total_size([str(plain), "-"]) is None
-    sizes = [place.size for place, _ in read_texts([str(plain), str(packed)], None)]
+    sizes = [source.size for source, _ in read_texts([str(plain), str(packed)], None)]
     assert sizes == [plain.stat().st_size, packed.stat().st_size]
 
 
@@ -77,9 +77,9 @@ def test_a_line_of_json_is_a_text(tmp_path: Path) -> None:
     lines = json_lines({"text": "the sea"}, {"text": "", "id": 3}) + " \n\n" + json_lines({"text": TEXT})
     for path in (write(tmp_path / "a.jsonl", lines), write(tmp_path / "b.jsonl.gz", lines)):
         assert texts_of(path, field="text") == [(f"{path}:1", "the sea"), (f"{path}:2", ""), (f"{path}:5", TEXT)]
-    places = [place for place, _ in read_texts([str(tmp_path / "a.jsonl")], "text")]
-    assert sum(place.size for place in places) <= len(lines)
-    assert [place.fields()["line"] for place in places] == [1, 2, 5]
+    sources = [source for source, _ in read_texts([str(tmp_path / "a.jsonl")], "text")]
+    assert sum(source.size for source in sources) <= len(lines)
+    assert [source.fields()["line"] for source in sources] == [1, 2, 5]
 
 
 def test_a_folder_is_its_text_files_in_order(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_files_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
 
 def test_texts_are_read_only_as_far_ahead_as_the_engine_needs(tiny_checkpoints: dict[Architecture, Path]) -> None:
     numbers = itertools.count()
-    texts = ((Place("endless", i, 1), "the sea" if i % 3 else "") for i in numbers)
+    texts = ((Source("endless", i, 1), "the sea" if i % 3 else "") for i in numbers)
     told: list[float] = []
     with LLM(tiny_checkpoints["setting2"], dtype="float32", threads=1, max_num_seqs=4) as llm:
         lines = local.score_texts(llm, llm.convention("full"), texts, lambda size, tokens: told.append(size))

@@ -15,7 +15,7 @@ import pytest
 
 from lpa_model.config import Architecture
 from server.scoring import remote
-from server.scoring.texts import Place
+from server.scoring.texts import Source
 from tests.conftest import CORPUS
 from tests.serving import Served, serving, until
 from tests.test_cli import assert_one_line, lpa, succeed
@@ -79,7 +79,7 @@ def test_the_numbers_are_those_of_this_process(
 
 def test_a_corpus_without_end_goes_through_bounded_memory(served: Served) -> None:
     numbers = itertools.count()
-    texts = ((Place("endless", i, 1), f"the sea {i} {'and the waves ' * 40}") for i in numbers)
+    texts = ((Source("endless", i, 1), f"the sea {i} {'and the waves ' * 40}") for i in numbers)
     lines = remote.score_texts(served.url, KEY, {"model": None, "method": "sliding", "max_length": 32}, texts, nothing)
     for i, line in enumerate(itertools.islice(lines, 30)):
         assert (line["file"], line["line"], line["index"]) == ("endless", i, i)
@@ -91,7 +91,7 @@ def test_a_corpus_without_end_goes_through_bounded_memory(served: Served) -> Non
 def test_progress_and_tokens_come_with_each_text(served: Served) -> None:
     told: list[tuple[float, int]] = []
     seen: list[tuple[str, list[str]]] = []
-    texts = [(Place("a", None, 7), "the sea"), (Place("b", None, 5), "waves")]
+    texts = [(Source("a", None, 7), "the sea"), (Source("b", None, 5), "waves")]
     lines = list(
         remote.score_texts(
             served.url,
@@ -99,7 +99,7 @@ def test_progress_and_tokens_come_with_each_text(served: Served) -> None:
             {"model": "tiny", "method": "full"},
             iter(texts),
             lambda size, tokens: told.append((size, tokens)),
-            lambda place, entries: seen.append((str(place), [entry["text"] for entry in entries])),
+            lambda source, entries: seen.append((str(source), [entry["text"] for entry in entries])),
         )
     )
     assert told == [(7, lines[0]["num_tokens"]), (5, lines[1]["num_tokens"])]

@@ -52,7 +52,7 @@ def export_llama(source: Path, folder: Path, dtype: torch.dtype) -> int:
         shutil.copyfile(source / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
     weights = folder / "model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})
-    shutil.copymode(folder / "config.json", weights)  # safetensors shuts everybody else out
+    shutil.copymode(folder / "config.json", weights)  # safetensors writes 0600
     return sum(tensor.numel() for tensor in tensors.values())
 
 

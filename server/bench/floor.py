@@ -74,7 +74,7 @@ def _head(config: LPAConfig) -> int:
 
 
 def _body(config: LPAConfig) -> int:
-    """Numbers in the matrices that every token meets, the head's aside."""
+    """Weights in the matrices that every token is multiplied by, without the head."""
     layers = range(config.num_hidden_layers)
     return sum(config.weight_count(name, layer) for layer in layers for name in config.projections)
 
@@ -86,7 +86,7 @@ def _decode_attention(config: LPAConfig, layout: CacheLayout, layer: int) -> int
     keys = values = full
     if keys_latent:
         rank = config.rank("k", layer) or 0
-        # rotary keys are rebuilt before they meet the query
+        # rotary keys are rebuilt before QK^T
         keys = full + rank * config.kv_heads * config.head_size if config.rotary else config.num_attention_heads * rank
     if values_latent:
         values = config.num_attention_heads * (config.rank("v", layer) or 0)

@@ -15,10 +15,10 @@ import typer
 from server.cli.command import Dtype, ends_at_once, user_errors
 
 if TYPE_CHECKING:
-    from server.scoring.texts import Advance, OnTokens, Place
+    from server.scoring.texts import Advance, OnTokens, Source
 
     Start: TypeAlias = Callable[[Advance, OnTokens | None], Iterator[dict[str, Any]]]
-    Texts: TypeAlias = Iterator[tuple[Place, str]]
+    Texts: TypeAlias = Iterator[tuple[Source, str]]
 
 Method = Literal["full", "sliding", "rolling", "chunks"]
 Size: TypeAlias = int | None  # bytes of all files, where it is known
@@ -182,9 +182,9 @@ def _progress(size: Size) -> Iterator[Advance]:
 
 
 def _writer(file: IO[str]) -> OnTokens:
-    def write(place: Place, entries: list[dict[str, Any]]) -> None:
+    def write(source: Source, entries: list[dict[str, Any]]) -> None:
         for entry in entries:
-            line = place.fields() | {name: entry[name] for name in ("id", "text", "offset", "logprob", "rank")}
+            line = source.fields() | {name: entry[name] for name in ("id", "text", "offset", "logprob", "rank")}
             file.write(json.dumps(line) + "\n")
 
     return write

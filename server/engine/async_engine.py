@@ -81,7 +81,7 @@ class Session:
 
 
 class AsyncEngine:
-    """Owns the engine thread. `generate` is the only road in; all methods belong to the event loop's thread."""
+    """Owns the engine thread. `generate` is the only entry; all methods belong to the event loop's thread."""
 
     def __init__(
         self,
@@ -101,8 +101,8 @@ class AsyncEngine:
         # what a request that has begun leaves to the first sequences of others
         self._reserve = max(min(1, self._max_streams - 1), self._max_streams // 8)
         self._begun: set[Session] = set()
-        self._line: dict[Session, deque[asyncio.Future[None]]] = {}  # who waits for a place, in turns
-        self._granted = 0  # places that have been given to those who waited and are not taken yet
+        self._line: dict[Session, deque[asyncio.Future[None]]] = {}  # waiting sequences, served round robin
+        self._granted = 0  # places granted to waiting sequences and not yet taken
         self._closed = False
         self.num_cut_off = 0  # requests that a drain's time-out has ended
         self._idle = asyncio.Event()
@@ -316,7 +316,7 @@ class AsyncEngine:
             self._hand_out()
 
     def _hand_out(self) -> None:
-        """Give free places to those who wait for one, request by request."""
+        """Grant free places to waiting sequences, round robin over requests."""
         while self._line:
             idle = (session for session in self._line if not session.num_sequences)
             session = next(idle, next(iter(self._line)))
@@ -337,7 +337,7 @@ class AsyncEngine:
         self._hand_out()
 
     def _close(self) -> None:
-        """Take nothing more; those who wait for a place hear of it."""
+        """Accept nothing more; sequences that wait for a place raise Unavailable."""
         self._closed = True
         self._hand_out()
         self._idle.set()

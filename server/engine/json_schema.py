@@ -1,4 +1,4 @@
-"""What llguidance would get wrong in a JSON schema without a word: found, with its place, before it is compiled."""
+"""What llguidance silently gets wrong in a JSON schema: found, with its path, before it is compiled."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ Every request has `num_computed_tokens` that catches up with its tokens; there i
 step generated tokens go first, one per request; prompt and scoring work then shares a budget: all of
 `max_num_batched_tokens` when nothing streams, else what keeps the step within a small multiple of its decodes alone.
 
-Smaller `priority` goes first, then groups in turns (`Turns`), then earlier arrival: into the step, out of the queue,
+Smaller `priority` goes first, then groups round robin (`Turns`), then earlier arrival: into the step, out of the queue,
 and last to lose its blocks. No group can hold all places while another has none.
 A request whose next prefix block is being computed by a running one is set aside until it is there, and so are the
 followers of a leader: they take its prompt over in the very step that completes it.
@@ -329,7 +329,7 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Put a request back into the queue. Its full blocks stay cached until somebody needs them."""
+        """Put a request back into the queue. Its full blocks stay cached until they are evicted."""
         if self.blocks.enable_prefix_caching:
             self._extend_hashes(request)
             size = self.blocks.block_size
@@ -365,8 +365,8 @@ class Scheduler:
 
         `tokens` has a token id for every scheduled request that samples, but for those that have finished
         meanwhile, are `deferred` (their last token counts as not computed, so that they sample in the next step) or
-        have `ended` without one: by what their text must match it is complete. The blocks of
-        finished requests are free when they are yielded.
+        have `ended` without one (their grammar is complete). The blocks of finished requests are free when
+        they are yielded.
         """
         for request, num_tokens, is_decode in batch.items:
             if request.status is RequestStatus.FINISHED:

@@ -1,8 +1,7 @@
 """What a step costs, learned from the steps that ran, and how much of the next one prompts may take. No tensors.
 
 A step takes the time of its decodes and, on top, that of its prompt work: so much for there being any, so much a token,
-so much for every token of cached context that a chunk looks back on, and so much for every row that meets the head to
-be scored.
+so much for every token of cached context that a chunk attends to, and so much for every row that is scored.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ def remove(requests: list[Request], request: Request) -> None:
 
 
 class Turns:
-    """Turns of groups of requests: the first of a group has the turn that the queue has come to, each further one the
-    turn after. So a request that comes alone stands before the many that another group has waiting."""
+    """Round robin over groups: the first request of a group gets the current turn, each further one the
+    turn after. So a single request precedes the many of another group."""
 
     def __init__(self) -> None:
         self._now = 0
@@ -85,12 +85,12 @@ class WaitingQueue:
             remove(self.ready[request.is_scoring], request)
 
     def set_aside(self, request: Request, where: dict[Request, int], tokens: int) -> None:
-        """Let a request that is not in the queue wait until the one whose `where` is has computed so many tokens."""
+        """Let a request that is not queued wait until the request that owns `where` has computed so many tokens."""
         where[request] = tokens
         self._aside[request] = where
 
     def wake(self, where: dict[Request, int], computed: int | None = None) -> None:
-        """Make ready who waits there for no more than `computed` tokens, or all."""
+        """Make ready the requests that wait there for no more than `computed` tokens, or all."""
         for request in [request for request, tokens in where.items() if computed is None or tokens <= computed]:
             self.remove(request)
             self.add(request)

@@ -37,9 +37,9 @@ ignore_unknown_fields: ContextVar[bool] = ContextVar("ignore_unknown_fields", de
 """Whether unknown fields of the bodies that are read now are ignored, and logged once, instead of refused."""
 
 
-def refusal(reason: str, *place: str | int, code: str | None = None) -> PydanticCustomError:
-    """What a validator raises: the answer names the whole place, this one inside of what is validated."""
-    return PydanticCustomError(REFUSED, "{reason}", {"reason": reason, "place": place, "code": code})
+def refusal(reason: str, *loc: str | int, code: str | None = None) -> PydanticCustomError:
+    """What a validator raises; `loc` is relative to what is validated, and the answer names it from the body's top."""
+    return PydanticCustomError(REFUSED, "{reason}", {"reason": reason, "loc": loc, "code": code})
 
 
 class RequestBody(BaseModel):

@@ -50,14 +50,14 @@ def _parse(value: Any, info: ValidationInfo) -> list[str | list[int]]:
             param=name,
         )
     for i, item in enumerate(items):
-        where = place(name, i, len(items))
+        where = entry_loc(name, i, len(items))
         if type(item) is not kind:
             raise InvalidRequest(f"{where}: a list must hold either only texts or only lists of token ids", param=where)
         check_input(item, where)
     return items
 
 
-def place(field: str, index: int, count: int) -> str:
+def entry_loc(field: str, index: int, count: int) -> str:
     """The name of an entry in messages: the field itself if it is the only one."""
     return field if count == 1 else f"{field}[{index}]"
 

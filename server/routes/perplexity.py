@@ -18,7 +18,7 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.request import Logprobs
 from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidRequest, UserError
-from server.protocol.inputs import place
+from server.protocol.inputs import entry_loc
 from server.protocol.perplexity import (
     LINES_OPENAPI,
     PerplexityParameters,
@@ -98,7 +98,7 @@ async def _inputs_of_list(inputs: list[str | list[int]]) -> Inputs:
     batch: list[tuple[str, str | list[int]]] = []
     size = 0
     for i, value in enumerate(inputs):
-        batch.append((place("input", i, len(inputs)), value))
+        batch.append((entry_loc("input", i, len(inputs)), value))
         size += len(value)
         if size >= BATCH:
             yield batch

@@ -10,7 +10,7 @@ from typing import Literal
 from server.engine.async_engine import AsyncEngine
 from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidRequest, NotFound
-from server.protocol.inputs import place
+from server.protocol.inputs import entry_loc
 from server.settings import Settings
 
 LONG_TEXT = 2000  # characters; below, tokenizing is over before a thread would have started
@@ -51,7 +51,7 @@ async def tokenize(
 
     def read() -> list[Prompt]:
         return [
-            _prompt(engine.tokenizer, place(field, i, len(inputs)), item, add_special_tokens, with_offsets)
+            _prompt(engine.tokenizer, entry_loc(field, i, len(inputs)), item, add_special_tokens, with_offsets)
             for i, item in enumerate(inputs)
         ]
 

@@ -21,7 +21,7 @@ from server.engine.tokenizer import Tokenizer, load_tokenizer
 from server.errors import EngineError
 from server.scoring.local import size_of, tokenized
 from server.scoring.perplexity import Corpus, convention_of, pieces
-from server.scoring.texts import Advance, Place
+from server.scoring.texts import Advance, Source
 from server.settings import Settings
 
 
@@ -74,16 +74,16 @@ def common_convention(a: Side, b: Side, asked: dict[str, Any]) -> Convention:
 
 
 def compare_texts(
-    a: Side, b: Side, convention: Convention, texts: Iterable[tuple[Place, str]], advance: Advance
+    a: Side, b: Side, convention: Convention, texts: Iterable[tuple[Source, str]], advance: Advance
 ) -> dict[str, Any]:
     """Metrics of both models over all texts, and of their comparison.
 
     Raises:
         UserError, ValueError: a text cannot be scored this way, or none has a token to score; the message names it.
     """
-    comparison, corpora, places = Comparison(), (Corpus(convention), Corpus(convention)), deque[Place]()
+    comparison, corpora, sources = Comparison(), (Corpus(convention), Corpus(convention)), deque[Source]()
     context = min(a.context, b.context)
-    every = tokenized(a.tokenizer, convention, texts, places)
+    every = tokenized(a.tokenizer, convention, texts, sources)
     found = (piece for text in every for piece in pieces(text, convention, context))
     todo, ahead = tee(found)
     work = ((piece.text.token_ids, piece.window) for piece in ahead if piece.window is not None)
@@ -94,11 +94,11 @@ def compare_texts(
             comparison.add(pairs)
         except ValueError as error:
             raise EngineError(f"{piece.text.where}: {error}") from None
-        advance(size_of(piece, places[0]), len(pairs))
+        advance(size_of(piece, sources[0]), len(pairs))
         for corpus, logprobs in zip(corpora, ([p.logprob_a for p in pairs], [p.logprob_b for p in pairs]), strict=True):
             corpus.add(piece, logprobs)
         if piece.is_last:
-            places.popleft()
+            sources.popleft()
     corpora[0].check()
     metrics_a, metrics_b = (corpus.tally.metrics(convention.method) for corpus in corpora)
     return {

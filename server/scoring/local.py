@@ -10,13 +10,13 @@ from lpa_model.perplexity import Convention
 from server.engine.tokenizer import Tokenizer
 from server.llm import LLM
 from server.scoring.perplexity import Corpus, Piece, Text, entries, tokenize
-from server.scoring.texts import Advance, OnTokens, Place
+from server.scoring.texts import Advance, OnTokens, Source
 
 
 def score_texts(
     llm: LLM,
     convention: Convention,
-    texts: Iterable[tuple[Place, str]],
+    texts: Iterable[tuple[Source, str]],
     advance: Advance,
     on_tokens: OnTokens | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -25,32 +25,32 @@ def score_texts(
     Raises:
         UserError, ValueError: a text cannot be scored this way, or none has a token to score; the message names it.
     """
-    corpus, places = Corpus(convention), deque[Place]()
-    work = tokenized(llm.tokenizer, convention, texts, places, with_offsets=on_tokens is not None)
+    corpus, sources = Corpus(convention), deque[Source]()
+    work = tokenized(llm.tokenizer, convention, texts, sources, with_offsets=on_tokens is not None)
     for piece, scores in llm.score_pieces(work, convention):
         if on_tokens is not None:
-            on_tokens(places[0], entries(llm.tokenizer, piece, scores))
-        advance(size_of(piece, places[0]), len(scores.logprobs))
+            on_tokens(sources[0], entries(llm.tokenizer, piece, scores))
+        advance(size_of(piece, sources[0]), len(scores.logprobs))
         if (tally := corpus.add(piece, scores.logprobs)) is not None:
-            yield {**places.popleft().fields(), **corpus.text_fields(tally)}
+            yield {**sources.popleft().fields(), **corpus.text_fields(tally)}
     yield corpus.fields(llm.name, llm.engine.fingerprint)
 
 
 def tokenized(
     tokenizer: Tokenizer,
     convention: Convention,
-    texts: Iterable[tuple[Place, str]],
-    places: deque[Place],
+    texts: Iterable[tuple[Source, str]],
+    sources: deque[Source],
     *,
     with_offsets: bool = False,
 ) -> Iterator[Text]:
-    """The texts, whose places are appended to `places`."""
-    for place, text in texts:
-        places.append(place)
-        yield tokenize(tokenizer, convention, str(place), text, with_offsets=with_offsets)
+    """The texts, whose sources are appended to `sources`."""
+    for source, text in texts:
+        sources.append(source)
+        yield tokenize(tokenizer, convention, str(source), text, with_offsets=with_offsets)
 
 
-def size_of(piece: Piece, place: Place) -> float:
+def size_of(piece: Piece, source: Source) -> float:
     """Bytes of its file that a piece takes the work on by."""
     total = len(piece.text.token_ids)
-    return place.size * (piece.end - piece.start) / total if total else place.size
+    return source.size * (piece.end - piece.start) / total if total else source.size

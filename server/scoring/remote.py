@@ -10,14 +10,14 @@ from contextlib import aclosing
 from typing import Any
 
 from server.client import Client, RequestFailed
-from server.scoring.texts import Advance, OnTokens, Place
+from server.scoring.texts import Advance, OnTokens, Source
 
 
 def score_texts(
     url: str,
     api_key: str | None,
     asked: dict[str, Any],
-    texts: Iterable[tuple[Place, str]],
+    texts: Iterable[tuple[Source, str]],
     advance: Advance,
     on_tokens: OnTokens | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -49,17 +49,17 @@ async def _answers(
     url: str,
     api_key: str | None,
     asked: dict[str, Any],
-    texts: Iterable[tuple[Place, str]],
+    texts: Iterable[tuple[Source, str]],
     advance: Advance,
     on_tokens: OnTokens | None,
 ) -> AsyncGenerator[dict[str, Any]]:
     client = Client(url, api_key=api_key)
-    waiting: deque[Place] = deque()  # sent, not yet answered
+    waiting: deque[Source] = deque()  # sent, not yet answered
     count = 0  # answered
 
     def lines() -> Iterator[bytes]:
-        for place, text in texts:
-            waiting.append(place)
+        for source, text in texts:
+            waiting.append(source)
             yield json.dumps(text).encode() + b"\n"
 
     complete = False
@@ -75,12 +75,12 @@ async def _answers(
                 if not complete:
                     if not waiting:
                         raise RequestFailed(f"{url}: the answer has more texts than were sent")
-                    place = waiting.popleft()
+                    source = waiting.popleft()
                     count += 1
-                    advance(place.size, line["num_tokens"])
+                    advance(source.size, line["num_tokens"])
                     if on_tokens is not None:
-                        on_tokens(place, line.pop("tokens"))
-                    line = {**place.fields(), **line}
+                        on_tokens(source, line.pop("tokens"))
+                    line = {**source.fields(), **line}
                 yield line
     except RequestFailed as error:
         if error.told is None:

@@ -19,7 +19,7 @@ LINES_SUFFIXES = (".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
-class Place:
+class Source:
     """Where a text is from. `line` counts from 1 in a file of lines, None in a file that is one text."""
 
     file: str
@@ -37,7 +37,7 @@ class Place:
 Advance = Callable[[float, int], None]
 """Told of progress: bytes of the files, scored tokens."""
 
-OnTokens = Callable[[Place, list[dict[str, Any]]], None]
+OnTokens = Callable[[Source, list[dict[str, Any]]], None]
 """Given the entries of a text's tokens in order, run by run."""
 
 
@@ -89,7 +89,7 @@ def total_size(files: Sequence[str]) -> int | None:
     return sum(path.stat().st_size for path in paths)
 
 
-def read_texts(files: Sequence[str], field: str | None) -> Iterator[tuple[Place, str]]:
+def read_texts(files: Sequence[str], field: str | None) -> Iterator[tuple[Source, str]]:
     """The texts of files in order: a file each, or with `field` that field of every line, in JSON.
 
     Nothing of a text is changed, line ends neither; a byte order mark at the beginning of a file is none of it. Blank
@@ -102,12 +102,12 @@ def read_texts(files: Sequence[str], field: str | None) -> Iterator[tuple[Place,
         with _naming(name), _open(name) as (stored, file):
             if field is None:
                 content = file.read().removeprefix(BOM_UTF8)
-                yield Place(name, None, stored.tell() if stored.seekable() else 0), _decode(content, name)
+                yield Source(name, None, stored.tell() if stored.seekable() else 0), _decode(content, name)
             else:
                 yield from _read_lines(name, stored, file, field)
 
 
-def _read_lines(name: str, stored: IO[bytes], file: IO[bytes], field: str) -> Iterator[tuple[Place, str]]:
+def _read_lines(name: str, stored: IO[bytes], file: IO[bytes], field: str) -> Iterator[tuple[Source, str]]:
     before = 0
     for number, line in enumerate(file, 1):
         if number == 1:
@@ -115,9 +115,9 @@ def _read_lines(name: str, stored: IO[bytes], file: IO[bytes], field: str) -> It
         if line.isspace():
             continue
         position = stored.tell() if stored.seekable() else 0
-        place = Place(name, number, position - before)
+        source = Source(name, number, position - before)
         before = position
-        yield place, _field(line, field, str(place))
+        yield source, _field(line, field, str(source))
 
 
 def _field(line: bytes, field: str, where: str) -> str:

@@ -41,7 +41,7 @@ def _record(integers: str, doubles: str = "") -> np.dtype[np.void]:
 OP = _record(
     """
     kind dtype x weight bias residual out x_stride weight_stride residual_stride out_stride
-    width columns strips group_strips epilogue heads head_stride
+    width columns panels group_panels epilogue heads head_stride
     """,
     "eps",
 )

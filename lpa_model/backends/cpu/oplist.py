@@ -84,8 +84,8 @@ class OpList:
             bias=weight.bias,
             width=weight.in_features,
             columns=out.shape[1],
-            strips=weight.strips,
-            group_strips=weight.strips // weight.groups,
+            panels=weight.num_panels,
+            group_panels=weight.num_panels // weight.groups,
             epilogue=epilogue,
         )
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-STRIP = 16  # outputs of a panel
-PAIR = 2 * STRIP  # outputs come in whole pairs of panels
+PANEL_WIDTH = 16  # outputs of a panel
+PAIR = 2 * PANEL_WIDTH  # outputs come in whole pairs of panels
 DEPTH = 32  # inputs of a tile
 
 
@@ -21,7 +21,7 @@ DEPTH = 32  # inputs of a tile
 class PackedWeight:
     """A linear layer's weight in panels, and its bias.
 
-    With `groups` > 1 the input is [rows, groups * in_features], and each of its parts meets an equal share of the
+    With `groups` > 1 the input is [rows, groups * in_features], and each group of inputs has an equal share of the
     outputs.
     """
 
@@ -37,7 +37,7 @@ class PackedWeight:
         return self.panels.dtype
 
     @property
-    def strips(self) -> int:
+    def num_panels(self) -> int:
         return self.panels.shape[0]
 
 
@@ -69,8 +69,8 @@ def pack_gated(gate: Tensor, up: Tensor) -> PackedWeight:
 def _panels(weight: Tensor) -> Tensor:
     out, width = weight.shape
     if weight.dtype is torch.float32:
-        return weight.view(out // STRIP, STRIP, width).transpose(1, 2).contiguous()
+        return weight.view(out // PANEL_WIDTH, PANEL_WIDTH, width).transpose(1, 2).contiguous()
     if weight.dtype is not torch.bfloat16:
         raise ValueError(f"weights are float32 or bfloat16, not {weight.dtype}")
-    shape = (out // STRIP, STRIP, width // DEPTH, DEPTH // 2, 2)
+    shape = (out // PANEL_WIDTH, PANEL_WIDTH, width // DEPTH, DEPTH // 2, 2)
     return weight.view(shape).permute(0, 2, 3, 1, 4).contiguous()

@@ -1,7 +1,7 @@
 """Attention of one step over the paged latent cache, in plain torch.
 
 A token's path follows from its role alone, so that no result depends on scheduling: prompt and scored tokens go
-`expanded` (keys and values are rebuilt from the latents once and meet ordinary attention), generated tokens go
+`expanded` (keys and values are rebuilt from the latents once, then ordinary attention), generated tokens go
 `absorbed` where positions allow it, and read the pools where they lie (lpa_model/README.md, "Absorption";
 DeepSeek-V2's MLA).
 """
@@ -71,9 +71,8 @@ class PagedAttention:
         keys, values = self.cache.keys[layer.layer][blocks], self.cache.values[layer.layer][blocks]
         if keys_latent and self.rotary is None:
             q = _per_kv_head(q, layer.key_up())
-        elif (
-            keys_latent and self.rotary is not None
-        ):  # rebuilt block by block: rotation stands between the query and B_k
+        elif keys_latent and self.rotary is not None:
+            # rebuilt block by block: the rotation between the query and B_k forbids absorption
             keys = self.rotary(layer.keys(keys[:, 0]), self.pairs.positions).transpose(1, 2)
         out = decode_attention(q, keys, values, self.pairs, layer.scale)
         if values_latent:
@@ -113,9 +112,8 @@ class PagedAttention:
 class PrefillGroup:
     """Consecutive prompt spans of equal shape, attended together.
 
-    Queries meet keys in tiles of TILE tokens that begin at multiples of TILE, filled up with rows and keys that
-    are never read. So every product has the same shape however a prompt is cut into chunks and whatever else is in the
-    batch, and a row's result is the same to the bit.
+    Tiles of TILE tokens that begin at multiples of TILE, padded with rows and keys that are never read. So every matmul
+    has the same shape however a prompt is chunked and batched, and a row's result is the same to the bit.
     """
 
     rows: slice  # batch * length rows of the step
@@ -177,7 +175,7 @@ def _pad_tokens(x: Tensor, before: int, behind: int) -> Tensor:
 def _per_kv_head(x: Tensor, weight: Tensor) -> Tensor:
     """x [rows, H, a], weight [H_kv, a, b] -> [rows, H, b]; consecutive query heads share a key-value head.
 
-    Rows are met PER_HEAD_ROWS at a time: a product with more rows, or fewer, might round differently.
+    Rows are multiplied PER_HEAD_ROWS at a time: a matmul with another number of rows might round differently.
     """
     rows, heads, width = x.shape
     kv_heads = weight.shape[0]

@@ -17,7 +17,7 @@ class DecodePairs:
     """Decode queries spread over (request, block) pairs; pair i belongs to query row `row[i]`.
 
     The cache is read as `pool[blocks]`: a view of the pool's low end where most of it is in use, else a copy of
-    the blocks named. Each of those n blocks meets `multiplicity` query slots; pair i is at `slot[i]` of n·m.
+    the blocks named. Each of those n blocks has `multiplicity` query slots; pair i is at `slot[i]` of n·m.
     """
 
     row: Tensor  # [pairs] int64
@@ -79,7 +79,7 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, pairs: DecodePairs
         q: [requests, H, key width], in the cache's dtype.
         keys: [n, key heads, block_size, key width], `pool[pairs.blocks]`; query heads are consecutive per key head.
         values: [n, value heads, block_size, value width].
-        pairs: where each query meets which block.
+        pairs: which queries attend to which blocks.
         scale: factor on the scores, 1/sqrt(dh).
 
     Returns:
@@ -106,7 +106,7 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, pairs: DecodePairs
 
 
 def _heads(x: Tensor, n: int, heads: int) -> Tensor:
-    """[n·m, H, width] -> [n, heads, m·H/heads, width]: the rows that meet each of the pool's heads."""
+    """[n·m, H, width] -> [n, heads, m·H/heads, width]: the query rows of each of the pool's heads."""
     m, group = x.shape[0] // n, x.shape[1] // heads
     return x.view(n, m, heads, group, -1).transpose(1, 2).reshape(n, heads, m * group, -1)
 

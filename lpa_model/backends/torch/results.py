@@ -1,4 +1,4 @@
-"""From hidden states to a step's result: only the rows that are needed meet the head, a bounded number at once."""
+"""From hidden states to a step's result: the head multiplies only needed rows, a bounded number at once."""
 
 from __future__ import annotations
 

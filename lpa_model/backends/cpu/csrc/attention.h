@@ -23,8 +23,8 @@ INLINE int64_t number_bytes(int is_bf16) { return is_bf16 ? 2 : 4; }
 
 INLINE int64_t part_numbers(int is_bf16) { return is_bf16 ? 32 : 16; }
 
-/* Whether products are of pairs of bfloat16: queries and weights are rounded to it then. */
-INLINE int in_pairs(int is_bf16) { return is_bf16 && HAS_DOT_BF16; }
+/* Whether operands are bfloat16 in VNNI layout (interleaved by 2): queries and weights are then rounded to it. */
+INLINE int uses_vnni(int is_bf16) { return is_bf16 && HAS_DOT_BF16; }
 
 /* A part: the numbers (float32), or the lower and the upper ones of its pairs, or these as they are. */
 struct part {

@@ -41,8 +41,8 @@ INLINE struct scratch scratch_at(const struct attention *a, char *memory) {
 /* Bytes of a part of a query, see `store_query`. */
 INLINE int64_t query_part_bytes(int is_bf16) { return is_bf16 && !HAS_DOT_BF16 ? 128 : 64; }
 
-/* A query, rotated where positions are rotary, as parts: bfloat16 in pairs, or float32, of which the 16 even numbers of
- * a part come before the odd ones if keys are bfloat16. */
+/* A query, rotated where positions are rotary, as parts: bfloat16 in VNNI layout, or float32, where the 16 even numbers
+ * of a part come before the odd ones if keys are bfloat16. */
 INLINE void store_query(int is_bf16, const char *from, int64_t width, const float *rope, char *to) {
     if (!is_bf16 || HAS_DOT_BF16) {
         copy_row(is_bf16, from, width, rope, to);
@@ -59,7 +59,7 @@ INLINE void store_query(int is_bf16, const char *from, int64_t width, const floa
 
 /* sums + a part of a query times that of a key, lane by lane. */
 INLINE f32x16 multiply_part(int is_bf16, f32x16 sums, const char *query, struct part key) {
-    if (in_pairs(is_bf16)) return dot_bf16_pairs(sums, load_u32(query), key.pairs);
+    if (uses_vnni(is_bf16)) return dot_bf16_pairs(sums, load_u32(query), key.pairs);
     sums = fma_f32(load_f32((const float *)query), key.low, sums);
     return is_bf16 ? fma_f32(load_f32((const float *)query + LANES), key.high, sums) : sums;
 }
@@ -129,7 +129,7 @@ INLINE void score_keys(int is_bf16, const char *queries, int64_t query_bytes, in
 }
 
 /* scores[:tokens] become weights e^(scale * (score - maximum)), and zeros to the next multiple of 16: float32, or
- * bfloat16 for products of pairs. `scale` times the maximum, and the sum of the weights before they are rounded, go to
+ * bfloat16 in VNNI layout. `scale` times the maximum, and the sum of the weights before they are rounded, go to
  * `peak` and `total`. */
 INLINE void softmax_row(int is_bf16, float *scores, int64_t tokens, float scale, float *peak, float *total) {
     const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -145,7 +145,7 @@ INLINE void softmax_row(int is_bf16, float *scores, int64_t tokens, float scale,
     for (int64_t t = 0; t < tokens; t += LANES) {
         f32x16 weights = exp2_f32((load_f32(scores + t) - splat_f32(most)) * splat_f32(scale * LOG2_E));
         sums += weights;
-        if (in_pairs(is_bf16))
+        if (uses_vnni(is_bf16))
             store_bf16((bf16 *)scores + t, weights);
         else
             store_f32(scores + t, weights);
@@ -155,8 +155,8 @@ INLINE void softmax_row(int is_bf16, float *scores, int64_t tokens, float scale,
 }
 
 /* sums + the weight of a token, or of two in bfloat16, times their values. */
-INLINE f32x16 weigh_part(int is_bf16, f32x16 sums, const char *weights, struct part values) {
-    if (in_pairs(is_bf16)) {
+INLINE f32x16 pv_part(int is_bf16, f32x16 sums, const char *weights, struct part values) {
+    if (uses_vnni(is_bf16)) {
         uint32_t pair;
         __builtin_memcpy(&pair, weights, sizeof pair);
         return dot_bf16_pairs(sums, splat_u32(pair), values.pairs);
@@ -167,13 +167,13 @@ INLINE f32x16 weigh_part(int is_bf16, f32x16 sums, const char *weights, struct p
 
 /* out [num_heads, 16 * num_columns] = weights [num_heads, tokens] . values [tokens, ..] of a value head, from `column`
  * on, in the blocks of `table`. */
-INLINE void weigh_tile(int is_bf16, int num_heads, int num_columns, const struct attention *a, const int64_t *table,
-                       int64_t tokens, int64_t value_head, int64_t column, const char *weights, int64_t line,
-                       float *out) {
+INLINE void pv_tile(int is_bf16, int num_heads, int num_columns, const struct attention *a, const int64_t *table,
+                    int64_t tokens, int64_t value_head, int64_t column, const char *weights, int64_t line,
+                    float *out) {
     f32x16 sums[SHARED][ONE_COLUMNS];
     for (int h = 0; h < num_heads; h++)
         for (int c = 0; c < num_columns; c++) sums[h][c] = splat_f32(0);
-    int64_t step = is_bf16 ? 2 : 1, step_bytes = in_pairs(is_bf16) ? 4 : 4 * step, row_bytes = 4 * a->value_width;
+    int64_t step = is_bf16 ? 2 : 1, step_bytes = uses_vnni(is_bf16) ? 4 : 4 * step, row_bytes = 4 * a->value_width;
     for (int64_t done = 0; done < tokens; done += a->block_size) {
         const char *values = values_of(is_bf16, a, *table++, value_head) + 4 * column;
         int64_t steps = min_i64(a->block_size, tokens - done);
@@ -183,13 +183,13 @@ INLINE void weigh_tile(int is_bf16, int num_heads, int num_columns, const struct
             for (int c = 0; c < num_columns; c++) {
                 struct part part = load_part(is_bf16, values + 64 * c);
                 for (int h = 0; h < num_heads; h++)
-                    sums[h][c] = weigh_part(is_bf16, sums[h][c], weights + h * line, part);
+                    sums[h][c] = pv_part(is_bf16, sums[h][c], weights + h * line, part);
             }
-        if (odd) /* nobody has written the other half of the last pair: it need not be numbers */
+        if (odd) /* the other half of the last pair is uninitialised and may be NaN: masked to 0 */
             for (int c = 0; c < num_columns; c++) {
                 struct part part = split_pairs(load_u32(values + 64 * c) & splat_u32(0xffff));
                 for (int h = 0; h < num_heads; h++)
-                    sums[h][c] = weigh_part(is_bf16, sums[h][c], weights + h * line, part);
+                    sums[h][c] = pv_part(is_bf16, sums[h][c], weights + h * line, part);
             }
     }
     for (int h = 0; h < num_heads; h++)
@@ -198,24 +198,24 @@ INLINE void weigh_tile(int is_bf16, int num_heads, int num_columns, const struct
 }
 
 /* Of the `count` heads that share a value head: out float32 [count, value_width] = weights . values. */
-INLINE void weigh_values(int is_bf16, const struct attention *a, const int64_t *table, int64_t tokens,
-                         int64_t value_head, int64_t count, const char *weights, int64_t line, float *out) {
+INLINE void pv_product(int is_bf16, const struct attention *a, const int64_t *table, int64_t tokens,
+                       int64_t value_head, int64_t count, const char *weights, int64_t line, float *out) {
     int64_t width = a->value_width, shared = count / SHARED * SHARED, column = 0;
     for (; shared && column + SHARED_COLUMNS * LANES <= width; column += SHARED_COLUMNS * LANES)
         for (int64_t h = 0; h < shared; h += SHARED)
-            weigh_tile(is_bf16, SHARED, SHARED_COLUMNS, a, table, tokens, value_head, column, weights + h * line, line,
-                       out + h * width);
+            pv_tile(is_bf16, SHARED, SHARED_COLUMNS, a, table, tokens, value_head, column, weights + h * line, line,
+                    out + h * width);
     for (; shared && column < width; column += LANES)
         for (int64_t h = 0; h < shared; h += SHARED)
-            weigh_tile(is_bf16, SHARED, 1, a, table, tokens, value_head, column, weights + h * line, line,
-                       out + h * width);
+            pv_tile(is_bf16, SHARED, 1, a, table, tokens, value_head, column, weights + h * line, line,
+                    out + h * width);
     for (int64_t h = shared; h < count; h++) {
         for (column = 0; column + ONE_COLUMNS * LANES <= width; column += ONE_COLUMNS * LANES)
-            weigh_tile(is_bf16, 1, ONE_COLUMNS, a, table, tokens, value_head, column, weights + h * line, line,
-                       out + h * width);
+            pv_tile(is_bf16, 1, ONE_COLUMNS, a, table, tokens, value_head, column, weights + h * line, line,
+                    out + h * width);
         for (; column < width; column += LANES)
-            weigh_tile(is_bf16, 1, 1, a, table, tokens, value_head, column, weights + h * line, line,
-                       out + h * width);
+            pv_tile(is_bf16, 1, 1, a, table, tokens, value_head, column, weights + h * line, line,
+                    out + h * width);
     }
 }
 
@@ -259,8 +259,8 @@ INLINE int64_t attend(int is_bf16, const struct attention *a, int64_t item, stru
     int64_t head_bytes = number_bytes(is_bf16) * a->block_size * a->key_width;
     for (int64_t k = 0; k < a->value_heads; k++) {
         if (k == 0) prefetch_bytes(ahead, head_bytes);
-        weigh_values(is_bf16, a, table, tokens, k, group, s.scores + k * group * s.line, s.line,
-                     a->partial + (item * heads + k * group) * a->value_width);
+        pv_product(is_bf16, a, table, tokens, k, group, s.scores + k * group * s.line, s.line,
+                   a->partial + (item * heads + k * group) * a->value_width);
     }
     return next;
 }

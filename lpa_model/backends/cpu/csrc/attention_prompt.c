@@ -1,13 +1,13 @@
 /* Prompt attention: new tokens of some texts, whose earlier tokens are in the paged cache (chunked prefill).
  *
- * A work item is ITEM_TILES tiles of QUERIES queries of one head. Scores lie transposed, a query in each column, so
- * that maxima and sums run down the columns in vectors. Tokens are met TOKENS at a time from multiples of TOKENS in the
- * text (online softmax): each such group's weights stand beneath the largest score so far (a little larger ones pass,
- * so that outputs are seldom rescaled), and what a query must not see has a weight of zero. So a query's result is the
- * same to the bit however a prompt is cut into chunks, and whatever is beside it.
+ * A work item is ITEM_TILES tiles of QUERIES queries of one head. Online softmax as in
+ * FlashAttention-2, over KV tiles of TOKENS that begin at multiples of TOKENS in the text. S = K Q^T is transposed, a
+ * query in each column, so that row statistics are vector lanes. Lazy rescaling: the running maximum is raised only
+ * when a score exceeds it by more than MARGIN (as in FlashAttention-4). Masked scores have weight 0. A query's result
+ * depends on neither the chunks of its prompt nor the rest of the batch, to the bit.
  *
  * Keys are read where they lie in the cache, and so are values, except with tiles (AMX): there PACK_VALUES copies them
- * once for all heads, transposed, and outputs lie transposed like the scores.
+ * once for all heads, transposed, and outputs are transposed like the scores.
  */
 #include "attention.h"
 #include "tiles.h"
@@ -18,7 +18,7 @@ enum {
     ITEM_TILES = 2, /* tiles of queries in a work item */
     PACKED = 32,    /* tokens in a tile of packed values */
     SPAN_FIELDS = 6,
-    SPARE = 8, /* rows behind the last one that register tiles may write, and nobody reads */
+    SPARE = 8, /* rows after the last one that register tiles may write and that are never read */
     ROW = 4 * QUERIES,
 };
 
@@ -40,13 +40,13 @@ INLINE int in_tiles(const struct attention *a) {
 
 /* Numbers of 4 bytes in a query: float32, or pairs of bfloat16. */
 INLINE int64_t query_units(int is_bf16, const struct attention *a) {
-    return in_pairs(is_bf16) ? a->key_width / 2 : a->key_width;
+    return uses_vnni(is_bf16) ? a->key_width / 2 : a->key_width;
 }
 
 /* One thread's scratch. */
 struct scratch {
     char *queries; /* [query_units, QUERIES] */
-    char *scores;  /* float32 [TOKENS, QUERIES]; then weights, pairs of bfloat16 [TOKENS / 2, QUERIES] or as scores */
+    char *scores;  /* float32 [TOKENS, QUERIES]; then weights, bfloat16 VNNI [TOKENS / 2, QUERIES, 2] or float32 */
     float *out;    /* [QUERIES, value_width], transposed with tiles; before, queries as they lie */
     float *peaks;  /* [QUERIES]: maxima */
     float *sums;   /* [QUERIES]: of weights */
@@ -132,9 +132,9 @@ void pack_values_block(const struct attention *a, int64_t block) {
         const char *values = values_of(1, a, a->prompt_tables[span[3] + place], h);
         for (int64_t t = 0; t < count; t += PACKED)
             for (int64_t d = 0; d < width; d += LANES) {
-                int64_t strip = (h * width + d) / LANES;
+                int64_t panel = (h * width + d) / LANES;
                 bf16 *to = (bf16 *)a->packed_values +
-                           LANES * PACKED * (strip * a->packed_value_tiles + (column + t) / PACKED);
+                           LANES * PACKED * (panel * a->packed_value_tiles + (column + t) / PACKED);
                 transpose_square(values + 2 * t * width + 4 * d, 4 * width, (char *)to, 2 * PACKED);
                 for (int64_t i = count - t; i < PACKED; i++)
                     for (int64_t r = 0; r < LANES; r++) to[r * PACKED + i] = 0;
@@ -153,7 +153,7 @@ INLINE void take_queries(int is_bf16, const struct attention *a, int64_t first, 
         const char *query = query_of(is_bf16, a, a->rows + first + i, head);
         const float *rope = rope_of(a, a->prompt_positions[first + i]);
         for (int64_t d = 0; d < a->key_width; d += LANES)
-            store_as(in_pairs(is_bf16), rows + 4 * units * i, d, load_rotated(is_bf16, query, rope, d));
+            store_as(uses_vnni(is_bf16), rows + 4 * units * i, d, load_rotated(is_bf16, query, rope, d));
     }
     __builtin_memset(rows + 4 * units * count, 0, (uint64_t)(4 * units * (QUERIES - count)));
     for (int64_t i = 0; i < QUERIES; i += LANES)
@@ -170,7 +170,7 @@ INLINE void score_tile(int is_bf16, int num_keys, int num_vectors, const char *c
     f32x16 sums[KEYS][KEY_VECTORS];
     for (int k = 0; k < num_keys; k++)
         for (int v = 0; v < num_vectors; v++) sums[k][v] = splat_f32(0);
-    int pairs = in_pairs(is_bf16);
+    int pairs = uses_vnni(is_bf16);
     int64_t steps = is_bf16 && !pairs ? units / 2 : units;
     for (int64_t i = 0; i < steps; i++, queries += is_bf16 && !pairs ? 2 * ROW : ROW) {
         if (pairs) {
@@ -216,19 +216,19 @@ INLINE void score(int is_bf16, const struct attention *a, const int64_t *table, 
     }
 }
 
-/* What comes behind each query's own token, the first query's being number `own` of `count`, is hidden. */
-INLINE void hide_later(int64_t own, int64_t count, int vectors, char *scores) {
+/* Causal mask: tokens after each query's own; the first query's is number `own` of `count`. */
+INLINE void mask_later(int64_t own, int64_t count, int vectors, char *scores) {
     const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int64_t t = max_i64(own + 1, 0); t < count; t++)
         for (int v = 0; v < vectors; v++) {
             float *row = (float *)(scores + ROW * t) + LANES * v;
-            i32x16 hidden = lanes < (i32x16)splat_u32((uint32_t)(t - own - LANES * v));
-            store_f32(row, select_f32(hidden, splat_f32(LOWEST), load_f32(row)));
+            i32x16 masked = lanes < (i32x16)splat_u32((uint32_t)(t - own - LANES * v));
+            store_f32(row, select_f32(masked, splat_f32(LOWEST), load_f32(row)));
         }
 }
 
-/* So are the tokens of other branches. */
-INLINE void hide_branches(const struct attention *a, int64_t first, int64_t queries, int64_t begin, int64_t count,
+/* Masks the tokens of other branches. */
+INLINE void mask_branches(const struct attention *a, int64_t first, int64_t queries, int64_t begin, int64_t count,
                           char *scores) {
     for (int64_t q = 0; q < queries; q++) {
         int64_t end = min_i64(a->own_starts[first + q] - begin, count);
@@ -238,7 +238,7 @@ INLINE void hide_branches(const struct attention *a, int64_t first, int64_t quer
 }
 
 /* Scores of 16 queries become weights 2^(power * (score - peak)), and zeros behind `count` to a multiple of `whole`.
- * Returns whether a peak had to be raised: what was summed beneath the old one has to be multiplied by the factors. */
+ * Returns whether a peak had to be raised: sums under the old one have to be multiplied by the factors. */
 INLINE int softmax_columns(int is_bf16, int64_t count, int64_t whole, float power, int v, struct scratch s) {
     float *peaks = s.peaks + LANES * v, *sums = s.sums + LANES * v;
     char *scores = s.scores + 64 * v;
@@ -262,7 +262,7 @@ INLINE int softmax_columns(int is_bf16, int64_t count, int64_t whole, float powe
         if (whole != 1) y = exp2_f32((load_f32(next) - peak) * splat_f32(power));
         even += x;
         odd += y;
-        if (in_pairs(is_bf16)) {
+        if (uses_vnni(is_bf16)) {
             store_u32(scores + ROW * (t / 2), pair_bf16(x, y));
         } else {
             store_f32(row, x);
@@ -278,8 +278,8 @@ INLINE int softmax_columns(int is_bf16, int64_t count, int64_t whole, float powe
 /* ---- outputs ---- */
 
 /* out [num_rows, 16], rows 4 * value_width bytes apart, += weights . values of `count` tokens of a block. */
-INLINE void weigh_tile(int is_bf16, int num_rows, const char *weights, const char *values, int64_t count,
-                       int64_t width, float *out) {
+INLINE void pv_tile(int is_bf16, int num_rows, const char *weights, const char *values, int64_t count,
+                    int64_t width, float *out) {
     f32x16 sums[MOST_ROWS];
     for (int r = 0; r < num_rows; r++) sums[r] = load_f32(out + r * width);
     int64_t steps = is_bf16 ? ceil_div(count, 2) : count;
@@ -292,7 +292,7 @@ INLINE void weigh_tile(int is_bf16, int num_rows, const char *weights, const cha
             continue;
         }
         u32x16 there = splat_u32(2 * i + 1 < count ? ~0u : 0xffff); /* the other half need not be a number */
-        if (in_pairs(is_bf16)) {
+        if (uses_vnni(is_bf16)) {
             u32x16 pairs = load_u32(values) & there;
             for (int r = 0; r < num_rows; r++)
                 sums[r] = dot_bf16_pairs(sums[r], splat_u32(((const uint32_t *)weights)[r]), pairs);
@@ -311,37 +311,37 @@ INLINE void weigh_tile(int is_bf16, int num_rows, const char *weights, const cha
 }
 
 /* The same for all queries. */
-INLINE void weigh_rows(int is_bf16, int64_t queries, const char *weights, const char *values, int64_t count,
-                       int64_t width, float *out) {
+INLINE void pv_rows(int is_bf16, int64_t queries, const char *weights, const char *values, int64_t count,
+                    int64_t width, float *out) {
     for (int64_t q = 0; q < queries;) {
         int64_t left = queries - q;
         const char *own = weights + 4 * q;
         if (MOST_ROWS > 8 && left > 8) {
-            weigh_tile(is_bf16, MOST_ROWS > 8 ? 16 : 4, own, values, count, width, out + q * width);
+            pv_tile(is_bf16, MOST_ROWS > 8 ? 16 : 4, own, values, count, width, out + q * width);
             q += 16;
         } else if (MOST_ROWS > 8 && left > 4) {
-            weigh_tile(is_bf16, MOST_ROWS > 8 ? 8 : 4, own, values, count, width, out + q * width);
+            pv_tile(is_bf16, MOST_ROWS > 8 ? 8 : 4, own, values, count, width, out + q * width);
             q += 8;
         } else if (left > 8 || left == 5 || left == 6) {
-            weigh_tile(is_bf16, 6, own, values, count, width, out + q * width);
+            pv_tile(is_bf16, 6, own, values, count, width, out + q * width);
             q += 6;
         } else {
-            weigh_tile(is_bf16, 4, own, values, count, width, out + q * width);
+            pv_tile(is_bf16, 4, own, values, count, width, out + q * width);
             q += 4;
         }
     }
 }
 
 /* out += weights . values of the tokens begin to begin + count of a text, in the blocks of its table. */
-INLINE void weigh(int is_bf16, const struct attention *a, const int64_t *table, int64_t value_head, int64_t begin,
-                  int64_t count, int64_t queries, struct scratch s) {
-    int64_t size = a->block_size, width = a->value_width, step_bytes = in_pairs(is_bf16) ? ROW / 2 : ROW;
+INLINE void pv_product(int is_bf16, const struct attention *a, const int64_t *table, int64_t value_head, int64_t begin,
+                       int64_t count, int64_t queries, struct scratch s) {
+    int64_t size = a->block_size, width = a->value_width, step_bytes = uses_vnni(is_bf16) ? ROW / 2 : ROW;
     for (int64_t column = 0; column < width; column += LANES)
         for (int64_t t = 0; t < count;) {
             int64_t offset = (begin + t) % size, some = min_i64(size - offset, count - t);
             const char *values = values_of(is_bf16, a, table[(begin + t) / size], value_head);
-            weigh_rows(is_bf16, queries, s.scores + t * step_bytes,
-                       values + number_bytes(is_bf16) * offset * width + 4 * column, some, width, s.out + column);
+            pv_rows(is_bf16, queries, s.scores + t * step_bytes,
+                    values + number_bytes(is_bf16) * offset * width + 4 * column, some, width, s.out + column);
             t += some;
         }
 }
@@ -351,8 +351,8 @@ INLINE void weigh(int is_bf16, const struct attention *a, const int64_t *table, 
 #if HAS_TILES
 
 /* out float32 [32, QUERIES] = 32 rows of 32 * parts numbers times pairs [16 * parts, QUERIES]; added to what is there
- * if `add`. Rows lie `stride` bytes apart, 16 of them `strip`, and 32 numbers of a row `step`. */
-static void multiply_tiles(const char *rows, int64_t stride, int64_t step, int64_t strip, int64_t parts, int add,
+ * if `add`. Rows lie `stride` bytes apart, 16 of them `panel`, and 32 numbers of a row `step`. */
+static void multiply_tiles(const char *rows, int64_t stride, int64_t step, int64_t panel, int64_t parts, int add,
                            const char *columns, char *out) {
     if (add) {
         TILE_LOAD(0, out, ROW);
@@ -371,7 +371,7 @@ static void multiply_tiles(const char *rows, int64_t stride, int64_t step, int64
         TILE_DPBF16(0, 6, 4);
         TILE_LOAD(5, columns + 64, ROW);
         TILE_DPBF16(1, 6, 5);
-        TILE_STREAM(7, rows + strip, stride);
+        TILE_STREAM(7, rows + panel, stride);
         TILE_DPBF16(2, 7, 4);
         TILE_DPBF16(3, 7, 5);
     }
@@ -392,14 +392,14 @@ static void score_in_tiles(const struct attention *a, const int64_t *table, int6
     }
 }
 
-/* As `weigh`, of packed values. */
-static void weigh_in_tiles(const struct attention *a, const int64_t *span, int64_t value_head, int64_t begin,
-                           int64_t count, struct scratch s) {
-    int64_t width = a->value_width, strip = 2 * LANES * PACKED * a->packed_value_tiles;
-    const char *values = (const char *)a->packed_values + value_head * width / LANES * strip +
+/* As `pv_product`, of packed values. */
+static void pv_product_in_tiles(const struct attention *a, const int64_t *span, int64_t value_head, int64_t begin,
+                                int64_t count, struct scratch s) {
+    int64_t width = a->value_width, panel = 2 * LANES * PACKED * a->packed_value_tiles;
+    const char *values = (const char *)a->packed_values + value_head * width / LANES * panel +
                          2 * LANES * (span[4] + begin);
     for (int64_t d = 0; d < width; d += 32)
-        multiply_tiles(values + d / LANES * strip, 2 * PACKED, 2 * LANES * PACKED, strip, ceil_div(count, PACKED),
+        multiply_tiles(values + d / LANES * panel, 2 * PACKED, 2 * LANES * PACKED, panel, ceil_div(count, PACKED),
                        begin > 0, s.scores, (char *)s.out + ROW * d);
 }
 
@@ -429,8 +429,8 @@ static void write_columns(const struct attention *a, int64_t row, int64_t querie
 
 static void score_in_tiles(const struct attention *a, const int64_t *table, int64_t key_head, int64_t begin,
                            int64_t count, struct scratch s) {}
-static void weigh_in_tiles(const struct attention *a, const int64_t *span, int64_t value_head, int64_t begin,
-                           int64_t count, struct scratch s) {}
+static void pv_product_in_tiles(const struct attention *a, const int64_t *span, int64_t value_head, int64_t begin,
+                                int64_t count, struct scratch s) {}
 static void rescale_columns(int64_t width, struct scratch s) {}
 static void write_columns(const struct attention *a, int64_t row, int64_t queries, int64_t head, struct scratch s) {}
 
@@ -473,8 +473,8 @@ INLINE void attend_tile(int is_bf16, const struct attention *a, const int64_t *s
             score_in_tiles(a, table, key_head, begin, count, s);
         else
             score(is_bf16, a, table, key_head, begin, count, vectors, s);
-        hide_later(context + first - begin, count, vectors, s.scores);
-        if (a->shared_ends) hide_branches(a, row, queries, begin, count, s.scores);
+        mask_later(context + first - begin, count, vectors, s.scores);
+        if (a->shared_ends) mask_branches(a, row, queries, begin, count, s.scores);
         int raised = 0;
         for (int v = 0; v < vectors; v++) raised |= softmax_columns(is_bf16, count, whole, power, v, s);
         if (raised && begin) {
@@ -484,9 +484,9 @@ INLINE void attend_tile(int is_bf16, const struct attention *a, const int64_t *s
                 rescale_rows(queries, width, s);
         }
         if (tiles)
-            weigh_in_tiles(a, span, value_head, begin, count, s);
+            pv_product_in_tiles(a, span, value_head, begin, count, s);
         else
-            weigh(is_bf16, a, table, value_head, begin, count, queries, s);
+            pv_product(is_bf16, a, table, value_head, begin, count, queries, s);
     }
     if (tiles)
         write_columns(a, row, queries, head, s);

@@ -1,41 +1,41 @@
-/* GEMM with packed panels of weights, float32 or bfloat16, and what becomes of its sums.
+/* GEMM with packed panels of weights, float32 or bfloat16, and its epilogues.
  *
- * A strip is a panel of 16 outputs. Float32 weights lie as [strips, inputs, 16], bfloat16 ones as [strips, inputs / 2,
+ * A panel is 16 outputs. Float32 weights lie as [panels, inputs, 16], bfloat16 ones as [panels, inputs / 2,
  * 16, 2] (the VNNI layout: two inputs side by side). Each sum is taken in the order of its inputs, whatever the number
  * of rows and wherever a row is, so that a row's bits depend on the row alone. Blocking changes no order: sums that
  * wait for their next block of inputs are stored as they are.
  *
- * A work item is some pairs of strips for a chunk of rows. Few rows stream the weights through once: then memory is
- * what takes time. With more rows a block of a strip stays in the first-level cache while all row tiles meet it.
+ * A work item is some pairs of panels for a chunk of rows. Few rows stream the weights through once: then memory is
+ * what takes time. With more rows a block of a panel stays in the first-level cache for all row tiles.
  */
 #include "gemm.h"
 #include "gemm_tiles.h"
 
 #if defined(__AVX512F__) || HAS_DOT_BF16
-enum { TILE_ROWS = 12, TILE_STRIPS = 2 }; /* 24 of 32 registers hold sums */
+enum { TILE_ROWS = 12, TILE_PANELS = 2 }; /* 24 of 32 registers hold sums */
 #elif defined(__AVX2__) || defined(__aarch64__)
-enum { TILE_ROWS = 6, TILE_STRIPS = 1 }; /* 12 of 16 registers; of 24 of 32 on NEON */
+enum { TILE_ROWS = 6, TILE_PANELS = 1 }; /* 12 of 16 registers; of 24 of 32 on NEON */
 #else
-enum { TILE_ROWS = 2, TILE_STRIPS = 1 };
+enum { TILE_ROWS = 2, TILE_PANELS = 1 };
 #endif
 
 enum {
-    BLOCK = 256,                 /* inputs: of a strip in float32 they are half of the first-level cache */
+    BLOCK = 256,                 /* inputs: of a panel in float32 they are half of the first-level cache */
     CHUNK = 192,                 /* rows: BLOCK inputs of each are a part of the second-level cache */
     ITEM_BYTES = 256 * 1024,     /* of weights, with few rows */
     GROUP = 8,                   /* pairs of an item at most, with many rows */
-    LINE = 64,                   /* bytes of weights: an input of a strip in float32, two in bfloat16 */
+    LINE = 64,                   /* bytes of weights: an input of a panel in float32, two in bfloat16 */
 };
 
-/* How weights and x meet: as float32; pairs of bfloat16 with x widened to float32; pairs of both. */
+/* How weights and x are multiplied: both float32; weights bfloat16 in VNNI layout, x widened to float32; both VNNI. */
 enum operands { FLOATS, WIDENED_X, PAIRS };
 
-/* One register tile: `rows` rows of x times TILE_STRIPS strips, `lines` lines of each. */
+/* One register tile: `rows` rows of x times TILE_PANELS panels, `lines` lines of each. */
 struct tile {
     const char *x;
     int64_t x_stride;
     const char *weight;
-    int64_t strip_bytes; /* from strip to strip */
+    int64_t panel_bytes; /* from panel to panel */
     int64_t lines;
     const char *next; /* weights that are read after these: prefetched; 0: none */
     int64_t next_step; /* bytes of them with each line: row tiles share them, so that memory is never idle */
@@ -44,22 +44,22 @@ struct tile {
 };
 
 INLINE void multiply(enum operands operands, int rows, const struct tile *t) {
-    f32x16 sums[TILE_ROWS][TILE_STRIPS];
+    f32x16 sums[TILE_ROWS][TILE_PANELS];
 #pragma clang loop unroll(full)
     for (int r = 0; r < rows; r++)
 #pragma clang loop unroll(full)
-        for (int s = 0; s < TILE_STRIPS; s++)
+        for (int s = 0; s < TILE_PANELS; s++)
             sums[r][s] = t->fresh ? splat_f32(0) : load_f32(t->sums + r * PAIR + s * LANES);
     const char *x = t->x, *weight = t->weight, *next = t->next;
-    int64_t x_stride = t->x_stride, strip_bytes = t->strip_bytes, next_step = t->next_step;
+    int64_t x_stride = t->x_stride, panel_bytes = t->panel_bytes, next_step = t->next_step;
 #pragma clang loop unroll_count(4)
     for (int64_t i = 0; i < t->lines; i++) {
         __asm__ volatile("" ::: "memory"); /* x of the next lines is not loaded yet: the registers are full */
-        u32x16 w[TILE_STRIPS];
+        u32x16 w[TILE_PANELS];
 #pragma clang loop unroll(full)
-        for (int s = 0; s < TILE_STRIPS; s++) {
-            w[s] = load_u32(weight + s * strip_bytes + i * LINE);
-            if (next) prefetch(next + s * strip_bytes + i * next_step);
+        for (int s = 0; s < TILE_PANELS; s++) {
+            w[s] = load_u32(weight + s * panel_bytes + i * LINE);
+            if (next) prefetch(next + s * panel_bytes + i * next_step);
         }
         const char *at = x + (operands == WIDENED_X ? 8 : 4) * i;
 #pragma clang loop unroll(full)
@@ -69,12 +69,12 @@ INLINE void multiply(enum operands operands, int rows, const struct tile *t) {
                 uint32_t pair;
                 __builtin_memcpy(&pair, from, sizeof pair);
 #pragma clang loop unroll(full)
-                for (int s = 0; s < TILE_STRIPS; s++) sums[r][s] = dot_bf16_pairs(sums[r][s], splat_u32(pair), w[s]);
+                for (int s = 0; s < TILE_PANELS; s++) sums[r][s] = dot_bf16_pairs(sums[r][s], splat_u32(pair), w[s]);
             } else {
                 float v[2];
                 __builtin_memcpy(v, from, operands == FLOATS ? sizeof *v : sizeof v);
 #pragma clang loop unroll(full)
-                for (int s = 0; s < TILE_STRIPS; s++) {
+                for (int s = 0; s < TILE_PANELS; s++) {
                     f32x16 first = operands == FLOATS ? (f32x16)w[s] : low_bf16(w[s]);
                     sums[r][s] = fma_f32(splat_f32(v[0]), first, sums[r][s]);
                     if (operands == WIDENED_X) sums[r][s] = fma_f32(splat_f32(v[1]), high_bf16(w[s]), sums[r][s]);
@@ -85,7 +85,7 @@ INLINE void multiply(enum operands operands, int rows, const struct tile *t) {
 #pragma clang loop unroll(full)
     for (int r = 0; r < rows; r++)
 #pragma clang loop unroll(full)
-        for (int s = 0; s < TILE_STRIPS; s++) store_f32(t->sums + r * PAIR + s * LANES, sums[r][s]);
+        for (int s = 0; s < TILE_PANELS; s++) store_f32(t->sums + r * PAIR + s * LANES, sums[r][s]);
 }
 
 #define CASE(rows) \
@@ -128,18 +128,18 @@ static NOINLINE void multiply_bf16(int64_t rows, const struct tile *t) { multipl
 
 /* How an operation falls into work items. */
 struct plan {
-    int64_t pairs;  /* of strips */
+    int64_t pairs;  /* of panels */
     int64_t group;  /* pairs of an item */
     int64_t groups;
     int64_t chunk;  /* rows of an item */
-    int64_t lines;  /* of a strip */
+    int64_t lines;  /* of a panel */
     int64_t block;  /* lines that are met at a time */
     int64_t blocks;
-    int few; /* rows: they meet each strip in one tile */
+    int few; /* rows: one row tile for each panel */
 };
 
 INLINE struct plan plan_of(int is_bf16, const struct op *op, int64_t rows) {
-    struct plan p = {.pairs = op->strips / 2};
+    struct plan p = {.pairs = op->panels / 2};
     p.lines = is_bf16 ? op->width / 2 : op->width;
     p.few = rows <= TILE_ROWS;
     p.chunk = min_i64(rows, CHUNK);
@@ -157,7 +157,7 @@ INLINE struct plan plan_of(int is_bf16, const struct op *op, int64_t rows) {
 /* Where things are in a thread's scratch, in bytes. */
 struct layout {
     int64_t sums;   /* float32 [pairs of the item, rows of the chunk, PAIR] */
-    int64_t weight; /* float32 [BLOCK, 16]: a block of a strip, widened */
+    int64_t weight; /* float32 [BLOCK, 16]: a block of a panel, widened */
     int64_t x;      /* float32 [rows of the chunk, BLOCK or width]: widened */
     int64_t bytes;
 };
@@ -195,26 +195,26 @@ INLINE void item_of(int is_bf16, const struct op *op, int64_t rows, int64_t item
     float *widened_x = (float *)(scratch + layout.x);
     int64_t first_row = item / p.groups * CHUNK, count = min_i64(CHUNK, rows - first_row);
     int64_t first_pair = item % p.groups * p.group, pairs = min_i64(p.group, p.pairs - first_pair);
-    int64_t units = pairs * (2 / TILE_STRIPS), steps = units * p.blocks;
-    int64_t row_tile = ceil_div(count, ceil_div(count, TILE_ROWS)), strip_bytes = p.lines * LINE;
+    int64_t units = pairs * (2 / TILE_PANELS), steps = units * p.blocks;
+    int64_t row_tile = ceil_div(count, ceil_div(count, TILE_ROWS)), panel_bytes = p.lines * LINE;
     int64_t x_bytes = is_bf16 ? 2 : 4, per_line = is_bf16 ? 2 : 1; /* inputs of a line */
-    const char *weights = op->weight, *weights_end = weights + op->strips * strip_bytes;
+    const char *weights = op->weight, *weights_end = weights + op->panels * panel_bytes;
     const char *converted = 0;
     for (int64_t step = 0; step < steps; step++) {
-        /* few rows: all of a strip, then the next one; else all strips' block, then the next block */
+        /* few rows: all of a panel, then the next one; else all panels' block, then the next block */
         int64_t unit = p.few ? step / p.blocks : step % units, block = p.few ? step % p.blocks : step / units;
-        int64_t strip = 2 * first_pair + unit * TILE_STRIPS, at = block * p.block;
+        int64_t panel = 2 * first_pair + unit * TILE_PANELS, at = block * p.block;
         int64_t lines = min_i64(p.block, p.lines - at);
         int64_t soon = min_i64(step + 1, steps - 1), ahead = 0;
         if (p.few && step + 1 == steps)
-            ahead = (strip + TILE_STRIPS) * strip_bytes; /* another item's */
+            ahead = (panel + TILE_PANELS) * panel_bytes; /* another item's */
         else
-            ahead = (2 * first_pair + (p.few ? soon / p.blocks : soon % units) * TILE_STRIPS) * strip_bytes +
+            ahead = (2 * first_pair + (p.few ? soon / p.blocks : soon % units) * TILE_PANELS) * panel_bytes +
                     (p.few ? soon % p.blocks : soon / units) * p.block * LINE;
         const char *next = weights + ahead;
-        if (next + (TILE_STRIPS - 1) * strip_bytes + lines * LINE > weights_end) next = 0;
+        if (next + (TILE_PANELS - 1) * panel_bytes + lines * LINE > weights_end) next = 0;
         const char *x = (const char *)op->x + first_row * op->x_stride;
-        x += strip / op->group_strips * op->width * x_bytes;
+        x += panel / op->group_panels * op->width * x_bytes;
         int64_t x_stride = op->x_stride;
         if (widen && p.few) {
             if (*widened != (int64_t)(intptr_t)x) {
@@ -235,12 +235,13 @@ INLINE void item_of(int is_bf16, const struct op *op, int64_t rows, int64_t item
                 x = (const char *)widened_x;
             }
         }
-        float *sums = all_sums + unit * TILE_STRIPS / 2 * count * PAIR + unit * TILE_STRIPS % 2 * LANES;
+        float *sums = all_sums + unit * TILE_PANELS / 2 * count * PAIR + unit * TILE_PANELS % 2 * LANES;
         int64_t step_bytes = max_i64(LINE / ceil_div(count, row_tile), 2);
-        struct tile t = {x,     x_stride, weights + strip * strip_bytes + at * LINE, strip_bytes, lines, next, step_bytes,
+        const char *first_line = weights + panel * panel_bytes + at * LINE;
+        struct tile t = {x,     x_stride, first_line, panel_bytes, lines, next, step_bytes,
                          sums, !block};
         int floats = !is_bf16;
-        if (widen && TILE_STRIPS == 1 && !p.few) {
+        if (widen && TILE_PANELS == 1 && !p.few) {
             widen_weight(t.weight, lines, widened_weight);
             t.weight = (const char *)widened_weight;
             t.lines = 2 * lines;
@@ -259,8 +260,8 @@ INLINE void item_of(int is_bf16, const struct op *op, int64_t rows, int64_t item
 #endif
             if (next) t.next += t.lines * t.next_step;
         }
-        if (block + 1 == p.blocks && (unit + 1) * TILE_STRIPS % 2 == 0) {
-            int64_t pair = strip / 2;
+        if (block + 1 == p.blocks && (unit + 1) * TILE_PANELS % 2 == 0) {
+            int64_t pair = panel / 2;
             finish_pair(is_bf16, op, first_row, count, pair, all_sums + (pair - first_pair) * count * PAIR);
         }
     }
@@ -269,7 +270,7 @@ INLINE void item_of(int is_bf16, const struct op *op, int64_t rows, int64_t item
 int64_t gemm_items(const struct op *op, int64_t rows) {
 #if HAS_TILES
     if (op->dtype == BFLOAT16)
-        return ceil_div(op->strips / 2, tiled_group(op, rows)) * ceil_div(rows, TILED_CHUNK);
+        return ceil_div(op->panels / 2, tiled_group(op, rows)) * ceil_div(rows, TILED_CHUNK);
 #endif
     return plan_of(op->dtype == BFLOAT16, op, rows).groups * ceil_div(rows, CHUNK);
 }

@@ -4,7 +4,7 @@
 
 #include "kernels.h"
 
-enum { PAIR = 2 * LANES }; /* outputs of two strips */
+enum { PAIR = 2 * LANES }; /* outputs of two panels */
 
 INLINE void finish_vector(int is_bf16, const struct op *op, void *out, int64_t column, f32x16 v) {
     int64_t rest = op->columns - column;
@@ -24,7 +24,7 @@ INLINE void finish_vector(int is_bf16, const struct op *op, void *out, int64_t c
     }
 }
 
-/* Sums [count, PAIR] of a pair of strips, and the bias, to the output's rows from `row` on. */
+/* Sums [count, PAIR] of a pair of panels, and the bias, to the output's rows from `row` on. */
 INLINE void finish_pair(int is_bf16, const struct op *op, int64_t row, int64_t count, int64_t pair, const float *sums) {
     f32x16 bias[2] = {splat_f32(0), splat_f32(0)};
     if (op->bias)

@@ -1,4 +1,4 @@
-/* The bfloat16 GEMM in tiles (AMX): 32 rows and a pair of strips, a square of four tiles, at a time.
+/* The bfloat16 GEMM in tiles (AMX): 32 rows and a pair of panels, a square of four tiles, at a time.
  *
  * Tiles 0 to 3 hold the square's sums, 4 and 7 rows of x, 5 and 6 weights. Tiles are loaded whole, so that the rows of
  * a last square that is not full are copied to scratch: behind them may be no memory.
@@ -12,24 +12,24 @@
 #if HAS_TILES
 
 enum {
-    SQUARE = 32,        /* rows, and outputs of a pair of strips */
+    SQUARE = 32,        /* rows, and outputs of a pair of panels */
     TILE_BYTES = 1024,
-    TILED_CHUNK = 256,  /* rows of an item: what stays in the second-level cache with the strips */
+    TILED_CHUNK = 256,  /* rows of an item: what stays in the second-level cache with the panels */
     TILED_GROUP = 8,    /* pairs of an item, where there are many: threads that write side by side hinder each other */
-    AHEAD = 4096,       /* bytes of a strip that are prefetched */
+    AHEAD = 4096,       /* bytes of a panel that are prefetched */
 };
 
 /* A thread's scratch: a line that says whether the last rows are there, sums float32 [2, SQUARE, PAIR], and the last
  * rows, bfloat16 [SQUARE, groups * width]. */
 enum { SUMS_AT = CACHE_LINE, ROWS_AT = SUMS_AT + 2 * SQUARE * PAIR * 4 };
 
-static int64_t tiled_row_bytes(const struct op *op) { return 2 * op->width * (op->strips / op->group_strips); }
+static int64_t tiled_row_bytes(const struct op *op) { return 2 * op->width * (op->panels / op->group_panels); }
 
 static int64_t tiled_scratch(const struct op *op) { return ROWS_AT + SQUARE * tiled_row_bytes(op); }
 
 /* Pairs of an item: so few that there are items enough for all threads. */
 static int64_t tiled_group(const struct op *op, int64_t rows) {
-    int64_t pairs = op->strips / 2;
+    int64_t pairs = op->panels / 2;
     return rows <= SQUARE ? 1 : min_i64(TILED_GROUP, max_i64(1, pairs * ceil_div(rows, TILED_CHUNK) / 8));
 }
 
@@ -40,9 +40,9 @@ struct square {
     const float *sums; /* 0: none */
 };
 
-/* x [32, 32 * depth] times the pair of strips at `weight` -> sums [32, 32]; meanwhile the epilogue of `before`: tiles
+/* x [32, 32 * depth] times the pair of panels at `weight` -> sums [32, 32]; meanwhile the epilogue of `before`: tiles
  * and vectors are worked on side by side. With each tile of weights `lines` lines at `next` are prefetched, if that is
- * not 0. The strips stay in the first-level cache if the rows do not pass through it. */
+ * not 0. The panels stay in the first-level cache if the rows do not pass through it. */
 static void multiply_square(const struct op *op, const char *x, int64_t stride, const char *weight, int64_t depth,
                             float *sums, const struct square *before, const char *next, int64_t lines) {
     const char *other = weight + TILE_BYTES * depth;
@@ -72,7 +72,7 @@ static void multiply_square(const struct op *op, const char *x, int64_t stride, 
     TILE_STORE(3, sums + 16 * PAIR + LANES, 4 * PAIR);
 }
 
-/* The same of `count` rows. `cold`: the strips have not been read a moment ago. */
+/* The same of `count` rows. `cold`: the panels have not been read a moment ago. */
 static void multiply_part(const char *x, int64_t stride, const char *weight, int64_t depth, int64_t count, int cold,
                           float *sums) {
     const char *other = weight + TILE_BYTES * depth;
@@ -115,20 +115,20 @@ static void tiled_item(const struct op *op, int64_t rows, int64_t item, char *sc
                              (uint64_t)copy_stride);
         *copied = 1;
     }
-    int64_t pairs = op->strips / 2, group = tiled_group(op, rows), groups = ceil_div(pairs, group);
+    int64_t pairs = op->panels / 2, group = tiled_group(op, rows), groups = ceil_div(pairs, group);
     int64_t chunk = item / groups * TILED_CHUNK, end = min_i64(chunk + TILED_CHUNK, rows);
     int64_t first = item % groups * group, last = min_i64(first + group, pairs);
     int64_t depth = op->width / 32, pair_bytes = 2 * depth * TILE_BYTES;
-    int64_t lines = ceil_div(2 * 16, max_i64(1, (end - chunk) / SQUARE)); /* of the next strips, with each tile */
+    int64_t lines = ceil_div(2 * 16, max_i64(1, (end - chunk) / SQUARE)); /* of the next panels, with each tile */
     float *sums = (float *)(scratch + SUMS_AT), *other = sums + SQUARE * PAIR;
     struct square before = {0, 0, 0};
     for (int64_t pair = first; pair < last; pair++) {
-        int64_t part = 2 * (2 * pair / op->group_strips) * op->width;
+        int64_t part = 2 * (2 * pair / op->group_panels) * op->width;
         const char *weight = (const char *)op->weight + pair * pair_bytes;
         for (int64_t row = chunk; row < end; row += SQUARE) {
             int64_t count = min_i64(SQUARE, rows - row);
             const char *x = (const char *)op->x + row * op->x_stride + part;
-            if (count < SQUARE || rows == SQUARE) { /* part of a square, or strips that are read only once */
+            if (count < SQUARE || rows == SQUARE) { /* part of a square, or panels that are read only once */
                 int whole = count == SQUARE;
                 multiply_part(whole ? x : copy + part, whole ? op->x_stride : copy_stride, weight, depth, count,
                               row == chunk, sums);

@@ -21,7 +21,7 @@
 #define mask_logits ISA_NAME(mask_logits)
 #define score_rows ISA_NAME(score_rows)
 
-/* A GEMM falls into work items: some strips of outputs for some rows. `scratch` holds gemm_scratch(op, rows) bytes;
+/* A GEMM falls into work items: some panels of outputs for some rows. `scratch` holds gemm_scratch(op, rows) bytes;
  * gemm_item keeps converted rows there from item to item, so that its first 8 bytes are -1 before an op's first one. */
 int64_t gemm_items(const struct op *op, int64_t rows);
 int64_t gemm_scratch(const struct op *op, int64_t rows);

@@ -1,7 +1,7 @@
 /* The op list: the threads of a team take each operation's work items, and wait for its last one.
  *
- * A thread that comes late, or never, finds that the others have done its part: nobody waits for threads, only for
- * work. Which thread computes an item changes no bit of it.
+ * The caller waits for work items, never for threads: a thread that starts late, or never, has its share done by the
+ * others. Which thread computes an item changes no bit of it.
  */
 #include <stdlib.h>
 #include <unistd.h>

@@ -23,11 +23,11 @@ enum op_kind {
     ATTENTION_PROMPT, /* the prompt rows */
 };
 
-/* What becomes of a GEMM's sums. With bfloat16 weights, sums are rounded to bfloat16 before RESIDUAL_ADD. */
+/* A GEMM's epilogue. With bfloat16 weights, sums are rounded to bfloat16 before RESIDUAL_ADD. */
 enum epilogue {
     STORE,
     RELU,
-    SWIGLU_GATED, /* strips in pairs: silu(first) * second; out is half as wide */
+    SWIGLU_GATED, /* panels of gate and up alternate: silu(gate) * up; out is half as wide */
     RESIDUAL_ADD, /* out float32 += sums */
 };
 
@@ -37,7 +37,7 @@ struct op {
     int64_t dtype;        /* enum dtype: of weight, bias and activations; sums and the residual stream are float32 */
     const void *x;        /* [rows, width], or [rows, groups * width] */
     const void *weight;   /* GEMM: packed panels; norms: [width]; SWIGLU: the second factor [rows, width] */
-    const void *bias;     /* GEMM: [strips * 16]; ADD_LAYER_NORM: [width]; 0: none */
+    const void *bias;     /* GEMM: [panels * 16]; ADD_LAYER_NORM: [width]; 0: none */
     float *residual;      /* ADD_LAYER_NORM: [rows, width] */
     void *out;            /* 0 of ADD_LAYER_NORM: nothing but the residual is written */
     int64_t x_stride;     /* from row to row, in bytes */
@@ -45,9 +45,9 @@ struct op {
     int64_t residual_stride;
     int64_t out_stride;
     int64_t width;        /* inputs of a row, or of one group's part of it; bfloat16 GEMM: a multiple of 32 */
-    int64_t columns;      /* GEMM: outputs that are written, at most 16 * strips; norms: zeros from width to here */
-    int64_t strips;       /* GEMM: panels of 16 outputs each, an even number */
-    int64_t group_strips; /* consecutive ones that read the same part of x; even */
+    int64_t columns;      /* GEMM: outputs that are written, at most 16 * panels; norms: zeros from width to here */
+    int64_t panels;       /* GEMM: panels of 16 outputs each, an even number */
+    int64_t group_panels; /* consecutive ones that read the same part of x; even */
     int64_t epilogue;     /* enum epilogue */
     int64_t heads;        /* HEAD_RMS_NORM */
     int64_t head_stride;  /* HEAD_RMS_NORM: bytes from head to head, in x and in out */
@@ -107,7 +107,7 @@ struct attention {
     int64_t prompt_blocks;
     int64_t num_query_tiles;
     void *packed_values;             /* scratch of PACK_VALUES, bfloat16 [value_heads * value_width * 32 * tiles] */
-    int64_t packed_value_tiles;      /* tiles of 32 tokens in a strip of packed_values */
+    int64_t packed_value_tiles;      /* tiles of 32 tokens in a panel of packed_values */
     double scale;
 };
 
@@ -150,7 +150,7 @@ struct score {
     float *top_logits;      /* [rows, top] */
     void *scratch;          /* of each thread that may come */
     int64_t scratch_bytes;
-    int64_t *counters;      /* [2], zeros: next lot of rows; threads */
+    int64_t *counters;      /* [2], zeros: next chunk of rows; threads */
     int64_t rows;
     int64_t vocab;
     int64_t top;

@@ -229,7 +229,7 @@ INLINE void prefetch_bytes(const void *p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += CACHE_LINE) prefetch((const char *)p + i);
 }
 
-/* Some dozen nanoseconds that the processor leaves to whoever shares the core. */
+/* Spin-wait hint: some dozen nanoseconds for the other hardware thread of the core. */
 INLINE void pause_core(void) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
