@@ -132,7 +132,7 @@ async def _on_invalid_body(_: Request, error: Exception) -> Response:
 
 
 def _explain(problem: Any) -> InvalidRequest:
-    """pydantic's first finding, in terms of the request."""
+    """pydantic's first error, in terms of the request."""
     loc, kind = tuple(part for part in problem["loc"][1:] if not UNION_TAG.fullmatch(str(part))), problem["type"]
     refused = problem["ctx"] if kind == REFUSED else {}
     loc += tuple(refused.get("loc", ()))

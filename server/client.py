@@ -15,7 +15,7 @@ UPLOAD_PIECE = 1 << 14  # bytes of lines that are sent at a time, at least
 
 
 class RequestFailed(ValueError):
-    """The server has refused, failed or gone. `told` is its own message, where it gave one."""
+    """The server refused, failed or closed the connection. `told` is its own message, if any."""
 
     def __init__(self, message: str, told: str | None = None) -> None:
         super().__init__(message)
@@ -73,7 +73,7 @@ class Client:
                         yield piece
                 finally:
                     if response.connection is not None and response.connection.transport is not None:
-                        response.connection.transport.abort()  # not at its end: what is not sent is wanted no more
+                        response.connection.transport.abort()  # not at its end: the rest is not to be sent
         except aiohttp.ClientError as error:
             if upload is not None and upload.error is not None:
                 raise upload.error from None

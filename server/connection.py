@@ -1,4 +1,4 @@
-"""HTTP/1.1 connections: uvicorn's over h11, with limits on what a client may keep open or send by halves.
+"""HTTP/1.1 connections: uvicorn's over h11, with limits on idle connections and on requests that arrive slowly.
 
 h11 rather than httptools: it bounds a request's head, serves requests that offer an upgrade (`Upgrade: h2c`), and is
 right for HTTP/1.0 and for a missing Host. The bytes of a head are h11's to count, the number of its fields
@@ -40,8 +40,8 @@ class Connection(H11Protocol):
         self.app = cast(Any, self._stream)
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The application, with the pieces of its streams written here: h11 would need twice the time of all the rest
-        for each of them. It writes the beginning and the end, and what is no stream."""
+        """The application, with the chunks of its streams written here, since h11 takes twice as long for each
+        as all the rest. h11 writes heads, ends, and answers that are not streamed."""
         cycle, chunked = self.cycle, False
 
         async def quick_send(message: Message) -> None:
@@ -85,7 +85,7 @@ class Connection(H11Protocol):
         return self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
 
     def _wait_for_more(self) -> None:
-        """See to it that the rest of a head or body comes in time. An idle connection has uvicorn's own timer."""
+        """Start the timer for the rest of a head or body. An idle connection has uvicorn's own timer."""
         if self.transport.is_closing():
             return self._stop_waiting()
         if self.conn.their_state is h11.SEND_BODY:
@@ -112,7 +112,7 @@ class Connection(H11Protocol):
 
     def _give_up_on_body(self) -> None:
         self._waiting = None
-        if self.flow.read_paused:  # it is the server that is behind
+        if self.flow.read_paused:  # the server reads too slowly, not the client
             return self._wait_for_more()
         seconds = self.settings.body_timeout
         self._refuse(RequestTimeout(f"no more of the body has come for {seconds:g} seconds"))

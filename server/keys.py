@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from server.errors import Forbidden, Unauthorized
 from server.settings import Settings
 
-Role = Literal["nobody", "client", "admin"]
+Role = Literal["anonymous", "client", "admin"]
 """Who sent a request, by the key that came with it."""
 
 PROBES = frozenset({"/health", "/ready"})
@@ -22,29 +22,29 @@ METRICS = "/metrics"
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys of a server, as digests: equally long, so that comparing them does not tell a key's length."""
+    """The keys of a server, as digests: equally long, so that comparing them does not leak a key's length."""
 
     client: tuple[bytes, ...]
     admin: tuple[bytes, ...]
     open_paths: frozenset[str]
 
     def role(self, authorization: str) -> Role:
-        """Whose key an Authorization header carries. All keys are compared, in a time that does not tell which fits."""
+        """Whose key an Authorization header carries. All keys are compared, in constant time."""
         scheme, _, key = authorization.partition(" ")
         given = _digest(key.strip().encode("latin-1")) if scheme.lower() == "bearer" else b""
         client, admin = _is_among(given, self.client), _is_among(given, self.admin)
-        return "admin" if admin else "client" if client else "nobody"
+        return "admin" if admin else "client" if client else "anonymous"
 
     def check(self, path: str, role: Role) -> None:
         """Raises Unauthorized unless `role` may ask for `path`."""
-        if role == "nobody" and self.client and path not in self.open_paths:
+        if role == "anonymous" and self.client and path not in self.open_paths:
             raise Unauthorized("send an API key of this server as 'Authorization: Bearer KEY'")
 
     def check_admin(self, role: Role) -> None:
         """Raises Unauthorized or Forbidden unless `role` may use the control routes."""
         if not self.admin:
             raise Forbidden("control routes are shut: the server was started without --admin-api-key")
-        if role == "nobody":
+        if role == "anonymous":
             raise Unauthorized("send an admin key of this server as 'Authorization: Bearer KEY'")
         if role != "admin":
             raise Forbidden("this key is no admin key")

@@ -330,7 +330,7 @@ class LLM:
         return Request(self._id(), ids, params)
 
     def _run(self, work: Iterable[tuple[T, Request | None]]) -> Iterator[tuple[T, Completion]]:
-        """Each item of `work` with what its request came to, in order; an empty completion for one without a request.
+        """Each item of `work` with its request's completion, in order; an empty completion for one without a request.
 
         `work` is read as far as the engine runs at once, and as much again.
         """
@@ -372,13 +372,13 @@ class LLM:
         return inbox
 
     def _forget(self, request: Request) -> None:
-        """No output of a request is wanted any more."""
+        """Abort a request and drop its inbox."""
         self._inboxes.pop(request.id, None)
         if self._engine is not None:
             self._engine.abort(request.id)
 
     def _next_outputs(self, inbox: list[RequestOutput]) -> list[RequestOutput]:
-        """What has come into an inbox; steps until something has.
+        """The outputs in an inbox; runs steps until there are some.
 
         Raises:
             InvalidRequest: a request of this inbox cannot be followed, such as its grammar.

@@ -160,7 +160,7 @@ class Server(uvicorn.Server):
         """End the process after so many seconds if it has not ended by itself."""
 
         def end() -> None:
-            logger.warning("threads are still at work: the process ends without them")
+            logger.warning("threads are still running: the process ends without them")
             logging.shutdown()
             os._exit(self.status)
 

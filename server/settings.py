@@ -112,7 +112,7 @@ class Settings(BaseSettings):
     )
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N.")
     threads: Annotated[int | None, AfterValidator(_check_threads)] = Field(
-        None, ge=1, description="Threads of the CPU products, at most one per processor (default: so many)."
+        None, ge=1, description="Threads of the matrix products, at most one per processor (default: as many)."
     )
     max_model_len: int | None = Field(
         None, ge=1, description="Longest prompt and completion together, in tokens (default: the model's context)."
@@ -135,8 +135,8 @@ class Settings(BaseSettings):
     )
     batch_invariant: bool | None = Field(
         None,
-        description="Texts and log-probabilities depend on nothing else in the batch, to the bit; a request that lost "
-        "its cache computes its generated tokens again one by one (default: where kernels allow it).",
+        description="Texts and log-probabilities depend on nothing else in the batch, to the bit; a preempted request "
+        "recomputes its generated tokens one by one (default: where the backend is batch-invariant).",
     )
     enable_prefix_caching: bool = Field(True, description="Reuse the cache of a prompt's beginning between requests.")
     ignore_unknown_fields: bool = Field(

@@ -177,7 +177,9 @@ def step(
         typer.Option(min=1, help="Tokens before; may be given several times.", show_default="256"),
     ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Decode steps timed.")] = 20,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the products.", show_default="all")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of the matrix products.", show_default="all")
+    ] = None,
     dtype: Dtype = None,
     plot: Plot = None,
     as_json: AsJson = False,
@@ -243,12 +245,14 @@ def sampling(
     steps: Annotated[int, typer.Option(min=1, help="Steps timed per feature and round.")] = 10,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not.")] = 7,
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"], typer.Option(help="Type of the weights at work.")
+        Literal["auto", "float32", "bfloat16"], typer.Option(help="dtype that the model computes in.")
     ] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the products.", show_default="all")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of the matrix products.", show_default="all")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """The engine's step without HTTP, with each sampling feature in turn, as a ratio to a greedy step."""
+    """The engine's step without HTTP, one sampling feature after another, as a ratio to a greedy step."""
     from rich.progress import Progress
 
     from server.bench.sampling import bench_sampling, print_rows

@@ -23,7 +23,7 @@ PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help_
 Model = Annotated[Path | None, typer.Option(help="Model folder.", show_default="LPA_MODEL, or the embedded model")]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16"] | None,
-    typer.Option(help="Type of the weights at work.", show_default="LPA_DTYPE, or auto"),
+    typer.Option(help="dtype that the model computes in.", show_default="LPA_DTYPE, or auto"),
 ]
 StoredDtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights written.")]
 

@@ -77,7 +77,7 @@ def score(
     ] = None,
     dtype: Dtype = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of the CPU products.", show_default="LPA_THREADS, or all")
+        int | None, typer.Option(min=1, help="Threads of the matrix products.", show_default="LPA_THREADS, or all")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON, with every measure, instead of a table.")

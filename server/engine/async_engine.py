@@ -123,7 +123,7 @@ class AsyncEngine:
 
     @property
     def fingerprint(self) -> str:
-        """What a seed's validity hangs on, in one word."""
+        """What must be equal for a seed to give the same text."""
         return self._engine.fingerprint
 
     @property

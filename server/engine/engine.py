@@ -121,7 +121,7 @@ class Engine:
     def validate(
         self, token_ids: list[int], max_tokens: int, where: str = "prompt", limit_field: str = "max_tokens"
     ) -> None:
-        """Refuse at the door what cannot be honoured; `where` and `limit_field` name prompt and max_tokens in messages.
+        """Check a request before it is queued; `where` and `limit_field` name prompt and max_tokens in messages.
 
         Raises:
             InvalidRequest: empty prompt or a token id outside the vocabulary.

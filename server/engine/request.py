@@ -1,4 +1,4 @@
-"""The values that travel through the engine: what is asked, its state, and what comes back. No torch."""
+"""Value types of the engine: sampling parameters, a request and its state, outputs. No torch."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class Completion:
 
 
 class Request:
-    """One sequence on its way through the scheduler.
+    """One sequence in the scheduler.
 
     There is no prefill or decode phase: `num_computed_tokens` catches up with `num_tokens`, and a token is sampled
     each time it has.

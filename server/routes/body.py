@@ -1,4 +1,4 @@
-"""Bodies as JSON, strictly: what Python's reader lets through beyond the standard is refused by name."""
+"""Bodies as strict JSON: what Python's parser accepts beyond the standard is refused by name."""
 
 from __future__ import annotations
 

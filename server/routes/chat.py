@@ -50,7 +50,7 @@ def chat_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
 
 @dataclass
 class _Call:
-    """A generation and how it is told; sequence c is choice c."""
+    """A generation and how it is answered; sequence c is choice c."""
 
     body: ChatCompletionRequest
     generation: Generation
@@ -151,7 +151,7 @@ async def _events(call: _Call) -> AsyncGenerator[str]:
     def chunk(entry: dict[str, Any], unsent: int = 0, **more: Any) -> str:
         return to_json(whole(entry, unsent, **more))
 
-    all_alike = not (body.return_token_ids or generation.counts_in_chunks)  # but for their text
+    all_alike = not (body.return_token_ids or generation.counts_in_chunks)  # except their text
     with_texts: dict[int, Callable[[str], str]] = {}  # of the choices that have begun
     async with aclosing(generation.run()) as outputs:
         async for index, output in outputs:

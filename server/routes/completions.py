@@ -59,7 +59,7 @@ def completions_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
 
 @dataclass
 class _Call:
-    """A generation and how it is told; choice c of prompt p has index p · n + c."""
+    """A generation and how it is answered; choice c of prompt p has index p · n + c."""
 
     body: CompletionRequest
     generation: Generation
@@ -199,7 +199,7 @@ async def _events(call: _Call) -> AsyncGenerator[str]:
         return first
 
     copies = 1 if generation.width == body.n else body.n  # of what max_tokens 0 says once
-    all_alike = not (body.return_token_ids or generation.counts_in_chunks)  # but for their text
+    all_alike = not (body.return_token_ids or generation.counts_in_chunks)  # except their text
     with_texts: dict[int, Callable[[str], str]] = {}  # of the choices that have begun
     offsets: dict[int, TextOffsets] = {}
     async with aclosing(generation.run()) as outputs:

@@ -20,7 +20,7 @@ from server.settings import Settings
 
 @dataclass
 class Generation:
-    """A checked request on its way; sequence c of prompt p has index p · width + c."""
+    """A checked request that runs; sequence c of prompt p has index p · width + c."""
 
     engine: AsyncEngine
     body: SamplingBody
@@ -46,7 +46,7 @@ class Generation:
                 yield index, output
 
     def _requests(self) -> Iterator[Request]:
-        """Choices above 0 stand behind choice 0 of the same prompt and share its run."""
+        """Choices above 0 are followers of choice 0 of the same prompt and share its prefill."""
         unique = f"{self.request_id}-{secrets.token_hex(4)}"  # clients may send an x-request-id twice
         plain = self.params.without_prompt_logprobs()
         for number, prompt in enumerate(self.prompts):

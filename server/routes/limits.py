@@ -1,4 +1,4 @@
-"""How much one request may ask for: counts that settings limit, beside the size of its body."""
+"""Limits of one request: counts that settings bound, besides the size of its body."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ MANY = 16  # texts
 
 @dataclass(frozen=True)
 class Prompt:
-    """`where` is its place in the request, for messages; `text` is None if it came as token ids. `offsets`, where they
+    """`where` names it in the request, for messages; `text` is None if it came as token ids. `offsets`, where they
     are wanted, are the characters of a text at which its tokens begin."""
 
     where: str
@@ -69,7 +69,7 @@ def _prompt(
 
 
 def start_of_document(engine: AsyncEngine) -> Prompt:
-    """What stands for a prompt that is not given: the token that begins a text, or else the one that ends it.
+    """The default prompt: BOS, or else EOS.
 
     Raises:
         InvalidRequest: the model has neither.

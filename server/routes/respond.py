@@ -25,13 +25,13 @@ SMALL = 2000  # values
 PART = 1 << 13  # numbers or texts
 
 TEXT = "\0"
-"""Where the text stands in what `with_text` is given."""
+"""Placeholder of the text in what `with_text` is given."""
 
 
 def with_text(value: Any) -> Callable[[str], str]:
-    """The compact JSON of a value that is TEXT in one place, by the text that stands there instead.
+    """A function from a text to the compact JSON of a value in which it replaces TEXT.
 
-    A stream sends thousands of chunks that differ in nothing else, and the encoder takes its time for each.
+    A stream sends thousands of chunks that differ in nothing else, and encoding each one whole is slow.
     """
     before, after = to_json(value).split(to_json(TEXT))
     return lambda text: f"{before}{encode_basestring(text)}{after}"
@@ -52,7 +52,7 @@ async def large_json_response(size: int, make: Callable[[], dict[str, Any]]) -> 
 
 
 def _in_parts(value: dict[str, Any]) -> str:
-    """`to_json` of an object, its lists in parts: the encoder lets nothing else run."""
+    """`to_json` of an object, its lists in parts: the encoder holds the GIL."""
     return f"{{{','.join(f'{to_json(name)}:{_list_in_parts(entry)}' for name, entry in value.items())}}}"
 
 
@@ -70,7 +70,7 @@ def error_response(error: UserError) -> Response:
 
 
 def deadline_of(settings: Settings) -> float | None:
-    """When a request that comes now is to be given up, on the event loop's clock; None: never."""
+    """The deadline of a request that arrives now, on the event loop's clock; None: none."""
     timeout = settings.request_timeout
     return None if timeout is None else asyncio.get_running_loop().time() + timeout
 
