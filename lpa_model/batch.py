@@ -1,4 +1,4 @@
-"""One step as arrays: which tokens of which requests are computed, where they stand and where the cache takes them.
+"""One step as arrays: token ids, positions and cache slots of the rows, and the spans of requests that they are.
 
 Everything is numpy and made before the forward pass; every backend reads the same description.
 """
@@ -23,10 +23,12 @@ class Span(NamedTuple):
     length: int
     block_table: Sequence[int]  # covers context + length tokens
     decode: bool  # generated token (length 1) or prompt
-    branches: tuple[int, ...] = ()  # where continuations begin that see only themselves and what is before the first
+    branches: tuple[
+        int, ...
+    ] = ()  # first tokens of continuations, each of which attends to itself and the shared prefix
 
     def positions(self) -> Ints:
-        """[context + length]: every branch continues where the common beginning ends."""
+        """[context + length]: every branch continues at the end of the shared prefix."""
         index = np.arange(self.context + self.length)
         if not self.branches:
             return index
@@ -56,7 +58,7 @@ class Span(NamedTuple):
         return np.asarray(self.block_table, dtype=np.int64)[index // block_size] * block_size + index % block_size
 
     def _branch_starts(self, index: Ints) -> Ints:
-        """Where the branch of each token begins; for the common beginning the token itself."""
+        """Where the branch of each token begins; for the shared prefix the token itself."""
         branch = np.searchsorted(self.branches, index, side="right") - 1
         return np.where(branch < 0, index, np.asarray(self.branches)[branch])
 

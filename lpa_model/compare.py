@@ -21,7 +21,7 @@ Work = tuple[Sequence[int], Window]
 
 
 class Pair(NamedTuple):
-    """What models A and B said at one scored token."""
+    """Predictions of models A and B at one scored token."""
 
     logprob_a: float
     logprob_b: float

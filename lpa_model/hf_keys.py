@@ -39,7 +39,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (None,),
     "attn_logit_softcapping": (None,),
 }
-"""Keys of other architectures, and the values at which they ask for nothing."""
+"""Keys of other architectures, and the values at which they have no effect."""
 
 ALIASES = {"rms_norm_eps": "norm_eps", "layer_norm_eps": "norm_eps", "layer_norm_epsilon": "norm_eps"}
 ACTIVATIONS = {"setting1": ("relu",), "setting2": ("silu", "swish")}
@@ -67,7 +67,7 @@ def own_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of `LPAConfig` that a config.json says, in its own words or in Hugging Face's.
 
     Raises:
-        ValueError: the file describes another architecture, or a key asks for what LPA models have not.
+        ValueError: the file describes another architecture, or a key needs what LPA models do not have.
     """
     if (model_type := values.get("model_type", MODEL_TYPE)) != MODEL_TYPE:
         raise ValueError(_other_model(model_type))

@@ -31,13 +31,13 @@ class LowRankLinear(nn.Module):
 
 
 def first_half(layer: nn.Module, x: Tensor) -> Tensor:
-    """x [..., in] -> [..., rank], A's product; a dense layer has no half to do, and x comes back."""
+    """x [..., in] -> [..., rank], A's product; x itself for a dense layer."""
     y: Tensor = layer.down(x) if isinstance(layer, LowRankLinear) else x
     return y
 
 
 def second_half(layer: nn.Module, x: Tensor) -> Tensor:
-    """What `first_half` leaves to do: [..., rank] (low-rank) or [..., in] (dense) -> [..., out]."""
+    """What remains after `first_half`: [..., rank] (low-rank) or [..., in] (dense) -> [..., out]."""
     y: Tensor = layer.up(x) if isinstance(layer, LowRankLinear) else layer(x)
     return y
 
@@ -67,7 +67,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., size] float32 -> [..., size]."""
         x = x.float()
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # one pass, where F.rms_norm writes the squares down
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # one pass; F.rms_norm stores the squares
         scale: Tensor = (norm.square() / x.shape[-1] + self.eps).rsqrt()
         return (x * scale).to(self.weight.dtype) * self.weight
 

@@ -33,7 +33,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides the weights, besides the model's config and the data.
+    """Hyperparameters: all that determines the weights, besides the model's config and the data.
 
     A step sees `batch_tokens` tokens in sequences of `sequence_length`; the first `short_steps` steps use
     `short_sequence_length` instead, which is cheaper while the model has little use for a long context.
@@ -60,7 +60,7 @@ class TrainConfig:
                 )
 
     def rate(self, step: int) -> float:
-        """The factor on the learning rates at a step: up in a line, down along a cosine to `final_fraction`."""
+        """The factor on the learning rates at a step: linear warm-up, then cosine decay to `final_fraction`."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
@@ -140,7 +140,7 @@ def initialize(model: LPAForCausalLM, seed: int) -> None:
 def batch(
     tokens: NDArray[np.uint16], step: int, config: TrainConfig, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets of a step, int64 [sequences, T]: windows at random places that depend on (seed, step)."""
+    """Inputs and targets of a step, int64 [sequences, T]: windows at random offsets that depend on (seed, step)."""
     length = config.short_sequence_length if step < config.short_steps else config.sequence_length
     starts = np.random.default_rng((config.seed, step)).integers(0, len(tokens) - length, config.batch_tokens // length)
     windows = torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64))
@@ -184,7 +184,7 @@ def bits_per_byte(model: LPAForCausalLM, tokens: NDArray[np.uint16], num_bytes: 
 
 
 def make_loss(model: LPAForCausalLM, dtype: torch.dtype) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Mean cross-entropy of a batch in the arithmetic that serves: weights in `dtype`, residual stream float32."""
+    """Mean cross-entropy of a batch in the arithmetic of inference: weights in `dtype`, residual stream float32."""
     parameters = dict(model.named_parameters())
 
     def loss(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

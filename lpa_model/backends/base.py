@@ -1,4 +1,4 @@
-"""The contract between the engine and the code that computes: what every backend takes, gives and promises.
+"""The contract between the engine and the code that computes: what every backend takes, returns and guarantees.
 
 No torch operation, no device and no instruction set is named here. `select` says which backend a model gets.
 """
@@ -43,7 +43,7 @@ class SamplingRow:
     banned: Sequence[int] = ()
     bias_ids: Ints | None = None
     bias: Floats | None = None
-    seen: Ints | None = None  # tokens that penalties look at
+    seen: Ints | None = None  # tokens that penalties apply to
     counts: Floats | None = None  # how often each of them was generated; 0: it is in the prompt only
     logprobs: int | None = None  # how many of the most probable tokens are reported; None: no log-probabilities
     constrained: bool = False  # a grammar mask comes with `collect`
@@ -60,7 +60,7 @@ class Scores(NamedTuple):
 
 @dataclass
 class StepResult:
-    """What a step found; lists follow the order of the sampling rows."""
+    """A step's tokens and scores; lists are in the order of the sampling rows."""
 
     tokens: list[int | None]  # None: the row was constrained and had no mask, or is in one of these sets
     stuck: set[int] = field(default_factory=set)  # indices into `tokens`: everything was forbidden

@@ -320,7 +320,7 @@ def _fill(config: LPAConfig, tensors: Mapping[str, Tensor]) -> LPAForCausalLM:
     found: dict[str, Tensor] = {}
     unused = set(tensors)
     if config.rotary:
-        unused -= {_buffer_name(layer) for layer in range(config.num_hidden_layers)}  # they told heads and theta
+        unused -= {_buffer_name(layer) for layer in range(config.num_hidden_layers)}  # heads and theta come from them
     for name, parameter in model.named_parameters():
         theirs = _source_name(name, table)
         if theirs not in tensors:

@@ -1,4 +1,4 @@
-"""The longest silence of /health beside the largest requests that a server takes, one after the other."""
+"""The longest silence of /health during the largest requests that a server accepts, one after another."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REST = 0.2  # seconds after a request, for what the server still does
 
 @dataclass(frozen=True)
 class Silence:
-    """What /health did beside one request; times in milliseconds."""
+    """/health during one request; times in milliseconds."""
 
     name: str
     body_bytes: int
@@ -91,7 +91,7 @@ def _send(url: str, api_key: str | None, kind: Kind) -> str:
         content = head.encode() + kind.body
     answer = b""
     with socket.create_connection((parts.hostname, parts.port or 80), timeout=600) as connection:
-        with suppress(OSError):  # the server may say no before all of it has come
+        with suppress(OSError):  # the server may refuse before it has read everything
             connection.sendall(content)
         with suppress(OSError):
             while piece := connection.recv(1 << 20):

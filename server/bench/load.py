@@ -1,4 +1,4 @@
-"""A fixed number of requests at one server, by concurrency or by rate, each timed; and what the times say."""
+"""A fixed number of requests at one server, by concurrency or by rate, each timed; and statistics of the times."""
 
 from __future__ import annotations
 

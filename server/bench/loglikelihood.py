@@ -82,7 +82,7 @@ def _sets(
 
 
 async def _measure(urls: list[str], rounds: list[list[dict[str, Any]]]) -> list[list[tuple[float, Any]]]:
-    """For each round, (seconds, answer) of each server to its body; who goes first changes from round to round."""
+    """For each round, (seconds, answer) of each server to its body; their order alternates from round to round."""
     clients = [Client(url) for url in urls]
     found: list[list[tuple[float, Any]]] = []
     try:

@@ -89,7 +89,7 @@ def _recording(loop_clock: int) -> Iterator[list[Call]]:
 
 
 def _drive(url: str, server: Server, streams: int, input_len: int, output_len: int) -> None:
-    """A client in a process of its own: its work must not count as the event loop's."""
+    """A client in its own process, so that its CPU time does not count as the event loop's."""
     sizes = {
         "--concurrency": streams,
         "--requests": streams,

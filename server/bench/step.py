@@ -1,4 +1,4 @@
-"""The engine's step without HTTP, by layout, batch and context, beside the least time that its work can take."""
+"""The engine's step without HTTP, by layout, batch and context, and the least time for its bytes and operations."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def _row(case: Case, config: LPAConfig, machine: Machine, dtype: Any, runs: list
 
 
 def print_rows(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A table, its rows shown as they come; returns them."""
+    """Print a table row by row as it is measured; returns the rows."""
     from rich.live import Live
     from rich.table import Table
 

@@ -195,7 +195,7 @@ class GrammarState:
             byte, bit = divmod(self._compiler.vocab_size, 8)
             self._mask[byte] &= 0xFF ^ (1 << bit)
         first, *others = self._compiler.eos_token_ids or (None,)
-        if first is not None and self._mask[first // 8] >> first % 8 & 1:  # llguidance knows of one EOS token
+        if first is not None and self._mask[first // 8] >> first % 8 & 1:  # llguidance has one EOS token
             for token_id in others:
                 self._mask[token_id // 8] |= 1 << token_id % 8
         return self._mask if self._mask.any() else None

@@ -26,12 +26,12 @@ MAX_STEP_SECONDS = 0.5  # of processor time for one token: its mask, or to follo
 MAX_ATTEMPTS = 256  # subschemas tried per level, to say where a schema is wrong
 EXPLAIN_SECONDS = 1.0  # of processor time for that
 WALKS, WALK_TOKENS = 3, 24
-NOTHING_FITS = "NoExtensionBias"  # no token of the vocabulary; a model may never come to that place
+NOTHING_FITS = "NoExtensionBias"  # no token of the vocabulary; a model may never reach that position
 JSON_SPACE = r" |\n {0,16}"
 
 
 def limits_of(spec: GrammarSpec) -> llguidance.LLParserLimits:
-    """What one compilation and one mask may take. A row of the parser has four items for each property of an object;
+    """Limits of one compilation and one mask. A row of the parser has four items for each property of an object;
     the time of an ambiguous grammar's step grows with their square."""
     return llguidance.LLParserLimits(
         initial_lexer_fuel=1_000_000,  # about 20 ms

@@ -1,4 +1,4 @@
-"""Processes in which clients' grammars are tried out, so that a crash, a hang or a gigabyte costs no more than one.
+"""Worker processes that compile clients' grammars first, so that a crash, a hang or a gigabyte costs one worker.
 
 A forker without torch reads the vocabulary once. For each grammar it forks a worker, whose processor time, memory and
 stack the kernel limits; the worker ends with its answer. A fork costs milliseconds and shares the vocabulary, so every

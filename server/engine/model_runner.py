@@ -21,7 +21,7 @@ from server.errors import InvalidRequest, UserError
 
 MASK_GRACE = 0.002  # seconds that a step waits for a late grammar mask before it goes on without that request
 LONG_GRACE = 0.05  # seconds
-MASK_THREADS = 4  # a slow mask leaves the others enough
+MASK_THREADS = 4  # so that a slow mask does not delay the others
 NOT_FINITE = "the model gave a logit that is not a finite number"
 
 

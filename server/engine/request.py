@@ -23,7 +23,7 @@ class GrammarSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one sequence is generated or scored. Ranges are checked by the protocol before they come here."""
+    """How one sequence is generated or scored. Ranges are checked by the protocol."""
 
     max_tokens: int = 16  # 0: score the prompt only
     temperature: float = 1.0  # 0: greedy
@@ -137,7 +137,7 @@ class Completion:
     logprobs: Logprobs = field(default_factory=Logprobs)  # of token_ids, where requested
     prompt_logprobs: Logprobs | None = None  # as of RequestOutput
     num_cached_tokens: int = 0
-    finish_reason: FinishReason | None = None  # None: it goes on
+    finish_reason: FinishReason | None = None  # None: not finished
     stop_reason: int | str | None = None  # the stop token id or stop string
 
     def add(self, output: RequestOutput) -> None:

@@ -100,7 +100,7 @@ class Scheduler:
         self.shares = {False: PromptShare(), True: PromptShare()}  # by is_scoring
         self._added = 0
         self._turns = Turns()
-        self._computing: dict[bytes, Request] = {}  # prompt blocks that are not there yet: who will fill them
+        self._computing: dict[bytes, Request] = {}  # prompt blocks being computed, and the request that fills them
 
     def add(self, request: Request) -> None:
         """Queue a request, or set it aside if its leader's prompt is still to be computed."""
@@ -184,8 +184,8 @@ class Scheduler:
     def _give_up_place(
         self, budget: PromptBudget, followers: dict[Request, list[Request]], batch: ScheduledBatch
     ) -> None:
-        """Where all places are taken and the group whose turn it is has none, one of the group that has most goes back
-        to the queue, behind it."""
+        """Where max_num_seqs run and the group whose turn it is has none, preempt one of the largest group, which is
+        queued behind it."""
         first = self.waiting.first(budget.open_kinds)
         if first is None or len(self.running) < self.max_num_seqs:
             return
@@ -448,7 +448,7 @@ def _shared_tokens(request: Request, computer: Request, block_size: int) -> int:
 
 
 def _arrange(batch: ScheduledBatch, followers: dict[Request, list[Request]]) -> None:
-    """Prompts of equal shape side by side, as attention takes them together; followers behind their leader."""
+    """Prompts of equal shape are adjacent, since attention batches them; followers are after their leader."""
     shapes: dict[tuple[int, int], list[ScheduledRequest]] = {}  # by (context, length), in order of appearance
     decodes = []
     for item in batch.items:

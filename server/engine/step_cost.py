@@ -20,7 +20,7 @@ MIN_CHUNK = 8  # tokens; so few cost what one does
 SMALL = 256  # tokens; a step with fewer and no decodes takes longer than they cost, for it reads all weights
 NOISE = 0.1  # standard deviation of a step's time around its expectation, relative
 DRIFT = 0.03  # of a rate from step to step, relative
-OUTLIER = 0.5  # relative error beyond which a step says no more
+OUTLIER = 0.5  # relative error is clipped to this
 DECODE_SAMPLES = 5  # decode-only steps whose median is a decode's time
 
 

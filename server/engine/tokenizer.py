@@ -219,7 +219,7 @@ def load_tokenizer(folder: Path, config: LPAConfig, chat_template: str | None = 
 def _special_tokens(
     tokenizer_config: Mapping[str, Any], backend: tokenizers.Tokenizer, config: LPAConfig
 ) -> dict[str, str]:
-    """Texts by name; the ids of config.json tell BOS and EOS where tokenizer_config.json does not."""
+    """Texts by name; BOS and EOS come from config.json where tokenizer_config.json has none."""
     found: dict[str, str] = {}
     ids = {"bos_token": config.bos_token_id, "eos_token": next(iter(config.eos_token_ids), None)}
     for name in SPECIAL_TOKENS:

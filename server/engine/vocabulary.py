@@ -1,4 +1,4 @@
-"""What llguidance reads of a tokenizer. No torch: the processes that try out clients' grammars import this, too."""
+"""What llguidance reads of a tokenizer. No torch: the grammar workers import this, too."""
 
 from __future__ import annotations
 

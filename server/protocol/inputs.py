@@ -26,7 +26,7 @@ def check_input(value: Any, where: str) -> str | list[int]:
 
 
 def check_text(text: str, where: str) -> None:
-    """Raises InvalidRequest for what JSON can say and UTF-8 cannot."""
+    """Raises InvalidRequest for lone surrogates, which JSON can express and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""POST /v1/perplexity: what may be asked, and the answer, built as plain dicts for speed."""
+"""POST /v1/perplexity: request fields, and the answer, built as plain dicts for speed."""
 
 from __future__ import annotations
 

@@ -108,10 +108,10 @@ class StructuredOutputs(RequestBody):
 
 
 def grammar_of(response_format: ResponseFormat | None, structured: StructuredOutputs | None) -> GrammarSpec | None:
-    """The one grammar that a request asks for.
+    """The grammar of a request.
 
     Raises:
-        InvalidRequest: it asks for two.
+        InvalidRequest: there are two.
     """
     first = None if response_format is None else response_format.grammar()
     second = None if structured is None else structured.spec()

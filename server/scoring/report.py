@@ -1,4 +1,4 @@
-"""What `lpa score` prints: JSON or tables, made as the lines of an answer come."""
+"""What `lpa score` prints: JSON or tables, written as the lines of an answer arrive."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def print_table(lines: Iterable[dict[str, Any]], extra: dict[str, Any]) -> None:
 
 
 def print_comparison(found: dict[str, Any]) -> None:
-    """Both models' perplexities and what the pairs of their tokens say."""
+    """Both models' perplexities and the comparison token by token."""
     table = Table(caption=_how(found, {"dtype": found["dtype"]}))
     table.add_column("model", overflow="fold")
     for name in ("tokens", "NLL sum (nats)", "perplexity", "bits per byte"):

@@ -24,13 +24,13 @@ class Source:
 
     file: str
     line: int | None
-    size: int  # bytes that it takes of its file as it is stored
+    size: int  # bytes of the file on disk that it takes
 
     def __str__(self) -> str:
         return self.file if self.line is None else f"{self.file}:{self.line}"
 
     def fields(self) -> dict[str, Any]:
-        """What says in an answer which text it is."""
+        """The fields that identify the text in an answer."""
         return {"file": self.file, "line": self.line}
 
 
