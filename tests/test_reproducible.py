@@ -44,7 +44,7 @@ def alone(tiny_checkpoint: Path) -> list[list[float]]:
 
 @pytest.mark.parametrize("layout", ["auto", "mixed", "full"])
 @pytest.mark.parametrize("budget", [5, 17, 64, 200, 2048])
-def test_scores_do_not_depend_on_chunks_or_company(
+def test_scores_do_not_depend_on_chunks_or_batch(
     tiny_checkpoint: Path, alone: list[list[float]], layout: str, budget: int
 ) -> None:
     engine = make_engine(
@@ -114,7 +114,7 @@ def generated(engine: Engine, requests: list[Request]) -> Generated:
 
 @pytest.mark.parametrize("dtype", INVARIANT)
 @pytest.mark.parametrize("architecture", ["setting1", "setting2"])
-def test_streams_do_not_depend_on_company_chunks_hits_or_preemption(
+def test_streams_do_not_depend_on_batch_chunks_hits_or_preemption(
     folders: dict[Architecture, Path], architecture: Architecture, dtype: str
 ) -> None:
     def engine(**options: Any) -> Engine:
@@ -136,7 +136,7 @@ def test_streams_do_not_depend_on_company_chunks_hits_or_preemption(
         assert tight.take_stats().preemptions > 0
 
 
-def test_norms_of_keys_and_mixed_ranks_do_not_depend_on_company_or_chunks(tmp_path: Path) -> None:
+def test_norms_of_keys_and_mixed_ranks_do_not_depend_on_batch_or_chunks(tmp_path: Path) -> None:
     config = tiny_config(**TILES, qk_norm=True, ffn_rank={"gate": None, "up": [7, None], "down": 5})
     folder = write_checkpoint(tmp_path / "model", config)
     options: dict[str, Any] = {"dtype": "float32", "batch_invariant": True, "kv_cache_memory": 1 << 22}
@@ -155,7 +155,7 @@ def _memory(engine: Engine, blocks: int) -> int:
 
 @pytest.mark.skipif("bfloat16" not in INVARIANT, reason="no backend here keeps bits in bfloat16")
 @pytest.mark.parametrize("architecture", ["setting1", "setting2"])
-def test_bfloat16_scores_do_not_depend_on_chunks_company_or_hits(
+def test_bfloat16_scores_do_not_depend_on_chunks_batch_or_hits(
     folders: dict[Architecture, Path], architecture: Architecture
 ) -> None:
     def engine(**options: Any) -> Engine:

@@ -1,4 +1,4 @@
-"""What a step's work must cost on this machine: bytes at the memory's speed, operations at the products' speed."""
+"""The least time of a step's work on this machine (roofline): bytes at memory bandwidth, operations at GEMM speed."""
 
 from __future__ import annotations
 

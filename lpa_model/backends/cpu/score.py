@@ -14,7 +14,7 @@ from lpa_model.backends.cpu.oplist import DTYPES
 from lpa_model.backends.cpu.sampling import scratch_bytes
 from lpa_model.backends.torch.rows import RowScores
 
-LOT = 4  # rows that a thread takes at a time: as in csrc/score.c
+CHUNK_ROWS = 4  # rows that a thread takes at a time: as in csrc/score.c
 
 
 def score_rows(kernels: Mapping[str, Kernel], logits: Tensor, targets: Tensor, top: int = 0) -> RowScores:
@@ -43,5 +43,5 @@ def score_rows(kernels: Mapping[str, Kernel], logits: Tensor, targets: Tensor, t
     scratch = torch.empty(torch.get_num_threads() * size, dtype=torch.uint8)
     places = [tensor.data_ptr() for tensor in (logits, targets, *found, scratch)]
     record = np.array([(DTYPES[logits.dtype], *places, size, counters.ctypes.data, rows, vocab, top)], dtype=SCORE)
-    kernels["score_rows"](address_of(record), -(-rows // LOT))
+    kernels["score_rows"](address_of(record), -(-rows // CHUNK_ROWS))
     return found

@@ -3,7 +3,7 @@
 
 #include "logits.h"
 
-enum { LOT = 4 }; /* rows that a thread takes at a time */
+enum { CHUNK_ROWS = 4 }; /* rows that a thread takes at a time */
 
 /* Sum of e^(logit - peak), of which as many as a pass has are added up in float32. */
 INLINE double sum_exp(int is_bf16, const void *row, int64_t count, float peak) {
@@ -64,8 +64,8 @@ INLINE void score_row(int is_bf16, const struct score *s, int64_t r, struct row_
 
 void score_rows(const struct score *s) {
     struct row_scratch scratch = take_scratch(s->scratch, s->scratch_bytes, &s->counters[1], s->vocab);
-    for (int64_t first = LOT * fetch_add(s->counters); first < s->rows; first = LOT * fetch_add(s->counters))
-        for (int64_t r = first; r < min_i64(first + LOT, s->rows); r++) {
+    for (int64_t first = CHUNK_ROWS * fetch_add(s->counters); first < s->rows; first = CHUNK_ROWS * fetch_add(s->counters))
+        for (int64_t r = first; r < min_i64(first + CHUNK_ROWS, s->rows); r++) {
             if (s->dtype == BFLOAT16)
                 score_row(1, s, r, scratch);
             else
