@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,16 @@ def tiny_checkpoint(architecture: Architecture, tiny_checkpoints: dict[Architect
     return tiny_checkpoints[architecture]
 
 
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """What a command has set up for its own standard error does not outlive it."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     """Products on two threads, where they would otherwise take one."""
@@ -120,9 +131,3 @@ def two_threads() -> Iterator[None]:
 def to_vnni(values: torch.Tensor) -> torch.Tensor:
     """A pool of values [.., tokens, width] in VNNI layout: [.., tokens / 2, width, 2]."""
     return values.unflatten(-2, (-1, 2)).transpose(-1, -2).reshape(values.shape)
-
-
-def from_vnni(values: torch.Tensor) -> torch.Tensor:
-    """The inverse."""
-    *outer, tokens, width = values.shape
-    return values.reshape(*outer, tokens // 2, width, 2).transpose(-1, -2).reshape(values.shape)

@@ -121,10 +121,7 @@ def test_sentencepiece_tokens_keep_their_spaces() -> None:
 
 
 def test_unsupported_tokenizers_are_refused() -> None:
-    backend = byte_tokenizer()
-    with pytest.raises(ValueError, match="300 tokens, the model's vocab_size is 299"):
-        Tokenizer(backend, tiny_config(vocab_size=299))
-    spec = json.loads(backend.to_str())
+    spec = json.loads(byte_tokenizer().to_str())
     spec["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
     with pytest.raises(ValueError, match="WordPiece"):
         Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(spec)), tiny_config())
