@@ -12,8 +12,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,11 @@ from lpa_model.muon import Muon
 END_OF_TEXT = "<|endoftext|>"
 
 
+def _option(default: Any, text: str) -> Any:
+    """A field and what `lpa train --help` says of it."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Hyperparameters: all that determines the weights, besides the model's config and the data.
@@ -39,18 +45,20 @@ class TrainConfig:
     `short_sequence_length` instead, which is cheaper while the model has little use for a long context.
     """
 
-    steps: int
-    batch_tokens: int = 8192
-    sequence_length: int = 1024
-    short_sequence_length: int = 256
-    short_steps: int = 0
-    learning_rate: float = 2e-3
-    muon_learning_rate: float | None = None
-    final_fraction: float = 0.05
-    warmup_steps: int = 100
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    seed: int = 0
+    steps: int = _option(1000, "Steps of the run, those of an earlier start included.")
+    batch_tokens: int = _option(8192, "Tokens of a step.")
+    sequence_length: int = _option(1024, "Tokens of a sequence, at most the model's context.")
+    short_sequence_length: int = _option(256, "Tokens of a sequence in the first --short-steps.")
+    short_steps: int = _option(0, "Steps at the beginning with shorter sequences, which are cheaper.")
+    learning_rate: float = _option(2e-3, "Peak learning rate of AdamW.")
+    muon_learning_rate: float | None = _option(
+        None, "Train the matrices of the blocks with Muon at this peak learning rate (default: AdamW for all)."
+    )
+    final_fraction: float = _option(0.05, "Share of the peak learning rate that is left at the last step.")
+    warmup_steps: int = _option(100, "Steps in which the learning rate rises to its peak.")
+    weight_decay: float = _option(0.1, "Decoupled weight decay of the matrices of the blocks.")
+    clip: float = _option(1.0, "Largest norm of the gradient; a longer one is scaled down.")
+    seed: int = _option(0, "Initial weights and the order of the text follow from it.")
 
     def __post_init__(self) -> None:
         for name in ("sequence_length", "short_sequence_length")[: 2 if self.short_steps else 1]:
@@ -212,19 +220,31 @@ def train(
     validate_every: int = 200,
     checkpoint_every: int = 100,
     compile_loss: bool = False,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Iterator[Progress]:
-    """Train until `config.steps`, resuming from `out/state.pt` if it is there.
+    """Train until `config.steps` or until `stopping()`, resuming from `out/state.pt` if it is there.
 
     Yields a Progress every `report_every` steps, and where the model is validated or the state is kept: only there the
     loop waits for a GPU, which is otherwise given the next steps while it computes.
 
     The float32 weights, optimizer state and step are in `out/state.pt`; at the end (and at every validation) the
-    bfloat16 model folder is written to `out/model`.
+    bfloat16 model folder is written to `out/model`. `stopping` is asked after every step; then both are written, the
+    model is not validated, and the iterator ends.
+
+    Raises:
+        ValueError: the training text is shorter than a sequence, or the validation text than two tokens.
     """
     place = resolve_device(device)
     longest = max(config.sequence_length, config.short_sequence_length if config.short_steps else 0)
     if len(tokens) <= longest:
-        raise ValueError(f"sequence_length: {longest} is too long for training data of {len(tokens)} tokens")
+        raise ValueError(
+            f"sequence_length: {longest} is too long for training data of {len(tokens)} tokens: give more text, or a "
+            f"sequence_length below {len(tokens)}"
+        )
+    valid_ids = encode(tokenizer, valid_text)
+    num_bytes = len(valid_text.encode())
+    if len(valid_ids) < 2:
+        raise ValueError(f"valid: the text has {len(valid_ids)} tokens; validation takes two or more")
     model = LPAForCausalLM(model_config)
     initialize(model, config.seed)  # before it is moved: the same weights on every device
     model.to(place)
@@ -239,8 +259,6 @@ def train(
     loss_of = make_loss(model, torch.bfloat16 if has_bfloat16(place) else torch.float32)
     if compile_loss:
         loss_of = torch.compile(loss_of, dynamic=False)
-    valid_ids = encode(tokenizer, valid_text)
-    num_bytes = len(valid_text.encode())
     (out / "train.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
 
     started, reported = time.perf_counter(), step
@@ -255,19 +273,21 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
         step += 1
-        last = step == config.steps
-        if not last and all(step % every for every in (report_every, validate_every, checkpoint_every)):
+        last, stopped = step == config.steps, stopping()
+        if not last and not stopped and all(step % every for every in (report_every, validate_every, checkpoint_every)):
             continue
         nats = loss.item()
         speed = (step - reported) * config.batch_tokens / (time.perf_counter() - started)
         validation = None
-        if step % validate_every == 0 or last:
+        if stopped and not last:
+            save_checkpoint(out / "model", model, tokenizer, torch.bfloat16, tokenizer_files=out)
+        elif step % validate_every == 0 or last:
             limit = None if last else 65536
             part = valid_ids[:limit]
             measured = num_bytes * len(part) / len(valid_ids)
             validation = bits_per_byte(model, part, round(measured), config.sequence_length)
             save_checkpoint(out / "model", model, tokenizer, torch.bfloat16, tokenizer_files=out)
-        if step % checkpoint_every == 0 or last:
+        if step % checkpoint_every == 0 or last or stopped:
             written = {
                 "model": model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in opts],
@@ -276,4 +296,6 @@ def train(
             torch.save(written, state.with_suffix(".new"))
             state.with_suffix(".new").replace(state)
         yield Progress(step, nats, speed, validation)
+        if stopped:
+            return
         started, reported = time.perf_counter(), step

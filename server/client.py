@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -153,5 +155,6 @@ def _reason(error: aiohttp.ClientError) -> str:
     if isinstance(error, aiohttp.ClientPayloadError):
         return "the connection ended in the middle of the answer"
     if isinstance(error, aiohttp.ClientOSError):
-        return error.strerror or str(error)
+        known = error.errno is not None and error.errno in errno.errorcode  # asyncio's own text names no reason
+        return os.strerror(error.errno) if known else error.strerror or str(error)  # type: ignore[arg-type]
     return str(error)

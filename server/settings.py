@@ -251,6 +251,17 @@ class Settings(BaseSettings):
         return EngineOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(EngineOptions)})
 
 
+GROUPS = {
+    "model": "Model and address",
+    "dtype": "How it is computed",
+    "max_model_len": "Steps and cache",
+    "max_queue": "Limits and times",
+    "api_key": "Keys and origins",
+    "log_format": "Log",
+}
+"""Headings of the settings in help and documents, by the first of each group in the order of `Settings`."""
+
+
 def load_settings(**flags: Any) -> Settings:
     """Settings from flags, then LPA_ variables, then defaults; a flag that is None was not given.
 

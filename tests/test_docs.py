@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from server.routes import pages
-from server.settings import Settings
+from server.settings import GROUPS, Settings
 from tests.conftest import Architecture
 from tests.documents import ROOT
 from tests.serving import Served, serving
@@ -93,7 +93,7 @@ def test_operations_shows_every_setting_in_its_group() -> None:
     text = pages.settings_tables()
     flags = re.findall(r"^\| `--(?:no-)?([\w-]+)`", text, re.MULTILINE)
     assert flags == [name.replace("_", "-") for name in Settings.model_fields]
-    assert re.findall("^### (.+)$", text, re.MULTILINE) == list(pages.SETTING_GROUPS.values())
+    assert re.findall("^### (.+)$", text, re.MULTILINE) == list(GROUPS.values())
     assert "| `--port` | `8000` | Port to listen on; 0 takes a free one. At least 0, at most 65535. |" in text
     assert "| `--no-log-requests` | yes | Log a line for every request. |" in text
     assert "One of `32`, `64`, `128`." in text

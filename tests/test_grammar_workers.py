@@ -22,7 +22,8 @@ from server.errors import EngineError, InvalidRequest
 from tests.conftest import byte_tokenizer
 from tests.serving import serving, until
 
-CRASHES = '{"const": -9223372036854775807}'  # a stack overflow inside llguidance 1.9
+OVERFLOWS = '{"const": -9223372036854775807}'
+CRASHES = GrammarSpec("grammar", f"start: %json {OVERFLOWS}", "grammar")  # a stack overflow inside llguidance 1.9
 MANY_NAMES = json.dumps({"type": "object", "properties": {f"name {i}": {"type": "string"} for i in range(3000)}})
 
 
@@ -53,8 +54,8 @@ def test_a_crash_is_a_refusal_and_the_next_grammar_is_compiled(workers: GrammarW
     workers.try_out(schema("{}"))
     pid = workers.pid
     for _ in range(2):
-        assert refusal(workers, schema(CRASHES)) == "response_format: cannot be compiled: the compiler crashes on it"
-    assert workers.try_out(schema('{"const": -9223372036854770000}'))[0]
+        assert refusal(workers, CRASHES) == "grammar: cannot be compiled: the compiler crashes on it"
+    assert workers.try_out(schema('{"const": -9007199254740991}'))[0]
     assert workers.pid == pid
 
 
@@ -128,9 +129,9 @@ def children_of(pid: int | None) -> list[str]:
 
 
 def test_forked_workers_leave_nothing_behind(workers: GrammarWorkers) -> None:
-    for text in ("{}", CRASHES, '{"type": "x"}'):
+    for spec in (schema("{}"), CRASHES, schema('{"type": "x"}')):
         with suppress(InvalidRequest):
-            workers.try_out(schema(text))
+            workers.try_out(spec)
     until(lambda: children_of(workers.pid) == [])
 
 
@@ -140,10 +141,10 @@ def test_the_server_lives_on_and_its_processes_end_with_it(tiny_checkpoints: dic
 
     with serving(tiny_checkpoints["setting2"]) as served:
         began = time.monotonic()
-        for _ in range(2):
-            answer = ask(structured_outputs={"json": json.loads(CRASHES)})
+        for kind, source in (("json", json.loads(OVERFLOWS)), ("grammar", CRASHES.text), ("grammar", CRASHES.text)):
+            answer = ask(structured_outputs={kind: source})
             assert answer.status_code == 400, answer.text
-            assert answer.json()["error"]["param"] == "structured_outputs.json"
+            assert answer.json()["error"]["param"] == f"structured_outputs.{kind}"
         text = ask(structured_outputs={"regex": "[a-c]{2}"}).json()["choices"][0]["text"]
         assert len(text) == 2 and set(text) <= set("abc")
         tools = served.engine.runner.compiler._tools

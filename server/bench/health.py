@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from server.bench.largest import Kind, largest_requests
-from server.client import Client, RequestFailed
+from server.client import Client
 from server.settings import Settings
 
 INTERVAL = 0.002  # seconds between an answer of /health and the next question
@@ -46,7 +46,7 @@ def bench_health(
             for kind in largest_requests(await client.model_name(), settings):
                 found.append(await _beside(client, kind))
                 on_done(found[-1])
-        except (RequestFailed, OSError) as error:
+        except OSError as error:  # other errors name the URL
             raise ValueError(f"{url}: {error}") from error
         finally:
             await client.close()

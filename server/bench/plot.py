@@ -21,6 +21,7 @@ STYLES: tuple[dict[str, Any], ...] = (
 )
 GREY = "#555555"
 WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # behind text, for lines to stop at
+HEAD = 1.15  # of the largest value, for the highest line to have space above it
 SHARES = (0.5, 0.9, 0.99)  # of a distribution, marked on it
 
 
@@ -58,7 +59,9 @@ def plot_servers(report: dict[str, Any], timings: Sequence[Sequence[Timing]], wo
     spread = "" if ratio is None else f", ratio {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
     kind = "output" if streamed else "scored"
     _describe(rounds, f"Throughput{spread}", "round", f"{kind} tokens per second")
-    rounds.set_ylim(bottom=0)
+    highest = max(summary[rate] for server in servers for summary in server["rounds"])
+    rounds.set_ylim(0, HEAD * highest or 1)
+    rounds.set_xlim(0.5, max(len(server["rounds"]) for server in servers) + 0.5)
     rounds.xaxis.get_major_locator().set_params(integer=True)
     if streamed:
         firsts = [[timing.first for timing in mine if timing.first is not None] for mine in timings]
@@ -90,7 +93,7 @@ def plot_steps(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     axes.set_xscale("log", subs=[2, 5])
     axes.xaxis.set_major_formatter("{x:,g}")
     axes.xaxis.set_minor_formatter("{x:,g}")
-    axes.set_xlim(min(floors) / 1.5, max(measured) * 6)  # space for the last label
+    axes.set_xlim(min(*floors, *measured) / 1.5, max(*floors, *measured) * 6)  # space for the last label
     _describe(axes, "by kind of work, layout, batch x context", "milliseconds (logarithmic scale)", "")
     axes.grid(visible=False, axis="y")
     axes.grid(axis="x", which="minor", alpha=0.3)
@@ -101,21 +104,31 @@ def plot_steps(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
 
 
 def _distributions(axes: Axes, samples: Sequence[Sequence[float]], title: str, what: str) -> None:
-    """Cumulative shares of times in seconds, up to a little beyond the slowest hundredth."""
-    longest = 0.0
+    """Cumulative shares of times in seconds, from zero to a little beyond the slowest hundredth; the label of the axis
+    says how many are further right, and the slowest."""
+    longest, slowest = 0.0, 0.0
     for values, style in zip(samples, STYLES, strict=False):
         if not values:
             continue
         ordered = sorted(1e3 * value for value in values)
         shares = [(i + 1) / len(ordered) for i in range(len(ordered))]
-        axes.plot(ordered, shares, drawstyle="steps-post", color=style["color"], linestyle=style["linestyle"])
+        axes.plot(
+            [ordered[0], *ordered],
+            [0, *shares],
+            drawstyle="steps-post",
+            color=style["color"],
+            linestyle=style["linestyle"],
+        )
         marks = [quantile(ordered, share) for share in SHARES]
         axes.plot(marks, SHARES, color=style["color"], marker=style["marker"], linestyle="none")
-        longest = max(longest, *marks)
-    axes.set_xlim(0, 1.1 * longest)
+        longest, slowest = max(longest, *marks), max(slowest, ordered[-1])
+    end = HEAD * longest or 1
+    axes.set_xlim(0, end)
     axes.set_ylim(0, 1.03)
     axes.set_yticks([0, 0.25, *SHARES], ["0", "25 %", "50 %", "90 %", "99 %"])
-    _describe(axes, title, "milliseconds", f"share of {what} within")
+    beyond = sum(1e3 * value > end for values in samples for value in values)
+    label = f"milliseconds ({beyond} of the {what} further right, up to {slowest:,.0f})" if beyond else "milliseconds"
+    _describe(axes, title, label, f"share of {what} within")
 
 
 def _figure(width: float, height: float) -> Figure:

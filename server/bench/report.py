@@ -90,8 +90,13 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, dict):
-        return f"{value['median']:.1f} (p90 {value['p90']:.1f}, p99 {value['p99']:.1f})"
+        return f"{_ms(value['median'])} (p90 {_ms(value['p90'])}, p99 {_ms(value['p99'])})"
     return f"{value:,.4f}" if value < 100 else f"{value:,.1f}"
+
+
+def _ms(value: float) -> str:
+    """A decimal, or two digits that count where that would be one or none."""
+    return f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def stdout_console() -> Console:

@@ -55,6 +55,14 @@ def measure(targets: Sequence[Target], workload: Workload, on_done: Callable[[Ti
 
 
 async def _measure(targets: Sequence[Target], workload: Workload, on_done: Callable[[Timing, Target], None]) -> None:
+    try:
+        await _take_turns(targets, workload, on_done)
+    finally:
+        for target in targets:
+            await target.client.close()
+
+
+async def _take_turns(targets: Sequence[Target], workload: Workload, on_done: Callable[[Timing, Target], None]) -> None:
     for target in targets:
         target.model = target.model or await target.client.model_name()
     for number in range(workload.rounds + 1):
@@ -76,8 +84,6 @@ async def _measure(targets: Sequence[Target], workload: Workload, on_done: Calla
             target.errors += [timing.error for timing in timings if timing.error is not None]
             if number:
                 target.rounds.append(summarize(timings, elapsed) | {"mean_nll": mean_nll(timings)})
-    for target in targets:
-        await target.client.close()
 
 
 @contextlib.contextmanager

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
 
 from server.bench.load import Send, Timing
 from server.client import Client, RequestFailed
+
+BUNCH = 1e-3  # seconds
 
 
 def complete(output_len: int, model: str) -> Send:
@@ -38,6 +41,21 @@ def complete(output_len: int, model: str) -> Send:
     return send
 
 
+def spread(arrivals: Sequence[float]) -> list[float]:
+    """Times between the pieces of an answer, in seconds: pieces that come within `BUNCH` of each other come together,
+    and share the time since the bunch before. Those of the first bunch have none.
+
+    A server may send several tokens at once, and a network may deliver so: a zero would be neither's speed.
+    """
+    bunches: list[tuple[float, int]] = []
+    for at in arrivals:
+        if bunches and at - bunches[-1][0] < BUNCH:
+            bunches[-1] = (bunches[-1][0], bunches[-1][1] + 1)
+        else:
+            bunches.append((at, 1))
+    return [(at - before) / count for (before, _), (at, count) in itertools.pairwise(bunches) for _ in range(count)]
+
+
 def read_stream(arrivals: Sequence[tuple[float, bytes]], timing: Timing) -> None:
     """What a streamed answer says, cut anywhere into pieces: (seconds since its request, bytes).
 
@@ -45,7 +63,8 @@ def read_stream(arrivals: Sequence[tuple[float, bytes]], timing: Timing) -> None
         RequestFailed: it has an error, or no end.
         ValueError: an event is no JSON.
     """
-    rest, pieces, usage, last, ended = b"", 0, None, 0.0, False
+    rest, usage, ended = b"", None, False
+    pieces: list[float] = []
     for at, data in arrivals:
         *lines, rest = (rest + data).split(b"\n")
         for line in lines:
@@ -60,11 +79,9 @@ def read_stream(arrivals: Sequence[tuple[float, bytes]], timing: Timing) -> None
                 raise RequestFailed(str(event["error"]))
             usage = event.get("usage") or usage
             if event.get("choices"):
-                if pieces:
-                    timing.gaps.append(at - last)
-                else:
-                    timing.first = at
-                pieces, last = pieces + 1, at
+                pieces.append(at)
     if not ended:
         raise RequestFailed("the stream ended without [DONE]")
-    timing.output_tokens = pieces if usage is None else usage["completion_tokens"]
+    timing.first = pieces[0] if pieces else None
+    timing.gaps = spread(pieces)
+    timing.output_tokens = len(pieces) if usage is None else usage["completion_tokens"]

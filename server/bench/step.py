@@ -210,6 +210,8 @@ def print_rows(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
                 f"{row['gap']:.1f}x",
                 "/".join(f"{100 * row['parts_ms'][part] / row['ms']:.0f}" for part in PARTS),
             )
+    if not console.is_terminal:
+        console.line()  # Live ends its last line on a terminal only
     console.print(
         f"Parts: {', '.join(PARTS)}. This run's floors: {row['bandwidth_gb_per_s']:.1f} GB/s, "
         f"{row['gemm_gflops']:,.0f} GFLOP/s.",

@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from lpa_model.config import LPAConfig
-
-# Commands whose flags are the fields of a class that is expensive to import parse their own arguments.
-PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 Model = Annotated[Path | None, typer.Option(help="Model folder.", show_default="LPA_MODEL, or the embedded model")]
 Dtype = Annotated[
@@ -68,6 +66,31 @@ def ends_at_once() -> Iterator[None]:
 
 
 @contextmanager
+def interruptible(signals: Sequence[signal.Signals], message: str = "") -> Iterator[list[int]]:
+    """Yields a list into which the first of the signals comes, for work to end where it is whole; the message is then
+    written to stderr. A second signal is handled as it was before."""
+    came: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        came.append(number)
+        restore()
+        os.write(2, message.encode())  # what is buffered may be in the middle of a write
+
+    def restore() -> None:
+        for one, handler in earlier.items():
+            signal.signal(one, handler)
+
+    if threading.current_thread() is not threading.main_thread():  # where handlers cannot be set
+        yield came
+        return
+    earlier = {one: signal.signal(one, note) for one in signals}
+    try:
+        yield came
+    finally:
+        restore()
+
+
+@contextmanager
 def user_errors() -> Iterator[None]:
     """Turn errors that a user's arguments and files cause into `fail`."""
     from server.errors import UserError
@@ -80,28 +103,73 @@ def user_errors() -> Iterator[None]:
         fail(error)
 
 
-def run_with_flags(
-    context: typer.Context, parameters: Sequence[inspect.Parameter], run: Callable[[dict[str, Any]], None], text: str
-) -> None:
-    """Parse the rest of the command line by `parameters` and call `run` with those that were given (not None)."""
+class GroupedCommand(TyperCommand):
+    """A command whose help shows each option below the heading of its `rich_help_panel`."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is not None:
+                kind = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                groups.setdefault(getattr(parameter, "rich_help_panel", None) or kind, []).append(record)
+        for heading, records in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+def lazy(make: Callable[[], Any]) -> type[TyperCommand]:
+    """A command that `make` makes when it is run, completed or asked for help: its options are dear to import."""
+
+    class Lazy(TyperCommand):
+        def make_context(self, *args: Any, **kwargs: Any) -> Any:
+            return make().make_context(*args, **kwargs)
+
+    return Lazy
+
+
+def command_of(parameters: Sequence[inspect.Parameter], run: Callable[[dict[str, Any]], None], text: str) -> Any:
+    """A command with these parameters and this help, which calls `run` with those that were given (not None)."""
 
     def command(**values: Any) -> None:
         run({name: value for name, value in values.items() if value is not None})
 
     command.__signature__ = inspect.Signature(list(parameters))  # type: ignore[attr-defined]  # typer reads the parameters there
     command.__annotations__ = {p.name: p.annotation for p in parameters}
-    inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    inner.command(help=text)(command)
-    inner(args=context.args, prog_name=context.command_path)
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    alone.command(cls=GroupedCommand, help=text)(command)
+    return typer.main.get_command(alone)
 
 
-def flag(name: str, annotation: Any, text: str, default: object, metavar: str | None = None) -> inspect.Parameter:
-    """An option `--name` (`--name/--no-name` for a bool) that is None unless given; the help shows `default`."""
+def flag(
+    name: str,
+    annotation: Any,
+    text: str,
+    default: object,
+    metavar: str | None = None,
+    group: str | None = None,
+) -> inspect.Parameter:
+    """An option `--name` (`--name/--no-name` for a bool) that is None unless given; the help shows `default`.
+
+    A metavar of the form `a|b` lists the values that a shell completes. `group` is the heading in the help.
+    """
     dashed = name.replace("_", "-")
     names = f"--{dashed}/--no-{dashed}" if annotation is bool else f"--{dashed}"
     if default is not None:
         text += f" [default: {default if annotation is not bool else 'yes' if default else 'no'}]"
-    option = typer.Option(None, names, help=text, show_default=False, metavar=metavar)
+    values = metavar.split("|") if metavar is not None and "|" in metavar else []
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values if value.startswith(incomplete)]
+
+    option = typer.Option(
+        None,
+        names,
+        help=text,
+        show_default=False,
+        metavar=metavar,
+        rich_help_panel=group,
+        autocompletion=complete if values else None,
+    )
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation | None)
 
 

@@ -8,25 +8,31 @@ from typing import Any, Literal, get_args, get_origin
 
 import typer
 
-from server.cli.command import ends_at_once, flag, run_with_flags, user_errors
+from server.cli.command import command_of, ends_at_once, flag, user_errors
 
 
-def serve(context: typer.Context) -> None:
+def serve() -> None:
     """Start the HTTP server on a model folder (`lpa serve --help` lists every setting)."""
-    from server.settings import Settings
+
+
+def serve_command() -> Any:
+    """`lpa serve` with a flag for every setting."""
+    from server.settings import GROUPS, Settings
 
     folder = typer.Argument(None, metavar="MODEL", help="The same as --model.")
     positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter("folder", positional, default=folder, annotation=str | None)]
+    group = None
     for name, field in Settings.model_fields.items():
+        group = GROUPS.get(name, group)
         # pydantic reads values of every kind from text, for flags as for variables
         several = get_origin(field.annotation) is tuple
         switch = field.annotation is bool or bool in get_args(field.annotation)
         kind = bool if switch else list[str] if several else str
         default = None if field.default_factory or several else field.default
         metavar = None if kind is bool else _metavar(field.annotation)
-        parameters.append(flag(name, kind, field.description or "", default, metavar))
-    run_with_flags(context, parameters, _serve, "Start the HTTP server. Every flag is also a variable: LPA_PORT=9000.")
+        parameters.append(flag(name, kind, field.description or "", default, metavar, group))
+    return command_of(parameters, _serve, "Start the HTTP server. Every flag is also a variable: LPA_PORT=9000.")
 
 
 def _metavar(annotation: Any) -> str:

@@ -19,7 +19,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from markupsafe import Markup
 
-from server.settings import Settings
+from server.settings import GROUPS, Settings
 
 HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'",
@@ -66,16 +66,6 @@ REFERENCE = "reference"
 """The page that is made from the OpenAPI document, between the documents."""
 DOCS_PATHS = frozenset({"/docs", *(f"/docs/{name}" for name in (*DOCUMENTS, REFERENCE))})
 """Need no API key: they hold no secret, and a browser that opens a page has none to send."""
-
-SETTING_GROUPS = {
-    "model": "Model and address",
-    "dtype": "How it is computed",
-    "max_model_len": "Steps and cache",
-    "max_queue": "Limits and times",
-    "api_key": "Keys and origins",
-    "log_format": "Log",
-}
-"""Headings of the settings, by the first of each group in the order of `Settings`."""
 
 
 def environment() -> Environment:
@@ -163,8 +153,8 @@ def settings_tables() -> str:
     schema = Settings.model_json_schema()["properties"]
     lines: list[str] = []
     for name, field in Settings.model_fields.items():
-        if name in SETTING_GROUPS:
-            lines += ["", f"### {SETTING_GROUPS[name]}", "", "| flag | default | |", "| --- | --- | --- |"]
+        if name in GROUPS:
+            lines += ["", f"### {GROUPS[name]}", "", "| flag | default | |", "| --- | --- | --- |"]
         flag = f"--{name.replace('_', '-')}"
         if field.annotation is bool and field.default:
             flag = f"--no-{name.replace('_', '-')}"
