@@ -130,6 +130,18 @@ def prepare(data: Path, valid: Path, out: Path, vocab_size: int) -> tuple[Tokeni
     return Tokenizer.from_file(str(out / "tokenizer.json")), tokens, read_text(valid)
 
 
+def check_lengths(config: TrainConfig, num_tokens: int, num_valid_tokens: int) -> None:
+    """ValueError if the training text is no longer than a sequence, or the validation text has less than two tokens."""
+    longest = max(config.sequence_length, config.short_sequence_length if config.short_steps else 0)
+    if num_tokens <= longest:
+        raise ValueError(
+            f"sequence_length: {longest} is too long for training data of {num_tokens} tokens: give more text, or a "
+            f"sequence_length below {num_tokens}"
+        )
+    if num_valid_tokens < 2:
+        raise ValueError(f"valid: the text has {num_valid_tokens} tokens; validation takes two or more")
+
+
 def initialize(model: LPAForCausalLM, seed: int) -> None:
     """Normal weights: 0.02 for embeddings, 1/sqrt(fan in) for matrices, smaller where a branch joins the stream."""
     generator = torch.Generator().manual_seed(seed)
@@ -232,19 +244,12 @@ def train(
     model is not validated, and the iterator ends.
 
     Raises:
-        ValueError: the training text is shorter than a sequence, or the validation text than two tokens.
+        ValueError: as `check_lengths`.
     """
     place = resolve_device(device)
-    longest = max(config.sequence_length, config.short_sequence_length if config.short_steps else 0)
-    if len(tokens) <= longest:
-        raise ValueError(
-            f"sequence_length: {longest} is too long for training data of {len(tokens)} tokens: give more text, or a "
-            f"sequence_length below {len(tokens)}"
-        )
     valid_ids = encode(tokenizer, valid_text)
     num_bytes = len(valid_text.encode())
-    if len(valid_ids) < 2:
-        raise ValueError(f"valid: the text has {len(valid_ids)} tokens; validation takes two or more")
+    check_lengths(config, len(tokens), len(valid_ids))
     model = LPAForCausalLM(model_config)
     initialize(model, config.seed)  # before it is moved: the same weights on every device
     model.to(place)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -25,9 +26,11 @@ from typer.testing import CliRunner, Result
 from lpa_model.config import Architecture, LPAConfig
 from server.bench.floor import decode_work, prompt_work
 from server.bench.load import Load, Timing, prompts, quantile, run_load, summarize
+from server.bench.report import _ms
 from server.bench.rounds import _stopped, medians, ratios
 from server.bench.score import score_text
-from server.bench.serve import read_stream
+from server.bench.serve import read_stream, spread
+from server.bench.step import PARTS, print_rows
 from server.bench.stopwatch import Stopwatch
 from server.cli import app
 from server.client import Client, RequestFailed
@@ -228,7 +231,7 @@ STREAM = (
 
 @given(st.lists(st.integers(0, len(STREAM))))
 def test_a_stream_is_read_wherever_it_is_cut(cuts: list[int]) -> None:
-    """An event has come when the piece with the end of its line has."""
+    """An event has come when the piece with the end of its line has; one that comes with the first has no gap."""
     bounds = [0, *sorted(cuts), len(STREAM)]
     arrivals = [(float(end), STREAM[start:end]) for start, end in itertools.pairwise(bounds)]
     timing = Timing(1)
@@ -237,7 +240,44 @@ def test_a_stream_is_read_wherever_it_is_cut(cuts: list[int]) -> None:
         min(bound for bound in bounds if bound > STREAM.index(b"\n", STREAM.index(text)))
         for text in ("ça".encode(), b" va")
     )
-    assert (timing.first, timing.gaps, timing.output_tokens) == (first, [second - first], 5)
+    assert (timing.first, timing.gaps, timing.output_tokens) == (first, [second - first] if second > first else [], 5)
+
+
+@given(st.lists(st.tuples(st.integers(2, 100), st.integers(1, 9)), min_size=2, max_size=20), st.floats(0, 1e-5))
+def test_bunched_events_share_the_time_since_the_bunch_before(bunches: list[tuple[int, int]], apart: float) -> None:
+    """Bunches of events, milliseconds apart, their events a few microseconds apart or none at all."""
+    arrivals, expected, at = [], [], 0.0
+    for number, (ms, count) in enumerate(bunches):
+        at += ms / 1e3
+        arrivals += [at + i * apart for i in range(count)]
+        expected += [ms / 1e3 / count] * count if number else []
+    assert spread(arrivals) == pytest.approx(expected)
+    assert sum(spread(arrivals)) == pytest.approx(at - arrivals[0])  # no time is lost
+    assert spread(arrivals[:1]) == []
+
+
+def test_tables_show_no_latency_as_zero() -> None:
+    assert [_ms(value) for value in (1234.56, 12.34, 0.5, 0.0312, 0.00057)] == [
+        "1,234.6",
+        "12.3",
+        "0.5",
+        "0.031",
+        "0.00057",
+    ]
+
+
+def test_a_refusal_names_the_url_and_is_all_that_is_printed() -> None:
+    with socket.socket() as closed:  # bound, but nobody listens
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        for command in ("serve", "score", "health"):
+            done = subprocess.run(
+                [sys.executable, "-m", "server.cli", "bench", command, f"{url}/v1"],
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+            assert (done.returncode, done.stderr) == (2, f"lpa: {url}/v1/models: Connection refused\n")
 
 
 def test_a_stream_with_an_error_or_without_an_end_is_an_error() -> None:
@@ -322,6 +362,17 @@ def test_step_times_every_kind_of_work_and_its_parts_add_up(
     table = lpa("step", "--model", folder, *arguments)
     assert table.exit_code == 0
     assert "floor ms" in table.stdout
+
+
+def test_the_table_of_steps_ends_its_last_line(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"kind": "decode", "layout": "full", "batch": 1, "context": 8, "ms": 2.0, "tokens_per_s": 500.0, "gap": 2.0}
+    floors = {"floor_ms": 1.0, "bandwidth_gb_per_s": 9.0, "gemm_gflops": 40.0, "parts_ms": dict.fromkeys(PARTS, 0.4)}
+    assert print_rows(iter([row | floors])) == [row | floors]
+    *table, border, parts, end = capsys.readouterr().out.split("\n")
+    assert "decode" in table[-1]
+    assert set(border) == set("└─┴┘")
+    assert parts.startswith("Parts: ")
+    assert end == ""
 
 
 def test_mistakes_with_step_are_one_line(tmp_path: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -19,8 +19,13 @@ from typer.testing import CliRunner, Result
 
 from lpa_model.checkpoint import load_config, load_model
 from lpa_model.config import Architecture
+from lpa_model.train import TrainConfig
 from server.cli import app
-from server.settings import Settings
+from server.llm import LLM, SamplingParams
+from server.routes.health import package_version
+from server.routes.pages import settings_tables
+from server.serve import greeting
+from server.settings import Settings, load_settings
 from tests.conftest import CORPUS, byte_tokenizer, random_model, tiny_config, write_checkpoint
 from tests.test_convert_official import POSITIONS, tensors_of, write
 
@@ -63,7 +68,18 @@ def test_help_is_there_for_every_command_and_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     commands = re.findall(r"^  (\w+)  ", done.stdout, re.MULTILINE)
-    assert set(commands) == {"serve", "generate", "score", "train", "init", "convert", "export", "bench", "info"}
+    assert set(commands) == {
+        "serve",
+        "generate",
+        "score",
+        "train",
+        "init",
+        "convert",
+        "export",
+        "bench",
+        "info",
+        "chat",
+    }
     for command in commands:
         assert "Usage: " in succeed(command, "--help")
 
@@ -77,6 +93,57 @@ def test_serve_has_a_flag_for_every_setting_and_shows_its_default() -> None:
     assert "--port INTEGER Port to listen on; 0 takes a free one. [default: 8000]" in text
     assert "--enable-prefix-caching / --no-enable-prefix-caching" in text
     assert "--dtype auto|float32|bfloat16" in text
+
+
+def test_version_is_that_of_the_server() -> None:
+    assert succeed("--version") == f"lpa {package_version()}\n"
+
+
+def test_the_help_of_serve_has_the_groups_of_the_documents() -> None:
+    """A heading, then its flags, as in the tables of operations.md."""
+    found: dict[str, list[str]] = {}
+    for line in succeed("serve", "--help").splitlines():
+        if heading := re.fullmatch(r"(\S.*):", line):
+            found[heading[1]] = []
+        elif option := re.match(r"  --([\w-]+)", line):
+            found[list(found)[-1]].append(option[1].replace("-", "_"))
+    tables = re.findall(r"### (.+)\n((?:[^#].*\n?|\n)*)", settings_tables())
+    expected = {
+        heading: [flag.replace("-", "_") for flag in re.findall(r"^\| `--(?:no-)?([\w-]+)`", table, re.MULTILINE)]
+        for heading, table in tables
+    }
+    assert [name for names in expected.values() for name in names] == list(Settings.model_fields)
+    assert {heading: found[heading] for heading in expected} == expected
+
+
+def test_help_is_as_wide_as_the_terminal() -> None:
+    widest = []
+    for columns in ("70", "180"):
+        text, _ = process("serve", "--help", COLUMNS=columns).communicate(timeout=60)
+        widest.append(max(map(len, text.splitlines())))
+    assert 60 < widest[0] <= 70
+    assert 120 < widest[1] <= 180
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        (["ser"], ["serve"]),
+        (["serve", "--kv"], ["--kv-cache-layout", "--kv-cache-memory"]),
+        (["serve", "--kv-cache-layout", "m"], ["mixed"]),
+        (["train", "lpa-tiny", "--mu"], ["--muon-learning-rate"]),
+        (["bench", "score", "--api", "e"], ["echo"]),
+    ],
+)
+def test_a_shell_completes_commands_options_and_values(typed: list[str], expected: list[str]) -> None:
+    asked = {"_LPA_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(["lpa", *typed]), "COMP_CWORD": str(len(typed))}
+    result = CliRunner().invoke(app, [], prog_name="lpa", env=asked)
+    assert result.stdout.split() == expected
+
+
+def test_the_start_message_names_the_page_first() -> None:
+    settings = load_settings(port=8123)
+    assert re.findall(r"http://\S+", greeting(settings, 8123))[0] == "http://127.0.0.1:8123/"
 
 
 def test_serve_takes_flags_before_variables_and_ends_with_status_0(tiny_checkpoints: dict[Architecture, Path]) -> None:
@@ -155,6 +222,28 @@ def test_mistakes_with_generate_are_one_line(tiny_checkpoints: dict[Architecture
     )
 
 
+def test_chat_renders_the_conversation_by_the_template(tiny_checkpoints: dict[Architecture, Path]) -> None:
+    folder = tiny_checkpoints["setting2"]
+    template = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}<a>"
+    params = SamplingParams(max_tokens=8, temperature=0)
+    with LLM(folder, dtype="float32") as llm:
+        (first,) = llm.generate("<s>Be kind.<u>Hello<a>", params)
+        (second,) = llm.generate(f"<s>Be kind.<u>Hello<a>{first.text}<u>Why?<a>", params)
+    asked = ("chat", "--model", folder, "--dtype", "float32", "--max-tokens", 8, "--temperature", 0)
+    talk = lpa(*asked, "--system", "Be kind.", "--chat-template", template, stdin="Hello\n\nWhy?\n")
+    assert (talk.exit_code, talk.stdout, talk.stderr) == (0, f"{first.text}\n{second.text}\n", "")
+
+
+def test_chat_says_what_it_leaves_out(tiny_checkpoints: dict[Architecture, Path]) -> None:
+    """The context of 128 tokens has space for one exchange of 40 bytes, and none for a message of 200."""
+    asked = ("chat", "--model", tiny_checkpoints["setting2"], "--max-tokens", 30)
+    talk = lpa(*asked, stdin=f"{'a' * 200}\n{'b' * 40}\n{'c' * 40}\n")
+    assert talk.exit_code == 0
+    assert re.search(
+        "has no chat template: .*\nthe message is too long: .*\nthe context of 128 tokens is full", talk.stderr
+    )
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> list[object]:
     """Arguments of a training run of a tiny model, all but --steps."""
@@ -183,24 +272,53 @@ def test_train_writes_a_model_that_can_be_scored_and_knows_when_it_is_done(run: 
 
 
 def test_a_training_run_that_is_interrupted_goes_on(run: list[object], tmp_path: Path) -> None:
-    training = process(*run, "--steps", 1_000_000, "--validate-every", 1_000_000)
+    rare = ("--validate-every", 1_000_000, "--checkpoint-every", 1_000_000)
+    training = process(*run, "--steps", 1_000_000, *rare)
     try:
-        state = tmp_path / "run" / "state.pt"
-        for _ in range(600):
-            if state.exists():
-                break
-            assert training.poll() is None
-            time.sleep(0.1)
+        assert training.stdout is not None
+        assert training.stdout.readline().startswith("step 50: ")
         training.send_signal(signal.SIGINT)
         _, errors = training.communicate(timeout=60)
     finally:
         training.kill()
         training.wait()
     assert training.returncode == 130
-    assert re.fullmatch(r"stopped; the same command goes on from the last state of .*/run\n", errors)
-    step = torch.load(state, weights_only=True)["step"]
+    step = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"]
+    assert step >= 50
+    assert re.fullmatch(
+        rf"saving after this step; .*\nstopped at step {step}: the model is in .*/run/model, and the same .*\n", errors
+    )
+    succeed("generate", "The", "--model", tmp_path / "run" / "model", "--max-tokens", 2)
     printed = succeed(*run, "--steps", step + 2, "--validate-every", 1)
     assert re.findall(r"^step (\d+):", printed, re.MULTILINE) == [str(step + 1), str(step + 2)]
+
+
+def test_the_help_of_train_says_what_every_option_is() -> None:
+    options = re.findall(
+        r"^  --([\w-]+)(?: / --\S+)?(?: \S+)?((?:.*\n {8,})*.*)", succeed("train", "--help"), re.MULTILINE
+    )
+    assert {name.replace("-", "_") for name, _ in options} >= {field.name for field in dataclasses.fields(TrainConfig)}
+    for name, text in options:
+        assert re.search(r"\w{2,}.*\.|Show this", " ".join(text.split())), name
+    assert "[default: 1000]" in " ".join(dict(options)["steps"].split())
+
+
+def test_what_train_advises_for_a_small_text_works(run: list[object], tmp_path: Path) -> None:
+    """First the tokenizer is too large for the text, then the sequence too long."""
+    (tmp_path / "data.txt").write_text("The sun is bright. The moon is not.\n")
+    large = json.loads((tmp_path / "shape.json").read_text()) | {"vocab_size": 5000}
+    (tmp_path / "shape.json").write_text(json.dumps(large))
+    asked = [*run, "--steps", 1, "--sequence-length", 64]
+    refused = lpa(*asked)
+    assert_one_line(refused, r"data: the text gives a tokenizer of \d+ entries.*: give --vocab-size \d+, or more text")
+    advised = re.findall(r"--vocab-size \d+", refused.stderr)[0].split()
+    assert_one_line(lpa(*asked), rf"out: the earlier start in .*: give {' '.join(advised)}, or another --out")
+    refused = lpa(*asked, *advised)
+    assert_one_line(refused, "sequence_length: 64 is too long .*: give more text, or a sequence_length below")
+    below = int(re.findall(r"below (\d+)", refused.stderr)[0])
+    assert "validation: " in succeed(*asked, *advised, "--sequence-length", below - 1)
+    (tmp_path / "valid.txt").write_text("")
+    assert_one_line(lpa(*asked, *advised, "--sequence-length", 4, "--steps", 2), "valid: the text has 0 tokens")
 
 
 def test_mistakes_with_train_are_one_line(run: list[object], tmp_path: Path) -> None:
@@ -213,9 +331,9 @@ def test_mistakes_with_train_are_one_line(run: list[object], tmp_path: Path) -> 
     (tmp_path / "data.txt").unlink()
     fresh = [*run, "--steps", 1, "--out", tmp_path / "other"]
     assert_one_line(lpa(*fresh), "data.txt: No such file or directory")
-    missing = lpa("train", "lpa-tiny", "--data", "a", "--valid", "b", "--out", "c")
+    missing = lpa("train", "lpa-tiny", "--data", "a", "--valid", "b")
     assert missing.exit_code == 2
-    assert "--steps" in missing.stderr
+    assert "--out" in missing.stderr
 
 
 def test_init_takes_presets_and_configs(tmp_path: Path) -> None:

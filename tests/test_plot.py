@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from server.bench.load import Timing, summarize
@@ -82,6 +83,31 @@ def curves(path: Path) -> list[list[tuple[float, float]]]:
             numbers = [float(step) for step in steps if step not in ("M", "L")]
             found.append(list(zip(numbers[::2], numbers[1::2], strict=True)))
     return found
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are saved from now on."""
+    figures: list[Figure] = []
+    monkeypatch.setattr("server.bench.plot._save", lambda figure, path: figures.append(figure))
+    return figures
+
+
+def test_axes_begin_at_zero_have_head_room_and_say_what_lies_beyond(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = drawn(monkeypatch)
+    timings = [Timing(3, 4, 0.2, [0.01] * 999 + [5.0], 0.5)]
+    rounds = [summarize(timings, 1.0)] * 3
+    report = {"servers": [{"url": "http://a", "model": "m", "rounds": rounds}]}
+    plot_servers(report, [timings], "w", Path("a.svg"))
+    rates, firsts, gaps = figures[0].axes
+    assert rates.get_ylim() == (0, pytest.approx(1.15 * rounds[0]["output_tokens_per_s"]))
+    assert rates.get_xlim() == (0.5, 3.5)
+    for axes in (firsts, gaps):
+        assert axes.get_xlim()[0] == axes.get_ylim()[0] == 0
+        assert axes.get_ylim()[1] > 1
+        assert axes.lines[0].get_ydata()[0] == 0  # type: ignore[index]  # an array
+    assert firsts.get_xlabel() == "milliseconds"
+    assert gaps.get_xlim()[1] == pytest.approx(11.5)
+    assert gaps.get_xlabel() == "milliseconds (1 of the tokens further right, up to 5,000)"
 
 
 def test_curves_are_the_numbers(tmp_path: Path) -> None:

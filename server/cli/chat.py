@@ -21,6 +21,10 @@ Messages = list[dict[str, str]]
 def chat(
     model: Model = None,
     system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(help="Jinja file, or the template itself.", show_default="LPA_CHAT_TEMPLATE, or the model's own"),
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of an answer at most.", show_default="what the context leaves")
     ] = None,
@@ -35,7 +39,7 @@ def chat(
 
     with user_errors():
         with ends_at_once():
-            llm = LLM(model, dtype=dtype, max_num_seqs=1)
+            llm = LLM(model, dtype=dtype, chat_template=chat_template, max_num_seqs=1)
         with llm:
             if llm.tokenizer.chat_stop:
                 _note(f"{llm.name} has no chat template: it continues a script of User: and Assistant:")

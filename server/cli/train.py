@@ -58,7 +58,7 @@ def _train(given: dict[str, Any]) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from lpa_model.backends.features import resolve_device
-    from lpa_model.train import END_OF_TEXT, TrainConfig, encode, prepare
+    from lpa_model.train import END_OF_TEXT, TrainConfig, check_lengths, encode, prepare
     from lpa_model.train import train as run
 
     names = {field.name for field in dataclasses.fields(TrainConfig)}
@@ -82,6 +82,8 @@ def _train(given: dict[str, Any]) -> None:
                 f"{source} gives a tokenizer of {entries} entries, the model's vocab_size is "
                 f"{model_config.vocab_size}: give --vocab-size {entries}, or {other}"
             )
+        num_valid_tokens = len(encode(tokenizer, valid_text))
+        check_lengths(config, len(tokens), num_valid_tokens)
     model_config = dataclasses.replace(model_config, eos_token_id=tokenizer.token_to_id(END_OF_TEXT))
     own = ("device", "report_every", "validate_every", "checkpoint_every", "compile_loss")
     loop = {name: given[name] for name in own if name in given}
@@ -108,5 +110,5 @@ def _train(given: dict[str, Any]) -> None:
     if step is None or validation is None:
         typer.echo(f"{out} has all of its {config.steps} steps already; the model is in {out / 'model'}")
         return
-    nats = validation * math.log(2) * len(valid_text.encode()) / len(encode(tokenizer, valid_text))
+    nats = validation * math.log(2) * len(valid_text.encode()) / num_valid_tokens
     typer.echo(f"validation: {validation:.4f} bits per byte, perplexity {math.exp(nats):.3f}; {out / 'model'}")
