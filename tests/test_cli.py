@@ -107,11 +107,10 @@ def test_the_help_of_serve_has_the_groups_of_the_documents() -> None:
             found[heading[1]] = []
         elif option := re.match(r"  --([\w-]+)", line):
             found[list(found)[-1]].append(option[1].replace("-", "_"))
-    tables = re.findall(r"### (.+)\n((?:[^#].*\n?|\n)*)", settings_tables())
-    expected = {
-        heading: [flag.replace("-", "_") for flag in re.findall(r"^\| `--(?:no-)?([\w-]+)`", table, re.MULTILINE)]
-        for heading, table in tables
-    }
+    expected = {}
+    for part in settings_tables().split("### ")[1:]:
+        flags = re.findall(r"^\| `--(?:no-)?([\w-]+)`", part, re.MULTILINE)
+        expected[part.splitlines()[0]] = [flag.replace("-", "_") for flag in flags]
     assert [name for names in expected.values() for name in names] == list(Settings.model_fields)
     assert {heading: found[heading] for heading in expected} == expected
 
