@@ -107,7 +107,7 @@ def test_axes_begin_at_zero_have_head_room_and_say_what_lies_beyond(monkeypatch:
         assert axes.lines[0].get_ydata()[0] == 0  # type: ignore[index]  # an array
     assert firsts.get_xlabel() == "milliseconds"
     assert gaps.get_xlim()[1] == pytest.approx(11.5)
-    assert gaps.get_xlabel() == "milliseconds (1 of the tokens further right, up to 5,000)"
+    assert gaps.get_xlabel() == "milliseconds\n(1 of the tokens further right, up to 5,000)"
 
 
 def test_curves_are_the_numbers(tmp_path: Path) -> None:

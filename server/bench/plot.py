@@ -127,7 +127,7 @@ def _distributions(axes: Axes, samples: Sequence[Sequence[float]], title: str, w
     axes.set_ylim(0, 1.03)
     axes.set_yticks([0, 0.25, *SHARES], ["0", "25 %", "50 %", "90 %", "99 %"])
     beyond = sum(1e3 * value > end for values in samples for value in values)
-    label = f"milliseconds ({beyond} of the {what} further right, up to {slowest:,.0f})" if beyond else "milliseconds"
+    label = f"milliseconds\n({beyond} of the {what} further right, up to {slowest:,.0f})" if beyond else "milliseconds"
     _describe(axes, title, label, f"share of {what} within")
 
 
