@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -154,3 +155,14 @@ def test_the_server_lives_on_and_its_processes_end_with_it(tiny_checkpoints: dic
         os.kill(pid, 0)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_the_forker_finds_the_package_however_it_was_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An editable installation may be no folder in sys.path, but a hook of `site`."""
+    root = str(Path(__file__).parent.parent)
+    monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry not in ("", root)])
+    workers = GrammarWorkers(vocabulary())
+    try:
+        assert workers.try_out(schema("{}"))[0]
+    finally:
+        workers.close()

@@ -25,6 +25,7 @@ import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, cast
 
 from server.engine.grammar_source import try_out
@@ -38,6 +39,7 @@ STACK = 2 << 20  # bytes; the server's threads have more, so what has not run ou
 PATIENCE = 60.0  # seconds on the clock, where the machine has other things to do
 NICENESS = 10  # behind the engine
 
+ROOT = str(Path(__file__).parents[2])  # of the package `server`
 START = (
     "import sys; sys.path[:] = {path!r}; from server.engine.grammar_workers import fork_workers; fork_workers({args})"
 )
@@ -116,7 +118,8 @@ class GrammarWorkers:
         ours, theirs = socket.socketpair()
         with theirs:
             args = f"{theirs.fileno()}, {self._seconds!r}, {self._memory}"
-            code = START.format(path=sys.path, args=args)
+            # an editable installation is found by a hook that is not there without `site`
+            code = START.format(path=[ROOT, *sys.path], args=args)
             self._forker = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", code],
                 pass_fds=[theirs.fileno()],
