@@ -136,7 +136,7 @@ class Settings(BaseSettings):
     batch_invariant: bool | None = Field(
         None,
         description="Texts and log-probabilities depend on nothing else in the batch, to the bit; a preempted request "
-        "recomputes its generated tokens one by one (default: where the backend is batch-invariant).",
+        "recomputes its generated tokens one by one (default: where the backend allows it).",
     )
     enable_prefix_caching: bool = Field(True, description="Reuse the cache of a prompt's beginning between requests.")
     ignore_unknown_fields: bool = Field(

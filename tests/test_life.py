@@ -250,7 +250,15 @@ def test_a_server_answers_at_the_url_that_it_prints(
         assert ":" in host  # a machine without IPv6
         return
     with serving(folder, host=host):
-        found = re.search(r"open (http://\S+)/ in a browser", capsys.readouterr().out)
+        printed = ""
+
+        def said() -> bool:  # the server's thread prints when it is ready, perhaps a moment after it answers
+            nonlocal printed
+            printed += capsys.readouterr().out
+            return "in a browser" in printed
+
+        until(said)
+        found = re.search(r"open (http://\S+)/ in a browser", printed)
         assert found is not None
         assert httpx.get(f"{found[1]}/health").status_code == 200
 
