@@ -267,7 +267,7 @@ def test_tables_show_no_latency_as_zero() -> None:
 
 
 def test_a_refusal_names_the_url_and_is_all_that_is_printed() -> None:
-    with socket.socket() as closed:  # bound, but nobody listens
+    with socket.socket() as closed:  # bound, but not listening
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
         for command in ("serve", "score", "health"):

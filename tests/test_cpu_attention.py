@@ -1,6 +1,6 @@
 """Attention in C over a paged cache against float64, and to the bit against itself in other batches and chunks.
 
-All numbers of the cache that nobody has written are NaN, so that one that is read and must not be shows.
+All unwritten numbers of the cache are NaN, so that one that is read and must not be shows.
 """
 
 from __future__ import annotations

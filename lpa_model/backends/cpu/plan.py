@@ -201,7 +201,6 @@ class StepPlan:
     def __init__(self, model: LPAForCausalLM, cache: LatentCache, kernels: Mapping[str, Kernel]) -> None:
         self.kernels, self.dtype = kernels, cache.keys[0].dtype
         self.vocab_size, self.width = model.config.vocab_size, padded(model.config.hidden_size)
-        self.block_size = cache.block_size
         self.tokens = _pad_columns(model.embed_tokens.weight, self.width)
         self.positions = self.rope = self.norm = None
         if model.rotary is None:

@@ -25,7 +25,6 @@ class DecodeRows:
     table_starts: NDArray[np.int64]  # [rows]
     item_rows: NDArray[np.int64]  # [items]
     first_items: NDArray[np.int64]  # [rows + 1]
-    block_size: int
     tile_blocks: int
 
     @cached_property
@@ -40,15 +39,6 @@ class DecodeRows:
     def num_counters(self) -> int:
         """int64 that a call counts in."""
         return 1 + len(self.lengths) + 1
-
-    @cached_property
-    def counters(self) -> NDArray[np.int64]:
-        """Scratch of one call after another."""
-        return np.empty(self.num_counters, dtype=np.int64)
-
-    @cached_property
-    def counters_address(self) -> int:
-        return self.counters.ctypes.data
 
     @classmethod
     def of(cls, batch: Batch) -> DecodeRows:
@@ -73,7 +63,6 @@ class DecodeRows:
             table_starts=np.cumsum(sizes) - sizes,
             item_rows=np.repeat(np.arange(len(lengths)), items),
             first_items=np.concatenate(([0], np.cumsum(items))),
-            block_size=block_size,
             tile_blocks=tile_blocks,
         )
 

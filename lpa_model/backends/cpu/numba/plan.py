@@ -190,7 +190,6 @@ class FusedStep:
         self.norm, self.embed_tokens = deepcopy(model.norm), deepcopy(model.embed_tokens)
         self.embed_positions = None if model.rotary is not None else deepcopy(model.embed_positions)
         self.rope = None if model.rotary is None else rope_cache(model.rotary, model.config.head_size)
-        self.block_size = cache.block_size
         self.layers = [FusedLayer(cast("PostNormBlock | PreNormBlock", block), cache) for block in model.layers]
         self.output, self.vocab_size = Weights.of(model.lm_head), model.config.vocab_size
         self.capacity = 0

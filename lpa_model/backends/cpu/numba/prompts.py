@@ -28,7 +28,6 @@ class PromptRows:
     spans: NDArray[np.int64]  # [texts, 6]: first row, context, length, table start, column, first block
     block_spans: NDArray[np.int64]  # [blocks]: whose each block is
     lots: NDArray[np.int64]  # [lots, 2]: text, and which tile of its queries is the first
-    longest: int  # context and length together
     value_tiles: int  # of TOKENS each, that the texts' values take
 
     @classmethod
@@ -81,7 +80,6 @@ class PromptRows:
             spans=np.stack((starts(lengths), contexts, lengths, *firsts), axis=1).astype(np.int64),
             block_spans=np.repeat(np.arange(len(blocks)), blocks),
             lots=np.array(lots, dtype=np.int64),
-            longest=int(ends.max()),
             value_tiles=int(columns.sum()) // TOKENS,
         )
 
