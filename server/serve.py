@@ -46,8 +46,9 @@ class Server(uvicorn.Server):
     """uvicorn that drains first: after the first signal /ready is 503, new requests are refused and those that have
     begun get `drain_timeout` seconds, all while the port is open. A second signal ends the process at once.
 
-    The port is taken before the model is loaded. With `owns_process`, nothing keeps the process longer than that: a
-    thread that tokenizes a huge text, or a step that hangs, ends with it.
+    The port is taken before the model is loaded. With `owns_process`, the server says on stdout where it is, and
+    nothing keeps the process longer than the drain: a thread that tokenizes a huge text, or a step that hangs, ends
+    with it.
 
     Raises:
         CheckpointError, ValueError: the model or a setting cannot be used; the message names it.
@@ -109,7 +110,7 @@ class Server(uvicorn.Server):
         except OSError as error:  # another program was quicker
             await self.lifespan.shutdown()
             raise ValueError(explain(error, self._settings.host, self._settings.port)) from None
-        if self.started:
+        if self.started and self._owns_process:
             release_code()
             print(greeting(self._settings, self.port), flush=True)
 

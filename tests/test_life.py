@@ -21,7 +21,7 @@ import pytest
 
 from lpa_model.config import Architecture
 from server.listen import listeners, url_of
-from server.serve import Server
+from server.serve import Server, greeting
 from server.settings import load_settings
 from tests.serving import Served, serving, slow_steps, until
 
@@ -240,25 +240,15 @@ def test_the_url_that_is_printed_can_be_opened(host: str, url: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["::1", "localhost", "0.0.0.0", "::"])
-def test_a_server_answers_at_the_url_that_it_prints(
-    folder: Path, host: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_server_answers_at_the_url_that_it_prints(folder: Path, host: str) -> None:
     try:
         for listener in listeners(host, 0):
             listener.close()
     except ValueError:
         assert ":" in host  # a machine without IPv6
         return
-    with serving(folder, host=host):
-        printed = ""
-
-        def said() -> bool:  # the server's thread prints when it is ready, perhaps a moment after it answers
-            nonlocal printed
-            printed += capsys.readouterr().out
-            return "in a browser" in printed
-
-        until(said)
-        found = re.search(r"open (http://\S+)/ in a browser", printed)
+    with serving(folder, host=host) as served:
+        found = re.search(r"open (http://\S+)/ in a browser", greeting(served.server._settings, served.server.port))
         assert found is not None
         assert httpx.get(f"{found[1]}/health").status_code == 200
 
