@@ -133,7 +133,7 @@ def build(
         part.replace(target)
         stamp.write_text(names)
         for old in set(objects.glob("*.o")) - set(wanted):
-            old.unlink()
+            old.unlink(missing_ok=True)  # another process may build, too
     return target
 
 
