@@ -142,7 +142,8 @@ class Pool:
 
 
 def random_texts(rng: random.Random, number: int) -> list[Text]:
-    """Random texts; every second one starts with the full blocks of the prompt before it."""
+    """Random texts; every second one starts with the full blocks of the prompt before it. One may be long: a generated
+    token takes a step of its own."""
     made: list[Text] = []
     for i in range(number):
         if i % 2:
@@ -150,7 +151,7 @@ def random_texts(rng: random.Random, number: int) -> list[Text]:
             ids, prompt = made[-1].ids[:shared], shared + rng.randint(1, 6)
         else:
             shared, ids, prompt = 0, [], rng.randint(1, 80)
-        length = rng.randint(prompt, MAX_POSITIONS)
+        length = rng.randint(prompt, MAX_POSITIONS if i == 0 else min(prompt + 12, MAX_POSITIONS))
         made.append(Text(ids + [rng.randrange(VOCAB_SIZE) for _ in range(length - len(ids))], prompt, shared))
     return made
 
