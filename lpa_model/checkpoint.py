@@ -168,6 +168,15 @@ def shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
+def stored_dtypes(folder: Path) -> list[str]:
+    """The dtypes of a folder's tensors, from the headers of its weight files."""
+    found: set[str] = set()
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            found |= {str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    return sorted({"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(dtype, dtype) for dtype in found)
+
+
 def weights_hash(folder: Path) -> str:
     """12 hexadecimal digits of the contents of config.json and all weights; about a second for each gigabyte.
 

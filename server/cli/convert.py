@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from server.cli.command import StoredDtype, user_errors
 
 if TYPE_CHECKING:
+    import torch
+
     from lpa_model.config import LPAConfig, Projection
+    from lpa_model.convert.stream import Progress
+
+KeptDtype = Annotated[
+    Literal["auto", "float32", "bfloat16"], typer.Option(help="Of the weights written; auto keeps each tensor's own.")
+]
 
 convert = typer.Typer(
     help="Import models that other code has trained.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -68,6 +77,55 @@ def llama(
         config = convert_llama(source, folder, resolve_dtype(dtype, torch.device("cpu")))
     typer.echo(
         f"{folder}: {config.architecture}, dense, {config.parameter_count():,} parameters in {dtype}, all finite"
+    )
+
+
+@convert.command()
+def gguf(
+    source: Annotated[Path, typer.Argument(help="GGUF file (llama.cpp's), or any file of a split one.")],
+    folder: Annotated[Path, typer.Argument(help="Where to write the model folder.")],
+    dtype: KeptDtype = "auto",
+) -> None:
+    """Take over a dense LLaMA, Qwen2 or Qwen3 from a GGUF file, its tokenizer and chat template too.
+
+    Quantised matrices become float32, or what --dtype says.
+    """
+    from lpa_model.convert.gguf import convert_gguf
+
+    with user_errors(), _progress() as progress:
+        config = convert_gguf(source, folder, _torch_dtype(dtype), progress)
+    _report(folder, config)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar on stderr while a model is written."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    columns = TextColumn("writing"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _torch_dtype(name: str) -> torch.dtype | None:
+    """None for auto: every tensor's own."""
+    import torch
+
+    from lpa_model.backends.features import resolve_dtype
+
+    return None if name == "auto" else resolve_dtype(name, torch.device("cpu"))
+
+
+def _report(folder: Path, config: LPAConfig) -> None:
+    from lpa_model.checkpoint import stored_dtypes
+
+    stored = ", ".join(stored_dtypes(folder))
+    typer.echo(
+        f"{folder}: {config.architecture}, dense, {config.parameter_count():,} parameters in {stored}, all finite"
     )
 
 

@@ -27,13 +27,14 @@ def info(
     from rich.table import Table
 
     from lpa_model.backends.select import choose
+    from lpa_model.checkpoint import stored_dtypes
     from lpa_model.config import CacheLayout
     from server.settings import load_settings
 
     with user_errors():
         name = str(load_settings().model) if model is None else model
         config = config_of(name)
-        stored = _stored_dtypes(Path(name)) if Path(name).is_dir() else None
+        stored = stored_dtypes(Path(name)) if Path(name).is_dir() else None
         settings = load_settings()
         layout, block_size = settings.kv_cache_layout, settings.block_size
         choice = choose(config, dtype=settings.dtype, device=settings.device, layout=layout, block_size=block_size)
@@ -45,7 +46,7 @@ def info(
         elif value is not None:
             facts.add_row(key, str(value))
     if stored is not None:
-        facts.add_row("stored as", stored)
+        facts.add_row("stored as", ", ".join(stored))
     parameters, dense_parameters = config.parameter_count(), dense.parameter_count()
     facts.add_row("parameters", f"{parameters:,}")
     facts.add_row("dense twin", f"{dense_parameters:,} ({dense_parameters / parameters:.2f}x)")
@@ -79,16 +80,3 @@ def _ranks(spec: RankSpec) -> str:
         return text(spec)
     lines = {name: ranks if isinstance(ranks, list) else [ranks] for name, ranks in spec.items()}
     return "\n".join(f"{name}: {', '.join(map(text, ranks))}" for name, ranks in lines.items())
-
-
-def _stored_dtypes(folder: Path) -> str:
-    """The dtypes of a folder's tensors, from the headers of its weight files."""
-    from safetensors import safe_open
-
-    from lpa_model.checkpoint import weight_files
-
-    found: set[str] = set()
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            found |= {str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    return ", ".join(sorted({"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(d, d) for d in found))
