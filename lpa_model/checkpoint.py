@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from operator import itemgetter
 from pathlib import Path
@@ -93,20 +92,11 @@ def no_folder(name: str) -> str:
             f"{name}: is a preset, a shape without weights, and no model folder; `lpa init {name} FOLDER` writes a "
             f"model of random weights, `lpa train {name}` trains one" + _EMBEDDED * (name == "lpa-tiny")
         )
+    if name.endswith(".gguf") and Path(name).exists():
+        return f"{name}: is a GGUF file; `lpa convert gguf {name} FOLDER` makes an LPA model of it"
     if Path(name).exists():
         return f"{name}: is a file; a model is a folder with config.json, model.safetensors and tokenizer.json"
-    return f"{name}: no such model folder{hub_hint(name)}"
-
-
-def hub_hint(name: str) -> str:
-    """How to fetch what may be a model of the Hugging Face hub; "" for what cannot be one's name."""
-    hub = re.fullmatch(r"(?:https?:/+(?:huggingface\.co|hf\.co)/)?(\w[\w.-]*/\w[\w.-]*)/?", name)
-    if hub is None:
-        return ""
-    return (
-        "; models are read from folders alone: if it is a name of the Hugging Face hub, "
-        f"`hf download {hub[1]} --local-dir FOLDER` fetches it"
-    )
+    return f"{name}: no such model folder"
 
 
 _EMBEDDED = "; without a name the embedded lpa-tiny is taken"

@@ -31,8 +31,11 @@ FFN_PROJECTIONS: dict[Architecture, tuple[Projection, ...]] = {
 ROPE_SCALING = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
 """Kinds of `rope_scaling` with the numbers that each needs."""
+YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+"""Further numbers of type yarn, which may be null; `truncate` beside them is true or false."""
 
 # beyond any real model, and within what tensors and floats hold: a typing error in a file is found by its name
 MAX_SIZE = 1 << 24
@@ -130,7 +133,7 @@ class LPAConfig:
             if self.rope_scaling is not None:
                 raise ValueError("rope_scaling: setting 1 has learned positions, not rotary ones")
         if self.rope_scaling is not None:
-            _check_rope_scaling(self.rope_scaling)
+            _check_rope_scaling(self.rope_scaling, self.rope_theta)
         self._check_ranks("attention_rank", self.attention_rank, ATTENTION_PROJECTIONS)
         self._check_ranks("ffn_rank", self.ffn_rank, self.ffn_projections)
         if (count := self.parameter_count()) > MAX_PARAMETERS:
@@ -323,7 +326,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 1e-30 <= value <= 1e30
 
 
-def _check_rope_scaling(scaling: object) -> None:
+def _check_rope_scaling(scaling: object, theta: float) -> None:
     if not isinstance(scaling, Mapping):
         raise ValueError(f"rope_scaling: {scaling!r} is neither null nor an object")
     kind = scaling.get("rope_type", scaling.get("type"))
@@ -334,6 +337,14 @@ def _check_rope_scaling(scaling: object) -> None:
             raise ValueError(f"rope_scaling: {key} {value!r} is not {A_NUMBER}, which type {kind!r} needs")
     if kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
         raise ValueError("rope_scaling: low_freq_factor is not below high_freq_factor")
+    if kind == "yarn":
+        for key in YARN_OPTIONS:
+            if (value := scaling.get(key)) is not None and not _is_number(value):
+                raise ValueError(f"rope_scaling: {key} {value!r} is neither null nor {A_NUMBER}")
+        if not isinstance(value := scaling.get("truncate", True), bool):
+            raise ValueError(f"rope_scaling: truncate {value!r} is neither true nor false")
+        if theta <= 1:
+            raise ValueError(f"rope_theta: {theta} is not above 1, which rope_scaling of type 'yarn' needs")
 
 
 _LPA_PRESETS = {

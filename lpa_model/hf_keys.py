@@ -43,7 +43,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 ALIASES = {"rms_norm_eps": "norm_eps", "layer_norm_eps": "norm_eps", "layer_norm_epsilon": "norm_eps"}
 ACTIVATIONS = {"setting1": ("relu",), "setting2": ("silu", "swish")}
-LLAMA_TYPES = ("llama", "mistral")
+LLAMA_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 """Model types that `lpa convert llama` reads."""
 
 
@@ -96,6 +96,8 @@ def _rotary_keys(found: dict[str, Any]) -> None:
         if (theta := parameters.get("rope_theta")) is not None:
             found.setdefault("rope_theta", theta)
         kept = {name: value for name, value in parameters.items() if name != "rope_theta"}
+        if (share := kept.pop("partial_rotary_factor", None)) not in (1, None):
+            raise ValueError(f"partial_rotary_factor: {share!r} is not supported; all of a head rotates")
         found.setdefault("rope_scaling", kept or None)
     elif parameters is not None:
         raise ValueError(f"rope_parameters: {parameters!r} is neither null nor an object")

@@ -90,8 +90,8 @@ class LayerNorm(nn.Module):
 class RotaryEmbedding(nn.Module):
     """Rotary positions in the rotate-half convention of LLaMA: dimension i rotates with dimension i + dh/2.
 
-    `scaling`: None, {"rope_type": "linear", "factor"} or {"rope_type": "llama3", "factor", "low_freq_factor",
-    "high_freq_factor", "original_max_position_embeddings"}, as in Hugging Face's configs.
+    `rope_scaling` of the config changes the frequencies: of type "linear", "llama3" or "yarn", with the keys that
+    Hugging Face's configs have for them. "yarn" also makes rotated queries and keys longer, by a factor in both tables.
     """
 
     cos: Tensor
@@ -103,12 +103,12 @@ class RotaryEmbedding(nn.Module):
 
     def build(self, config: LPAConfig, device: torch.device) -> None:
         """(Re)compute the tables [max_position_embeddings, dh/2], which are not part of a checkpoint."""
-        exponents = torch.arange(0, config.head_size, 2, dtype=torch.float64, device=device) / config.head_size
-        frequencies = _scaled(config.rope_theta**-exponents, config.rope_scaling)  # [dh/2]
+        frequencies, length = rope_frequencies(config.head_size, config.rope_theta, config.rope_scaling)
+        frequencies = frequencies.to(device)
         positions = torch.arange(config.max_position_embeddings, dtype=torch.float64, device=device)
         angles = torch.outer(positions, frequencies)
-        self.register_buffer("cos", angles.cos().float(), persistent=False)
-        self.register_buffer("sin", angles.sin().float(), persistent=False)
+        self.register_buffer("cos", (angles.cos() * length).float(), persistent=False)
+        self.register_buffer("sin", (angles.sin() * length).float(), persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [..., T, heads, dh] rotated by positions [..., T] (int64); computed in float32, returned in x's dtype."""
@@ -117,17 +117,47 @@ class RotaryEmbedding(nn.Module):
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def _scaled(frequencies: Tensor, scaling: Mapping[str, Any] | None) -> Tensor:
+def rope_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None) -> tuple[Tensor, float]:
+    """Radians per position of each pair of dimensions, float64 [dh/2], and the factor by which rotation lengthens."""
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
     if scaling is None:
-        return frequencies
-    if scaling.get("rope_type", scaling.get("type")) == "linear":
-        return frequencies / float(scaling["factor"])
+        return frequencies, 1.0
+    kind, factor = scaling.get("rope_type", scaling.get("type")), float(scaling["factor"])
+    if kind == "linear":
+        return frequencies / factor, 1.0
+    original = float(scaling["original_max_position_embeddings"])
+    if kind == "yarn":
+        return _yarn(frequencies, theta, factor, original, scaling)
     # llama3: long wavelengths are stretched, short ones kept, those between blended
-    wavelengths = 2 * math.pi / frequencies
-    ratio = float(scaling["original_max_position_embeddings"]) / wavelengths
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-    keep = ((ratio - low) / (high - low)).clamp(0, 1)
-    return frequencies * (keep + (1 - keep) / float(scaling["factor"]))
+    keep = ((original * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return frequencies * (keep + (1 - keep) / factor), 1.0
+
+
+def _yarn(
+    frequencies: Tensor, theta: float, factor: float, original: float, scaling: Mapping[str, Any]
+) -> tuple[Tensor, float]:
+    """YaRN (arXiv 2309.00071): pairs that turn more than `beta_fast` times within the original context are kept, those
+    that turn less than `beta_slow` times are stretched by `factor`, those between blended along their index."""
+    dims = 2 * len(frequencies)
+
+    def pair(turns: float) -> float:
+        return dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = pair(float(scaling.get("beta_fast") or 32)), pair(float(scaling.get("beta_slow") or 1))
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dims - 1)
+    index = torch.arange(len(frequencies), dtype=torch.float64, device="cpu")
+    stretch = ((index - first) / (last - first or 0.001)).clamp(0, 1)
+
+    def length(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+
+    if (given := scaling.get("attention_factor")) is None:
+        numerator, denominator = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        given = length(numerator) / length(denominator) if numerator and denominator else length(1)
+    return frequencies * (stretch / factor + (1 - stretch)), float(given)
 
 
 class ReluFFN(nn.Module):

@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -86,7 +87,9 @@ class Settings(BaseSettings):
     )
 
     model: Path = Field(
-        default_factory=embedded_checkpoint, description="Model folder (default: the embedded lpa-tiny)."
+        default_factory=embedded_checkpoint,
+        description="Model folder, or a model of the Hugging Face hub as OWNER/NAME: an LPA model, or one that `lpa "
+        "convert llama` reads (default: the embedded lpa-tiny).",
     )
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 is every interface.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
@@ -268,12 +271,32 @@ def load_settings(**flags: Any) -> Settings:
     Raises:
         SettingsError: values are invalid, or an LPA_ variable is none of ours; a line for each names the flag, the
             variable and the limit.
+        lpa_model.checkpoint.CheckpointError: a model of the hub cannot be fetched or converted.
     """
     check_variables(os.environ)
     try:
-        return Settings(**{name: value for name, value in flags.items() if value is not None})
+        settings = Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as invalid:
         raise SettingsError("\n".join(_explain(error) for error in invalid.errors())) from None
+    if (folder := local_model(settings.model)) == settings.model:
+        return settings
+    names = settings.served_model_name or (str(settings.model),)
+    return settings.model_copy(update={"model": folder, "served_model_name": names})
+
+
+def local_model(model: Path) -> Path:
+    """The folder of a model: itself, or of one of the Hugging Face hub (OWNER/NAME) that in a cache.
+
+    Raises:
+        lpa_model.checkpoint.CheckpointError: it cannot be fetched or converted.
+    """
+    if model.exists():
+        return model
+    from lpa_model.convert.hub import hub_name, model_folder
+
+    if hub_name(str(model)) is None:
+        return model
+    return model_folder(str(model), lambda line: print(f"lpa: {line}", file=sys.stderr))
 
 
 def check_variables(environment: Mapping[str, str]) -> None:

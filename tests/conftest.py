@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lpa_model.config import Architecture, LPAConfig
 from lpa_model.model import LPAForCausalLM
 
 torch.set_num_threads(1)  # products this small lose by a second thread
+os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder is looked up in the hub's cache alone
 
 VOCAB_SIZE = 300
 END_OF_TEXT_ID = 0

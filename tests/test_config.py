@@ -164,7 +164,7 @@ def test_default_cache_layout(architecture: Architecture, changes: dict[str, Any
         ("setting2", {"eos_token_id": 300}, "eos_token_id: 300"),
         ("setting2", {"bos_token_id": [1]}, r"bos_token_id: \[1\]"),
         ("setting2", {"rope_scaling": "linear"}, "rope_scaling: 'linear'"),
-        ("setting2", {"rope_scaling": {"type": "yarn", "factor": 2}}, "rope_scaling: type 'yarn'"),
+        ("setting2", {"rope_scaling": {"type": "longrope", "factor": 2}}, "rope_scaling: type 'longrope'"),
         ("setting2", {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: factor None"),
         ("setting2", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling: low_freq_factor"),
         ("setting1", {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling: setting 1"),

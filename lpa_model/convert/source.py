@@ -6,15 +6,20 @@ It knows files and names, not models. Pickles are opened for tensors alone.
 from __future__ import annotations
 
 import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lpa_model.checkpoint import CheckpointError, shards
+from lpa_model.convert.stream import DTYPES, Stored, row_blocks
 
 NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
@@ -90,6 +95,60 @@ def read_tensors(src: Path) -> dict[str, Tensor]:
     return found
 
 
+def stored_tensors(src: Path) -> dict[str, Stored]:
+    """The tensors of `find_weights(src)` by name, each read when it is needed.
+
+    Raises:
+        CheckpointError: a file is truncated or holds more than floating-point tensors, or a name is there twice.
+    """
+    found: dict[str, Stored] = {}
+    for path in find_weights(src):
+        for name, tensor in (_in_safetensors if path.suffix == ".safetensors" else _in_pickle)(path):
+            if name in found:
+                raise CheckpointError(f"{path}: {name} is there twice")
+            found[name] = tensor
+    return found
+
+
+def _in_safetensors(path: Path) -> Iterator[tuple[str, Stored]]:
+    dtypes = {name: dtype for dtype, name in DTYPES.items()}
+    with _opened(path) as file:
+        for name in file.keys():  # noqa: SIM118 (not a mapping)
+            part = file.get_slice(name)
+            if (dtype := part.get_dtype()) not in dtypes:
+                raise CheckpointError(f"{path}: {name} holds {dtype}; {', '.join(dtypes)} are supported")
+            shape = tuple(part.get_shape())
+            yield name, Stored(path, name, shape, dtypes[dtype], partial(_slices, path, name, shape))
+
+
+def _slices(path: Path, name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
+    with _opened(path) as file:  # for this tensor alone: what is mapped counts as memory of the process
+        part = file.get_slice(name)
+        for rows in row_blocks(shape):
+            yield part[rows]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: truncated or not a safetensors file: {error}") from error
+
+
+def _in_pickle(path: Path) -> Iterator[tuple[str, Stored]]:
+    for name, tensor in _unwrapped(_load(path), path).items():
+        shape = tuple(tensor.shape)
+        dtype = tensor.dtype if tensor.dtype in DTYPES else torch.float32
+        yield name, Stored(path, name, shape, dtype, partial(_rows, tensor.to(dtype)))
+
+
+def _rows(tensor: Tensor) -> Iterator[Tensor]:
+    for rows in row_blocks(tuple(tensor.shape)):
+        yield tensor[rows]
+
+
 def without_prefix(tensors: dict[str, Tensor], anchor: str) -> dict[str, Tensor]:
     """The tensors under the names that they have inside the module which holds `anchor`: `module.`, `model.` and
     whatever else stands before it is taken away.
@@ -114,7 +173,8 @@ def _load(path: Path) -> Any:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: truncated or not a safetensors file: {error}") from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # tensors stay in the file until they are read, if it is of a kind that can be mapped
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch.load raises many kinds: UnpicklingError, RuntimeError, EOFError, ...
         raise CheckpointError(
             f"{path}: truncated, or more than tensors in it (`torch.save(model.state_dict(), FILE)` writes these "

@@ -25,7 +25,7 @@ from lpa_model.checkpoint import CheckpointError, check_finite
 from lpa_model.config import LPAConfig
 from lpa_model.model import LPAForCausalLM
 
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """dtypes of weights as safetensors calls them."""
 PART = 1 << 24  # numbers that are read and written at a time
 WEIGHTS = "model.safetensors"
@@ -184,7 +184,7 @@ def _write_weights(
     for name in order:
         start, end = end, end + math.prod(stored[name].shape) * stored[name].dtype.itemsize
         shape = list(stored[name].shape)
-        header[name] = {"dtype": NAMES[stored[name].dtype], "shape": shape, "data_offsets": [start, end]}
+        header[name] = {"dtype": DTYPES[stored[name].dtype], "shape": shape, "data_offsets": [start, end]}
         ends.append(end)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

@@ -195,15 +195,17 @@ def with_ranks(config: LPAConfig, attention_rank: str | None, ffn_rank: str | No
 
 def config_of(name: str) -> LPAConfig:
     """A preset's config, or the one in a JSON file or a model folder."""
-    from lpa_model.checkpoint import hub_hint, load_config
+    from lpa_model.checkpoint import load_config
     from lpa_model.config import PRESETS, LPAConfig
+    from lpa_model.convert.hub import hub_name
+    from server.settings import local_model
 
     path = Path(name)
-    if path.is_dir():
-        return load_config(path)
+    if path.is_dir() or (path.suffix != ".json" and hub_name(name) is not None):
+        return load_config(local_model(path))
     if name in PRESETS:
         return PRESETS[name]
     if path.suffix == ".json":
         return LPAConfig.load(path)
     presets = ", ".join(PRESETS)
-    raise ValueError(f"{name}: neither a model folder nor a .json config nor a preset ({presets}){hub_hint(name)}")
+    raise ValueError(f"{name}: neither a model folder nor a .json config nor a preset ({presets})")

@@ -63,21 +63,32 @@ def official(
 
 @convert.command()
 def llama(
-    source: Annotated[Path, typer.Argument(help="Hugging Face folder of a LLaMA (config.json, weights, tokenizer).")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="Hugging Face folder, GGUF file, or name of a model of the hub (OWNER/NAME)."
+        ),
+    ],
     folder: Annotated[Path, typer.Argument(help="Where to write the model folder.")],
-    dtype: StoredDtype = "float32",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model of the hub.")] = None,
+    file: Annotated[str | None, typer.Option(help="GGUF file of a model of the hub that has such.")] = None,
+    dtype: KeptDtype = "auto",
 ) -> None:
-    """Take over a dense LLaMA as it is: setting 2 with dense matrices, which computes the same."""
-    import torch
-
-    from lpa_model.backends.features import resolve_dtype
+    """Take over a dense LLaMA, Mistral, Qwen2, Qwen3 or SmolLM as it is, with dense matrices: it computes the same."""
+    from lpa_model.convert.gguf import convert_gguf
+    from lpa_model.convert.hub import fetched, hub_name
     from lpa_model.convert.llama import convert_llama
 
     with user_errors():
-        config = convert_llama(source, folder, resolve_dtype(dtype, torch.device("cpu")))
-    typer.echo(
-        f"{folder}: {config.architecture}, dense, {config.parameter_count():,} parameters in {dtype}, all finite"
-    )
+        path = Path(source)
+        if hub_name(source) is not None:
+            path = fetched(source, revision=revision, file=file)
+        elif revision is not None or file is not None:
+            raise ValueError(f"--{'file' if revision is None else 'revision'}: {source} is no model of the hub")
+        with _progress() as progress:
+            take = convert_gguf if path.is_file() else convert_llama
+            config = take(path, folder, _torch_dtype(dtype), progress)
+    _report(folder, config)
 
 
 @convert.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -11,14 +12,20 @@ import typer
 from server.cli.command import config_of, user_errors
 
 if TYPE_CHECKING:
-    from lpa_model.config import Rank, RankSpec
+    from rich.table import Table
+
+    from lpa_model.config import LPAConfig, Rank, RankSpec
+
+HEIGHTS = "▁▂▃▄▅▆▇█"
 
 
 def info(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="MODEL|PRESET", help="Model folder, .json config or preset.", show_default="the embedded model"
+            metavar="MODEL|PRESET",
+            help="Model folder, model of the Hugging Face hub, .json config or preset.",
+            show_default="the embedded model",
         ),
     ] = None,
 ) -> None:
@@ -28,14 +35,15 @@ def info(
 
     from lpa_model.backends.select import choose
     from lpa_model.checkpoint import stored_dtypes
-    from lpa_model.config import CacheLayout
-    from server.settings import load_settings
+    from lpa_model.config import PRESETS, CacheLayout
+    from server.settings import load_settings, local_model
 
     with user_errors():
-        name = str(load_settings().model) if model is None else model
-        config = config_of(name)
-        stored = stored_dtypes(Path(name)) if Path(name).is_dir() else None
         settings = load_settings()
+        name = str(settings.model) if model is None else model
+        config = config_of(name)
+        folder = local_model(Path(name)) if name not in PRESETS else Path(name)
+        stored = stored_dtypes(folder) if folder.is_dir() else None
         layout, block_size = settings.kv_cache_layout, settings.block_size
         choice = choose(config, dtype=settings.dtype, device=settings.device, layout=layout, block_size=block_size)
     dense = config.vanilla()
@@ -67,7 +75,35 @@ def info(
     cells = (dense_elements, 2 * dense_elements, 4 * dense_elements)
     cache.add_row("dense twin", *(f"{cell:,}" for cell in cells), "1.00x")
     console = Console()
-    console.print(facts, cache, highlight=False)
+    console.print(facts, highlight=False)
+    if any(config.rank(name, layer) for name in config.projections for layer in range(config.num_hidden_layers)):
+        console.print(_rank_map(config), highlight=False)
+    console.print(cache, highlight=False)
+
+
+def _rank_map(config: LPAConfig) -> Table:
+    """A row per projection with a block per layer, as high as its rank is in its full one; a dense one is light."""
+    from rich.table import Table
+    from rich.text import Text
+
+    layers = range(config.num_hidden_layers)
+    found = Table(title="ranks by layer (░ dense)", show_header=False)
+    for name in config.projections:
+        full = min(config.projection_sizes(name))
+        ranks = [config.rank(name, layer) for layer in layers]
+        blocks = Text(no_wrap=False)
+        for rank in ranks:
+            share = 1.0 if rank is None else min(1.0, rank / full)
+            blocks.append("░" if rank is None else HEIGHTS[math.ceil(share * len(HEIGHTS)) - 1], style=_color(share))
+        low = [rank for rank in ranks if rank is not None]
+        span = " to ".join(map(str, sorted({min(low), max(low)}))) if low else "dense"
+        found.add_row(name, blocks, span + ", some dense" * (bool(low) and len(low) < len(ranks)), f"of {full}")
+    return found
+
+
+def _color(share: float) -> str:
+    """From blue, a small rank, to red, a full one."""
+    return f"rgb({round(40 + 190 * share)},90,{round(230 - 190 * share)})"
 
 
 def _ranks(spec: RankSpec) -> str:
