@@ -120,7 +120,7 @@ def _open(src: Path) -> list[tuple[Path, GGUFReader]]:
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror or error}") from error
         except Exception as error:  # IndexError, ValueError, KeyError, UnicodeDecodeError, MemoryError, ...
-            if unknown := re.match(r"(\d+) is not a valid GGMLQuantizationType", str(error)):
+            if unknown := re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", str(error)):
                 raise CheckpointError(f"{path}: quantisation type {unknown[1]} is none that the reader has") from error
             reason = f"{type(error).__name__}: {error}"
             raise CheckpointError(f"{path}: truncated or not a GGUF file ({reason})") from error
@@ -274,7 +274,7 @@ def llama3_scaling(path: Path, factors: Tensor, theta: float) -> dict[str, Any] 
     count = len(given)
     wavelengths = 2 * math.pi * theta ** (torch.arange(count, dtype=torch.float64) / count)
     factor = round(float(given.max()), 4)
-    candidates = [(float(2**k), 4.0) for k in range(9, 21)]  # as published: low 1, high 4
+    candidates = [(float(2**k), 4.0) for k in range(6, 21)]  # as published: low 1, high 4
     between = (given > 1 + 1e-3) & (given < factor * (1 - 1e-3))
     if int(between.sum()) > 1:
         smooth = (1 / given[between] - 1 / factor) / (1 - 1 / factor)
