@@ -119,22 +119,15 @@ def client(folder: Path) -> Iterator[openai.OpenAI]:
 
 
 def test_a_chat_answers_and_ends(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(
-        model="SmolLM2",
-        messages=[{"role": "user", "content": "What is the capital of France?"}],
-        temperature=0,
-        max_tokens=60,
-    )
-    (choice,) = answer.choices
+    asked = {
+        "model": "SmolLM2",
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "temperature": 0,
+        "max_tokens": 60,
+    }
+    (choice,) = client.chat.completions.create(**asked).choices
     assert choice.message.content == "The capital of France is Paris."
     assert choice.finish_reason == "stop"
-    parts = client.chat.completions.create(
-        model="SmolLM2",
-        messages=[{"role": "user", "content": "What is the capital of Italy?"}],
-        temperature=0,
-        max_tokens=60,
-        stream=True,
-    )
-    *middle, last = list(parts)
+    *middle, last = client.chat.completions.create(**asked, stream=True)
+    assert "".join(part.choices[0].delta.content or "" for part in middle) == "The capital of France is Paris."
     assert last.choices[0].finish_reason == "stop"
-    assert "Rome" in "".join(part.choices[0].delta.content or "" for part in middle)
