@@ -15,7 +15,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
-FAST = block_manager cache chat_template convert_llama docker export grammar imports init layers logprobs \
+FAST = block_manager cache chat_template docker export grammar imports init layers logprobs \
 	metrics model scheduler settings step_cost tokenizer
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 

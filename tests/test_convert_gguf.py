@@ -24,6 +24,7 @@ from lpa_model.convert.gguf_tokenizer import PRE_TOKENIZERS
 from server.engine.tokenizer import load_tokenizer as load_with_template
 from server.llm import LLM, SamplingParams
 from tests.conftest import VOCAB_SIZE, byte_tokenizer
+from tests.hub_cache import hub_cache
 from tests.llama_oracle import BASE, LLAMA3, YARN, logits_of, rotation, tensors_of
 from tests.test_cli import assert_one_line, lpa, succeed
 
@@ -477,3 +478,13 @@ def test_a_gguf_file_in_the_place_of_a_folder(tmp_path: Path) -> None:
     assert_one_line(lpa("generate", "a", "--model", path), "is a GGUF file; `lpa convert gguf")
     assert "setting2, dense" in succeed("convert", "llama", path, tmp_path / "ours")
     assert isinstance(load_tokenizer(tmp_path / "ours"), Tokenizer)
+
+
+def test_a_gguf_file_of_the_hub(tmp_path: Path, hub: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    File(tmp_path / "theirs/model.gguf", BASE).write()
+    hub_cache(hub, "someone/quantised", tmp_path / "theirs")
+    asked = ("convert", "llama", "someone/quantised", tmp_path / "ours")
+    assert_one_line(lpa(*asked), "no config.json; `lpa convert llama --file NAME.gguf` takes a GGUF file")
+    assert_one_line(lpa(*asked, "--file", "other.gguf"), "someone/quantised: has no file other.gguf")
+    assert "setting2, dense" in succeed(*asked, "--file", "model.gguf")

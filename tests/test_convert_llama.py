@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from lpa_model.convert.export import export_llama
 from lpa_model.convert.llama import convert_llama
 from server.llm import LLM, SamplingParams
 from tests.conftest import tiny_config, write_checkpoint
+from tests.hub_cache import hub_cache
 from tests.llama_oracle import BASE, KINDS, LLAMA3, logits_of, write_folder
 from tests.test_cli import assert_one_line, lpa, succeed
 
@@ -233,23 +233,6 @@ def test_memory_is_a_part_of_a_tensor(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(stream, "check_finite", noted)
     convert_llama(tmp_path / "theirs", tmp_path / "ours")
     assert max(sizes) <= 500 and sum(sizes) == load_config(tmp_path / "ours").parameter_count()
-
-
-def hub_cache(folder: Path, name: str, files: Path, commit: str = "0123456789abcdef0123456789abcdef01234567") -> None:
-    """A model in the layout of the hub's cache."""
-    at = folder / f"models--{name.replace('/', '--')}"
-    shutil.copytree(files, at / "snapshots" / commit)
-    (at / "refs").mkdir()
-    (at / "refs" / "main").write_text(commit)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "hub"
 
 
 def test_a_model_of_the_hub_is_converted(tmp_path: Path, hub: Path) -> None:
