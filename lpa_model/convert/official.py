@@ -97,7 +97,7 @@ def convert_official(
     dst = dst.resolve()
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise CheckpointError(f"{dst}: exists already")
-    words, words_folder = _read_tokenizer(src, find_weights(src)[0], tokenizer)
+    words, words_folder = read_words(src, find_weights(src)[0], tokenizer)
     tensors = without_prefix(read_tensors(src), EMBEDDING)
     if POSITIONS in tensors:
         sizes = _setting1(tensors, num_heads, rope_theta, max_position_embeddings)
@@ -120,7 +120,7 @@ def convert_official(
     return config
 
 
-def _read_tokenizer(src: Path, weights: Path, path: Path | None) -> tuple[Tokenizer, Path]:
+def read_words(src: Path, weights: Path, path: Path | None) -> tuple[Tokenizer, Path]:
     """The tokenizer, and the folder of its other files: that of the weights, or else the one that was named."""
     folders = [weights.parent, src if src.is_dir() else src.parent]
     if re.fullmatch(r"checkpoint-\d+|fp32", weights.parent.name):  # of a run's folder, which has the tokenizer
@@ -177,9 +177,9 @@ def _setting1(
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "intermediate_size": ffn[0][2],
-        "ffn_rank": _shortest({"up": [up for up, _, _ in ffn], "down": [down for _, down, _ in ffn]}),
+        "ffn_rank": shortest({"up": [up for up, _, _ in ffn], "down": [down for _, down, _ in ffn]}),
         "num_hidden_layers": len(layers),
-        "attention_rank": _shortest(attention),
+        "attention_rank": shortest(attention),
         "max_position_embeddings": positions,
         **_heads(num_heads, _projection(tensors, f"{BLOCK}.0.attention.query_proj")[1]),
     }
@@ -199,7 +199,7 @@ def _setting2(
     _, ffn_width = _projection(tensors, f"{BLOCK}.0.ffn.gate_proj")
 
     def ranks(part: str, names: tuple[Projection, ...]) -> RankSpec:
-        return _shortest(
+        return shortest(
             {
                 name: [_projection(tensors, f"{BLOCK}.{layer}.{part}.{name}_proj")[0] for layer in range(layers)]
                 for name in names
@@ -255,7 +255,7 @@ def _relu_ffn(tensors: Mapping[str, Tensor], layer: int) -> tuple[Rank, Rank, in
     return None, None, _matrix(tensors, f"{at}.0.weight")[0]
 
 
-def _shortest(ranks: Mapping[Projection, list[Rank]]) -> RankSpec:
+def shortest(ranks: Mapping[Projection, list[Rank]]) -> RankSpec:
     """The shortest way to write down ranks that are given per projection and layer."""
     short: dict[str, Rank | list[Rank]] = {
         name: of_layers[0] if len(set(of_layers)) == 1 else of_layers for name, of_layers in ranks.items()

@@ -140,6 +140,83 @@ def _report(folder: Path, config: LPAConfig) -> None:
     )
 
 
+@convert.command()
+def factored(
+    source: Annotated[Path, typer.Argument(help="Folder or file of weights of a low-rank model.")],
+    folder: Annotated[Path, typer.Argument(help="Where to write the model folder.")],
+    base: Annotated[
+        Path | None, typer.Option(help="Folder with config.json and tokenizer, if the source has none.")
+    ] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map",
+            metavar="A,B",
+            help="Names of the factors in other projects' files: what follows the module's name, or all of it with "
+            "{layer}, {part} (self_attn, mlp) and {name} (q to down). A is [rank, in], B [out, rank]; .T after a name: "
+            "stored transposed. May be repeated.",
+        ),
+    ] = None,
+    refactor: Annotated[
+        bool, typer.Option("--refactor", help="Find the factors of dense matrices of low rank, by their spectrum.")
+    ] = False,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="With --refactor: share of the largest singular value below which the others count as zero.",
+            show_default="what rounding to the stored dtype leaves",
+        ),
+    ] = None,
+    max_position_embeddings: Annotated[int | None, typer.Option(min=1, help="A shorter context, in tokens.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json or .model, if the source has none.")] = None,
+    dtype: StoredDtype = "float32",
+) -> None:
+    """Take over a low-rank model of LEMS, SVD-LLM, DynRank, SpecTurn or ASVD, or of pairs by other names."""
+    import torch
+
+    from lpa_model.backends.features import resolve_dtype
+    from lpa_model.convert.factored import convert_factored
+
+    with user_errors():
+        pairs = [tuple(name.strip() for name in text.split(",")) for text in names or []]
+        for text, pair in zip(names or [], pairs, strict=True):
+            if len(pair) != 2 or not all(pair):
+                raise ValueError(f"--map {text}: not two names with a comma between them")
+        if tolerance is not None and not refactor:
+            raise ValueError("--tolerance: has no effect without --refactor")
+
+        def progress(layer: int, layers: int) -> None:
+            if refactor:
+                typer.echo(f"layer {layer + 1} of {layers}", err=True)
+
+        done = convert_factored(
+            source,
+            folder,
+            resolve_dtype(dtype, torch.device("cpu")),
+            base=base,
+            patterns=[(a, b) for a, b in pairs],
+            refactor=refactor,
+            tolerance=tolerance,
+            max_position_embeddings=max_position_embeddings,
+            tokenizer=tokenizer,
+            progress=progress,
+        )
+    config = done.config
+    typer.echo(
+        f"{folder}: {config.architecture}, {config.parameter_count():,} parameters in {dtype}, all finite; "
+        f"{config.vanilla().parameter_count():,} with dense matrices"
+    )
+    typer.echo("ranks " + "  ".join(f"{name} {_ranks(config, name)}" for name in config.projections))
+    if done.projects:
+        typer.echo(f"factors by the names of {', '.join(done.projects)}")
+    if done.merged_head:
+        typer.echo("the output head came in factors and is dense now")
+    if refactor:
+        typer.echo(f"products factored again: at most {done.error:.1e} of a matrix's norm is left out")
+
+
 def _ranks(config: LPAConfig, projection: Projection) -> str:
     """A projection's rank, or from which to which it goes over the layers."""
     found = [config.rank(projection, layer) for layer in range(config.num_hidden_layers)]
