@@ -216,10 +216,13 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LPAFor
         try:
             path.open("rb").close()  # raises OSError for an unreadable file, so that it is not reported as a broken one
             with safe_open(path, framework="pt", device=str(device)) as file:
-                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                for stored in file.keys():  # noqa: SIM118 (not a mapping)
+                    name = stored.removeprefix("model.")  # transformers' saving puts it there
                     if name not in expected:
-                        raise CheckpointError(f"{path}: unexpected tensor {name}")
-                    tensor = file.get_tensor(name)
+                        raise CheckpointError(f"{path}: unexpected tensor {stored}")
+                    if name in found:
+                        raise CheckpointError(f"{path}: {name} is there twice")
+                    tensor = file.get_tensor(stored)
                     if not tensor.is_floating_point():
                         raise CheckpointError(f"{path}: {name} holds {tensor.dtype}, not floating-point numbers")
                     if tensor.shape != expected[name].shape:

@@ -38,22 +38,31 @@ def export_llama(source: Path, folder: Path, dtype: torch.dtype) -> int:
     if reason := inexpressible(config):
         raise CheckpointError(f"{source}: {reason}")
     tokenizer = load_tokenizer(source)
-    tokenizer_config = _tokenizer_config(load_tokenizer_config(source), config, tokenizer)
+    load_tokenizer_config(source)  # a broken file is an error before anything is written
     model = load_model(source, torch.float32, torch.device("cpu"))
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in llama_tensors(model).items()}
 
     folder.mkdir(parents=True, exist_ok=True)
-    special = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    _write_json(folder / "config.json", {**llama_config(config, dtype), **special})
-    _write_json(folder / "generation_config.json", special)
-    _write_json(folder / TOKENIZER_CONFIG, tokenizer_config)
-    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-    if (source / CHAT_TEMPLATE).is_file():
-        shutil.copyfile(source / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
+    write_json(folder / "config.json", {**llama_config(config, dtype), **_special_ids(config)})
+    write_tokenizer(folder, source, config, tokenizer)
     weights = folder / "model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", weights)  # safetensors writes 0600
     return sum(tensor.numel() for tensor in tensors.values())
+
+
+def write_tokenizer(folder: Path, source: Path, config: LPAConfig, tokenizer: Tokenizer) -> None:
+    """The tokenizer, a chat template and the ids of special tokens of `source`, as transformers reads them."""
+    write_json(folder / "generation_config.json", _special_ids(config))
+    given = load_tokenizer_config(source)
+    write_json(folder / TOKENIZER_CONFIG, _tokenizer_config(given, config, tokenizer))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    if (source / CHAT_TEMPLATE).is_file():
+        shutil.copyfile(source / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
+
+
+def _special_ids(config: LPAConfig) -> dict[str, Any]:
+    return {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
 
 
 def inexpressible(config: LPAConfig) -> str | None:
@@ -142,5 +151,6 @@ def _tokenizer_config(given: dict[str, Any], config: LPAConfig, tokenizer: Token
     return written
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """An object as a JSON file."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -14,11 +14,6 @@ export = typer.Typer(
 )
 
 
-@export.callback()
-def _export() -> None:
-    """Keeps `hf-llama` a sub-command while it is the only one."""
-
-
 @export.command("hf-llama")
 def hf_llama(
     source: Annotated[Path, typer.Argument(help="Model folder.")],
@@ -41,3 +36,26 @@ def hf_llama(
         parameters = export_llama(source, folder, resolve_dtype(dtype, torch.device("cpu")))
         name = "Qwen3" if load_config(source).qk_norm else "LLaMA"
     typer.echo(f"{folder}: {name}, {parameters:,} parameters in {dtype}")
+
+
+@export.command("transformers")
+def transformers(
+    source: Annotated[Path, typer.Argument(help="Model folder.")],
+    folder: Annotated[Path, typer.Argument(help="Where to write it.")],
+    dtype: StoredDtype = "float32",
+) -> None:
+    """Keep the factors: a folder with the model's code, for transformers and what is built on it.
+
+    `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)` reads it, and so does `lpa serve`, also after
+    training there.
+    """
+    import torch
+
+    from lpa_model.backends.features import resolve_dtype
+    from lpa_model.convert.export_transformers import export_transformers
+
+    with user_errors():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder}: exists and is not an empty folder")
+        parameters = export_transformers(source, folder, resolve_dtype(dtype, torch.device("cpu")))
+    typer.echo(f"{folder}: for transformers with trust_remote_code, {parameters:,} parameters in {dtype}")
