@@ -40,6 +40,22 @@ CASES: dict[str, dict[str, Any]] = {
     "linear-rope": {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 500.0},
     "llama3-rope": {"rope_scaling": LLAMA3},
     "bos": {"bos_token_id": 7, "norm_eps": 1e-3},
+    "all-of-llama": {
+        "num_key_value_heads": 2,
+        "attention_bias": True,
+        "ffn_rank": {"gate": 6, "up": [None, 7], "down": 5},
+        "rope_scaling": LLAMA3,
+        "tie_word_embeddings": True,
+    },
+    "all-of-qwen3": {
+        "qk_norm": True,
+        "num_key_value_heads": 1,
+        "head_dim": 10,
+        "ffn_rank": 9,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        "tie_word_embeddings": True,
+        "eos_token_id": (0, 5),
+    },
 }
 
 
@@ -115,7 +131,8 @@ def test_the_dense_model_gives_the_same_logits(tmp_path: Path, changes: dict[str
     assert written["architectures"] == ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"]
     generation = json.loads((folder / "generation_config.json").read_text())
     for name in ("bos_token_id", "eos_token_id"):  # LLaMA's defaults are 1 and 2, so none is written too
-        assert written[name] == generation[name] == getattr(config, name)
+        value = getattr(config, name)
+        assert written[name] == generation[name] == (list(value) if isinstance(value, tuple) else value)
 
 
 def test_weights_are_stored_as_asked_and_rounded_once(tmp_path: Path) -> None:
