@@ -207,14 +207,15 @@ class LPABlock(GradientCheckpointingLayer):
     def forward(
         self, x: Tensor, positions: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
+        dtype = self.attention_norm.weight.dtype
         if self.post_norm:
-            dtype = self.attention_norm.weight.dtype
             y, weights = self.attention(x.to(dtype), positions, mask, cache, **kwargs)
             x = x + self.attention_norm(y)
             return x + self.ffn_norm(self.ffn(x.to(dtype))), weights
-        y, weights = self.attention(self.attention_norm(x), positions, mask, cache, **kwargs)
+        # vLLM puts its own norm here, which returns what it is given: float32
+        y, weights = self.attention(self.attention_norm(x).to(dtype), positions, mask, cache, **kwargs)
         x = x + y
-        return x + self.ffn(self.ffn_norm(x)), weights
+        return x + self.ffn(self.ffn_norm(x).to(dtype)), weights
 
 
 class LPAPreTrainedModel(PreTrainedModel):
@@ -294,7 +295,7 @@ class LPAModel(LPAPreTrainedModel):
             x, weights = layer(x, positions, mask, cache, **kwargs)
             hidden.append(x)
             attentions.append(weights)
-        x = x.to(self.embed_tokens.weight.dtype) if self.norm is None else self.norm(x)
+        x = (x if self.norm is None else self.norm(x)).to(self.layers[0].attention_norm.weight.dtype)
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_attentions and attentions[0] is None:
