@@ -343,6 +343,18 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path, stored: bool) -> None:
     assert check(model, tmp_path / "out", MIXED).tie_word_embeddings
 
 
+def test_weights_keep_their_dtype_or_take_another(tmp_path: Path) -> None:
+    model = Model(Lems, MIXED)
+    source = write_lems(tmp_path / "lems", model, hf_config(), rank_dict(MIXED))
+    halves = {name: tensor.half() for name, tensor in load_file(source / "model.safetensors").items()}
+    save_file(halves, source / "model.safetensors")
+    model.load_state_dict({name.removeprefix("wrapped_model."): tensor.float() for name, tensor in halves.items()})
+    assert "parameters in float16" in succeed("convert", "factored", source, tmp_path / "same")
+    assert "parameters in float32" in succeed("convert", "factored", source, tmp_path / "wide", "--dtype", "float32")
+    check(model, tmp_path / "same", MIXED)
+    check(model, tmp_path / "wide", MIXED)
+
+
 def test_svd_llm_from_a_state_dict_beside_its_base(tmp_path: Path) -> None:
     model = Model(None, every(8))
     tensors = model.state_dict()

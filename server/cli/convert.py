@@ -171,15 +171,13 @@ def factored(
     ] = None,
     max_position_embeddings: Annotated[int | None, typer.Option(min=1, help="A shorter context, in tokens.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json or .model, if the source has none.")] = None,
-    dtype: StoredDtype = "float32",
+    dtype: KeptDtype = "auto",
 ) -> None:
     """Take over a low-rank model of LEMS, SVD-LLM, DynRank, SpecTurn or ASVD, or of pairs by other names."""
-    import torch
-
-    from lpa_model.backends.features import resolve_dtype
+    from lpa_model.checkpoint import stored_dtypes
     from lpa_model.convert.factored import convert_factored
 
-    with user_errors():
+    with user_errors(), _progress() as progress:
         pairs = [tuple(name.strip() for name in text.split(",")) for text in names or []]
         for text, pair in zip(names or [], pairs, strict=True):
             if len(pair) != 2 or not all(pair):
@@ -187,25 +185,26 @@ def factored(
         if tolerance is not None and not refactor:
             raise ValueError("--tolerance: has no effect without --refactor")
 
-        def progress(layer: int, layers: int) -> None:
-            if refactor:
-                typer.echo(f"layer {layer + 1} of {layers}", err=True)
+        def looking(layer: int, layers: int) -> None:
+            typer.echo(f"layer {layer + 1} of {layers}", err=True)
 
         done = convert_factored(
             source,
             folder,
-            resolve_dtype(dtype, torch.device("cpu")),
+            _torch_dtype(dtype),
             base=base,
             patterns=[(a, b) for a, b in pairs],
             refactor=refactor,
             tolerance=tolerance,
             max_position_embeddings=max_position_embeddings,
             tokenizer=tokenizer,
+            layers=looking if refactor else None,
             progress=progress,
         )
     config = done.config
     typer.echo(
-        f"{folder}: {config.architecture}, {config.parameter_count():,} parameters in {dtype}, all finite; "
+        f"{folder}: {config.architecture}, {config.parameter_count():,} parameters in "
+        f"{', '.join(stored_dtypes(folder))}, all finite; "
         f"{config.vanilla().parameter_count():,} with dense matrices"
     )
     typer.echo("ranks " + "  ".join(f"{name} {_ranks(config, name)}" for name in config.projections))

@@ -15,7 +15,14 @@ from server.engine.engine import build_engine
 from server.engine.request import Request, SamplingParams
 from server.settings import load_settings
 from tests.conftest import byte_tokenizer, random_model, tiny_config, write_checkpoint
-from tests.test_export import CASES
+from tests.test_export import CASES as WITH_ORACLE
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+CASES: dict[str, dict[str, Any]] = {
+    **WITH_ORACLE,
+    "yarn-rope": {"rope_scaling": YARN, "ffn_rank": 7},
+    "yarn-qwen3": {"rope_scaling": {**YARN, "beta_fast": 16, "attention_factor": 1.5}, "qk_norm": True},
+}
 
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES)

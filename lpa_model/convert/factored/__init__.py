@@ -7,8 +7,6 @@ They are LLaMA, Mistral or Qwen with some matrices in two factors. `spellings` k
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lpa_model.checkpoint import CheckpointError, check_finite, save_checkpoint
+from lpa_model.checkpoint import TOKENIZER_FILES, CheckpointError
 from lpa_model.config import ATTENTION_PROJECTIONS, LPAConfig, Projection, Rank
 from lpa_model.convert.factored.base import base_config
 from lpa_model.convert.factored.refactor import find_factors
 from lpa_model.convert.factored.spellings import HEAD, PROJECTIONS, SPELLINGS, Kind, module_name, places
 from lpa_model.convert.official import read_words, shortest
 from lpa_model.convert.source import find_weights, read_tensors, without_prefix
+from lpa_model.convert.stream import DTYPES, Progress, Stored, check_free, row_blocks, write_model
 from lpa_model.hf_keys import read_object
 from lpa_model.model import LPAForCausalLM
 
@@ -41,11 +40,12 @@ BLOCK = {
 
 
 class Part(NamedTuple):
-    """A tensor of a matrix under the name that it has in its file."""
+    """A tensor under the name that it has in its file."""
 
     name: str
     tensor: Tensor
-    transposed: bool
+    dtype: torch.dtype  # in the file
+    transposed: bool = False
 
 
 Matrix = dict[Kind, Part]
@@ -66,7 +66,7 @@ class Converted(NamedTuple):
 def convert_factored(
     src: Path,
     dst: Path,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
     *,
     base: Path | None = None,
     patterns: Sequence[tuple[str, str]] = (),
@@ -74,26 +74,27 @@ def convert_factored(
     tolerance: float | None = None,
     max_position_embeddings: int | None = None,
     tokenizer: Path | None = None,
-    progress: Callable[[int, int], None] = lambda layer, layers: None,
+    layers: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Converted:
-    """Write the low-rank model `src` as the native folder `dst`, which must not exist or be empty, weights in `dtype`.
+    """Write the low-rank model `src` as the native folder `dst`, which must not exist or be empty.
 
     Args:
         src: a folder, or a file of weights.
+        dtype: of the weights written; None keeps that of each tensor.
         base: a folder with config.json and tokenizer of the model that was factored, if `src` has none.
         patterns: names of A and B that no known project uses (`spellings.places`).
         refactor: look for factors of the dense matrices, too; `tolerance` as in `find_factors`.
         max_position_embeddings: a shorter context than the model's.
         tokenizer: a tokenizer.json, or SentencePiece's tokenizer.model.
-        progress: called with the layer and the number of layers.
+        layers: called before each layer with its number and how many there are.
+        progress: of the writing.
 
     Raises:
         CheckpointError: the model is none of these, or a tensor is missing, left over, not finite or of the wrong
             shape; the message names it.
     """
-    dst = dst.resolve()
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise CheckpointError(f"{dst}: exists already")
+    check_free(dst)
     files = find_weights(src)
     path = (base or files[0].parent) / "config.json"
     values, declared = _config_values(path)
@@ -105,36 +106,34 @@ def convert_factored(
     for file in files:
         _refuse_code(file)
     tensors = without_prefix(read_tensors(src), EMBEDDING)
-    for name, tensor in tensors.items():
-        check_finite(src, name, tensor)
-
     matrices, projects, others = _by_matrix(tensors, places(config.num_hidden_layers, patterns))
     if any("bias" in matrix for (_, name), matrix in matrices.items() if name in ("q", "k", "v")):
         config = dataclasses.replace(config, attention_bias=True)
-    found: dict[str, Tensor] = {}
+    found: dict[str, Part] = {}
     ranks: dict[Projection, list[Rank]] = {name: [] for name in PROJECTIONS}
     counted: dict[str, int] = {}
     worst = 0.0
     for layer in range(config.num_hidden_layers):
-        progress(layer, config.num_hidden_layers)
+        if layers is not None:
+            layers(layer, config.num_hidden_layers)
         for name in PROJECTIONS:
             matrix = matrices.pop((layer, name), {})
-            down, up = _pair(config, layer, name, matrix)
+            down, up = _factors(module_name(layer, name), matrix, *config.projection_sizes(name))
             if down is not None:
-                counted[module_name(layer, name)] = len(down)
-            elif refactor and (factors := find_factors(up, tolerance)) is not None:
-                down, up = factors.down, factors.up
+                counted[module_name(layer, name)] = len(down.tensor)
+            elif refactor and (factors := find_factors(up.tensor, tolerance)) is not None:
+                down, up = (Part(up.name, half.float(), up.dtype) for half in (factors.down, factors.up))
                 worst = max(worst, factors.error)
             part = f"layers.{layer}.{'attention' if name in ATTENTION_PROJECTIONS else 'ffn'}.{name}_proj"
             found |= {f"{part}.weight": up} if down is None else {f"{part}.down.weight": down, f"{part}.up.weight": up}
             found |= _bias(name, part if down is None else f"{part}.up", matrix)
-            ranks[name].append(None if down is None else len(down))
+            ranks[name].append(None if down is None else len(down.tensor))
     head, head_rank = _head(config, matrices.pop((-1, "head"), {}))
     if head_rank is not None:
         counted[HEAD] = head_rank
         config = dataclasses.replace(config, tie_word_embeddings=False)
     if head is not None:
-        others["lm_head.weight"] = head
+        found["lm_head.weight"] = head
     _check_ranks(declared, counted, path)
     _check_listed(files, counted)
     if all(rank is None for of_layers in ranks.values() for rank in of_layers):
@@ -144,14 +143,17 @@ def convert_factored(
         attention_rank=shortest({name: ranks[name] for name in ATTENTION_PROJECTIONS}),
         ffn_rank=shortest({name: ranks[name] for name in config.ffn_projections}),
     )
-    model = _model(config, found, others, src)
-
-    new = dst.with_name(f".{dst.name}.{os.getpid()}.new")
-    try:
-        save_checkpoint(new, model, words, dtype, tokenizer_files=words_folder)
-        new.replace(dst)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    _named(config, found, others)
+    texts = {name: words_folder / name for name in TOKENIZER_FILES}
+    write_model(
+        dst,
+        config,
+        {name: _stored(src, part) for name, part in found.items()},
+        words,
+        {name: path.read_text(encoding="utf-8-sig") for name, path in texts.items() if path.is_file()},
+        dtype=dtype,
+        progress=progress,
+    )
     return Converted(config, projects, head_rank is not None, worst)
 
 
@@ -207,19 +209,14 @@ def _by_matrix(
         matrix = matrices.setdefault((place.layer, place.projection), {})
         if place.kind in matrix:
             raise CheckpointError(f"{name} and {matrix[place.kind].name} stand for the same part of a matrix")
-        matrix[place.kind] = Part(name, tensor, place.transposed)
+        matrix[place.kind] = Part(name, tensor, tensor.dtype, place.transposed)
         if place.kind in ("down", "up"):
             projects.add(project)
     return matrices, tuple(sorted(projects)), others
 
 
-def _pair(config: LPAConfig, layer: int, name: Projection, matrix: Matrix) -> tuple[Tensor | None, Tensor]:
+def _factors(module: str, matrix: Matrix, width_in: int, width_out: int) -> tuple[Part | None, Part]:
     """(A [rank, in], B [out, rank]) of a matrix in factors; (None, W [out, in]) of a dense one."""
-    width_in, width_out = config.projection_sizes(name)
-    return _factors(module_name(layer, name), matrix, width_in, width_out)
-
-
-def _factors(module: str, matrix: Matrix, width_in: int, width_out: int) -> tuple[Tensor | None, Tensor]:
     dense, down, up = matrix.get("dense"), matrix.get("down"), matrix.get("up")
     if dense is not None and (down is not None or up is not None):
         raise CheckpointError(f"{dense.name} and {(down or up or dense).name}: one matrix, dense and in factors")
@@ -228,14 +225,14 @@ def _factors(module: str, matrix: Matrix, width_in: int, width_out: int) -> tupl
             raise CheckpointError(
                 f"{dense.name} has shape {list(dense.tensor.shape)}; the config asks for {[width_out, width_in]}"
             )
-        return None, dense.tensor
+        return None, dense
     if down is None or up is None:
         if (one := down or up) is not None:
             raise CheckpointError(f"{one.name}: the other factor of {module} is missing")
         raise CheckpointError(f"missing tensor {module}.weight, and no factors of it either")
     a, b = (part.tensor.T if part.transposed and part.tensor.ndim == 2 else part.tensor for part in (down, up))
     if a.ndim == b.ndim == 2 and a.shape[1] == width_in and b.shape == (width_out, len(a)):
-        return a, b
+        return Part(down.name, a, down.dtype), Part(up.name, b, up.dtype)
     raise CheckpointError(
         f"{down.name} {list(down.tensor.shape)} and {up.name} {list(up.tensor.shape)}: these are not the factors "
         f"[rank, {width_in}] and [{width_out}, rank] of {module}{_other_way(down, up, width_in, width_out)}"
@@ -255,25 +252,27 @@ def _other_way(down: Part, up: Part, width_in: int, width_out: int) -> str:
     return ""
 
 
-def _bias(name: Projection, part: str, matrix: Matrix) -> dict[str, Tensor]:
+def _bias(name: Projection, part: str, matrix: Matrix) -> dict[str, Part]:
     """The bias of a matrix under our name."""
     if (bias := matrix.get("bias")) is None:
         return {}
     if name in ("q", "k", "v"):
-        return {f"{part}.bias": bias.tensor}
+        return {f"{part}.bias": bias}
     if bias.tensor.any():
         raise CheckpointError(f"{bias.name}: LPA models have no bias there")
     return {}
 
 
-def _head(config: LPAConfig, matrix: Matrix) -> tuple[Tensor | None, Rank]:
+def _head(config: LPAConfig, matrix: Matrix) -> tuple[Part | None, Rank]:
     """The output head [vocab, d] if there is one, multiplied out in float64 if it came in factors of this rank."""
     if "bias" in matrix:
         raise CheckpointError(f"unexpected tensor {matrix['bias'].name}")
     if not matrix:
         return None, None
     down, up = _factors(HEAD, matrix, config.hidden_size, config.vocab_size)
-    return (up, None) if down is None else (up.double() @ down.double(), len(down))
+    if down is None:
+        return up, None
+    return Part(up.name, (up.tensor.double() @ down.tensor.double()).float(), up.dtype), len(down.tensor)
 
 
 def _check_ranks(declared: Mapping[str, Any] | None, counted: Mapping[str, int], path: Path) -> None:
@@ -313,31 +312,30 @@ def _nothing(refactor: bool, tolerance: float | None) -> str:
     )
 
 
-def _model(config: LPAConfig, found: dict[str, Tensor], others: dict[str, Tensor], src: Path) -> LPAForCausalLM:
-    """The model with every tensor in its place; one that is missing or left over is an error."""
-    with torch.device("meta"):
-        model = LPAForCausalLM(config)
+def _named(config: LPAConfig, found: dict[str, Part], others: dict[str, Tensor]) -> None:
+    """Put the tensors that are no matrix's into `found` under our names; one that has none there is an error."""
     others = _without_frequencies(config, others)
-    for name, parameter in model.named_parameters():
-        if name in found:
-            expected, theirs, tensor = parameter.shape, name, found[name]
-        else:
-            theirs = _their_name(name)
-            if theirs not in others:
+    with torch.device("meta"):
+        expected = dict(LPAForCausalLM(config).named_parameters())
+    for name in expected:
+        if name not in found:
+            if (theirs := _their_name(name)) not in others:
                 raise CheckpointError(f"missing tensor {theirs}")
-            expected, tensor = parameter.shape, others.pop(theirs)
-        if tensor.shape != expected:
-            raise CheckpointError(f"{theirs} has shape {list(tensor.shape)}; the config asks for {list(expected)}")
-        found[name] = tensor
-    head = others.pop("lm_head.weight", None) if config.tie_word_embeddings else None
-    if head is not None and not torch.equal(head, found["embed_tokens.weight"]):
+            tensor = others.pop(theirs)
+            found[name] = Part(theirs, tensor, tensor.dtype)
+    head = found.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    if head is not None and not torch.equal(head.tensor, found["embed_tokens.weight"].tensor):
         raise CheckpointError("lm_head.weight is not the embedding, which tie_word_embeddings says")
     if others:
         raise CheckpointError(f"unexpected tensor {min(others)}" + f" and {len(others) - 1} more" * (len(others) > 1))
-    model.load_state_dict(found, strict=False, assign=True)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
-    return model
+
+
+def _stored(src: Path, part: Part) -> Stored:
+    """As the writer takes it: some rows at a time."""
+    tensor = part.tensor
+    dtype = part.dtype if part.dtype in DTYPES else torch.float32
+    shape = tuple(tensor.shape)
+    return Stored(src, part.name, shape, dtype, lambda: (tensor[rows] for rows in row_blocks(shape)))
 
 
 def _without_frequencies(config: LPAConfig, others: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,13 +1,13 @@
-"""The model that was factored, by its config.json: LLaMA, Mistral, Qwen2 or Qwen3 as a setting-2 config."""
+"""The model that was factored, by its config.json, which other projects write out in full."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from lpa_model.config import LPAConfig
-
-BASES = ("llama", "mistral", "qwen2", "qwen3")
+from lpa_model.convert.llama import config_of
 
 WRITTEN_OUT = frozenset(
     {
@@ -28,39 +28,25 @@ WRITTEN_OUT = frozenset(
 
 
 def base_config(values: Mapping[str, Any], *, max_position_embeddings: int | None = None) -> LPAConfig:
-    """The dense LPA config of a Hugging Face config.
-
-    Args:
-        max_position_embeddings: a shorter context than the config's.
+    """The dense LPA config of a Hugging Face config (`config_of`), with a shorter context if one is given.
 
     Raises:
         ValueError: another architecture, or a key needs what LPA models do not have; the message names it.
     """
     found = {name: value for name, value in values.items() if name not in WRITTEN_OUT}
-    kind = found.get("model_type")
-    if kind not in BASES:
-        raise ValueError(f"model_type: {kind!r} is none of {', '.join(BASES)}")
-    if max_position_embeddings is not None:
-        given = found.get("max_position_embeddings")
-        if isinstance(given, int) and max_position_embeddings > given:
-            raise ValueError(f"max_position_embeddings: {max_position_embeddings} is more than the model's {given}")
-        found["max_position_embeddings"] = max_position_embeddings
-    _window(found)
-    found["qk_norm"] = kind == "qwen3"
-    found["attention_bias"] = kind == "qwen2" or found.get("attention_bias", False)
-    return LPAConfig.from_dict({**found, "architecture": "setting2", "model_type": "lpa"})
-
-
-def _window(found: dict[str, Any]) -> None:
-    """Takes keys of a sliding window away where it is as long as the context, or not used."""
-    used = found.pop("use_sliding_window", True)
-    window, context = found.pop("sliding_window", None), found.get("max_position_embeddings")
-    for name in ("max_window_layers", "layer_types"):
-        found.pop(name, None)
-    if not used or window is None or not isinstance(context, int):
-        return
-    if not isinstance(window, int) or window < context:
+    window, context = found.get("sliding_window"), max_position_embeddings
+    if context is not None and isinstance(window, int) and window >= context:
+        found["sliding_window"] = None
+    try:
+        config = config_of(found)
+    except ValueError as error:
+        if str(error).startswith("sliding_window") and context is None:
+            raise ValueError(f"{error}; --max-position-embeddings {window} takes the context within it") from error
+        raise
+    if context is None:
+        return config
+    if context > config.max_position_embeddings:
         raise ValueError(
-            f"sliding_window: {window!r} is shorter than max_position_embeddings {context}, and LPA models attend to "
-            f"all positions; --max-position-embeddings {window} takes the part in which both are the same"
+            f"max_position_embeddings: {context} is more than the model's {config.max_position_embeddings}"
         )
+    return dataclasses.replace(config, max_position_embeddings=context)
