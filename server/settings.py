@@ -111,7 +111,12 @@ class Settings(BaseSettings):
         "top_p, top_k, min_p, repetition_penalty), as vLLM does. A text ends at its EOS tokens either way.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Type of weights and cache; auto is bfloat16 where the processor has it in hardware."
+        "auto", description="Type of activations and cache; auto is bfloat16 where the processor has it in hardware."
+    )
+    weights: Literal["auto", "float32", "bfloat16", "int8", "int4"] = Field(
+        "auto",
+        description="Type that weights are held in; fewer bits are faster and less exact. auto: the dtype, if one is "
+        "named, else bfloat16 wherever the backend is fast with it. int4 leaves the output head in int8.",
     )
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N.")
     threads: Annotated[int | None, AfterValidator(_check_threads)] = Field(

@@ -45,7 +45,14 @@ def info(
         folder = local_model(Path(name)) if name not in PRESETS else Path(name)
         stored = stored_dtypes(folder) if folder.is_dir() else None
         layout, block_size = settings.kv_cache_layout, settings.block_size
-        choice = choose(config, dtype=settings.dtype, device=settings.device, layout=layout, block_size=block_size)
+        choice = choose(
+            config,
+            dtype=settings.dtype,
+            weights=settings.weights,
+            device=settings.device,
+            layout=layout,
+            block_size=block_size,
+        )
     dense = config.vanilla()
     facts = Table(title=name, show_header=False)
     for key, value in dataclasses.asdict(config).items():

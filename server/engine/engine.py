@@ -48,6 +48,7 @@ class EngineOptions:
     """The settings of the engine. Defaults, and what None means, are in `server/settings.py`."""
 
     dtype: str
+    weights: str
     device: str
     threads: int | None
     max_model_len: int | None
@@ -68,6 +69,7 @@ class BackendInfo:
     """What computes, and what faster backend does not and why."""
 
     name: str = ""
+    types: str = ""  # of activations, and of weights where they differ: "float32, int8 weights"
     batch_invariant: bool = False
     refused: tuple[tuple[str, str], ...] = ()  # (backend, reason and remedy)
 
@@ -295,6 +297,7 @@ def _build_engine(model_dir: Path, options: EngineOptions, hashing: Executor) ->
     choice = select.choose(
         config,
         dtype=options.dtype,
+        weights=options.weights,
         device=options.device,
         layout=options.kv_cache_layout,
         block_size=options.block_size,
@@ -348,7 +351,7 @@ def _build_engine(model_dir: Path, options: EngineOptions, hashing: Executor) ->
         tokenizer,
         load_generation_config(model_dir).defaults(options.generation_config),
         fingerprint(weights.result(), backend.name),
-        BackendInfo(backend.name, invariant, choice.refused),
+        BackendInfo(backend.name, choice.types, invariant, choice.refused),
     )
 
 

@@ -6,8 +6,9 @@ result. Weights are copies: the model as it was loaded can be released.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -16,16 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lpa_model.attention import Attention
+from lpa_model.backends.cpu import packing
 from lpa_model.backends.cpu.args import ATTENTION, Epilogue
 from lpa_model.backends.cpu.attention import NO_DECODES, NO_PROMPTS, DecodeRows, PromptRows, layer_fields
 from lpa_model.backends.cpu.library import Kernel
 from lpa_model.backends.cpu.oplist import OpList, gemm
-from lpa_model.backends.cpu.packing import PackedWeight, pack, pack_gated, padded
+from lpa_model.backends.cpu.packing import PackedWeight, padded
 from lpa_model.backends.cpu.rotary import interleaved, rope_cache
 from lpa_model.batch import Batch
 from lpa_model.cache import LatentCache
 from lpa_model.layers import LayerNorm, LowRankLinear, ReluFFN, RMSNorm, SwiGLU
 from lpa_model.model import LPAForCausalLM, PostNormBlock, PreNormBlock
+from lpa_model.quantization import WeightType, weight_type
 
 MOST_ROWS = 512  # of one run of the op list: so many stay in the cores' caches from one operation to the next
 WIDTH_UNIT = 32  # numbers that the cache's widths are padded to multiples of
@@ -52,8 +55,10 @@ class Norm:
 class LayerPlan:
     """A block's packed weights, and its operations over a cache."""
 
-    def __init__(self, block: PostNormBlock | PreNormBlock, cache: LatentCache) -> None:
+    def __init__(self, block: PostNormBlock | PreNormBlock, cache: LatentCache, weights: WeightType) -> None:
         attention = block.attention
+        self.pack = partial(packing.pack, weights=weights)
+        self.pack_gated = partial(packing.pack_gated, weights=weights)
         rotary = isinstance(block, PreNormBlock)
         self.pre_norm = rotary
         self.heads, self.scale = attention.heads, attention.scale
@@ -87,14 +92,14 @@ class LayerPlan:
             if isinstance(layer, LowRankLinear):
                 joint.append(_matrix(layer.down))
                 latent = (name == "k" and keys_latent) or (name == "v" and values_latent)
-                ups.append(None if latent else pack(*of_heads(layer.up, count, rows)))
+                ups.append(None if latent else self.pack(*of_heads(layer.up, count, rows)))
             elif name == "q":  # attention reads whole rows of queries
                 joint.append(None)
-                ups.append(pack(*of_heads(layer, count, rows)))
+                ups.append(self.pack(*of_heads(layer, count, rows)))
             else:
                 joint.append(of_heads(layer, count, rows))
                 ups.append(None)
-        self.joint, self.joint_widths = _pack_joint(joint)
+        self.joint, self.joint_widths = _pack_joint(self.pack, joint)
         self.query, self.key, self.value = ups
         norms = (attention.q_norm, attention.k_norm)
         self.head_norms = [
@@ -104,14 +109,14 @@ class LayerPlan:
         if keys_latent:
             by_head = attention.key_up()[:, order].transpose(1, 2).repeat_interleave(group, 0)  # [H, r, dh]
             by_head = F.pad(by_head, (0, padded(size) - size))
-            self.absorbed = pack(by_head.flatten(0, 1), groups=heads)
+            self.absorbed = self.pack(by_head.flatten(0, 1), groups=heads)
         if values_latent:
             up, bias = attention.value_up()
             up, bias = up.repeat_interleave(group, 0), None if bias is None else bias.repeat_interleave(group, 0)
-            self.up = pack(up.flatten(0, 1), None if bias is None else bias.flatten(), groups=heads)
+            self.up = self.pack(up.flatten(0, 1), None if bias is None else bias.flatten(), groups=heads)
         first, *rest = _matrices(attention.o_proj)
         by_head = F.pad(first[0].unflatten(1, (heads, size)), (0, padded(size) - size))
-        self.output = [pack(*matrix) for matrix in ((by_head.flatten(1), first[1]), *rest)]
+        self.output = [self.pack(*matrix) for matrix in ((by_head.flatten(1), first[1]), *rest)]
 
     def _pack_ffn(self, ffn: ReluFFN | SwiGLU) -> None:
         self.gated = self.gate_joint = None
@@ -120,15 +125,15 @@ class LayerPlan:
         if isinstance(ffn, SwiGLU):
             gate, up = _matrices(ffn.gate_proj), _matrices(ffn.up_proj)
             if len(gate) == len(up) == 1:
-                self.gated = pack_gated(gate[0][0], up[0][0])
+                self.gated = self.pack_gated(gate[0][0], up[0][0])
             elif len(gate) == len(up) == 2:
-                self.gate_joint, self.gate_widths = _pack_joint([gate.pop(0), up.pop(0)])
-            self.gate = [pack(*matrix) for matrix in gate]
+                self.gate_joint, self.gate_widths = _pack_joint(self.pack, [gate.pop(0), up.pop(0)])
+            self.gate = [self.pack(*matrix) for matrix in gate]
         else:
             assert isinstance(ffn, ReluFFN)
             up = _matrices(ffn.up_proj)
-        self.inner = [] if self.gated else [pack(*matrix) for matrix in up]
-        self.outer = [pack(*matrix) for matrix in _matrices(ffn.down_proj)]
+        self.inner = [] if self.gated else [self.pack(*matrix) for matrix in up]
+        self.outer = [self.pack(*matrix) for matrix in _matrices(ffn.down_proj)]
 
     def write(self, ops: OpList, stream: Tensor, normed: Tensor, rope: Tensor | None) -> dict[str, int | float]:
         """Add the layer's operations on `stream` float32 [rows, d], with `normed` [rows, d] between them.
@@ -198,10 +203,13 @@ class LayerPlan:
 class StepPlan:
     """The rows of a step through all layers of a model; a row's result depends on the row alone, to the bit."""
 
-    def __init__(self, model: LPAForCausalLM, cache: LatentCache, kernels: Mapping[str, Kernel]) -> None:
+    def __init__(
+        self, model: LPAForCausalLM, cache: LatentCache, kernels: Mapping[str, Kernel], weights: WeightType
+    ) -> None:
         self.kernels, self.dtype = kernels, cache.keys[0].dtype
         self.vocab_size, self.width = model.config.vocab_size, padded(model.config.hidden_size)
-        self.tokens = _pad_columns(model.embed_tokens.weight, self.width)
+        tokens = model.embed_tokens.weight if weights == "float32" else model.embed_tokens.weight.bfloat16()
+        self.tokens = _pad_columns(tokens, self.width)
         self.positions = self.rope = self.norm = None
         if model.rotary is None:
             self.positions = _pad_columns(model.embed_positions.weight, self.width)
@@ -209,8 +217,8 @@ class StepPlan:
             self.rope = rope_cache(model.rotary, padded(model.config.head_size))
         if model.norm is not None:
             self.norm = Norm.of(model.norm)
-        self.layers = [LayerPlan(cast("PostNormBlock | PreNormBlock", block), cache) for block in model.layers]
-        self.output = pack(*_matrix(model.lm_head))
+        self.layers = [LayerPlan(cast("PostNormBlock | PreNormBlock", block), cache, weights) for block in model.layers]
+        self.output = packing.pack(*_matrix(model.lm_head), weights=weight_type(weights, is_head=True))
         self.capacity = 0
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -300,7 +308,9 @@ def _matrices(layer: nn.Module) -> list[Matrix]:
     return [_matrix(part) for part in ((layer.down, layer.up) if isinstance(layer, LowRankLinear) else (layer,))]
 
 
-def _pack_joint(matrices: Sequence[Matrix | None]) -> tuple[PackedWeight | None, list[int]]:
+def _pack_joint(
+    pack: Callable[[Tensor, Tensor | None], PackedWeight], matrices: Sequence[Matrix | None]
+) -> tuple[PackedWeight | None, list[int]]:
     """Several matrices of one input as one weight, and the padded widths of their outputs, 0 for None."""
     present = [matrix for matrix in matrices if matrix is not None]
     widths = [0 if matrix is None else padded(len(matrix[0])) for matrix in matrices]

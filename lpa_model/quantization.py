@@ -1,0 +1,132 @@
+"""Weights in 8 and 4 bits, and what a quantised linear layer computes: the reference for the kernels.
+
+Numbers are quantised in groups of 32 along the input, symmetrically: number = scale * code, with codes from -127 to 127
+in int8 and from -8 to 7 in int4. A weight's scales are bfloat16; its codes are chosen after the scale is rounded, so
+that its rounding costs no accuracy. The input of a layer is quantised in the same groups, in int8 with float32 scales;
+products of codes are whole numbers, and exact.
+
+To quantise what has been quantised changes nothing: the largest number of a group finds its scale again.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GROUP = 32
+"""Numbers of a group, along the input."""
+Bits = Literal[8, 4]
+WeightType = Literal["float32", "bfloat16", "int8", "int4"]
+"""How a backend holds weights in memory."""
+MOST_CODE = 127
+TINY = 1e-30  # a group whose numbers are smaller is all zeros: 127 / x may be infinite
+INT4_STEPS = (8.0, 7.0, 6.0, 9.0, 10.0)  # codes that the largest number of a group may get, in int4: the best is taken
+
+
+class Quantized(NamedTuple):
+    """A weight [out, in], with zeros behind `in` up to whole groups."""
+
+    codes: Tensor  # int8 [out, groups * 32]
+    scales: Tensor  # bfloat16 [out, groups]
+
+    def dequantized(self) -> Tensor:
+        """float32 [out, groups * 32], exact."""
+        grouped = self.codes.unflatten(1, (-1, GROUP)).float() * self.scales.float().unsqueeze(2)
+        return torch.flatten(grouped, 1)
+
+
+def quantize(weight: Tensor, bits: Bits) -> Quantized:
+    """weight [out, in], of any floating-point type -> its codes and scales."""
+    width = -(-weight.shape[1] // GROUP) * GROUP
+    grouped = F.pad(weight.float(), (0, width - weight.shape[1])).unflatten(1, (-1, GROUP))  # [out, groups, 32]
+    codes, scales = _int8(grouped) if bits == 8 else _int4(grouped)
+    return Quantized(codes.flatten(1), scales.squeeze(2))
+
+
+def _int8(grouped: Tensor) -> tuple[Tensor, Tensor]:
+    scales = (grouped.abs().amax(2, keepdim=True) / MOST_CODE).bfloat16()
+    return _codes(grouped, scales, -MOST_CODE, MOST_CODE), scales
+
+
+def _int4(grouped: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales of either sign, so that the largest number of a group may be -8 of them."""
+    peak = grouped.gather(2, grouped.abs().argmax(2, keepdim=True))
+    best = torch.full_like(peak, torch.inf)
+    scales = torch.zeros_like(peak, dtype=torch.bfloat16)
+    for step in INT4_STEPS:
+        tried = (peak / -step).bfloat16()
+        codes = _codes(grouped, tried, -8, 7)
+        error = (grouped - codes.float() * tried.float()).square_().sum(2, keepdim=True)
+        better = error < best
+        best, scales = torch.where(better, error, best), torch.where(better, tried, scales)
+    return _codes(grouped, scales, -8, 7), scales
+
+
+def _codes(grouped: Tensor, scales: Tensor, least: int, most: int) -> Tensor:
+    steps = torch.where(scales == 0, torch.inf, scales.float())
+    return (grouped / steps).round_().clamp_(least, most).to(torch.int8)
+
+
+def quantized_input(x: Tensor) -> Tensor:
+    """x [.., in] as the kernels see it, after its codes and scales: the same shape and dtype."""
+    width = -(-x.shape[-1] // GROUP) * GROUP
+    grouped = F.pad(x.float(), (0, width - x.shape[-1])).unflatten(-1, (-1, GROUP))
+    peak = grouped.abs().amax(-1, keepdim=True)
+    factor = torch.where(peak < TINY, 0, MOST_CODE / peak)
+    scale = torch.where(peak < TINY, 0, peak / MOST_CODE)
+    return torch.flatten((grouped * factor).round_() * scale, -2)[..., : x.shape[-1]].to(x.dtype)
+
+
+def bytes_of(weights: WeightType) -> float:
+    """Of one weight in memory, its share of the scales included."""
+    return {"float32": 4, "bfloat16": 2, "int8": 1 + 2 / GROUP, "int4": 0.5 + 2 / GROUP}[weights]
+
+
+def weight_type(name: WeightType, is_head: bool) -> WeightType:
+    """What `--weights` means for one matrix: the head's errors are the logits', so that it has 8 bits at least."""
+    return "int8" if name == "int4" and is_head else name
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer with a quantised weight, whose input is quantised, too: what the kernels compute, plainly."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, weight: Quantized, bias: Tensor | None, in_features: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, len(weight.codes)
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("scales", weight.scales)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """float32 [out, in], exact; made of codes and scales whenever it is read."""
+        return Quantized(self.codes, self.scales).dequantized()[:, : self.in_features]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [.., in] -> [.., out] in x's dtype; products and sums are float32."""
+        y = F.linear(quantized_input(x.float()), self.weight, None if self.bias is None else self.bias.float())
+        return y.to(x.dtype)
+
+
+def hold_weights(model: nn.Module, weights: WeightType) -> None:
+    """Change a model's linear layers to what they are after their weights are held in a type."""
+    layers = [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear]
+    for name, layer in layers:
+        kind = weight_type(weights, is_head=name == "lm_head")
+        if kind in ("int8", "int4"):
+            quantized = quantize(layer.weight.detach(), 8 if kind == "int8" else 4)
+            bias = None if layer.bias is None else layer.bias.detach()
+            model.set_submodule(name, QuantizedLinear(quantized, bias, layer.in_features))
+        elif kind == "bfloat16":
+            layer.weight = nn.Parameter(layer.weight.detach().bfloat16().to(layer.weight.dtype), requires_grad=False)
+    embedding = model.get_submodule("embed_tokens")
+    assert isinstance(embedding, nn.Embedding)
+    if weights != "float32":
+        rounded = embedding.weight.detach().bfloat16().to(embedding.weight.dtype)
+        embedding.weight = nn.Parameter(rounded, requires_grad=False)
