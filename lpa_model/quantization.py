@@ -75,7 +75,8 @@ def quantized_input(x: Tensor) -> Tensor:
     width = -(-x.shape[-1] // GROUP) * GROUP
     grouped = F.pad(x.float(), (0, width - x.shape[-1])).unflatten(-1, (-1, GROUP))
     peak = grouped.abs().amax(-1, keepdim=True)
-    factor = torch.where(peak < TINY, 0, MOST_CODE / peak)
+    # a quotient of tensors: torch multiplies a plain number by 1 / peak, which rounds twice
+    factor = torch.where(peak < TINY, 0, torch.full_like(peak, MOST_CODE) / peak)
     scale = torch.where(peak < TINY, 0, peak / MOST_CODE)
     return torch.flatten((grouped * factor).round_() * scale, -2)[..., : x.shape[-1]].to(x.dtype)
 
