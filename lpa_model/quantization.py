@@ -31,6 +31,7 @@ class Quantized(NamedTuple):
 
     codes: Tensor  # int8 [out, groups * 32]
     scales: Tensor  # bfloat16 [out, groups]
+    bits: Bits
 
     def dequantized(self) -> Tensor:
         """float32 [out, groups * 32], exact."""
@@ -43,7 +44,7 @@ def quantize(weight: Tensor, bits: Bits) -> Quantized:
     width = -(-weight.shape[1] // GROUP) * GROUP
     grouped = F.pad(weight.float(), (0, width - weight.shape[1])).unflatten(1, (-1, GROUP))  # [out, groups, 32]
     codes, scales = _int8(grouped) if bits == 8 else _int4(grouped)
-    return Quantized(codes.flatten(1), scales.squeeze(2))
+    return Quantized(codes.flatten(1), scales.squeeze(2), bits)
 
 
 def _int8(grouped: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,15 +100,20 @@ class QuantizedLinear(nn.Linear):
 
     def __init__(self, weight: Quantized, bias: Tensor | None, in_features: int) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = in_features, len(weight.codes)
+        self.in_features, self.out_features, self.bits = in_features, len(weight.codes), weight.bits
         self.register_buffer("codes", weight.codes)
         self.register_buffer("scales", weight.scales)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
 
     @property
+    def quantized(self) -> Quantized:
+        """The weight as it is."""
+        return Quantized(self.codes, self.scales, self.bits)
+
+    @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """float32 [out, in], exact; made of codes and scales whenever it is read."""
-        return Quantized(self.codes, self.scales).dequantized()[:, : self.in_features]
+        return self.quantized.dequantized()[:, : self.in_features]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., in] -> [.., out] in x's dtype; products and sums are float32."""
@@ -115,19 +121,26 @@ class QuantizedLinear(nn.Linear):
         return y.to(x.dtype)
 
 
-def hold_weights(model: nn.Module, weights: WeightType) -> None:
-    """Change a model's linear layers to what they are after their weights are held in a type."""
-    layers = [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear]
-    for name, layer in layers:
-        kind = weight_type(weights, is_head=name == "lm_head")
-        if kind in ("int8", "int4"):
-            quantized = quantize(layer.weight.detach(), 8 if kind == "int8" else 4)
+def hold_weights(model: nn.Module, weights: WeightType) -> torch.dtype:
+    """Quantise a model's linear layers, where that is how weights are held and they are not yet.
+
+    Returns:
+        What the other weights are held in.
+    """
+    if weights == "float32":
+        return torch.float32
+    if weights != "bfloat16" and not any(isinstance(layer, QuantizedLinear) for layer in model.modules()):
+        for name, layer in [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]:
+            bits: Bits = 4 if weight_type(weights, is_head=name == "lm_head") == "int4" else 8
             bias = None if layer.bias is None else layer.bias.detach()
+            quantized = quantize(layer.weight.detach(), bits)
             model.set_submodule(name, QuantizedLinear(quantized, bias, layer.in_features))
-        elif kind == "bfloat16":
-            layer.weight = nn.Parameter(layer.weight.detach().bfloat16().to(layer.weight.dtype), requires_grad=False)
-    embedding = model.get_submodule("embed_tokens")
-    assert isinstance(embedding, nn.Embedding)
-    if weights != "float32":
-        rounded = embedding.weight.detach().bfloat16().to(embedding.weight.dtype)
-        embedding.weight = nn.Parameter(rounded, requires_grad=False)
+    return torch.bfloat16
+
+
+def round_weights(model: nn.Module) -> None:
+    """Round what is not quantised of a model's matrices to bfloat16, in their own type."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Embedding | nn.Linear) and not isinstance(layer, QuantizedLinear):
+            rounded = layer.weight.detach().bfloat16().to(layer.weight.dtype)
+            layer.weight = nn.Parameter(rounded, requires_grad=False)

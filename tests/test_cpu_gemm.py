@@ -15,7 +15,7 @@ from torch import Tensor
 from lpa_model.backends.cpu.args import Epilogue
 from lpa_model.backends.cpu.oplist import OpList, gemm
 from lpa_model.backends.cpu.packing import PackedWeight, pack, pack_gated, padded
-from lpa_model.quantization import Bits, WeightType, quantize, quantized_input
+from lpa_model.quantization import Bits, Quantized, WeightType, quantize, quantized_input
 from tests.cpu_kernels import DTYPES, NAMES, error_of, float64, guarded, kernels_here, rows_of
 
 each = pytest.mark.parametrize("name", NAMES)
@@ -33,6 +33,12 @@ def numbers(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
 def behind_guards(weight: PackedWeight) -> PackedWeight:
     bias = None if weight.bias is None else guarded(weight.bias)
     return replace(weight, panels=guarded(weight.panels), bias=bias)
+
+
+def held(weight: Tensor, weights: WeightType) -> Tensor | Quantized:
+    if weights in QUANTIZED:
+        return quantize(weight, QUANTIZED[weights])
+    return weight.to(torch.float32 if weights == "float32" else torch.bfloat16)
 
 
 def widened(x: Tensor, groups: int = 1) -> Tensor:
@@ -119,7 +125,7 @@ def test_quantized_gemm_is_that_of_the_codes(
     )
     x *= numbers(seed + 3, rows, 1, dtype=dtype).exp()
     bias = numbers(seed + 2, groups * outputs, dtype=dtype) if biased else None
-    packed = behind_guards(pack(weight, bias, groups, weights=weights))
+    packed = behind_guards(pack(held(weight, weights), bias, groups))
     out = gemm(kernels_here()[name], rows_of(widened(x, groups), 2), packed).unflatten(1, (groups, -1))
     parts = float64(quantized_input(x.float().unflatten(1, (groups, width))))
     plain = float64(quantize(weight, QUANTIZED[weights]).dequantized()[:, :width]).reshape(groups, outputs, width)
@@ -145,7 +151,7 @@ def test_dot_products_are_exact(
     x[:, :, 5], codes[:, :, 7] = 127, least  # so that the scales are 1
     weight = torch.from_numpy(codes.reshape(64, -1)).float()
     assert (quantize(weight, QUANTIZED[weights]).scales == 1).all()
-    packed = pack(weight, weights=weights)
+    packed = pack(held(weight, weights))
     out = gemm(kernels_here()[name], torch.from_numpy(x.reshape(rows, -1)).float(), packed)
     assert np.array_equal(out.numpy(), np.einsum("rgi,ogi->ro", x, codes).astype(np.float32))
 
@@ -155,9 +161,9 @@ def test_dot_products_are_exact(
 def test_a_group_that_is_not_finite_gives_nan(name: str, weights: WeightType) -> None:
     x = torch.ones(4, 64)
     x[1, 3], x[2, 40], x[3, 63] = torch.nan, torch.inf, -torch.inf
-    out = gemm(kernels_here()[name], x, pack(torch.ones(32, 64), weights=weights))
+    out = gemm(kernels_here()[name], x, pack(held(torch.ones(32, 64), weights)))
     assert out[0].isfinite().all() and out[1:].isnan().all()
-    tiny = gemm(kernels_here()[name], torch.full((1, 64), 1e-40), pack(torch.ones(32, 64), weights=weights))
+    tiny = gemm(kernels_here()[name], torch.full((1, 64), 1e-40), pack(held(torch.ones(32, 64), weights)))
     assert (tiny == 0).all()
 
 
@@ -243,7 +249,7 @@ def test_a_rows_bits_depend_on_the_row_alone(name: str, dtype: torch.dtype, weig
         return  # of no use, and refused
     width, outputs = 544, 96
     x = numbers(0, 600, width, dtype=dtype)
-    weight = pack(numbers(1, outputs, width, dtype=dtype), weights=weights)
+    weight = pack(held(numbers(1, outputs, width, dtype=dtype), weights))
     kernels = kernels_here()[name]
     all_rows = gemm(kernels, x, weight)
     threads = torch.get_num_threads()
@@ -257,14 +263,16 @@ def test_a_rows_bits_depend_on_the_row_alone(name: str, dtype: torch.dtype, weig
 
 
 @each
-@pytest.mark.parametrize("weights", [None, *QUANTIZED])
-def test_padded_outputs_and_inputs_change_no_bits(name: str, weights: WeightType | None) -> None:
+@pytest.mark.parametrize("weights", get_args(WeightType))
+def test_padded_outputs_and_inputs_change_no_bits(name: str, weights: WeightType) -> None:
     for dtype in DTYPES:
+        if dtype is torch.bfloat16 and weights == "float32":
+            continue
         x, weight = numbers(0, 5, 64, dtype=dtype), numbers(1, 64, 64, dtype=dtype)
-        whole = gemm(kernels_here()[name], x, pack(weight, weights=weights))
-        assert torch.equal(gemm(kernels_here()[name], x, pack(weight[:41], weights=weights), 41), whole[:, :41])
+        whole = gemm(kernels_here()[name], x, pack(held(weight, weights)))
+        assert torch.equal(gemm(kernels_here()[name], x, pack(held(weight[:41], weights)), 41), whole[:, :41])
         x, longer = torch.nn.functional.pad(x, (0, 64)), torch.nn.functional.pad(weight, (0, 64))
-        assert torch.equal(gemm(kernels_here()[name], x, pack(longer, weights=weights)), whole)
+        assert torch.equal(gemm(kernels_here()[name], x, pack(held(longer, weights))), whole)
 
 
 def test_what_does_not_fit_is_refused() -> None:

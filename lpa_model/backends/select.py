@@ -22,7 +22,7 @@ from lpa_model.backends.torch.backend import TorchBackend
 from lpa_model.checkpoint import load_model
 from lpa_model.config import CacheLayout, LPAConfig
 from lpa_model.model import LPAForCausalLM
-from lpa_model.quantization import WeightType, hold_weights
+from lpa_model.quantization import WeightType, hold_weights, round_weights
 
 BLOCK_SIZES = (32, 64, 128)
 """Tokens of a cache block: what `--block-size` offers, since every backend is fast with them."""
@@ -206,14 +206,13 @@ def _no_op_list(case: Case) -> str | None:
 
 def _build_op_list(case: Case, model: LPAForCausalLM) -> Backend:
     best = case.instruction_sets[0]
-    kernels = library.load().kernels(best)
-    return CpuBackend(
-        model, partial(plan.StepPlan, kernels=kernels, weights=case.weights), best, plan.WIDTH_UNIT, _name(C, case)
-    )
+    make_plan = partial(plan.StepPlan, kernels=library.load().kernels(best), held=hold_weights(model, case.weights))
+    return CpuBackend(model, make_plan, best, plan.WIDTH_UNIT, _name(C, case))
 
 
 def _build_torch(case: Case, model: LPAForCausalLM) -> Backend:
-    hold_weights(model, case.weights)
+    if hold_weights(model, case.weights) is torch.bfloat16:
+        round_weights(model)
     return TorchBackend(model, _name(TORCH, case))
 
 
