@@ -82,6 +82,22 @@ def quantized_input(x: Tensor) -> Tensor:
     return torch.flatten((grouped * factor).round_() * scale, -2)[..., : x.shape[-1]].to(x.dtype)
 
 
+def packed_codes(weight: Quantized) -> Tensor:
+    """Codes as files have them: int8 [out, n], or two of int4 in a byte, plus 8 each, the first in the lower half."""
+    if weight.bits == 8:
+        return weight.codes.contiguous()
+    low, high = (weight.codes + 8).view(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
+    return torch.bitwise_or(low, high << 4)
+
+
+def unpacked(codes: Tensor, scales: Tensor) -> Quantized:
+    """A weight from what `packed_codes` returned."""
+    if codes.dtype is torch.int8:
+        return Quantized(codes, scales, 8)
+    both = torch.stack([codes & 15, codes >> 4], dim=2).flatten(1)
+    return Quantized(both.view(torch.int8) - 8, scales, 4)
+
+
 def bytes_of(weights: WeightType) -> float:
     """Of one weight in memory, its share of the scales included."""
     return {"float32": 4, "bfloat16": 2, "int8": 1 + 2 / GROUP, "int4": 0.5 + 2 / GROUP}[weights]

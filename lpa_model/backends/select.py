@@ -91,6 +91,7 @@ def choose(
     layout: str = "auto",
     block_size: int = 64,
     instruction_sets: tuple[str, ...] | None = None,
+    stored: WeightType | None = None,
 ) -> Choice:
     """The best backend for a model.
 
@@ -102,13 +103,14 @@ def choose(
         layout: auto, latent, mixed or full.
         block_size: tokens of a cache block.
         instruction_sets: instead of the processor's own.
+        stored: int8 or int4 if that is what the folder holds (`checkpoint.stored_weights`).
 
     Raises:
         ValueError: an option does not fit the model or the machine; the message names it.
     """
     place = features.resolve_device(device)
     sets = features.instruction_sets() if instruction_sets is None else instruction_sets
-    computed, held = resolve_types(dtype, weights, place, sets)
+    computed, held = resolve_types(dtype, weights, place, sets, stored)
     case = Case(config, computed, place, _layout(config, layout, place), block_size, sets, held)
     refused: list[tuple[str, str]] = []
     for candidate in CANDIDATES:
@@ -120,16 +122,25 @@ def choose(
 
 
 def resolve_types(
-    dtype: str, weights: str, device: torch.device, instruction_sets: tuple[str, ...]
+    dtype: str,
+    weights: str,
+    device: torch.device,
+    instruction_sets: tuple[str, ...],
+    stored: WeightType | None = None,
 ) -> tuple[torch.dtype, WeightType]:
     """What activations and cache are computed in, and how weights are held in memory.
 
     Weights `auto` are of a `dtype` that is named. Where both are `auto` they are bfloat16 as well, if the device has
-    bfloat16 in hardware or is a CPU with kernels that widen it on the way: half the bytes of float32 to read.
+    bfloat16 in hardware or is a CPU with kernels that widen it on the way: half the bytes of float32 to read. Weights
+    that are `stored` in few bits stay as they are.
 
     Raises:
-        ValueError: both are named and do not fit.
+        ValueError: what is named does not fit.
     """
+    if stored is not None:
+        if weights not in ("auto", stored):
+            raise ValueError(f"weights: the folder holds {stored}, which does not become {weights}; take auto")
+        return features.resolve_dtype(dtype, device), stored
     if weights == "float32" and dtype == "auto":
         dtype = "float32"
     computed = features.resolve_dtype(dtype, device)

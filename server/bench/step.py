@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from lpa_model.backends.select import choose
 from lpa_model.cache import bytes_per_token
-from lpa_model.checkpoint import load_config
+from lpa_model.checkpoint import load_config, stored_weights
 from lpa_model.config import CacheLayout, LPAConfig
 from lpa_model.quantization import WeightType
 from server.bench.floor import Machine, Work, decode_work, measure_machine, prompt_work
@@ -76,7 +76,7 @@ def bench_steps(
         raise ValueError(
             f"context: {max(contexts)} and {steps} steps exceed the model's {config.max_position_embeddings} positions"
         )
-    case = choose(config, dtype=dtype, weights=weights).case
+    case = choose(config, dtype=dtype, weights=weights, stored=stored_weights(model)).case
     machine = None
     for layout in chosen or {"full", config.default_cache_layout()}:
         blocks = max(batches) * (-(-longest // 64) + 1)

@@ -152,9 +152,9 @@ def _compare(
     convention = common_convention(a, b, asked)
     with _progress(size) as advance:
         found = compare_texts(a, b, convention, texts, advance)
-    for side, folder in zip("ab", folders, strict=True):
-        found[side] = {"model": str(folder), **found[side]}
-    return {"dtype": a.dtype, **found}
+    for name, folder, side in zip("ab", folders, (a, b), strict=True):
+        found[name] = {"model": str(folder), "dtype": side.dtype, **found[name]}
+    return found
 
 
 def _lines(start: Start, on_tokens: OnTokens | None, size: Size) -> Iterator[dict[str, Any]]:

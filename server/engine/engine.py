@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from lpa_model.backends import select
-from lpa_model.checkpoint import load_config, weights_hash
+from lpa_model.checkpoint import load_config, stored_weights, weights_hash
 from lpa_model.config import LPAConfig
 from server.engine.block_manager import BlockManager
 from server.engine.detokenizer import Detokenizer, unfinished_bytes
@@ -298,6 +298,7 @@ def _build_engine(model_dir: Path, options: EngineOptions, hashing: Executor) ->
         config,
         dtype=options.dtype,
         weights=options.weights,
+        stored=stored_weights(model_dir),
         device=options.device,
         layout=options.kv_cache_layout,
         block_size=options.block_size,
