@@ -59,6 +59,15 @@ CASES: dict[str, tuple[Architecture, dict[str, Any]]] = {
     "setting2-qk-norm-gqa": ("setting2", {"qk_norm": True, "num_key_value_heads": 2, "attention_bias": True}),
     "setting2-wide": ("setting2", {**WIDE, "num_key_value_heads": 2}),
 }
+PACKED = (
+    "setting1-gqa",
+    "setting1-wide",
+    "setting1-mixed-ffn",
+    "setting2-wide",
+    "setting2-dense",
+    "setting2-mixed-ffn",
+)
+"""Those in which every way to pack a matrix occurs."""
 
 
 class Subject(NamedTuple):
@@ -259,6 +268,8 @@ def test_every_row_equals_the_plain_forward(name: str, case: str, layout: CacheL
     tested = BACKENDS[name]
     if tested.candidate == "torch" and name != "torch-float32" and case not in ("setting1-wide", "setting2-wide"):
         return  # its float32 run has seen every case, and bfloat16 without hardware is slow
+    if tested.weights != str(tested.dtype).removeprefix("torch.") and case not in PACKED:
+        return  # what is left differs in attention, which knows nothing of weights
     model = loaded(case, tested)
     exact = exact_twin(model)
     if (backend := build(tested, model, layout)) is None:
@@ -354,7 +365,9 @@ def test_sampling_scores_and_copied_blocks(name: str) -> None:
     assert result.tokens[0] == best.argmax() and result.tokens[1] is None and result.tokens[2] is not None
     scores = result.scores[0]
     assert (scores.ranks, scores.top_ids[0][0], len(scores.top_ids[0])) == ([1], result.tokens[0], 2)
-    assert scores.logprobs[0] == pytest.approx(best.max().item(), abs=1e-4 if tested.dtype is torch.float32 else 0.05)
+    exact = backend.batch_invariant or (tested.dtype is torch.float32 and not tested.quantized)
+    # else a rounded sum may give an input another code
+    assert scores.logprobs[0] == pytest.approx(best.max().item(), abs=1e-4 if exact else 0.2)
     handle = backend.submit(Batch.build([ids[-1]], [Span(9, 1, [3], True)], BLOCK_SIZE), [replace(rows[1], row=0)])
     mask = torch.zeros(-(-VOCAB_SIZE // 8), dtype=torch.uint8).numpy()
     mask[7 // 8] = 1 << 7 % 8

@@ -113,3 +113,18 @@ def test_weights_are_of_the_dtype_that_is_named_and_else_bfloat16() -> None:
         ("float32", "bfloat16", avx2, (torch.float32, "bfloat16")),
     ):
         assert select.resolve_types(dtype, weights, cpu, sets) == expected, (dtype, weights, sets)
+
+
+def test_a_variable_leaves_out_the_better_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = features.instruction_sets()
+    features.instruction_sets.cache_clear()
+    try:
+        monkeypatch.setenv("LPA_CPU", "scalar")
+        assert features.instruction_sets() == ("scalar",)
+        assert select.choose(tiny_config(), dtype="float32").name == "cpu (scalar, float32)"
+        features.instruction_sets.cache_clear()
+        monkeypatch.setenv("LPA_CPU", "mmx")
+        with pytest.raises(ValueError, match=rf"LPA_CPU: 'mmx' is none of this processor's.*{every[0]}"):
+            select.choose(tiny_config())
+    finally:
+        features.instruction_sets.cache_clear()
