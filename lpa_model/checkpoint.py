@@ -2,6 +2,10 @@
 them, where a model has them, tokenizer_config.json, chat_template.jinja and generation_config.json as Hugging Face
 writes them.
 
+A folder may hold matrices in few bits, as `convert/quantize.py` writes it. The metadata of its model.safetensors say so
+(`weights`: int8 or int4, `format_version`: 1). Instead of NAME.weight [out, in] such a matrix has NAME.codes, int8
+[out, groups * 32] or uint8 [out, groups * 16], and NAME.scales, bfloat16 [out, groups]; see `quantization`.
+
 Reading is strict: a missing, extra or wrongly shaped tensor is an error that names it. No pickle is ever opened.
 """
 
@@ -19,12 +23,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lpa_model.config import MAX_SIZE, PRESETS, LPAConfig
 from lpa_model.hf_keys import read_object
 from lpa_model.model import LPAForCausalLM
+from lpa_model.quantization import GROUP, Quantized, QuantizedLinear, WeightType, unpacked
 
+QUANTIZATION_VERSION = 1
 TOKENIZER_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
@@ -164,7 +171,8 @@ def stored_dtypes(folder: Path) -> list[str]:
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             found |= {str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    return sorted({"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(dtype, dtype) for dtype in found)
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "I8": "int8", "U8": "int4"}
+    return sorted(names.get(dtype, dtype) for dtype in found)
 
 
 def weights_hash(folder: Path) -> str:
@@ -178,6 +186,65 @@ def weights_hash(folder: Path) -> str:
         with path.open("rb") as file:
             whole.update(hashlib.file_digest(file, "blake2b").digest())
     return whole.hexdigest()
+
+
+def stored_weights(folder: Path) -> WeightType | None:
+    """int8 or int4 for a folder of quantised weights, None for any other.
+
+    Raises:
+        CheckpointError: there are no weights, they cannot be read, or a newer version has written them.
+    """
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: truncated or not a safetensors file: {error}") from error
+        if (name := metadata.get("weights")) is None:
+            continue
+        version = metadata.get("format_version", "")
+        if not version.isdecimal() or int(version) > QUANTIZATION_VERSION:
+            raise CheckpointError(
+                f"{path}: format_version {version!r} of quantised weights is not one that this version reads (up to "
+                f"{QUANTIZATION_VERSION})"
+            )
+        kinds: dict[str, WeightType] = {"int8": "int8", "int4": "int4"}
+        if name not in kinds:
+            raise CheckpointError(f"{path}: weights {name!r} are neither int8 nor int4")
+        return kinds[name]
+    return None
+
+
+def unquantized(folder: Path) -> list[str]:
+    """Layers of a folder of quantised weights whose matrix is not quantised; the embedding is not counted."""
+    names: set[str] = set()
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            names |= {name for name in file.keys() if len(file.get_slice(name).get_shape()) == 2}  # noqa: SIM118
+    return sorted(n.removesuffix(".weight") for n in names if n.endswith(".weight") and not n.startswith("embed_"))
+
+
+def _quantized_layer(where: str, name: str, parts: dict[str, torch.Tensor], layer: nn.Linear) -> Quantized:
+    """The weight of a layer from its codes and scales; CheckpointError says what is wrong with them."""
+    if missing := {"codes", "scales"} - set(parts):
+        raise CheckpointError(f"{where}: missing tensor {name}.{min(missing)}")
+    codes, scales = parts["codes"], parts["scales"]
+    groups = -(-layer.in_features // GROUP)
+    if codes.dtype not in (torch.int8, torch.uint8):
+        raise CheckpointError(f"{where}: {name}.codes holds {codes.dtype}, neither int8 nor uint8")
+    if scales.dtype is not torch.bfloat16:
+        raise CheckpointError(f"{where}: {name}.scales holds {scales.dtype}, not bfloat16")
+    width = groups * GROUP // (1 if codes.dtype is torch.int8 else 2)
+    shapes = {"codes": (layer.out_features, width), "scales": (layer.out_features, groups)}
+    for part, shape in shapes.items():
+        tensor = parts[part]
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{where}: {name}.{part} has shape {list(tensor.shape)}, the config asks for {list(shape)}"
+            )
+    if codes.dtype is torch.int8 and int(codes.min()) == -128:
+        raise CheckpointError(f"{where}: {name}.codes has -128; codes are from -127 to 127")
+    return unpacked(codes, scales)
 
 
 def check_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
@@ -212,12 +279,21 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LPAFor
         model = LPAForCausalLM(config)
     expected = dict(model.named_parameters())  # a tied head is listed once, as the embedding
     found: dict[str, torch.Tensor] = {}
+    linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    parts: dict[str, dict[str, torch.Tensor]] = {}  # of quantised layers
+    is_quantized = stored_weights(folder) is not None
     for path in weight_files(folder):
         try:
             path.open("rb").close()  # raises OSError for an unreadable file, so that it is not reported as a broken one
             with safe_open(path, framework="pt", device=str(device)) as file:
                 for stored in file.keys():  # noqa: SIM118 (not a mapping)
                     name = stored.removeprefix("model.")  # transformers' saving puts it there
+                    layer, _, part = name.rpartition(".")
+                    if is_quantized and layer in linears and part in ("codes", "scales"):
+                        parts.setdefault(layer, {})[part] = file.get_tensor(stored)
+                        if part == "scales":
+                            check_finite(path, name, parts[layer][part])
+                        continue
                     if name not in expected:
                         raise CheckpointError(f"{path}: unexpected tensor {stored}")
                     if name in found:
@@ -236,12 +312,19 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LPAFor
             raise CheckpointError(f"{path}: {error}") from error
         except SafetensorError as error:
             raise CheckpointError(f"{path}: truncated or not a safetensors file: {error}") from error
+    for name, tensors in parts.items():
+        if name != "lm_head" or not config.tie_word_embeddings:
+            if f"{name}.weight" in found:
+                raise CheckpointError(f"{folder}: both {name}.weight and {name}.codes")
+            del expected[f"{name}.weight"]
+        weight = _quantized_layer(str(folder), name, tensors, linears[name])
+        model.set_submodule(name, QuantizedLinear(weight, linears[name].bias, linears[name].in_features))
     if missing := [name for name in expected if name not in found]:
         raise CheckpointError(
             f"{folder}: missing tensor {missing[0]}" + f" and {len(missing) - 1} more" * (len(missing) > 1)
         )
     model.load_state_dict(found, strict=False, assign=True)
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings and "lm_head" not in parts:
         model.lm_head.weight = model.embed_tokens.weight
     if model.rotary is not None:  # its tables are computed, not stored
         model.rotary.build(config, device)

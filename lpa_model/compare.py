@@ -113,6 +113,7 @@ class Comparison:
     def metrics(self) -> dict[str, float | int | None]:
         """The means over tokens in nats, with their standard errors; None is for no number.
 
+        perplexity_ratio: of B to A, e to the nll_difference.
         nll_difference: of NLL(B) - NLL(A) token by token, positive where A predicts better. Its error is that of the
             pairs, mostly far less than the errors of the two perplexities together.
         kl_divergence: of KL(A || B).
@@ -123,9 +124,11 @@ class Comparison:
         def mean(tally: Tally) -> float | None:
             return tally.nll_sum / n if n else None
 
+        difference = mean(self._differences)
         return {
             "num_tokens": n,
-            "nll_difference": mean(self._differences),
+            "perplexity_ratio": None if difference is None else math.exp(min(difference, 700.0)),
+            "nll_difference": difference,
             "nll_difference_stderr": self._differences.nll_stderr,
             "kl_divergence": mean(self._divergences),
             "kl_divergence_stderr": self._divergences.nll_stderr,

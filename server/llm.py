@@ -25,7 +25,6 @@ from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack, cast
 
 from pydantic import ValidationError
 
-from lpa_model.backends.features import resolve_device, resolve_dtype
 from lpa_model.perplexity import Convention, Method, Tally
 from server.engine.engine import Engine, EngineOptions, StepFailed, build_engine
 from server.engine.request import (
@@ -59,6 +58,7 @@ class Options(TypedDict, total=False):
     """Settings of `lpa serve` that the engine is built from. None or not given: the LPA_ variable or the default."""
 
     dtype: Literal["auto", "float32", "bfloat16"] | None
+    weights: Literal["auto", "float32", "bfloat16", "int8", "int4"] | None
     device: str | None
     threads: int | None
     max_model_len: int | None
@@ -124,8 +124,8 @@ class LLM:
             raise TypeError(f"LLM: {min(unknown)!r} is not an option of the engine")
         settings = load_settings(model=folder, **options)
         self.name = settings.model_name
-        self.dtype = str(resolve_dtype(settings.dtype, resolve_device(settings.device))).removeprefix("torch.")
         self._engine: Engine | None = build_engine(settings.model, settings.engine_options())
+        self.dtype = self._engine.backend.types
         # steps run in a thread of their own, as in the server: a thread that computes keeps a team of OpenMP threads
         self._thread = ThreadPoolExecutor(1, "engine")
         self._inboxes: dict[str, list[RequestOutput]] = {}  # by request id

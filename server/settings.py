@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the engine imports torch, which the command line must not w
     from server.engine.engine import EngineOptions
 
 ENV_PREFIX = "LPA_"
+OF_KERNELS = "LPA_CPU"  # the best instruction set that may be used: `features.instruction_sets`
 OF_KUBERNETES = re.compile(r"LPA_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)|LPA_\w+_PORT")
 """What it sets in every container beside a service whose name begins with "lpa"."""
 
@@ -111,7 +112,12 @@ class Settings(BaseSettings):
         "top_p, top_k, min_p, repetition_penalty), as vLLM does. A text ends at its EOS tokens either way.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Type of weights and cache; auto is bfloat16 where the processor has it in hardware."
+        "auto", description="Type of activations and cache; auto is bfloat16 where the processor has it in hardware."
+    )
+    weights: Literal["auto", "float32", "bfloat16", "int8", "int4"] = Field(
+        "auto",
+        description="Type that weights are held in; fewer bits are faster and less exact. auto: the dtype, if one is "
+        "named, else bfloat16 wherever the backend is fast with it. int4 leaves the output head in int8.",
     )
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N.")
     threads: Annotated[int | None, AfterValidator(_check_threads)] = Field(
@@ -305,7 +311,7 @@ def check_variables(environment: Mapping[str, str]) -> None:
     Raises:
         SettingsError: there are some; each has a line, with the setting that may have been meant.
     """
-    known = [f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields]
+    known = [f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields] + [OF_KERNELS]
     lines = []
     for name in sorted(environment):
         if name.upper().startswith(ENV_PREFIX) and name.upper() not in known and not OF_KUBERNETES.fullmatch(name):

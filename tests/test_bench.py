@@ -403,26 +403,31 @@ def test_the_floor_counts_what_the_model_computes(config: LPAConfig) -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.logits(model(torch.zeros(3, length, dtype=torch.int64)))
     attention = 2 * config.num_attention_heads * config.head_size * config.num_hidden_layers
-    work = prompt_work(config, torch.float32, 3, length, length)
+    work = prompt_work(config, "float32", 3, length, length)
     triangle = attention * length * (length + 1) / 2
     assert work.operations == 2 * 3 * (length * weights + triangle)
     square = 2 * 3 * attention * length * length
     assert counter.get_total_flops() == work.operations - 2 * 3 * triangle + square
     assert work.bytes == 4 * weights
 
-    decode = decode_work(config, "full", torch.bfloat16, 5, 100)
+    decode = decode_work(config, "full", torch.bfloat16, "bfloat16", 5, 100)
     assert decode.bytes == 2 * (weights + 5 * 100 * config.cache_elements_per_token("full"))
     assert decode.operations == 2 * 5 * (weights + 100 * attention)
+    head = config.vocab_size * config.hidden_size
+    few = decode_work(config, "full", torch.float32, "int4", 1, 0)  # the head in int8
+    assert few.bytes == (weights - head) * 0.5625 + head * 1.0625
 
 
 def test_latents_cost_what_the_absorbed_products_cost() -> None:
     config = tiny_config("setting1")  # two layers, four heads of 8, rank 8: a latent has the width of a head
-    assert decode_work(config, "latent", torch.float32, 1, 10).operations == (
-        decode_work(config, "full", torch.float32, 1, 10).operations
+    assert decode_work(config, "latent", torch.float32, "float32", 1, 10).operations == (
+        decode_work(config, "full", torch.float32, "float32", 1, 10).operations
     )
     rotary = tiny_config()
-    extra = decode_work(rotary, "latent", torch.float32, 1, 10).operations
-    assert extra - decode_work(rotary, "mixed", torch.float32, 1, 10).operations == 2 * 10 * 2 * 8 * 32  # keys rebuilt
+    extra = decode_work(rotary, "latent", torch.float32, "float32", 1, 10).operations
+    assert (
+        extra - decode_work(rotary, "mixed", torch.float32, "float32", 1, 10).operations == 2 * 10 * 2 * 8 * 32
+    )  # keys rebuilt
 
 
 def test_overhead_finds_the_steps_in_which_all_stream(tmp_path: Path) -> None:

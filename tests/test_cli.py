@@ -76,6 +76,7 @@ def test_help_is_there_for_every_command_and_loads_nothing_heavy() -> None:
         "init",
         "convert",
         "export",
+        "quantize",
         "bench",
         "info",
         "chat",
@@ -93,6 +94,7 @@ def test_serve_has_a_flag_for_every_setting_and_shows_its_default() -> None:
     assert "--port INTEGER Port to listen on; 0 takes a free one. [default: 8000]" in text
     assert "--enable-prefix-caching / --no-enable-prefix-caching" in text
     assert "--dtype auto|float32|bfloat16" in text
+    assert "--weights auto|float32|bfloat16|int8|int4" in text
 
 
 def test_version_is_that_of_the_server() -> None:

@@ -47,6 +47,7 @@ def naive(a: LPAForCausalLM, b: LPAForCausalLM, contexts: list[list[int]], targe
     n = len(targets)
     return {
         "num_tokens": n,
+        "perplexity_ratio": float(np.exp(np.mean(differences))),
         "nll_difference": float(np.mean(differences)),
         "nll_difference_stderr": float(np.std(differences)) / math.sqrt(n - 1),
         "kl_divergence": float(np.mean(divergences)),
@@ -157,7 +158,8 @@ def test_the_measures_of_known_distributions() -> None:
     comparison.add([Pair(-1.0, -2.0, 0.5, True), Pair(-3.0, -3.0, 0.1, False)])
     assert comparison.metrics() == {
         "num_tokens": 2,
-        "nll_difference": 0.5,  # A is better
+        "perplexity_ratio": pytest.approx(math.exp(0.5)),  # A is better
+        "nll_difference": 0.5,
         "nll_difference_stderr": 0.5,
         "kl_divergence": pytest.approx(0.3),
         "kl_divergence_stderr": pytest.approx(0.2),
@@ -188,6 +190,7 @@ def test_a_model_is_no_different_from_itself(
         found = compare(tiny_checkpoint, other, corpus, "--max-length", 50)
         assert found["comparison"] == {
             "num_tokens": len(byte_tokenizer().encode(CORPUS).ids) - 1,
+            "perplexity_ratio": 1,
             "nll_difference": 0,
             "nll_difference_stderr": 0,
             "kl_divergence": 0,
@@ -206,7 +209,7 @@ def test_two_models_on_files(tiny_checkpoints: dict[Architecture, Path], corpus:
     found = compare(a, b, corpus, second, "--method", "rolling")
     # the shorter context is the window of both
     assert (found["method"], found["max_length"], found["prefix_token_id"]) == ("rolling", 64, 0)
-    assert (found["dtype"], found["num_texts"]) == ("float32", 2)
+    assert found["num_texts"] == 2
     contexts, targets = [], []
     for text in (CORPUS, "the waves"):
         ids = byte_tokenizer().encode(text).ids
@@ -220,7 +223,7 @@ def test_two_models_on_files(tiny_checkpoints: dict[Architecture, Path], corpus:
     for side, folder in (("a", a), ("b", b)):
         asked = ("score", corpus, second, "--method", "rolling", "--max-length", 64, "--model", folder)
         alone = json.loads(succeed(*asked, "--dtype", "float32", "--json"))["aggregate"]
-        assert found[side].pop("model") == str(folder)
+        assert (found[side].pop("model"), found[side].pop("dtype")) == (str(folder), "float32")
         del alone["num_texts"]
         assert found[side] == pytest.approx(alone, rel=1e-6)
 
@@ -232,7 +235,8 @@ def test_two_models_on_files(tiny_checkpoints: dict[Architecture, Path], corpus:
     assert f"{pairs['top1_agreement']:.2%}" in table
     for side in ("a", "b"):
         assert f"{found[side]['perplexity']:.4f} ± {found[side]['perplexity_stderr']:.4f}" in table
-    assert re.search("float32, rolling, max_length 64, with EOS", table)
+    assert f"{pairs['perplexity_ratio']:.6f}" in table
+    assert re.search("rolling, max_length 64, with EOS", table)
 
 
 def test_what_cannot_be_compared_is_refused(

@@ -12,16 +12,27 @@ import torch
 
 from lpa_model.backends import features, select
 from lpa_model.config import PRESETS, CacheLayout
+from lpa_model.quantization import WeightType
 from tests.conftest import random_model, tiny_config
 
-# processor's best instruction set -> backend by dtype
+# column -> options
+COLUMNS: dict[str, dict[str, str]] = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "bfloat16, int8 weights": {"dtype": "bfloat16", "weights": "int8"},
+}
+# processor's best instruction set -> backend by column
 EXPECTED = {
-    "amx": {"float32": "cpu (amx, float32)", "bfloat16": "cpu by numba (amx, bfloat16)"},
-    "avx512bf16": {"float32": "cpu (avx512bf16, float32)", "bfloat16": "cpu by numba (avx512bf16, bfloat16)"},
-    "avx512": {"float32": "cpu (avx512, float32)", "bfloat16": "cpu (avx512, bfloat16)"},
-    "avx2": {"float32": "cpu (avx2, float32)", "bfloat16": "cpu (avx2, bfloat16)"},
-    "neon": {"float32": "cpu (neon, float32)", "bfloat16": "cpu (neon, bfloat16)"},
-    "scalar": {"float32": "cpu (scalar, float32)", "bfloat16": "cpu (scalar, bfloat16)"},
+    "amx": ("cpu (amx, float32)", "cpu by numba (amx, bfloat16)", "cpu (amx, bfloat16, int8 weights)"),
+    "avx512bf16": (
+        "cpu (avx512bf16, float32)",
+        "cpu by numba (avx512bf16, bfloat16)",
+        "cpu (avx512bf16, bfloat16, int8 weights)",
+    ),
+    "avx512": ("cpu (avx512, float32)", "cpu (avx512, bfloat16)", "cpu (avx512, bfloat16, int8 weights)"),
+    "avx2": ("cpu (avx2, float32)", "cpu (avx2, bfloat16)", "cpu (avx2, bfloat16, int8 weights)"),
+    "neon": ("cpu (neon, float32)", "cpu (neon, bfloat16)", "cpu (neon, bfloat16, int8 weights)"),
+    "scalar": ("cpu (scalar, float32)", "cpu (scalar, bfloat16)", "cpu (scalar, bfloat16, int8 weights)"),
 }
 X86 = ("amx", "avx512bf16", "avx512", "avx2", "scalar")
 LAYOUTS = ("auto", *get_args(CacheLayout))
@@ -33,10 +44,11 @@ def sets_of(best: str) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("best", EXPECTED)
 def test_every_case_has_the_expected_backend(best: str) -> None:
-    for (name, config), dtype, layout, block_size in itertools.product(
-        PRESETS.items(), EXPECTED[best], LAYOUTS, select.BLOCK_SIZES
+    columns = zip(COLUMNS.values(), EXPECTED[best], strict=True)
+    for (name, config), (types, expected), layout, block_size in itertools.product(
+        PRESETS.items(), columns, LAYOUTS, select.BLOCK_SIZES
     ):
-        options: dict[str, Any] = {"dtype": dtype, "layout": layout, "block_size": block_size}
+        options: dict[str, Any] = {**types, "layout": layout, "block_size": block_size}
         choose = partial(select.choose, config, **options, instruction_sets=sets_of(best))
         if layout in ("latent", "mixed") and name.startswith("vanilla"):
             with pytest.raises(ValueError, match=f"kv_cache_layout: {layout} needs low-rank projections"):
@@ -46,21 +58,21 @@ def test_every_case_has_the_expected_backend(best: str) -> None:
                 choose()
         else:
             choice = choose()
-            assert (choice.name, choice.batch_invariant) == (EXPECTED[best][dtype], True), (name, options)
+            assert (choice.name, choice.batch_invariant) == (expected, True), (name, options)
             assert all(reason for _, reason in choice.refused)
 
 
 def test_the_documents_have_the_table() -> None:
     page = (Path(__file__).parent.parent / "server" / "docs" / "architecture.md").read_text()
-    columns = [*EXPECTED["scalar"]]
-    lines = [f"| processor | {' | '.join(columns)} |", "| --- | --- | --- |"]
-    lines += [f"| {best} | {' | '.join(expected[dtype] for dtype in columns)} |" for best, expected in EXPECTED.items()]
+    lines = [f"| processor | {' | '.join(COLUMNS)} |", f"| --- {'| --- ' * len(COLUMNS)}|"]
+    lines += [f"| {best} | {' | '.join(expected)} |" for best, expected in EXPECTED.items()]
     assert "\n" + "\n".join(lines) + "\n\n" in page
 
 
 def test_a_name_is_that_of_the_loaded_backend() -> None:
-    for candidate in select.CANDIDATES:
-        case = select.Case(tiny_config(), torch.float32, torch.device("cpu"), "mixed", 32, features.instruction_sets())
+    sets = features.instruction_sets()
+    for candidate, weights in itertools.product(select.CANDIDATES, get_args(WeightType)):
+        case = select.Case(tiny_config(), torch.float32, torch.device("cpu"), "mixed", 32, sets, weights)
         if candidate.refuses(case) is None:
             choice = select.Choice(case, candidate, ())
             backend = choice.build(random_model(tiny_config()))
@@ -71,6 +83,7 @@ def test_a_name_is_that_of_the_loaded_backend() -> None:
     ("keys", "message"),
     [
         ({"layout": "wide"}, "kv_cache_layout: 'wide' is none of auto, latent, mixed, full"),
+        ({"dtype": "bfloat16", "weights": "float32"}, "weights: float32 has no kernels with dtype bfloat16; take one"),
         ({"device": "tpu"}, "device: 'tpu' is none of cpu, cuda and cuda:N"),
     ],
 )
@@ -81,6 +94,37 @@ def test_options_that_do_not_fit_are_named(keys: dict[str, str], message: str) -
 
 def test_what_is_refused_says_why_and_what_would_help() -> None:
     choice = select.choose(tiny_config(), dtype="float32", block_size=32, instruction_sets=sets_of("avx2"))
-    assert choice.refused == (("cpu by numba", "computes bfloat16 only"),)
+    assert choice.refused == (("cpu by numba", "computes with bfloat16 weights only"),)
     odd = select.choose(tiny_config(), dtype="float32", block_size=5, instruction_sets=sets_of("avx2"))
     assert (odd.candidate, odd.refused[1]) == (select.TORCH, ("cpu", "block_size 5 is odd; take 32, 64 or 128"))
+
+
+def test_weights_are_of_the_dtype_that_is_named_and_else_bfloat16() -> None:
+    cpu, avx2 = torch.device("cpu"), sets_of("avx2")
+    bfloat16 = features.has_bfloat16(cpu)
+    auto = torch.bfloat16 if bfloat16 else torch.float32
+    for dtype, weights, sets, expected in (
+        ("float32", "auto", avx2, (torch.float32, "float32")),
+        ("bfloat16", "auto", avx2, (torch.bfloat16, "bfloat16")),
+        ("auto", "auto", avx2, (auto, "bfloat16")),
+        ("auto", "auto", (), (auto, "bfloat16" if bfloat16 else "float32")),
+        ("auto", "float32", avx2, (torch.float32, "float32")),
+        ("auto", "int4", avx2, (auto, "int4")),
+        ("float32", "bfloat16", avx2, (torch.float32, "bfloat16")),
+    ):
+        assert select.resolve_types(dtype, weights, cpu, sets) == expected, (dtype, weights, sets)
+
+
+def test_a_variable_leaves_out_the_better_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = features.instruction_sets()
+    features.instruction_sets.cache_clear()
+    try:
+        monkeypatch.setenv("LPA_CPU", "scalar")
+        assert features.instruction_sets() == ("scalar",)
+        assert select.choose(tiny_config(), dtype="float32").name == "cpu (scalar, float32)"
+        features.instruction_sets.cache_clear()
+        monkeypatch.setenv("LPA_CPU", "mmx")
+        with pytest.raises(ValueError, match=rf"LPA_CPU: 'mmx' is none of this processor's.*{every[0]}"):
+            select.choose(tiny_config())
+    finally:
+        features.instruction_sets.cache_clear()

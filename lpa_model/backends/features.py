@@ -20,9 +20,21 @@ AMX, AVX512_BF16 = "amx", "avx512bf16"
 def instruction_sets() -> tuple[str, ...]:
     """Instruction sets of this processor that the C library has kernels for, the best first; none without a library.
 
-    With AMX among them, the process may use its tiles from here on.
+    The variable LPA_CPU leaves the better ones out, down to the one that it names. With AMX among them, the process may
+    use its tiles from here on.
+
+    Raises:
+        ValueError: this processor has not what LPA_CPU names.
     """
-    return library.load().supported() if LIBRARY.exists() else ()
+    found = library.load().supported() if LIBRARY.exists() else ()
+    best = os.environ.get("LPA_CPU")
+    if not best:
+        return found
+    if best not in found:
+        raise ValueError(
+            f"LPA_CPU: {best!r} is none of this processor's instruction sets ({', '.join(found) or 'none'})"
+        )
+    return found[found.index(best) :]
 
 
 def has_bfloat16(device: torch.device) -> bool:

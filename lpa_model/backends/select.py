@@ -22,6 +22,7 @@ from lpa_model.backends.torch.backend import TorchBackend
 from lpa_model.checkpoint import load_model
 from lpa_model.config import CacheLayout, LPAConfig
 from lpa_model.model import LPAForCausalLM
+from lpa_model.quantization import WeightType, hold_weights, round_weights
 
 BLOCK_SIZES = (32, 64, 128)
 """Tokens of a cache block: what `--block-size` offers, since every backend is fast with them."""
@@ -36,6 +37,7 @@ class Case(NamedTuple):
     layout: CacheLayout
     block_size: int
     instruction_sets: tuple[str, ...]  # of the processor, the best first
+    weights: WeightType
 
 
 class Candidate(NamedTuple):
@@ -62,6 +64,11 @@ class Choice:
         return _name(self.candidate, self.case)
 
     @property
+    def types(self) -> str:
+        """Of activations, and of weights where they differ: "bfloat16", or "float32, int8 weights"."""
+        return _types(self.case)
+
+    @property
     def batch_invariant(self) -> bool:
         """Whether a row's bits depend on the row alone."""
         return self.candidate.batch_invariant
@@ -79,27 +86,32 @@ def choose(
     config: LPAConfig,
     *,
     dtype: str = "auto",
+    weights: str = "auto",
     device: str = "cpu",
     layout: str = "auto",
     block_size: int = 64,
     instruction_sets: tuple[str, ...] | None = None,
+    stored: WeightType | None = None,
 ) -> Choice:
     """The best backend for a model.
 
     Args:
         config: the model's sizes.
-        dtype: auto (bfloat16 where the device has it in hardware), float32 or bfloat16.
+        dtype: of activations and cache: auto (bfloat16 where the device has it in hardware), float32 or bfloat16.
+        weights: how they are held in memory: auto (see `resolve_types`), float32, bfloat16, int8 or int4.
         device: cpu, cuda or cuda:N.
         layout: auto, latent, mixed or full.
         block_size: tokens of a cache block.
         instruction_sets: instead of the processor's own.
+        stored: int8 or int4 if that is what the folder holds (`checkpoint.stored_weights`).
 
     Raises:
         ValueError: an option does not fit the model or the machine; the message names it.
     """
     place = features.resolve_device(device)
     sets = features.instruction_sets() if instruction_sets is None else instruction_sets
-    case = Case(config, features.resolve_dtype(dtype, place), place, _layout(config, layout, place), block_size, sets)
+    computed, held = resolve_types(dtype, weights, place, sets, stored)
+    case = Case(config, computed, place, _layout(config, layout, place), block_size, sets, held)
     refused: list[tuple[str, str]] = []
     for candidate in CANDIDATES:
         reason = candidate.refuses(case)
@@ -107,6 +119,38 @@ def choose(
             return Choice(case, candidate, tuple(refused))
         refused.append((candidate.name, reason))
     raise AssertionError("torch refuses nothing")
+
+
+def resolve_types(
+    dtype: str,
+    weights: str,
+    device: torch.device,
+    instruction_sets: tuple[str, ...],
+    stored: WeightType | None = None,
+) -> tuple[torch.dtype, WeightType]:
+    """What activations and cache are computed in, and how weights are held in memory.
+
+    Weights `auto` are of a `dtype` that is named. Where both are `auto` they are bfloat16 as well, if the device has
+    bfloat16 in hardware or is a CPU with kernels that widen it on the way: half the bytes of float32 to read. Weights
+    that are `stored` in few bits stay as they are.
+
+    Raises:
+        ValueError: what is named does not fit.
+    """
+    if stored is not None:
+        if weights not in ("auto", stored):
+            raise ValueError(f"weights: the folder holds {stored}, which does not become {weights}; take auto")
+        return features.resolve_dtype(dtype, device), stored
+    if weights == "float32" and dtype == "auto":
+        dtype = "float32"
+    computed = features.resolve_dtype(dtype, device)
+    if weights == "float32" and computed is torch.bfloat16:
+        raise ValueError("weights: float32 has no kernels with dtype bfloat16; take one of the two for both")
+    held: dict[str, WeightType] = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8", "int4": "int4"}
+    if weights != "auto":
+        return computed, held[weights]
+    widened = dtype == "auto" and device.type == "cpu" and bool(instruction_sets)
+    return computed, "bfloat16" if computed is torch.bfloat16 or widened else "float32"
 
 
 def _layout(config: LPAConfig, name: str, device: torch.device) -> CacheLayout:
@@ -139,8 +183,8 @@ def _not_a_cpu(case: Case) -> str | None:
 def _no_program(case: Case) -> str | None:
     if reason := _not_a_cpu(case):
         return reason
-    if case.dtype is not torch.bfloat16:
-        return "computes bfloat16 only"
+    if case.dtype is not torch.bfloat16 or case.weights != "bfloat16":
+        return "computes with bfloat16 weights only"
     if not _program_set(case):
         return "needs a processor with AVX512-BF16"
     if find_spec("numba") is None:
@@ -173,8 +217,14 @@ def _no_op_list(case: Case) -> str | None:
 
 def _build_op_list(case: Case, model: LPAForCausalLM) -> Backend:
     best = case.instruction_sets[0]
-    kernels = library.load().kernels(best)
-    return CpuBackend(model, partial(plan.StepPlan, kernels=kernels), best, plan.WIDTH_UNIT, _name(C, case))
+    make_plan = partial(plan.StepPlan, kernels=library.load().kernels(best), held=hold_weights(model, case.weights))
+    return CpuBackend(model, make_plan, best, plan.WIDTH_UNIT, _name(C, case))
+
+
+def _build_torch(case: Case, model: LPAForCausalLM) -> Backend:
+    if hold_weights(model, case.weights) is torch.bfloat16:
+        round_weights(model)
+    return TorchBackend(model, _name(TORCH, case))
 
 
 def _rebuilt_keys(case: Case) -> str | None:
@@ -185,13 +235,16 @@ def _rebuilt_keys(case: Case) -> str | None:
 
 
 def _name(candidate: Candidate, case: Case) -> str:
-    return f"{candidate.name} ({candidate.what(case)}, {str(case.dtype).removeprefix('torch.')})"
+    return f"{candidate.name} ({candidate.what(case)}, {_types(case)})"
+
+
+def _types(case: Case) -> str:
+    name = str(case.dtype).removeprefix("torch.")
+    return name if case.weights == name else f"{name}, {case.weights} weights"
 
 
 NUMBA = Candidate("cpu by numba", _no_program, True, _program_set, _build_program)
 C = Candidate("cpu", _no_op_list, True, lambda case: case.instruction_sets[0], _build_op_list)
-TORCH = Candidate(
-    "torch", lambda case: None, False, lambda case: str(case.device), lambda _, model: TorchBackend(model)
-)
+TORCH = Candidate("torch", lambda case: None, False, lambda case: str(case.device), _build_torch)
 CANDIDATES = (NUMBA, C, TORCH)
 """The fastest first."""

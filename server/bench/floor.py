@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from lpa_model.config import CacheLayout, LPAConfig
+from lpa_model.quantization import WeightType, bytes_of, weight_type
 
 REPEATS = 20
 GEMM_ROWS = 1024
@@ -54,19 +55,26 @@ def _best(run: Callable[[], object]) -> float:
     return min(times)
 
 
-def decode_work(config: LPAConfig, layout: CacheLayout, dtype: torch.dtype, batch: int, context: int) -> Work:
+def decode_work(
+    config: LPAConfig, layout: CacheLayout, dtype: torch.dtype, weights: WeightType, batch: int, context: int
+) -> Work:
     """One token for each of `batch` sequences that have `context` tokens in the cache."""
-    cached = config.cache_elements_per_token(layout) * batch * context
+    cached = config.cache_elements_per_token(layout) * batch * context * dtype.itemsize
     products = batch * (_body(config) + _head(config))
     attention = sum(_decode_attention(config, layout, layer) for layer in range(config.num_hidden_layers))
-    return Work((_body(config) + _head(config) + cached) * dtype.itemsize, 2 * (products + batch * context * attention))
+    return Work(_weight_bytes(config, weights) + cached, 2 * (products + batch * context * attention))
 
 
-def prompt_work(config: LPAConfig, dtype: torch.dtype, batch: int, length: int, logit_rows: int) -> Work:
+def prompt_work(config: LPAConfig, weights: WeightType, batch: int, length: int, logit_rows: int) -> Work:
     """`batch` prompts of `length` tokens from nothing, with logits of `logit_rows` rows of each."""
     attention = config.num_hidden_layers * config.num_attention_heads * config.head_size * length * (length + 1)
     operations = 2 * batch * (length * _body(config) + logit_rows * _head(config) + attention)
-    return Work((_body(config) + _head(config)) * dtype.itemsize, operations)
+    return Work(_weight_bytes(config, weights), operations)
+
+
+def _weight_bytes(config: LPAConfig, weights: WeightType) -> float:
+    head = bytes_of(weight_type(weights, is_head=True))
+    return _body(config) * bytes_of(weights) + _head(config) * head
 
 
 def _head(config: LPAConfig) -> int:

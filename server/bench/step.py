@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lpa_model.backends.features import resolve_dtype
+from lpa_model.backends.select import choose
 from lpa_model.cache import bytes_per_token
-from lpa_model.checkpoint import load_config
+from lpa_model.checkpoint import load_config, stored_weights
 from lpa_model.config import CacheLayout, LPAConfig
+from lpa_model.quantization import WeightType
 from server.bench.floor import Machine, Work, decode_work, measure_machine, prompt_work
 from server.bench.stopwatch import Stopwatch
 from server.engine.detokenizer import Detokenizer
@@ -42,10 +43,10 @@ class Case:
         """New tokens in all of it: a step's for `decode`."""
         return self.batch * (1 if self.kind == "decode" else self.context)
 
-    def work(self, config: LPAConfig, dtype: Any) -> Work:
+    def work(self, config: LPAConfig, dtype: Any, weights: WeightType) -> Work:
         if self.kind == "decode":
-            return decode_work(config, self.layout, dtype, self.batch, self.context)
-        return prompt_work(config, dtype, self.batch, self.context, self.context if self.kind == "score" else 1)
+            return decode_work(config, self.layout, dtype, weights, self.batch, self.context)
+        return prompt_work(config, weights, self.batch, self.context, self.context if self.kind == "score" else 1)
 
 
 def bench_steps(
@@ -56,6 +57,7 @@ def bench_steps(
     *,
     steps: int,
     dtype: str,
+    weights: str,
     threads: int | None,
 ) -> Iterator[dict[str, Any]]:
     """A row for each layout, batch, context and kind of work, as they are measured.
@@ -65,8 +67,6 @@ def bench_steps(
     Raises:
         CheckpointError, ValueError: the model or an option cannot be used.
     """
-    import torch
-
     config = load_config(model)
     chosen: list[CacheLayout] = [name for name in get_args(CacheLayout) if name in layouts]
     if unknown := set(layouts) - set(chosen):
@@ -76,7 +76,7 @@ def bench_steps(
         raise ValueError(
             f"context: {max(contexts)} and {steps} steps exceed the model's {config.max_position_embeddings} positions"
         )
-    weights = resolve_dtype(dtype, torch.device("cpu"))
+    case = choose(config, dtype=dtype, weights=weights, stored=stored_weights(model)).case
     machine = None
     for layout in chosen or {"full", config.default_cache_layout()}:
         blocks = max(batches) * (-(-longest // 64) + 1)
@@ -84,23 +84,31 @@ def bench_steps(
             model,
             load_settings(
                 dtype=dtype,
+                weights=weights,
                 threads=threads,
                 kv_cache_layout=layout,
                 max_num_seqs=max(batches),
-                kv_cache_memory=blocks * 64 * bytes_per_token(config, layout, weights),
+                kv_cache_memory=blocks * 64 * bytes_per_token(config, layout, case.dtype),
             ).engine_options(),
         )
         # in a thread of its own, as in the server: OpenMP's threads wait otherwise in the first one
         with ThreadPoolExecutor(1) as engine_thread:
-            machine = machine or engine_thread.submit(measure_machine, config, weights).result()
+            machine = machine or engine_thread.submit(measure_machine, config, case.dtype).result()
             for batch in batches:
                 for context in contexts:
-                    case = _bench_case(engine, machine, layout, batch, context, steps, weights)
-                    yield from engine_thread.submit(list, case).result()
+                    rows = _bench_case(engine, machine, layout, batch, context, steps, case.dtype, case.weights)
+                    yield from engine_thread.submit(list, rows).result()
 
 
 def _bench_case(
-    engine: Engine, machine: Machine, layout: CacheLayout, batch: int, context: int, steps: int, dtype: Any
+    engine: Engine,
+    machine: Machine,
+    layout: CacheLayout,
+    batch: int,
+    context: int,
+    steps: int,
+    dtype: Any,
+    weights: WeightType,
 ) -> Iterator[dict[str, Any]]:
     rng = random.Random(f"{batch}:{context}")
     config = engine.model_config
@@ -123,7 +131,8 @@ def _bench_case(
                 prompts = new_prompts()
                 add(prompts, params)
                 runs.append(_timed(engine, watch, 1 << 30))
-            yield _row(Case(kind=kind, layout=layout, batch=batch, context=context), config, machine, dtype, runs)
+            case = Case(kind=kind, layout=layout, batch=batch, context=context)
+            yield _row(case, case.work(config, dtype, weights), machine, runs)
         # prompts that the cache knows: all sequences start together, and none is done before the last one starts
         add(prompts, SamplingParams(max_tokens=WARM_STEPS + steps + 1, temperature=0, ignore_eos=True))
         while any(request.num_output_tokens <= WARM_STEPS for request in engine.scheduler.running) or (
@@ -131,7 +140,8 @@ def _bench_case(
         ):
             engine.step()
         runs = [_timed(engine, watch, 1) for _ in range(steps - 1)]
-        yield _row(Case(kind="decode", layout=layout, batch=batch, context=context), config, machine, dtype, runs)
+        case = Case(kind="decode", layout=layout, batch=batch, context=context)
+        yield _row(case, case.work(config, dtype, weights), machine, runs)
         engine.abort_all()
 
 
@@ -162,9 +172,8 @@ def _watching(engine: Engine) -> Iterator[Stopwatch]:
         yield watch
 
 
-def _row(case: Case, config: LPAConfig, machine: Machine, dtype: Any, runs: list[dict[str, float]]) -> dict[str, Any]:
+def _row(case: Case, work: Work, machine: Machine, runs: list[dict[str, float]]) -> dict[str, Any]:
     total = statistics.median(run["total"] for run in runs)
-    work = case.work(config, dtype)
     floor = work.seconds(machine)
     return {
         "kind": case.kind,

@@ -18,6 +18,7 @@ from server.cli.export import export
 from server.cli.generate import generate
 from server.cli.info import info
 from server.cli.init import init
+from server.cli.quantize import quantize
 from server.cli.score import score
 from server.cli.serve import serve, serve_command
 from server.cli.train import train, train_command
@@ -38,6 +39,7 @@ app.command(cls=lazy(train_command))(train)
 app.command()(init)
 app.add_typer(convert, name="convert")
 app.add_typer(export, name="export")
+app.command()(quantize)
 app.add_typer(bench, name="bench")
 app.command()(info)
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from server.cli.command import Dtype, Model, user_errors
+from server.cli.command import Dtype, Model, Weights, user_errors
 
 bench = typer.Typer(
     help="Measure servers and the engine; ratios come from one run.",
@@ -181,6 +181,7 @@ def step(
         int | None, typer.Option(min=1, help="Threads of the matrix products.", show_default="all")
     ] = None,
     dtype: Dtype = None,
+    weights: Weights = None,
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
@@ -191,7 +192,7 @@ def step(
 
     with user_errors():
         _check_plot(plot)
-        settings = load_settings(model=model, dtype=dtype, threads=threads)
+        settings = load_settings(model=model, dtype=dtype, weights=weights, threads=threads)
         rows = bench_steps(
             settings.model,
             layout or [],
@@ -199,6 +200,7 @@ def step(
             context or [256],
             steps=steps,
             dtype=settings.dtype,
+            weights=settings.weights,
             threads=settings.threads,
         )
         if as_json:
@@ -217,6 +219,7 @@ def overhead(
     input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
     output_len: Annotated[int, typer.Option(min=2, help="Tokens of a completion.")] = 128,
     dtype: Dtype = None,
+    weights: Weights = None,
     as_json: AsJson = False,
 ) -> None:
     """The share of HTTP, detokenization and scheduling in a step, over real sockets."""
@@ -224,7 +227,9 @@ def overhead(
     from server.settings import load_settings
 
     with user_errors():
-        settings = load_settings(model=model, dtype=dtype, log_requests=False, max_num_seqs=max(64, streams))
+        settings = load_settings(
+            model=model, dtype=dtype, weights=weights, log_requests=False, max_num_seqs=max(64, streams)
+        )
         found = bench_overhead(settings, streams, input_len, output_len)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
@@ -286,6 +291,7 @@ def loglikelihood(
     continuation_len: Annotated[int, typer.Option(min=1, help="Tokens of a continuation.")] = 10,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not.")] = 5,
     dtype: Dtype = None,
+    weights: Weights = None,
     as_json: AsJson = False,
 ) -> None:
     """Multiple choice: continuations of shared contexts as sets, and one by one without a prefix cache."""
@@ -294,7 +300,7 @@ def loglikelihood(
     from server.settings import load_settings
 
     with user_errors():
-        settings = load_settings(model=model, dtype=dtype, log_requests=False)
+        settings = load_settings(model=model, dtype=dtype, weights=weights, log_requests=False)
         try:
             found = bench_loglikelihood(
                 settings,

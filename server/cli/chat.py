@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.cli.command import Dtype, Model, ends_at_once, interruptible, user_errors
+from server.cli.command import Dtype, Model, Weights, ends_at_once, interruptible, user_errors
 
 if TYPE_CHECKING:
     from server.llm import LLM, SamplingParams
@@ -33,13 +33,14 @@ def chat(
     top_k: Annotated[int, typer.Option(min=0, help="Sample from so many tokens; 0 means all.")] = 0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.", show_default="random")] = None,
     dtype: Dtype = None,
+    weights: Weights = None,
 ) -> None:
     """Talk with a model, a line at a time, in the form of its chat template; ^C ends an answer, ^D the conversation."""
     from server.llm import LLM, SamplingParams
 
     with user_errors():
         with ends_at_once():
-            llm = LLM(model, dtype=dtype, chat_template=chat_template, max_num_seqs=1)
+            llm = LLM(model, dtype=dtype, weights=weights, chat_template=chat_template, max_num_seqs=1)
         with llm:
             if llm.tokenizer.chat_stop:
                 _note(f"{llm.name} has no chat template: it continues a script of User: and Assistant:")

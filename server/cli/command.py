@@ -28,6 +28,10 @@ Dtype = Annotated[
     Literal["auto", "float32", "bfloat16"] | None,
     typer.Option(help="dtype that the model computes in.", show_default="LPA_DTYPE, or auto"),
 ]
+Weights = Annotated[
+    Literal["auto", "float32", "bfloat16", "int8", "int4"] | None,
+    typer.Option(help="Type that weights are held in.", show_default="LPA_WEIGHTS, or auto"),
+]
 StoredDtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights written.")]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli.command import Dtype, Model, ends_at_once, user_errors
+from server.cli.command import Dtype, Model, Weights, ends_at_once, user_errors
 
 
 def generate(
@@ -20,6 +20,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.", show_default="random")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
     dtype: Dtype = None,
+    weights: Weights = None,
 ) -> None:
     """Continue a text; the continuation streams to the terminal."""
     from server.llm import LLM, SamplingParams
@@ -29,7 +30,7 @@ def generate(
     )
     with user_errors():
         with ends_at_once():
-            llm = LLM(model, dtype=dtype, max_num_seqs=1)
+            llm = LLM(model, dtype=dtype, weights=weights, max_num_seqs=1)
         with llm:
             for output in llm.stream(sys.stdin.read() if prompt == "-" else prompt, params):
                 print(output.text, end="", flush=True)

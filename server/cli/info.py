@@ -34,7 +34,7 @@ def info(
     from rich.table import Table
 
     from lpa_model.backends.select import choose
-    from lpa_model.checkpoint import stored_dtypes
+    from lpa_model.checkpoint import stored_dtypes, stored_weights, unquantized
     from lpa_model.config import PRESETS, CacheLayout
     from server.settings import load_settings, local_model
 
@@ -44,8 +44,17 @@ def info(
         config = config_of(name)
         folder = local_model(Path(name)) if name not in PRESETS else Path(name)
         stored = stored_dtypes(folder) if folder.is_dir() else None
+        quantized = stored_weights(folder) if folder.is_dir() else None
         layout, block_size = settings.kv_cache_layout, settings.block_size
-        choice = choose(config, dtype=settings.dtype, device=settings.device, layout=layout, block_size=block_size)
+        choice = choose(
+            config,
+            dtype=settings.dtype,
+            weights=settings.weights,
+            stored=quantized,
+            device=settings.device,
+            layout=layout,
+            block_size=block_size,
+        )
     dense = config.vanilla()
     facts = Table(title=name, show_header=False)
     for key, value in dataclasses.asdict(config).items():
@@ -55,6 +64,8 @@ def info(
             facts.add_row(key, str(value))
     if stored is not None:
         facts.add_row("stored as", ", ".join(stored))
+    if quantized is not None:
+        facts.add_row("not quantised", "\n".join(unquantized(folder)) or "no matrix but the embedding")
     parameters, dense_parameters = config.parameter_count(), dense.parameter_count()
     facts.add_row("parameters", f"{parameters:,}")
     facts.add_row("dense twin", f"{dense_parameters:,} ({dense_parameters / parameters:.2f}x)")

@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
-from server.cli.command import Dtype, ends_at_once, user_errors
+from server.cli.command import Dtype, Weights, ends_at_once, user_errors
 
 if TYPE_CHECKING:
     from server.scoring.texts import Advance, OnTokens, Source
@@ -76,6 +76,7 @@ def score(
         typer.Option("--add-bos/--no-add-bos", help="BOS before a text.", show_default="the tokenizer's own setting"),
     ] = None,
     dtype: Dtype = None,
+    weights: Weights = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of the matrix products.", show_default="LPA_THREADS, or all")
     ] = None,
@@ -95,7 +96,7 @@ def score(
 
     asked: dict[str, Any] = {"method": method, "max_length": max_length, "stride": stride, "add_bos": add_bos}
     with user_errors(), ExitStack() as stack:
-        _check_together("url", url, compare=compare, dtype=dtype, threads=threads)
+        _check_together("url", url, compare=compare, dtype=dtype, weights=weights, threads=threads)
         _check_together("compare", compare, model=model, tokens=tokens)
         found = find_files(files, field)
         texts, size = read_texts(found, field), total_size(found)
@@ -120,7 +121,7 @@ def score(
             from server.scoring import local
 
             with ends_at_once():
-                llm = stack.enter_context(LLM(model, dtype=dtype, threads=threads))
+                llm = stack.enter_context(LLM(model, dtype=dtype, weights=weights, threads=threads))
             start = partial(local.score_texts, llm, llm.convention(**asked), texts)
             extra = {"dtype": llm.dtype}
         lines = _lines(start, on_tokens, size)
@@ -151,9 +152,9 @@ def _compare(
     convention = common_convention(a, b, asked)
     with _progress(size) as advance:
         found = compare_texts(a, b, convention, texts, advance)
-    for side, folder in zip("ab", folders, strict=True):
-        found[side] = {"model": str(folder), **found[side]}
-    return {"dtype": a.dtype, **found}
+    for name, folder, side in zip("ab", folders, (a, b), strict=True):
+        found[name] = {"model": str(folder), "dtype": side.dtype, **found[name]}
+    return found
 
 
 def _lines(start: Start, on_tokens: OnTokens | None, size: Size) -> Iterator[dict[str, Any]]:

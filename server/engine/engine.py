@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from lpa_model.backends import select
-from lpa_model.checkpoint import load_config, weights_hash
+from lpa_model.checkpoint import load_config, stored_weights, weights_hash
 from lpa_model.config import LPAConfig
 from server.engine.block_manager import BlockManager
 from server.engine.detokenizer import Detokenizer, unfinished_bytes
@@ -48,6 +48,7 @@ class EngineOptions:
     """The settings of the engine. Defaults, and what None means, are in `server/settings.py`."""
 
     dtype: str
+    weights: str
     device: str
     threads: int | None
     max_model_len: int | None
@@ -68,6 +69,7 @@ class BackendInfo:
     """What computes, and what faster backend does not and why."""
 
     name: str = ""
+    types: str = ""  # of activations, and of weights where they differ: "float32, int8 weights"
     batch_invariant: bool = False
     refused: tuple[tuple[str, str], ...] = ()  # (backend, reason and remedy)
 
@@ -295,6 +297,8 @@ def _build_engine(model_dir: Path, options: EngineOptions, hashing: Executor) ->
     choice = select.choose(
         config,
         dtype=options.dtype,
+        weights=options.weights,
+        stored=stored_weights(model_dir),
         device=options.device,
         layout=options.kv_cache_layout,
         block_size=options.block_size,
@@ -348,7 +352,7 @@ def _build_engine(model_dir: Path, options: EngineOptions, hashing: Executor) ->
         tokenizer,
         load_generation_config(model_dir).defaults(options.generation_config),
         fingerprint(weights.result(), backend.name),
-        BackendInfo(backend.name, invariant, choice.refused),
+        BackendInfo(backend.name, choice.types, invariant, choice.refused),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lpa_model.backends.features import resolve_device, resolve_dtype
-from lpa_model.checkpoint import load_model
+from lpa_model.checkpoint import load_model, stored_weights
 from lpa_model.compare import Comparison, compare_windows
 from lpa_model.model import LPAForCausalLM
 from lpa_model.perplexity import Convention
@@ -45,7 +45,9 @@ def load(folder: Path, settings: Settings) -> Side:
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
     model = load_model(folder, dtype, device)
-    return Side(model, load_tokenizer(folder, model.config), str(dtype).removeprefix("torch."))
+    name, stored = str(dtype).removeprefix("torch."), stored_weights(folder)
+    types = name if stored is None else f"{name}, {stored} weights"
+    return Side(model, load_tokenizer(folder, model.config), types)
 
 
 def common_convention(a: Side, b: Side, asked: dict[str, Any]) -> Convention:

@@ -59,18 +59,19 @@ def print_table(lines: Iterable[dict[str, Any]], extra: dict[str, Any]) -> None:
 
 def print_comparison(found: dict[str, Any]) -> None:
     """Both models' perplexities and the comparison token by token."""
-    table = Table(caption=_how(found, {"dtype": found["dtype"]}))
+    table = Table(caption=_how(found, {}))
     table.add_column("model", overflow="fold")
     for name in ("tokens", "NLL sum (nats)", "perplexity", "bits per byte"):
         table.add_column(name, justify="right", no_wrap=True)
     for side in ("a", "b"):
-        table.add_row(f"{side.upper()}: {found[side]['model']}", *_cells(found[side]))
+        table.add_row(f"{side.upper()}: {found[side]['model']} ({found[side]['dtype']})", *_cells(found[side]))
     pairs = found["comparison"]
     measures = Table(show_header=False)
     measures.add_column(overflow="fold")
     measures.add_column(justify="right")
     for text, name in (("NLL(B) - NLL(A), nats per token", "nll_difference"), ("KL(A || B), nats", "kl_divergence")):
         measures.add_row(text, _with_error(pairs[name], pairs[f"{name}_stderr"], "+.6f" if "nll" in name else ".6f"))
+    measures.add_row("perplexity of B / A", f"{pairs['perplexity_ratio']:.6f}")
     measures.add_row("same most probable token", f"{pairs['top1_agreement']:.2%}")
     console = Console()
     console.print(table)

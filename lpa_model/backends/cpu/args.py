@@ -13,6 +13,8 @@ import numpy as np
 class Dtype(IntEnum):
     FLOAT32 = 0
     BFLOAT16 = 1
+    INT8 = 2
+    INT4 = 3
 
 
 class OpKind(IntEnum):
@@ -40,7 +42,7 @@ def _record(integers: str, doubles: str = "") -> np.dtype[np.void]:
 
 OP = _record(
     """
-    kind dtype x weight bias residual out x_stride weight_stride residual_stride out_stride
+    kind dtype weight_dtype x weight bias residual out x_stride weight_stride residual_stride out_stride
     width columns panels group_panels epilogue heads head_stride
     """,
     "eps",

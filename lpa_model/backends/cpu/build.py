@@ -48,14 +48,14 @@ class InstructionSet:
     defines: tuple[str, ...] = ()
 
 
-DOT, TILES = "-DHAS_DOT_BF16=1", "-DHAS_TILES=1"
+DOT, TILES = ("-DHAS_DOT_BF16=1", "-DHAS_DOT_I8=1"), ("-DHAS_TILES=1",)  # who has bfloat16's has VNNI's, too
 INSTRUCTION_SETS = {
     "x86_64": [
         InstructionSet("scalar", "x86_64"),
         InstructionSet("avx2", "x86_64_v3"),
         InstructionSet("avx512", "x86_64_v4"),
-        InstructionSet("avx512bf16", "x86_64_v4+avx512bf16", (DOT,)),
-        InstructionSet("amx", "x86_64_v4+avx512bf16+amx_tile+amx_bf16", (DOT, TILES)),
+        InstructionSet("avx512bf16", "x86_64_v4+avx512vnni+avx512bf16", DOT),
+        InstructionSet("amx", "x86_64_v4+avx512vnni+avx512bf16+amx_tile+amx_bf16", DOT + TILES),
     ],
     "aarch64": [
         InstructionSet("scalar", "generic"),
@@ -64,8 +64,8 @@ INSTRUCTION_SETS = {
 }
 # the control flow of newer processors' kernels, on any processor with AVX2: their instructions are computed in C
 EMULATED = [
-    InstructionSet("avx512bf16", "x86_64_v3", (DOT,)),
-    InstructionSet("amx", "x86_64_v3", (DOT, TILES)),
+    InstructionSet("avx512bf16", "x86_64_v3", DOT),
+    InstructionSet("amx", "x86_64_v3", DOT + TILES),
 ]
 # to be run with the runtime libraries of the sanitizers loaded beforehand
 SANITIZED = [flag for flag in FLAGS if flag not in ("-O3", "-g0", "-fno-sanitize=all")] + [

@@ -68,12 +68,15 @@ class OpList:
         """x [rows, groups * in_features] times the weight, plus its bias -> out [rows, at most out_features].
 
         Where `out` is narrower than the weight's outputs, padded for instance, the rest is not written. `out` is the
-        float32 residual stream for RESIDUAL_ADD: with bfloat16 weights, sums are rounded before they are added.
+        float32 residual stream for RESIDUAL_ADD: with bfloat16 activations, sums are rounded before they are added.
+        Weights may be of fewer bits than the activations.
         """
         self._check("x", x, weight.groups * weight.in_features)
         self._check("out", out, dtype=torch.float32 if epilogue is Epilogue.RESIDUAL_ADD else self.dtype)
-        if weight.dtype is not self.dtype:
-            raise ValueError(f"the weight is {weight.dtype}, the op list {self.dtype}")
+        of_list = DTYPES[self.dtype]
+        if weight.dtype < of_list or (weight.bias is not None and weight.bias.dtype is not self.dtype):
+            bias = "" if weight.bias is None else f", its bias {weight.bias.dtype}"
+            raise ValueError(f"the weight is {weight.dtype.name.lower()}{bias}, the op list {self.dtype}")
         if weight.gated is not (epilogue is Epilogue.SWIGLU_GATED) or out.shape[1] > weight.out_features:
             raise ValueError(f"the weight's outputs are not those of {epilogue.name} into {list(out.shape)}")
         self._add(
@@ -82,6 +85,7 @@ class OpList:
             out,
             weight=weight.panels,
             bias=weight.bias,
+            weight_dtype=weight.dtype,
             width=weight.in_features,
             columns=out.shape[1],
             panels=weight.num_panels,

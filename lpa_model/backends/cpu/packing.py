@@ -1,20 +1,29 @@
 """Weights as the GEMM reads them: packed panels of 16 outputs each, padded with zeros to whole ones.
 
 float32 panels are [out / 16, in, 16]; bfloat16 ones [out / 16, in / 32, 16, 16, 2], in which two inputs lie side by
-side (the VNNI layout, whose [16, 16, 2] is a tile of AMX).
+side (the VNNI layout, whose [16, 16, 2] is a tile of AMX). Those of int8 and int4 are bytes [out / 16, size], as
+csrc/gemm_quantized.h has them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lpa_model.backends.cpu.args import Dtype
+from lpa_model.quantization import GROUP, Quantized
+
 PANEL_WIDTH = 16  # outputs of a panel
 PAIR = 2 * PANEL_WIDTH  # outputs come in whole pairs of panels
 DEPTH = 32  # inputs of a tile
+CACHE_LINE = 64
+
+Weight = Tensor | Quantized
+"""[out, in], a row for each output."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +35,12 @@ class PackedWeight:
     """
 
     panels: Tensor
+    dtype: Dtype
     bias: Tensor | None  # [out_features], padded like it
     in_features: int  # of a group, padded
     out_features: int  # of all groups, padded; of a gated pair: of one of the two
     groups: int = 1
     gated: bool = False
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.panels.dtype
 
     @property
     def num_panels(self) -> int:
@@ -46,31 +52,77 @@ def padded(features: int) -> int:
     return -(-features // PAIR) * PAIR
 
 
-def pack(weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> PackedWeight:
-    """Weight [groups * out, in] and bias [groups * out], float32 or bfloat16, in panels.
+def pack(weight: Weight, bias: Tensor | None = None, groups: int = 1) -> PackedWeight:
+    """Weight [groups * out, in] and bias [groups * out] in panels of the weight's own type.
 
     `out` and `in` of each group are padded to multiples of 32 with zeros, so that padded outputs are zeros.
+
+    Raises:
+        ValueError: there are no panels of the weight's type.
     """
-    out, width = weight.shape[0] // groups, padded(weight.shape[1])
-    by_group = F.pad(weight.unflatten(0, (groups, out)), (0, width - weight.shape[1], 0, padded(out) - out))
+    out = rows_of(weight) // groups
+    whole = by_rows(weight, lambda rows: pad_rows(rows.unflatten(0, (groups, out)), padded(out)).flatten(0, 1))
     if bias is not None:
         bias = F.pad(bias.view(groups, out), (0, padded(out) - out)).flatten().contiguous()
-    return PackedWeight(_panels(by_group.flatten(0, 1)), bias, width, groups * padded(out), groups)
+    panels, dtype, width = _panels(whole)
+    return PackedWeight(panels, dtype, bias, width, groups * padded(out), groups)
 
 
-def pack_gated(gate: Tensor, up: Tensor) -> PackedWeight:
+def pack_gated(gate: Weight, up: Weight) -> PackedWeight:
     """Both weights [out, in], a panel of one after a panel of the other: for the epilogue SWIGLU_GATED, whose output is
     silu(x . gate) * (x . up)."""
-    out, width = padded(gate.shape[0]), padded(gate.shape[1])
-    panels = [_panels(F.pad(w, (0, width - w.shape[1], 0, out - w.shape[0]))) for w in (gate, up)]
-    return PackedWeight(torch.stack(panels, dim=1).flatten(0, 1), None, width, out, gated=True)
+    out = padded(rows_of(gate))
+    (first, dtype, width), (second, _, _) = (_panels(by_rows(w, lambda rows: pad_rows(rows, out))) for w in (gate, up))
+    panels = torch.stack([first, second], dim=1).flatten(0, 1)
+    return PackedWeight(panels, dtype, None, width, out, gated=True)
 
 
-def _panels(weight: Tensor) -> Tensor:
-    out, width = weight.shape
+def rows_of(weight: Weight) -> int:
+    """Outputs of a weight."""
+    return len(weight.codes if isinstance(weight, Quantized) else weight)
+
+
+def by_rows(weight: Weight, change: Callable[[Tensor], Tensor]) -> Weight:
+    """A weight whose rows, one per output, have been put elsewhere or padded."""
+    if isinstance(weight, Quantized):
+        return weight._replace(codes=change(weight.codes), scales=change(weight.scales))
+    return change(weight)
+
+
+def pad_rows(x: Tensor, rows: int) -> Tensor:
+    """[.., n, width] -> [.., rows, width]."""
+    return F.pad(x, (0, 0, 0, rows - x.shape[-2]))
+
+
+def _panels(weight: Weight) -> tuple[Tensor, Dtype, int]:
+    """The panels of a weight of whole pairs of panels, their type, and their inputs."""
+    if isinstance(weight, Quantized):
+        panels, dtype = (_int8_panels, Dtype.INT8) if weight.bits == 8 else (_int4_panels, Dtype.INT4)
+        return panels(weight), dtype, weight.codes.shape[1]
+    out, width = len(weight), padded(weight.shape[1])
+    weight = F.pad(weight, (0, width - weight.shape[1]))
     if weight.dtype is torch.float32:
-        return weight.view(out // PANEL_WIDTH, PANEL_WIDTH, width).transpose(1, 2).contiguous()
+        return weight.view(out // PANEL_WIDTH, PANEL_WIDTH, width).transpose(1, 2).contiguous(), Dtype.FLOAT32, width
     if weight.dtype is not torch.bfloat16:
         raise ValueError(f"weights are float32 or bfloat16, not {weight.dtype}")
     shape = (out // PANEL_WIDTH, PANEL_WIDTH, width // DEPTH, DEPTH // 2, 2)
-    return weight.view(shape).permute(0, 2, 3, 1, 4).contiguous()
+    return weight.view(shape).permute(0, 2, 3, 1, 4).contiguous(), Dtype.BFLOAT16, width
+
+
+def _int8_panels(weight: Quantized) -> Tensor:
+    out, width = weight.codes.shape
+    shape = (out // PANEL_WIDTH, PANEL_WIDTH, width // GROUP, GROUP // 4, 4)
+    codes = weight.codes.view(shape).permute(0, 2, 3, 1, 4)  # [panels, groups, 8, 16, 4]
+    return _with_scales(weight.scales, codes.flatten(1).view(torch.uint8))
+
+
+def _int4_panels(weight: Quantized) -> Tensor:
+    out, width = weight.codes.shape
+    shape = (out // PANEL_WIDTH, PANEL_WIDTH, width // GROUP, 2, GROUP // 8, 4)
+    low, high = (weight.codes + 8).view(torch.uint8).view(shape).permute(3, 0, 2, 4, 1, 5)  # [panels, groups, 4, 16, 4]
+    return _with_scales(weight.scales, (low | high << 4).flatten(1))
+
+
+def _with_scales(scales: Tensor, codes: Tensor) -> Tensor:
+    by_panel = scales.unflatten(0, (-1, PANEL_WIDTH)).transpose(1, 2).flatten(1).view(torch.uint8)
+    return torch.cat([F.pad(by_panel, (0, -by_panel.shape[1] % CACHE_LINE)), codes], dim=1)

@@ -20,17 +20,18 @@ from lpa_model.backends.cpu.args import ATTENTION, Epilogue
 from lpa_model.backends.cpu.attention import NO_DECODES, NO_PROMPTS, DecodeRows, PromptRows, layer_fields
 from lpa_model.backends.cpu.library import Kernel
 from lpa_model.backends.cpu.oplist import OpList, gemm
-from lpa_model.backends.cpu.packing import PackedWeight, pack, pack_gated, padded
+from lpa_model.backends.cpu.packing import PackedWeight, Weight, by_rows, pack, pack_gated, pad_rows, padded, rows_of
 from lpa_model.backends.cpu.rotary import interleaved, rope_cache
 from lpa_model.batch import Batch
 from lpa_model.cache import LatentCache
 from lpa_model.layers import LayerNorm, LowRankLinear, ReluFFN, RMSNorm, SwiGLU
 from lpa_model.model import LPAForCausalLM, PostNormBlock, PreNormBlock
+from lpa_model.quantization import Quantized, QuantizedLinear, quantize
 
 MOST_ROWS = 512  # of one run of the op list: so many stay in the cores' caches from one operation to the next
 WIDTH_UNIT = 32  # numbers that the cache's widths are padded to multiples of
 
-Matrix = tuple[Tensor, Tensor | None]
+Matrix = tuple[Weight, Tensor | None]
 """A weight [out, in] and its bias [out]."""
 
 
@@ -52,8 +53,10 @@ class Norm:
 class LayerPlan:
     """A block's packed weights, and its operations over a cache."""
 
-    def __init__(self, block: PostNormBlock | PreNormBlock, cache: LatentCache) -> None:
+    def __init__(self, block: PostNormBlock | PreNormBlock, cache: LatentCache, held: torch.dtype) -> None:
+        """`held`: what weights are packed as, unless they are quantised."""
         attention = block.attention
+        self.held = held
         rotary = isinstance(block, PreNormBlock)
         self.pre_norm = rotary
         self.heads, self.scale = attention.heads, attention.scale
@@ -68,11 +71,12 @@ class LayerPlan:
 
         def of_heads(linear: nn.Linear, count: int, rows: Tensor) -> Matrix:
             """Outputs of each head in the order `rows`, and padded."""
-            weight, bias = _matrix(linear)
-            weight = _pad_rows(weight.unflatten(0, (count, size))[:, rows], padded(size)).flatten(0, 1)
-            if bias is not None:
-                bias = _pad_rows(bias.view(count, size, 1)[:, rows], padded(size)).flatten()
-            return weight, bias
+
+            def chosen(x: Tensor) -> Tensor:
+                return pad_rows(x.unflatten(0, (count, size))[:, rows], padded(size)).flatten(0, 1)
+
+            weight, bias = _matrix(linear, self.held)
+            return by_rows(weight, chosen), None if bias is None else chosen(bias.unsqueeze(1)).squeeze(1)
 
         plain = torch.arange(size)
         projections = (
@@ -85,7 +89,7 @@ class LayerPlan:
         ups: list[PackedWeight | None] = []
         for name, (layer, count, rows) in zip("qkv", projections, strict=True):
             if isinstance(layer, LowRankLinear):
-                joint.append(_matrix(layer.down))
+                joint.append(_matrix(layer.down, self.held))
                 latent = (name == "k" and keys_latent) or (name == "v" and values_latent)
                 ups.append(None if latent else pack(*of_heads(layer.up, count, rows)))
             elif name == "q":  # attention reads whole rows of queries
@@ -104,31 +108,46 @@ class LayerPlan:
         if keys_latent:
             by_head = attention.key_up()[:, order].transpose(1, 2).repeat_interleave(group, 0)  # [H, r, dh]
             by_head = F.pad(by_head, (0, padded(size) - size))
-            self.absorbed = pack(by_head.flatten(0, 1), groups=heads)
+            self.absorbed = pack(self._held_like(attention.k_proj, by_head.flatten(0, 1)), groups=heads)
         if values_latent:
             up, bias = attention.value_up()
             up, bias = up.repeat_interleave(group, 0), None if bias is None else bias.repeat_interleave(group, 0)
-            self.up = pack(up.flatten(0, 1), None if bias is None else bias.flatten(), groups=heads)
-        first, *rest = _matrices(attention.o_proj)
-        by_head = F.pad(first[0].unflatten(1, (heads, size)), (0, padded(size) - size))
-        self.output = [pack(*matrix) for matrix in ((by_head.flatten(1), first[1]), *rest)]
+            weight = self._held_like(attention.v_proj, up.flatten(0, 1))
+            self.up = pack(weight, None if bias is None else bias.flatten(), groups=heads)
+        (first, bias), *rest = self._matrices(attention.o_proj)
+        if size != padded(size):
+            plain_first = first.dequantized()[:, : heads * size] if isinstance(first, Quantized) else first
+            by_head = F.pad(plain_first.unflatten(1, (heads, size)), (0, padded(size) - size)).flatten(1)
+            first = quantize(by_head, first.bits) if isinstance(first, Quantized) else by_head
+        self.output = [pack(*matrix) for matrix in ((first, bias), *rest)]
 
     def _pack_ffn(self, ffn: ReluFFN | SwiGLU) -> None:
         self.gated = self.gate_joint = None
         self.gate_widths: list[int] = []
         self.gate: list[PackedWeight] = []
         if isinstance(ffn, SwiGLU):
-            gate, up = _matrices(ffn.gate_proj), _matrices(ffn.up_proj)
+            gate, up = self._matrices(ffn.gate_proj), self._matrices(ffn.up_proj)
             if len(gate) == len(up) == 1:
-                self.gated = pack_gated(gate[0][0], up[0][0])
+                self.gated = pack_gated(*_alike([gate[0][0], up[0][0]]))
             elif len(gate) == len(up) == 2:
                 self.gate_joint, self.gate_widths = _pack_joint([gate.pop(0), up.pop(0)])
             self.gate = [pack(*matrix) for matrix in gate]
         else:
             assert isinstance(ffn, ReluFFN)
-            up = _matrices(ffn.up_proj)
+            up = self._matrices(ffn.up_proj)
         self.inner = [] if self.gated else [pack(*matrix) for matrix in up]
-        self.outer = [pack(*matrix) for matrix in _matrices(ffn.down_proj)]
+        self.outer = [pack(*matrix) for matrix in self._matrices(ffn.down_proj)]
+
+    def _matrices(self, layer: nn.Module) -> list[Matrix]:
+        """A low-rank layer's two, or a dense one's only one."""
+        assert isinstance(layer, LowRankLinear | nn.Linear)
+        parts = (layer.down, layer.up) if isinstance(layer, LowRankLinear) else (layer,)
+        return [_matrix(part, self.held) for part in parts]
+
+    def _held_like(self, layer: nn.Module, weight: Tensor) -> Weight:
+        """What was made of B of a low-rank layer, quantised if B is."""
+        assert isinstance(layer, LowRankLinear)
+        return quantize(weight, layer.up.bits) if isinstance(layer.up, QuantizedLinear) else weight.to(self.held)
 
     def write(self, ops: OpList, stream: Tensor, normed: Tensor, rope: Tensor | None) -> dict[str, int | float]:
         """Add the layer's operations on `stream` float32 [rows, d], with `normed` [rows, d] between them.
@@ -198,10 +217,13 @@ class LayerPlan:
 class StepPlan:
     """The rows of a step through all layers of a model; a row's result depends on the row alone, to the bit."""
 
-    def __init__(self, model: LPAForCausalLM, cache: LatentCache, kernels: Mapping[str, Kernel]) -> None:
+    def __init__(
+        self, model: LPAForCausalLM, cache: LatentCache, kernels: Mapping[str, Kernel], held: torch.dtype
+    ) -> None:
+        """`held`: what weights are packed as, unless they are quantised."""
         self.kernels, self.dtype = kernels, cache.keys[0].dtype
         self.vocab_size, self.width = model.config.vocab_size, padded(model.config.hidden_size)
-        self.tokens = _pad_columns(model.embed_tokens.weight, self.width)
+        self.tokens = _pad_columns(model.embed_tokens.weight.to(held), self.width)
         self.positions = self.rope = self.norm = None
         if model.rotary is None:
             self.positions = _pad_columns(model.embed_positions.weight, self.width)
@@ -209,8 +231,8 @@ class StepPlan:
             self.rope = rope_cache(model.rotary, padded(model.config.head_size))
         if model.norm is not None:
             self.norm = Norm.of(model.norm)
-        self.layers = [LayerPlan(cast("PostNormBlock | PreNormBlock", block), cache) for block in model.layers]
-        self.output = pack(*_matrix(model.lm_head))
+        self.layers = [LayerPlan(cast("PostNormBlock | PreNormBlock", block), cache, held) for block in model.layers]
+        self.output = pack(*_matrix(model.lm_head, held))
         self.capacity = 0
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -290,33 +312,40 @@ def _through(ops: OpList, x: Tensor, weights: Sequence[PackedWeight], epilogue: 
     return x
 
 
-def _matrix(linear: nn.Linear) -> Matrix:
-    return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+def _matrix(linear: nn.Linear, held: torch.dtype) -> Matrix:
+    weight = linear.quantized if isinstance(linear, QuantizedLinear) else linear.weight.detach().to(held)
+    return weight, None if linear.bias is None else linear.bias.detach()
 
 
-def _matrices(layer: nn.Module) -> list[Matrix]:
-    """A low-rank layer's two, or a dense one's only one."""
-    assert isinstance(layer, LowRankLinear | nn.Linear)
-    return [_matrix(part) for part in ((layer.down, layer.up) if isinstance(layer, LowRankLinear) else (layer,))]
+def _alike(weights: Sequence[Weight]) -> list[Weight]:
+    """Weights that one GEMM can have: where not all are of the same bits, none is quantised."""
+    bits = {weight.bits if isinstance(weight, Quantized) else 0 for weight in weights}
+    if len(bits) == 1:
+        return list(weights)
+    return [weight.dequantized().bfloat16() if isinstance(weight, Quantized) else weight for weight in weights]
 
 
 def _pack_joint(matrices: Sequence[Matrix | None]) -> tuple[PackedWeight | None, list[int]]:
     """Several matrices of one input as one weight, and the padded widths of their outputs, 0 for None."""
     present = [matrix for matrix in matrices if matrix is not None]
-    widths = [0 if matrix is None else padded(len(matrix[0])) for matrix in matrices]
+    widths = [0 if matrix is None else padded(rows_of(matrix[0])) for matrix in matrices]
     if not present:
         return None, widths
-    weight = torch.cat([_pad_rows(weight, padded(len(weight))) for weight, _ in present])
+    parts = [by_rows(w, lambda x: pad_rows(x, padded(len(x)))) for w in _alike([weight for weight, _ in present])]
     bias = None
-    if any(bias is not None for _, bias in present):
-        biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in present]
+    if given := [bias for _, bias in present if bias is not None]:
+        biases = [given[0].new_zeros(rows_of(weight)) if bias is None else bias for weight, bias in present]
         bias = torch.cat([F.pad(bias, (0, padded(len(bias)) - len(bias))) for bias in biases])
-    return pack(weight, bias), widths
+    return pack(_joined(parts), bias), widths
 
 
-def _pad_rows(x: Tensor, rows: int) -> Tensor:
-    """[.., n, width] -> [.., rows, width]."""
-    return F.pad(x, (0, 0, 0, rows - x.shape[-2]))
+def _joined(parts: Sequence[Weight]) -> Weight:
+    """Weights of one type, one below the other."""
+    quantized = [part for part in parts if isinstance(part, Quantized)]
+    if not quantized:
+        return torch.cat([part for part in parts if isinstance(part, Tensor)])
+    codes, scales = (torch.cat(columns) for columns in zip(*((q.codes, q.scales) for q in quantized), strict=True))
+    return Quantized(codes, scales, quantized[0].bits)
 
 
 def _pad_columns(x: Tensor, width: int) -> Tensor:

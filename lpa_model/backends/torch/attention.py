@@ -70,7 +70,7 @@ class PagedAttention:
         blocks = self.pairs.blocks
         keys, values = self.cache.keys[layer.layer][blocks], self.cache.values[layer.layer][blocks]
         if keys_latent and self.rotary is None:
-            q = _per_kv_head(q, layer.key_up())
+            q = _per_kv_head(q, layer.key_up().to(q.dtype))
         elif keys_latent and self.rotary is not None:
             # rebuilt block by block: the rotation between the query and B_k forbids absorption
             keys = self.rotary(layer.keys(keys[:, 0]), self.pairs.positions).transpose(1, 2)

@@ -26,11 +26,11 @@ class TorchBackend:
 
     batch_invariant = False
 
-    def __init__(self, model: LPAForCausalLM) -> None:
+    def __init__(self, model: LPAForCausalLM, name: str) -> None:
         weight = model.embed_tokens.weight
         self.model, self.config = model, model.config
         self.device, self.dtype = weight.device, weight.dtype
-        self.name = f"torch ({self.device}, {str(self.dtype).removeprefix('torch.')})"
+        self.name = name
         self.cache: LatentCache | None = None
 
     def cache_bytes_per_token(self, layout: CacheLayout) -> int:

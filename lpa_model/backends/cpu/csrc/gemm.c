@@ -1,4 +1,4 @@
-/* GEMM with packed panels of weights, float32 or bfloat16, and its epilogues.
+/* GEMM with packed panels of weights, float32 or bfloat16, and its epilogues; int8 and int4: gemm_quantized.h.
  *
  * A panel is 16 outputs. Float32 weights lie as [panels, inputs, 16], bfloat16 ones as [panels, inputs / 2,
  * 16, 2] (the VNNI layout: two inputs side by side). Each sum is taken in the order of its inputs, whatever the number
@@ -9,6 +9,7 @@
  * what takes time. With more rows a block of a panel stays in the first-level cache for all row tiles.
  */
 #include "gemm.h"
+#include "gemm_quantized.h"
 #include "gemm_tiles.h"
 
 #if defined(__AVX512F__) || HAS_DOT_BF16
@@ -116,12 +117,10 @@ INLINE void multiply_rows(enum operands operands, int64_t rows, const struct til
 
 static NOINLINE void multiply_floats(int64_t rows, const struct tile *t) { multiply_rows(FLOATS, rows, t); }
 
-#if HAS_TILES
-/* bfloat16 goes through tiles */
-#elif HAS_DOT_BF16
-static NOINLINE void multiply_bf16(int64_t rows, const struct tile *t) { multiply_rows(PAIRS, rows, t); }
-#else
-static NOINLINE void multiply_bf16(int64_t rows, const struct tile *t) { multiply_rows(WIDENED_X, rows, t); }
+static NOINLINE void multiply_widened(int64_t rows, const struct tile *t) { multiply_rows(WIDENED_X, rows, t); }
+
+#if HAS_DOT_BF16 && !HAS_TILES /* with tiles, bfloat16 rows go through them */
+static NOINLINE void multiply_pairs(int64_t rows, const struct tile *t) { multiply_rows(PAIRS, rows, t); }
 #endif
 
 /* ---- work items ---- */
@@ -138,9 +137,10 @@ struct plan {
     int few; /* rows: one row tile for each panel */
 };
 
-INLINE struct plan plan_of(int is_bf16, const struct op *op, int64_t rows) {
+INLINE struct plan plan_of(const struct op *op, int64_t rows) {
+    int narrow = op->weight_dtype == BFLOAT16;
     struct plan p = {.pairs = op->panels / 2};
-    p.lines = is_bf16 ? op->width / 2 : op->width;
+    p.lines = narrow ? op->width / 2 : op->width;
     p.few = rows <= TILE_ROWS;
     p.chunk = min_i64(rows, CHUNK);
     if (p.few)
@@ -149,7 +149,7 @@ INLINE struct plan plan_of(int is_bf16, const struct op *op, int64_t rows) {
         p.group = min_i64(GROUP, p.pairs * ceil_div(rows, CHUNK) / 16);
     p.group = max_i64(p.group, 1);
     p.groups = ceil_div(p.pairs, p.group);
-    p.block = is_bf16 ? BLOCK / 2 : BLOCK;
+    p.block = narrow ? BLOCK / 2 : BLOCK;
     p.blocks = max_i64(ceil_div(p.lines, p.block), 1);
     return p;
 }
@@ -186,9 +186,10 @@ static void widen_weight(const char *weight, int64_t lines, float *to) {
     }
 }
 
-INLINE void item_of(int is_bf16, const struct op *op, int64_t rows, int64_t item, char *scratch) {
+/* `is_bf16`: x, `narrow`: weights. */
+INLINE void item_of(int is_bf16, int narrow, const struct op *op, int64_t rows, int64_t item, char *scratch) {
     const int widen = is_bf16 && !HAS_DOT_BF16;
-    struct plan p = plan_of(is_bf16, op, rows);
+    struct plan p = plan_of(op, rows);
     struct layout layout = layout_of(op, &p);
     int64_t *widened = (int64_t *)scratch; /* the address of the x that is there */
     float *all_sums = (float *)(scratch + layout.sums), *widened_weight = (float *)(scratch + layout.weight);
@@ -197,7 +198,7 @@ INLINE void item_of(int is_bf16, const struct op *op, int64_t rows, int64_t item
     int64_t first_pair = item % p.groups * p.group, pairs = min_i64(p.group, p.pairs - first_pair);
     int64_t units = pairs * (2 / TILE_PANELS), steps = units * p.blocks;
     int64_t row_tile = ceil_div(count, ceil_div(count, TILE_ROWS)), panel_bytes = p.lines * LINE;
-    int64_t x_bytes = is_bf16 ? 2 : 4, per_line = is_bf16 ? 2 : 1; /* inputs of a line */
+    int64_t x_bytes = is_bf16 ? 2 : 4, per_line = narrow ? 2 : 1; /* inputs of a line */
     const char *weights = op->weight, *weights_end = weights + op->panels * panel_bytes;
     const char *converted = 0;
     for (int64_t step = 0; step < steps; step++) {
@@ -240,8 +241,8 @@ INLINE void item_of(int is_bf16, const struct op *op, int64_t rows, int64_t item
         const char *first_line = weights + panel * panel_bytes + at * LINE;
         struct tile t = {x,     x_stride, first_line, panel_bytes, lines, next, step_bytes,
                          sums, !block};
-        int floats = !is_bf16;
-        if (widen && TILE_PANELS == 1 && !p.few) {
+        int floats = !narrow;
+        if (narrow && (widen || !is_bf16) && TILE_PANELS == 1 && !p.few) {
             widen_weight(t.weight, lines, widened_weight);
             t.weight = (const char *)widened_weight;
             t.lines = 2 * lines;
@@ -254,10 +255,12 @@ INLINE void item_of(int is_bf16, const struct op *op, int64_t rows, int64_t item
             t.sums = sums + r * PAIR;
             if (floats)
                 multiply_floats(some, &t);
-#if !HAS_TILES
-            else
-                multiply_bf16(some, &t);
+#if HAS_DOT_BF16 && !HAS_TILES
+            else if (is_bf16)
+                multiply_pairs(some, &t);
 #endif
+            else
+                multiply_widened(some, &t);
             if (next) t.next += t.lines * t.next_step;
         }
         if (block + 1 == p.blocks && (unit + 1) * TILE_PANELS % 2 == 0) {
@@ -267,29 +270,36 @@ INLINE void item_of(int is_bf16, const struct op *op, int64_t rows, int64_t item
     }
 }
 
+INLINE int is_quantized(const struct op *op) { return op->weight_dtype == INT8 || op->weight_dtype == INT4; }
+
 int64_t gemm_items(const struct op *op, int64_t rows) {
+    if (is_quantized(op)) return quantized_items(op, rows);
 #if HAS_TILES
-    if (op->dtype == BFLOAT16)
-        return ceil_div(op->panels / 2, tiled_group(op, rows)) * ceil_div(rows, TILED_CHUNK);
+    if (op->dtype == BFLOAT16) return ceil_div(op->panels / 2, tiled_group(op, rows)) * ceil_div(rows, TILED_CHUNK);
 #endif
-    return plan_of(op->dtype == BFLOAT16, op, rows).groups * ceil_div(rows, CHUNK);
+    return plan_of(op, rows).groups * ceil_div(rows, CHUNK);
 }
 
 int64_t gemm_scratch(const struct op *op, int64_t rows) {
+    if (is_quantized(op)) return quantized_scratch(op, rows);
 #if HAS_TILES
     if (op->dtype == BFLOAT16) return tiled_scratch(op);
 #endif
-    struct plan p = plan_of(op->dtype == BFLOAT16, op, rows);
+    struct plan p = plan_of(op, rows);
     return layout_of(op, &p).bytes;
 }
 
 void gemm_item(const struct op *op, int64_t rows, int64_t item, void *scratch) {
-    if (op->dtype == FLOAT32)
-        item_of(0, op, rows, item, scratch);
+    if (is_quantized(op))
+        quantized_item(op, rows, item, scratch);
+    else if (op->weight_dtype == FLOAT32)
+        item_of(0, 0, op, rows, item, scratch);
+    else if (op->dtype == FLOAT32)
+        item_of(0, 1, op, rows, item, scratch);
     else
 #if HAS_TILES
         tiled_item(op, rows, item, scratch);
 #else
-        item_of(1, op, rows, item, scratch);
+        item_of(1, 1, op, rows, item, scratch);
 #endif
 }

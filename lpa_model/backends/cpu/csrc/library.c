@@ -25,6 +25,7 @@ EXPORT const struct field lpa_fields[] = {
     RECORD(op),
     FIELD(op, kind),
     FIELD(op, dtype),
+    FIELD(op, weight_dtype),
     FIELD(op, x),
     FIELD(op, weight),
     FIELD(op, bias),
@@ -176,7 +177,7 @@ static int supports(const char *name) {
     int v4 = v3 && f && dq && cd && bw && vl && state_saved(AVX512);
     if (!strcmp(name, "avx512")) return v4;
     if (!__get_cpuid_count(7, 1, &a8, &b8, &c8, &d8)) a8 = 0;
-    int bf16 = v4 && (a8 >> 5 & 1);
+    int vnni = c7 >> 11 & 1, bf16 = v4 && vnni && (a8 >> 5 & 1);
     if (!strcmp(name, "avx512bf16")) return bf16;
     int amx_bf16 = d7 >> 22 & 1, amx_tile = d7 >> 24 & 1;
     if (!strcmp(name, "amx")) return bf16 && amx_bf16 && amx_tile && state_saved(AMX) && tiles_permitted();

@@ -8,7 +8,8 @@
 
 #include <stdint.h>
 
-enum dtype { FLOAT32, BFLOAT16 };
+/* INT8 and INT4 are of weights alone: see quantized.h. */
+enum dtype { FLOAT32, BFLOAT16, INT8, INT4 };
 
 enum op_kind {
     GEMM,           /* out = epilogue(x . weight + bias) */
@@ -23,7 +24,7 @@ enum op_kind {
     ATTENTION_PROMPT, /* the prompt rows */
 };
 
-/* A GEMM's epilogue. With bfloat16 weights, sums are rounded to bfloat16 before RESIDUAL_ADD. */
+/* A GEMM's epilogue. With bfloat16 activations, sums are rounded to bfloat16 before RESIDUAL_ADD. */
 enum epilogue {
     STORE,
     RELU,
@@ -34,7 +35,8 @@ enum epilogue {
 /* One operation on all rows of a step. */
 struct op {
     int64_t kind;         /* enum op_kind */
-    int64_t dtype;        /* enum dtype: of weight, bias and activations; sums and the residual stream are float32 */
+    int64_t dtype;        /* enum dtype: of activations, bias and norms; sums and the residual stream are float32 */
+    int64_t weight_dtype; /* GEMM: enum dtype of its panels; BFLOAT16 ones may meet float32 activations */
     const void *x;        /* [rows, width], or [rows, groups * width] */
     const void *weight;   /* GEMM: packed panels; norms: [width]; SWIGLU: the second factor [rows, width] */
     const void *bias;     /* GEMM: [panels * 16]; ADD_LAYER_NORM: [width]; 0: none */
@@ -44,7 +46,7 @@ struct op {
     int64_t weight_stride; /* of SWIGLU's second factor */
     int64_t residual_stride;
     int64_t out_stride;
-    int64_t width;        /* inputs of a row, or of one group's part of it; bfloat16 GEMM: a multiple of 32 */
+    int64_t width;        /* inputs of a row, or of one group's part of it; GEMM: a multiple of 32 */
     int64_t columns;      /* GEMM: outputs that are written, at most 16 * panels; norms: zeros from width to here */
     int64_t panels;       /* GEMM: panels of 16 outputs each, an even number */
     int64_t group_panels; /* consecutive ones that read the same part of x; even */

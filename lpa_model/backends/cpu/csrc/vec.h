@@ -2,15 +2,15 @@
  *
  * The compiler maps the type to two ymm registers on AVX2, one zmm on AVX-512, four q registers on NEON and four xmm
  * in the portable build. Every source file is compiled once per instruction set, with ISA as the suffix of its symbols.
- * HAS_DOT_BF16 and HAS_TILES say which instructions the flavour may use; where the compiler's target lacks them (the
- * flavour for tests) they are computed in plain C.
+ * HAS_DOT_BF16, HAS_DOT_I8 and HAS_TILES say which instructions the flavour may use; where the compiler's target lacks
+ * them (the flavour for tests) they are computed in plain C.
  */
 #ifndef LPA_VEC_H
 #define LPA_VEC_H
 
 #include <stdint.h>
 
-#if defined(__AVX512BF16__) || defined(__AMX_TILE__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -19,6 +19,9 @@
 #endif
 #ifndef HAS_TILES
 #define HAS_TILES 0
+#endif
+#ifndef HAS_DOT_I8
+#define HAS_DOT_I8 0
 #endif
 
 #define JOIN_SUFFIX(name, suffix) name##_##suffix
@@ -35,6 +38,9 @@ typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef int8_t i8x16 __attribute__((vector_size(16)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef int32_t i32x4 __attribute__((vector_size(16)));
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef float f32x4 __attribute__((vector_size(16)));
 
@@ -59,6 +65,8 @@ INLINE void store_u32(void *p, u32x16 v) { __builtin_memcpy(p, &v, sizeof v); }
 INLINE f32x16 splat_f32(float x) { return (f32x16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
 INLINE u32x16 splat_u32(uint32_t x) { return (u32x16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+
+INLINE i32x16 splat_i32(int32_t x) { return (i32x16)splat_u32((uint32_t)x); }
 
 /* ---- arithmetic ---- */
 
@@ -181,6 +189,118 @@ INLINE f32x16 dot_bf16_pairs(f32x16 acc, u32x16 x, u32x16 w) {
 #else
     acc = fma_f32(low_bf16(x), low_bf16(w), acc);
     return fma_f32(high_bf16(x), high_bf16(w), acc);
+#endif
+}
+
+/* ---- int8: dot products of four numbers in each lane ---- */
+
+/* The larger of all lanes. */
+INLINE int32_t max_i32(i32x16 v) {
+    i32x8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+    i32x8 b = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    a = __builtin_elementwise_max(a, b);
+    i32x4 c = __builtin_shufflevector(a, a, 0, 1, 2, 3), d = __builtin_shufflevector(a, a, 4, 5, 6, 7);
+    c = __builtin_elementwise_max(c, d);
+    c = __builtin_elementwise_max(c, __builtin_shufflevector(c, c, 2, 3, 0, 1));
+    return c[0] > c[1] ? c[0] : c[1];
+}
+
+INLINE int32_t sum_i32(i32x16 v) {
+    i32x8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+              __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    i32x4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+    return (b[0] + b[2]) + (b[1] + b[3]);
+}
+
+/* The nearest whole numbers, halves to even, of numbers between -2^22 and 2^22. */
+INLINE i32x16 round_i32(f32x16 v) {
+    const float magic = 0x1.8p23f;
+    return (i32x16)(v + splat_f32(magic)) - (i32x16)splat_f32(magic);
+}
+
+/* The lowest 8 bits of each lane. */
+INLINE void store_i8(void *p, i32x16 v) {
+    i8x16 narrow = __builtin_convertvector(v, i8x16);
+    __builtin_memcpy(p, &narrow, sizeof narrow);
+}
+
+/* acc + the products of four bytes of x and of w in each lane, plainly. */
+INLINE i32x16 dot_bytes(i32x16 acc, i32x16 x, u32x16 w, int w_is_signed) {
+    for (int byte = 0; byte < 4; byte++) {
+        u32x16 top = w << (24 - 8 * byte);
+        acc += (x << (24 - 8 * byte) >> 24) * (w_is_signed ? (i32x16)top >> 24 : (i32x16)(top >> 24));
+    }
+    return acc;
+}
+
+#if defined(__AVX2__)
+INLINE __m256i half_of(u32x16 v, int high) {
+    typedef long long i64x8 __attribute__((vector_size(64)));
+    i64x8 whole = (i64x8)v;
+    return high ? __builtin_shufflevector(whole, whole, 4, 5, 6, 7) : __builtin_shufflevector(whole, whole, 0, 1, 2, 3);
+}
+
+INLINE u32x16 both_halves(__m256i low, __m256i high) {
+    return (u32x16)__builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+#endif
+
+/* Weights of int8 as dot_i8 takes them, and what it counts too much for each 1 in x: the dot product of VNNI takes one
+ * of its two factors unsigned. */
+#if HAS_DOT_I8
+enum { EXCESS_I8 = 128 };
+INLINE u32x16 weights_i8(u32x16 w) { return w ^ 0x80808080u; }
+#else
+enum { EXCESS_I8 = 0 };
+INLINE u32x16 weights_i8(u32x16 w) { return w; }
+#endif
+
+/* acc + (x . w), both from -127 to 127; x is one group of four in all lanes. */
+INLINE i32x16 dot_i8(i32x16 acc, u32x16 x, u32x16 w) {
+#if defined(__AVX512VNNI__)
+    return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
+#elif HAS_DOT_I8
+    return dot_bytes(acc, (i32x16)x, w, 0);
+#elif defined(__AVX2__)
+    /* |w| times x with w's sign: two products of 127 fit into 16 bits, of 255 they would not */
+    __m256i sums[2];
+    for (int i = 0; i < 2; i++) {
+        __m256i part = half_of(w, i);
+        __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(part), _mm256_sign_epi8(half_of(x, i), part));
+        sums[i] = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    }
+    return acc + (i32x16)both_halves(sums[0], sums[1]);
+#else
+    return dot_bytes(acc, (i32x16)x, w, 1);
+#endif
+}
+
+/* Sums of (x . w) over one group, w from 0 to 15: in 16 bits with AVX2, since 16 products of 15 and 127 fit into them.
+ * They begin as zeros. */
+INLINE i32x16 add_u4(i32x16 sums, u32x16 x, u32x16 w) {
+#if defined(__AVX512VNNI__)
+    return (i32x16)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, (__m512i)x);
+#elif HAS_DOT_I8
+    return dot_bytes(sums, (i32x16)x, w, 0);
+#elif defined(__AVX2__)
+    __m256i both[2];
+    for (int i = 0; i < 2; i++) {
+        __m256i pairs = _mm256_maddubs_epi16(half_of(w, i), half_of(x, i));
+        both[i] = _mm256_add_epi16(half_of((u32x16)sums, i), pairs);
+    }
+    return (i32x16)both_halves(both[0], both[1]);
+#else
+    return dot_bytes(sums, (i32x16)x, w, 0);
+#endif
+}
+
+INLINE i32x16 total_u4(i32x16 sums) {
+#if defined(__AVX2__) && !HAS_DOT_I8
+    __m256i both[2];
+    for (int i = 0; i < 2; i++) both[i] = _mm256_madd_epi16(half_of((u32x16)sums, i), _mm256_set1_epi16(1));
+    return (i32x16)both_halves(both[0], both[1]);
+#else
+    return sums;
 #endif
 }
 
