@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from lpa_model.backends import select
+from lpa_model.cache import bytes_per_token
 from lpa_model.checkpoint import load_config, weights_hash
 from lpa_model.config import LPAConfig
 from server.engine.block_manager import BlockManager
@@ -70,6 +71,8 @@ class BackendInfo:
     name: str = ""
     batch_invariant: bool = False
     refused: tuple[tuple[str, str], ...] = ()  # (backend, reason and remedy)
+    cache_bytes_per_token: int = 0  # over all layers
+    dense_cache_bytes_per_token: int = 0  # of the dense twin, in the same dtype
 
 
 class StepFailed(Exception):
@@ -348,7 +351,13 @@ def _build_engine(model_dir: Path, options: EngineOptions, hashing: Executor) ->
         tokenizer,
         load_generation_config(model_dir).defaults(options.generation_config),
         fingerprint(weights.result(), backend.name),
-        BackendInfo(backend.name, invariant, choice.refused),
+        BackendInfo(
+            backend.name,
+            invariant,
+            choice.refused,
+            backend.cache_bytes_per_token(layout),
+            bytes_per_token(config.vanilla(), "full", choice.case.dtype),
+        ),
     )
 
 
