@@ -13,7 +13,7 @@ const NAMES = { user: "You", assistant: "Model" };
 export function chatTab(server) {
   const [form, log, text, system, kept] = ["chat-form", "chat-log", "chat-text", "chat-system", "chat-messages"].map(byId);
   let messages = []; // {role, content}, oldest first, without the system's
-  let seed = null; // of the last answer
+  let last = null; // {history, seed} of the last answer
   let begun = null; // {at, prefix}: an answer to be written anew from there
 
   addSliders(form);
@@ -33,16 +33,18 @@ export function chatTab(server) {
     if (!anew && !said.trim()) return text.focus();
     const { at, prefix } = anew ?? { at: messages.length + 1, prefix: "" };
     const history = anew ? messages.slice(0, at) : [...messages, { role: "user", content: said }];
-    const asked = await body(prefix ? [...history, { role: "assistant", content: prefix }] : history, anySeed());
+    const answered = prefix ? [...history, { role: "assistant", content: prefix }] : history;
+    const asked = await body(answered, anySeed());
     const bubble = drawn("assistant", prefix && element("span", { className: "before", textContent: prefix }));
     const begin = () => {
-      while (log.children.length > messages.slice(0, at).length) log.lastChild.remove();
+      while (log.children.length > Math.min(at, messages.length)) log.lastChild.remove();
       if (said) {
         log.append(drawn("user", said));
         write(text, "");
       }
       log.append(bubble);
-      [messages, seed] = [[...history, { role: "assistant", content: prefix }], asked.seed];
+      messages = [...history, { role: "assistant", content: prefix }];
+      last = { history: answered, seed: asked.seed };
     };
     const show = (facts) => {
       messages[at].content = prefix + facts.text;
@@ -109,6 +111,9 @@ export function chatTab(server) {
     write(kept, "");
     text.focus();
   });
-  const last = () => (messages.length ? messages.slice(0, -1) : [{ role: "user", content: text.value }]);
-  return { ...run, requests: async () => [[CHAT.path, await body(last(), seed ?? anySeed())]] };
+  async function requests() {
+    const { history, seed } = last ?? { history: [{ role: "user", content: text.value }], seed: anySeed() };
+    return [[CHAT.path, await body(history, seed)]];
+  }
+  return { ...run, requests };
 }

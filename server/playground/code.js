@@ -10,7 +10,7 @@ const KEY = "LPA_API_KEY"; // the variable that has the key, which is never writ
 const shell = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
 /** Commands that send `requests`, [path, body] each, to the server at `base`, which ends in "/". */
-export function asCurl(base, requests, withKey) {
+export function shellCode(base, requests, withKey) {
   const command = ([path, body]) =>
     [
       `curl ${shell(base + path)}`,
@@ -22,7 +22,7 @@ export function asCurl(base, requests, withKey) {
 }
 
 /** A program that sends them. */
-export function asPython(base, requests, withKey) {
+export function pythonCode(base, requests, withKey) {
   const other = requests.some(([path]) => !(path in METHODS));
   const imports = [...(withKey ? ["import os"] : []), ...(other ? ["import httpx"] : []), "from openai import OpenAI"];
   const key = withKey ? `os.environ["${KEY}"]` : '"none is needed"';

@@ -2,7 +2,7 @@
 
 import { storedKey } from "./api.js";
 import { copies, save } from "./clipboard.js";
-import { asCurl, asPython } from "./code.js";
+import { shellCode, pythonCode } from "./code.js";
 import { byId } from "./dom.js";
 import { entriesOf, fragmentOf } from "./link.js";
 import { asPng, asSvg, markOf } from "./picture.js";
@@ -20,7 +20,7 @@ export function shareDialog(tabs) {
   const showCode = () => {
     const form = byId("share-form");
     const base = new URL(".", location.href.split("#")[0]).href;
-    const write = form.elements.language.value === "python" ? asPython : asCurl;
+    const write = form.elements.language.value === "python" ? pythonCode : shellCode;
     code.textContent = write(base, open.requests, Boolean(storedKey()));
   };
 
