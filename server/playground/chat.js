@@ -64,9 +64,9 @@ export function chatTab(server) {
   }
 
   function drawn(role, ...content) {
-    const body = element("div", { className: "prose" }, ...content.filter(Boolean));
-    if (role === "assistant") body.classList.add("tokens");
-    return element("li", { className: role }, element("span", { className: "who", textContent: NAMES[role] }), body);
+    const said = element("div", { className: "prose" }, ...content.filter(Boolean));
+    if (role === "assistant") said.classList.add("tokens");
+    return element("li", { className: role }, element("span", { className: "who", textContent: NAMES[role] }), said);
   }
 
   /** The conversation is a control of the form, which a link can hold. */
