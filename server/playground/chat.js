@@ -47,6 +47,7 @@ export function chatTab(server) {
       last = { history: answered, seed: asked.seed };
     };
     const show = (facts) => {
+      if (!bubble.isConnected) return; // a new chat was begun
       messages[at].content = prefix + facts.text;
       byId("chat-facts").textContent = sentenceOf(facts);
       log.scrollTop = log.scrollHeight;
@@ -82,6 +83,8 @@ export function chatTab(server) {
     } catch {
       messages = [];
     }
+    const end = messages.at(-1)?.role === "assistant" ? -1 : messages.length;
+    last = messages.length ? { history: messages.slice(0, end), seed: anySeed() } : null;
     log.replaceChildren(...messages.map(({ role, content }) => drawn(role, content)));
     keep();
   });

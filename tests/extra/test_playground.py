@@ -1024,8 +1024,12 @@ def test_chat_is_that_of_the_api_and_keeps_its_history(open_page: Open, tmp_path
         assert page.locator("#chat-log li").count() == 4
         expect(page.locator("#chat-text")).to_have_value("Once more.")
         page.unroute("**/v1/**")
-        page.click("#chat-new")
+        page.click("#chat-form .primary")
+        expect(page.locator("#chat-log li:nth-child(6) .token").nth(3)).to_be_visible()
+        page.click("#chat-new")  # in the middle of an answer
+        idle(page, "chat")
         assert page.locator("#chat-log li").count() == 0
+        assert page.locator("#chat-messages").input_value() == ""
         page.goto("about:blank")
         shared.goto("about:blank")
 
