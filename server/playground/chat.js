@@ -1,6 +1,6 @@
 // The Chat tab: a conversation with a model that has a chat template.
 
-import { announce, byId, element, write } from "./dom.js";
+import { announce, byId, element, toDefault, write } from "./dom.js";
 import { CHAT, generate, sentenceOf } from "./generate.js";
 import { runs } from "./run.js";
 import { anySeed, sampling } from "./sampling.js";
@@ -50,7 +50,7 @@ export function chatTab(server) {
       if (!bubble.isConnected) return; // a new chat was begun
       messages[at].content = prefix + facts.text;
       byId("chat-facts").textContent = sentenceOf(facts);
-      log.scrollTop = log.scrollHeight;
+      requestAnimationFrame(toEnd);
     };
     try {
       const output = bubble.lastChild;
@@ -69,6 +69,8 @@ export function chatTab(server) {
     if (role === "assistant") said.classList.add("tokens");
     return element("li", { className: role }, element("span", { className: "who", textContent: NAMES[role] }), said);
   }
+
+  const toEnd = () => (log.scrollTop = log.scrollHeight); // once a frame: it makes the browser lay out all tokens
 
   /** The conversation is a control of the form, which a link can hold. */
   function keep() {
@@ -91,7 +93,7 @@ export function chatTab(server) {
 
   const remedies = () => ({
     fit: () => {
-      write(byId("chat-max_tokens"), "");
+      toDefault(byId("chat-max_tokens"));
       run.start();
     },
   });

@@ -135,7 +135,7 @@ export function roam(container) {
   new MutationObserver(() => {
     const first = container.querySelector(".token");
     if (first && !container.querySelector('[tabindex="0"]')) first.tabIndex = 0;
-  }).observe(container, { childList: true });
+  }).observe(container, { childList: true, subtree: true });
   container.addEventListener("focusin", ({ target }) => target.matches(".token") && only(target));
   container.addEventListener("keydown", (event) => {
     const all = [...container.querySelectorAll(".token")];

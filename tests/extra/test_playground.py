@@ -987,6 +987,7 @@ def test_chat_is_that_of_the_api_and_keeps_its_history(open_page: Open, tmp_path
             messages.append(choice["message"])
             assert text_of(page, "#chat-log li:last-child .prose") == choice["message"]["content"]
         assert page.locator("#chat-log li").count() == 4
+        assert page.locator("#chat-log .token[tabindex='0']").count() == 1  # the keyboard's way to all of them
         assert page.evaluate(VIOLATIONS) == []
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
@@ -1024,8 +1025,12 @@ def test_chat_is_that_of_the_api_and_keeps_its_history(open_page: Open, tmp_path
         assert page.locator("#chat-log li").count() == 4
         expect(page.locator("#chat-text")).to_have_value("Once more.")
         page.unroute("**/v1/**")
-        page.click("#chat-form .primary")
-        expect(page.locator("#chat-log li:nth-child(6) .token").nth(3)).to_be_visible()
+        page.fill("#chat-max_tokens", "1000")
+        run(page, "chat")
+        expect(page.locator("#chat-error")).to_contain_text("more than the model can read at once")
+        page.click("#chat-error .remedy")
+        expect(page.locator("#chat-max_tokens")).to_have_value("")
+        expect(page.locator("#chat-log li:nth-child(6) .token").first).to_be_visible()
         page.click("#chat-new")  # in the middle of an answer
         idle(page, "chat")
         assert page.locator("#chat-log li").count() == 0
