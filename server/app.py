@@ -65,7 +65,7 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     app.include_router(chat_router(engine, settings))
     app.include_router(perplexity_router(engine, settings))
     app.include_router(loglikelihood_router(engine, settings))
-    app.include_router(models_router(settings, engine.max_model_len))
+    app.include_router(models_router(engine, settings))
     app.include_router(tokenize_router(engine, settings))
     app.include_router(health_router(engine))
     app.include_router(metrics_router(metrics))

@@ -9,6 +9,7 @@ import pytest
 from lpa_model.config import Architecture
 from server.model_card import LONGEST, description
 from server.settings import embedded_checkpoint
+from tests.conftest import tiny_config, write_checkpoint
 from tests.serving import serving
 
 FRONT_MATTER = "---\nlicense: mit\ntags:\n- text-generation\n---\n"
@@ -55,3 +56,15 @@ def test_models_have_it(tiny_checkpoints: dict[Architecture, Path]) -> None:
     found = description(embedded_checkpoint())
     assert found is not None
     assert "story" in found
+
+
+def test_models_say_whether_they_chat_and_what_a_token_takes(tmp_path: Path) -> None:
+    config = tiny_config("setting2", hidden_size=128, num_key_value_heads=2, attention_rank=32)
+    folder = write_checkpoint(tmp_path, config)
+    heads, own, rank, layers, size = 2, 32, 32, 2, 4
+    for template in (None, "{{ messages[0].content }}"):
+        with serving(folder, chat_template=template) as served:
+            [card] = served.client.get("/v1/models").json()["data"]
+        assert card["chat"] is (template is not None)
+        assert card["dense_cache_bytes_per_token"] == layers * 2 * heads * own * size
+        assert card["cache_bytes_per_token"] == layers * (heads * own + rank) * size  # keys whole, values latent

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from lpa_model.backends import select
+from lpa_model.cache import bytes_per_token
 from lpa_model.checkpoint import load_config, stored_weights, weights_hash
 from lpa_model.config import LPAConfig
 from server.engine.block_manager import BlockManager
@@ -72,6 +73,8 @@ class BackendInfo:
     types: str = ""  # of activations, and of weights where they differ: "float32, int8 weights"
     batch_invariant: bool = False
     refused: tuple[tuple[str, str], ...] = ()  # (backend, reason and remedy)
+    cache_bytes_per_token: int = 0  # over all layers
+    dense_cache_bytes_per_token: int = 0  # of the dense twin, in the same dtype
 
 
 class StepFailed(Exception):
@@ -352,7 +355,14 @@ def _build_engine(model_dir: Path, options: EngineOptions, hashing: Executor) ->
         tokenizer,
         load_generation_config(model_dir).defaults(options.generation_config),
         fingerprint(weights.result(), backend.name),
-        BackendInfo(backend.name, choice.types, invariant, choice.refused),
+        BackendInfo(
+            backend.name,
+            choice.types,
+            invariant,
+            choice.refused,
+            backend.cache_bytes_per_token(layout),
+            bytes_per_token(config.vanilla(), "full", choice.case.dtype),
+        ),
     )
 
 

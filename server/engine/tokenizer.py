@@ -73,6 +73,7 @@ class Tokenizer:
             )
         self.eos_token_ids = tuple(i for i in ends if i < config.vocab_size)
         self.eos_token_id = next(iter(self.eos_token_ids), None)
+        self.has_chat_template = chat_template is not None
         self.chat_template = DEFAULT_TEMPLATE if chat_template is None else chat_template
         self.chat_stop = DEFAULT_STOP if chat_template is None else ()
         compile_template(self.chat_template)

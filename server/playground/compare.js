@@ -3,7 +3,7 @@
 import { announce, byId } from "./dom.js";
 import { methodFields } from "./method.js";
 import { dims, runs } from "./run.js";
-import { drawMap, figure, score } from "./score.js";
+import { drawMap, figure, score, scoreRequest } from "./score.js";
 import { roam } from "./tokens.js";
 
 const bits = ({ nll_sum: nats }) => nats / Math.LN2;
@@ -15,7 +15,7 @@ const ROWS = [
   ["Tokens scored", (scored) => scored.num_tokens, 0],
 ];
 
-/** Wires the tab. Returns what `runs` does. */
+/** Wires the tab. Returns what `runs` does, and `requests()`. */
 export function compareTab(server) {
   const [form, same, a, b] = ["compare-form", "same-text", "a-text", "b-text"].map(byId);
   const [methodA, methodB] = ["a", "b"].map((side) => methodFields(form.querySelector(`[data-method="${side}"]`)));
@@ -34,9 +34,12 @@ export function compareTab(server) {
   const asked = () => JSON.stringify([a.value, methodA.read(), b.value, methodB.read()]);
   const showsOf = dims(form, asked);
 
+  const bothSides = () => [{ text: a.value, method: methodA.read() }, { text: b.value, method: methodB.read() }];
+  const requests = () => Promise.all(bothSides().map((side) => scoreRequest(server, side.text, side.method)));
+
   async function work(signal, progress) {
     const of = asked();
-    const sides = [{ text: a.value, method: methodA.read() }, { text: b.value, method: methodB.read() }];
+    const sides = bothSides();
     announce("Scoring");
     const progressOf = (side) => (done, all) => {
       Object.assign(side, { done, all });
@@ -60,7 +63,7 @@ export function compareTab(server) {
   };
   const remedies = () => ({ sliding: by("sliding"), rolling: by("rolling") });
   const run = runs(form, server, { place: "compare-error", work, remedies });
-  return run;
+  return { ...run, requests };
 }
 
 function drawTable(scoredA, scoredB) {

@@ -1,91 +1,87 @@
 // The Complete tab: a prompt, a stream of tokens, and the controls of sampling.
 
-import { call } from "./api.js";
-import { announce, byId, write } from "./dom.js";
-import { watchRoom } from "./room.js";
+import { cacheMeter } from "./cache.js";
+import { watchContext } from "./context.js";
+import { copies } from "./clipboard.js";
+import { announce, byId, element, write } from "./dom.js";
+import { COMPLETION, generate, sentenceOf } from "./generate.js";
 import { dims, runs } from "./run.js";
+import { anySeed, sampling } from "./sampling.js";
 import { addSliders } from "./sliders.js";
-import { chunks } from "./stream.js";
-import { assembler, bitsOf, bytesOf, draw, labelOf, pieceOf, roam } from "./tokens.js";
+import { roam, textBefore } from "./tokens.js";
 
-const NEUTRAL = { top_p: 1, top_k: 0, min_p: 0, presence_penalty: 0, frequency_penalty: 0, repetition_penalty: 1 };
-const ALTERNATIVES = 5;
-const ENDS = { length: "max tokens reached", stop: "end of text" };
 const WITH_TEXT = ["continue", "copy", "to-score"]; // buttons that need a completion
 
-/** Wires the tab; `scoreText(text)` opens the Score tab on a text. Returns what `runs` does. */
+/**
+ * Wires the tab; `scoreText(text)` opens the Score tab on a text. Returns what `runs` does, `branch(text)`, which goes on
+ * from another text, and `requests()`, of which the shown completion is the answer.
+ */
 export function completeTab(server, scoreText) {
   const [form, prompt, output] = ["complete-form", "prompt", "completion"].map(byId);
-  let shown = { prompt: "", text: "" }; // the completion on the page
-  const room = watchRoom(server, prompt);
+  let shown = { prompt: "", text: "", seed: null, nodes: [], facts: "" }; // the completion on the page
+  const left = []; // completions that branches went off from
+  const meter = cacheMeter(server);
+  const context = watchContext(server, prompt, meter);
   const showsOf = dims(form, () => prompt.value);
 
   addSliders(form);
   roam(output);
 
+  const body = async (seed) => ({ model: await server.model(), prompt: prompt.value, seed, ...sampling(form) });
+
   async function work(signal) {
-    const stopped = () => (facts.end = "stopped");
-    const facts = { began: 0, first: null, tokens: 0, bits: 0, end: "" };
-    signal.addEventListener("abort", stopped);
-    try {
-      await room.settle(signal);
-      facts.began = performance.now();
-      await stream(facts, signal);
-    } finally {
-      output.classList.remove("streaming");
-      if (facts.first !== null) {
-        for (const id of WITH_TEXT) byId(id).disabled = !shown.text;
-        showFacts(facts);
-        announce(`${facts.tokens} tokens: ${shown.text}`);
-      }
-    }
-  }
-
-  /** What is on the page stays there until the first token is. */
-  async function stream(facts, signal) {
-    const asked = prompt.value;
-    const body = { model: await server.model(), prompt: asked, ...sampling() };
-    const extra = { stream: true, stream_options: { include_usage: true }, logprobs: ALTERNATIVES };
-    const response = await call("v1/completions", { body: { ...body, ...extra }, signal, askForKey: server.askForKey });
-    const { push, flush } = assembler();
-    const add = (piece) => piece && output.append(...draw(piece));
-    for await (const { choices } of chunks(response)) {
-      for (const choice of choices) {
-        if (facts.first === null) begin(asked);
-        facts.first ??= performance.now();
-        shown.text += choice.text;
-        for (const token of tokensOf(choice.logprobs)) {
-          facts.tokens += 1;
-          facts.bits += bitsOf(token.logprob);
-          add(push(token));
-        }
-        if (choice.finish_reason) facts.end = endOf(choice);
-      }
-      if (facts.first !== null) showFacts(facts);
-    }
-    add(flush());
-    strikeBeyond(output, shown.text);
-  }
-
-  function begin(asked) {
-    shown = { prompt: asked, text: "" };
-    showsOf(asked);
-    for (const id of WITH_TEXT) byId(id).disabled = true;
-    const before = document.createElement("span");
-    before.className = "before";
-    before.textContent = asked;
-    output.replaceChildren(before);
-    output.classList.add("streaming");
+    const used = await context.settle(signal);
+    const asked = await body(anySeed());
+    const begin = () => {
+      shown = { prompt: asked.prompt, text: "", seed: asked.seed };
+      showsOf(asked.prompt);
+      output.replaceChildren(element("span", { className: "before", textContent: asked.prompt }));
+    };
+    const show = (facts) => {
+      shown.text = facts.text;
+      byId("complete-facts").textContent = sentenceOf(facts);
+      meter(used + facts.tokens);
+      for (const id of WITH_TEXT) byId(id).disabled = !shown.text;
+    };
+    const { tokens } = await generate(server, COMPLETION, asked, { output, begin, show, signal });
+    announce(`${tokens} tokens: ${shown.text}`);
   }
 
   const run = runs(form, server, {
     place: "complete-error",
     work,
     remedies: () => {
-      if (!room.full()) return { fit: () => run.start() };
-      return { shorten: () => room.shorten().then(run.start, run.start) };
+      if (!context.full()) return { fit: () => run.start() };
+      return { shorten: () => context.shorten().then(run.start, run.start) };
     },
   });
+
+  /** Go on from a text; "Back" brings what is shown now. */
+  function branch(text) {
+    left.push({ ...shown, nodes: [...output.childNodes], facts: byId("complete-facts").textContent });
+    byId("back").hidden = false;
+    goOn(text);
+  }
+
+  function goOn(text) {
+    write(prompt, text);
+    // where there is no keyboard, the focus of a text would bring one up
+    if (matchMedia("(pointer: fine)").matches) prompt.focus();
+    else byId("run").focus();
+    run.restart();
+  }
+
+  function back() {
+    run.stop();
+    shown = left.pop();
+    byId("back").hidden = !left.length;
+    write(prompt, shown.prompt);
+    output.replaceChildren(...shown.nodes);
+    byId("complete-facts").textContent = shown.facts;
+    for (const id of WITH_TEXT) byId(id).disabled = !shown.text;
+    showsOf(shown.prompt);
+    output.querySelector(".token")?.focus();
+  }
 
   countChanges(form);
   for (const chip of document.querySelectorAll("#chips button")) {
@@ -94,20 +90,13 @@ export function completeTab(server, scoreText) {
       run.restart();
     });
   }
-  byId("continue").addEventListener("click", () => {
-    write(prompt, shown.prompt + shown.text);
-    // this button is about to be disabled; where there is no keyboard, the focus would bring one up
-    if (matchMedia("(pointer: fine)").matches) prompt.focus();
-    else byId("run").focus();
-    run.restart();
-  });
-  byId("copy").hidden = !navigator.clipboard; // only over https and from this machine
-  byId("copy").addEventListener("click", async () => {
-    await navigator.clipboard.writeText(shown.prompt + shown.text);
-    announce("Copied");
-  });
+  output.addEventListener("branch", ({ target, detail }) => branch(textBefore(output, target) + detail));
+  byId("back").addEventListener("click", back);
+  byId("continue").addEventListener("click", () => goOn(shown.prompt + shown.text));
+  copies(byId("copy"), () => shown.prompt + shown.text);
   byId("to-score").addEventListener("click", () => scoreText(shown.prompt + shown.text));
-  return run;
+  const requests = async () => [[COMPLETION.path, await body(shown.seed ?? anySeed())]];
+  return { ...run, branch, requests, seed: { name: "seed", value: () => shown.seed } };
 }
 
 /** Say how many of the folded controls are not as they were. */
@@ -120,69 +109,4 @@ function countChanges(form) {
   };
   form.addEventListener("input", count);
   form.addEventListener("reset", () => setTimeout(count));
-}
-
-/** The controls as fields of the request; those that would change nothing are left out. */
-function sampling() {
-  const fields = { temperature: byId("temperature").valueAsNumber, max_tokens: byId("max_tokens").valueAsNumber };
-  for (const [name, neutral] of Object.entries(NEUTRAL)) {
-    const value = byId(name).valueAsNumber;
-    if (value !== neutral) fields[name] = value;
-  }
-  if (byId("seed").value !== "") fields.seed = byId("seed").valueAsNumber;
-  const stop = byId("stop").value.split("\n").filter(Boolean);
-  if (stop.length) fields.stop = stop;
-  return fields;
-}
-
-function* tokensOf(logprobs) {
-  for (const [i, text] of logprobs.tokens.entries()) {
-    const alternatives = Object.entries(logprobs.top_logprobs[i]).map(([other, logprob]) => ({
-      label: labelOf(bytesOf(other)),
-      logprob,
-      chosen: other === text,
-    }));
-    const rank = 1 + alternatives.findIndex(({ chosen }) => chosen);
-    const bytes = bytesOf(text);
-    yield {
-      bytes,
-      label: labelOf(bytes),
-      logprob: logprobs.token_logprobs[i],
-      rank: rank <= ALTERNATIVES ? rank : null, // the chosen token comes last if it is not among the best
-      alternatives,
-      offset: logprobs.text_offset[i],
-    };
-  }
-}
-
-/** Strike out what is not part of the text: a stop text, the mark of the end. */
-function strikeBeyond(output, text) {
-  let left = [...text].length; // characters of the text that are not yet passed
-  for (const span of output.querySelectorAll(".token")) {
-    const [all, own] = [[...pieceOf(span).text].length, [...span.textContent]];
-    const inside = Math.max(0, left - (all - own.length));
-    left -= all;
-    if (inside >= own.length) continue;
-    const beyond = document.createElement("s");
-    beyond.textContent = own.slice(inside).join("");
-    span.replaceChildren(own.slice(0, inside).join(""), beyond);
-  }
-}
-
-function endOf({ finish_reason: reason, stop_reason: stop }) {
-  return typeof stop === "string" ? `ended at “${stop}”` : ENDS[reason] ?? reason;
-}
-
-function showFacts({ began, first, tokens, bits, end }) {
-  const seconds = (performance.now() - (first ?? began)) / 1000;
-  const parts = tokens
-    ? [
-        `${tokens} tokens`,
-        tokens > 1 && seconds > 0 ? `${Math.round((tokens - 1) / seconds)} a second` : "",
-        `first after ${Math.round(first - began)} ms`,
-        `${(bits / tokens).toFixed(1)} bits each`,
-        end,
-      ]
-    : [end];
-  byId("complete-facts").textContent = parts.filter(Boolean).join(" · ");
 }

@@ -2,15 +2,19 @@
 
 import { call, storeKey, storedKey } from "./api.js";
 import { watchTokens } from "./card.js";
+import { chatTab } from "./chat.js";
 import { compareTab } from "./compare.js";
 import { completeTab } from "./complete.js";
 import { byId } from "./dom.js";
+import { readFragment, restore } from "./link.js";
 import { watchServer } from "./live.js";
 import { scoreTab } from "./score.js";
-import { HOTTEST, shade } from "./tokens.js";
+import { legends } from "./shades.js";
+import { shareDialog } from "./share.js";
+import { textBefore } from "./tokens.js";
 
 const THEMES = { auto: "automatic", light: "light", dark: "dark" };
-const TABS = ["complete", "score", "compare"];
+const TABS = ["complete", "chat", "score", "compare"];
 
 /** `shown` has what to do when a tab comes to be seen, by its name. Returns select(name, focus). */
 function tabs(shown) {
@@ -22,21 +26,32 @@ function tabs(shown) {
       byId(other).hidden = other !== name;
     }
     if (focus) byId(`${name}-tab`).focus();
-    history.replaceState(null, "", `#${name}`);
+    if (readFragment(location.hash.slice(1)).tab !== name) history.replaceState(null, "", `#${name}`);
     shown[name]();
   };
-  for (const [i, name] of TABS.entries()) {
+  for (const name of TABS) {
     const tab = byId(`${name}-tab`);
     tab.addEventListener("click", () => select(name));
     tab.addEventListener("keydown", ({ key }) => {
-      const step = { ArrowRight: 1, ArrowLeft: TABS.length - 1 }[key];
-      if (step) select(TABS[(i + step) % TABS.length], true);
+      const there = TABS.filter((other) => !byId(`${other}-tab`).hidden);
+      const step = { ArrowRight: 1, ArrowLeft: there.length - 1 }[key];
+      if (step) select(there[(there.indexOf(name) + step) % there.length], true);
     });
   }
-  const asked = location.hash.slice(1);
-  if (TABS.includes(asked)) select(asked);
-  else shown[TABS[0]]();
   return select;
+}
+
+/** Opens the tab that the address names, with what a link says of it; the chat's only where the model has one. */
+async function openAddressed(server, select) {
+  const { tab, entries } = readFragment(location.hash.slice(1));
+  const known = server.card().then(
+    (card) => (byId("chat-tab").hidden = !card.chat),
+    () => true, // the tab that opens says what is wrong
+  );
+  const lacking = tab === "chat" && (await known);
+  const name = TABS.includes(tab) && !lacking ? tab : TABS[0];
+  if (entries.length && name === tab) restore(byId(`${name}-form`), entries);
+  select(name);
 }
 
 function themeButton() {
@@ -83,37 +98,19 @@ function keyDialog(onKey) {
   return askForKey;
 }
 
-function legends() {
-  const percents = ["100", "25", "6.3", "1.6", "0.4", "0.1", "≤ 0.02"];
-  for (const legend of document.querySelectorAll("[data-legend]")) {
-    const inBits = legend.dataset.legend === "bits";
-    const title = document.createElement("span");
-    title.textContent = inBits ? "Surprisal, bits" : "Probability, %";
-    const scale = document.createElement("ol");
-    for (let bits = 0; bits <= HOTTEST; bits += 2) {
-      const step = document.createElement("li");
-      const swatch = Object.assign(document.createElement("i"), { className: "heat" });
-      shade(swatch, bits);
-      const inBitsLabel = bits < HOTTEST ? String(bits) : `≥ ${bits}`;
-      step.append(swatch, inBits ? inBitsLabel : percents[bits / 2]);
-      scale.append(step);
-    }
-    legend.append(title, scale);
-  }
-}
-
-/** The model's name, asked for once, and shown with what the model says of itself. */
-function modelOf(askForKey) {
+/** What the server says of the model, asked for once; its name is shown, with what the model says of itself. */
+function cardOf(askForKey) {
   let asked = null;
   const ask = async () => {
     const { data } = await (await call("v1/models", { askForKey })).json();
-    const { id, description, max_model_len: context } = data[0];
+    const [card] = data;
+    const { id, description, max_model_len: context } = card;
     byId("model").textContent = id;
     byId("model").title = id;
     byId("about").textContent =
       description ??
       `A language model that continues a text, of up to ${context.toLocaleString("en")} tokens, and tells how probable it finds every token.`;
-    return id;
+    return card;
   };
   return () => {
     asked ??= ask().catch((error) => {
@@ -147,20 +144,28 @@ function folds() {
 }
 
 const askForKey = keyDialog(watchServer());
-const server = { askForKey, model: modelOf(askForKey) };
+const card = cardOf(askForKey);
+const server = { askForKey, card, model: async () => (await card()).id };
 themeButton();
 legends();
 folds();
 watchTokens(byId("card"));
-const scoring = scoreTab(server);
-const completing = completeTab(server, (text) => {
-  scoring.open(text);
+const score = scoreTab(server);
+const complete = completeTab(server, (text) => {
+  score.open(text);
   select("score", true);
 });
-const comparing = compareTab(server);
+const [compare, chat] = [compareTab(server), chatTab(server)];
+shareDialog({ complete, chat, score, compare });
+for (const map of document.querySelectorAll("#score .tokens, #compare .tokens")) {
+  map.addEventListener("branch", ({ target, detail }) => {
+    shown.complete = () => {};
+    select("complete");
+    complete.branch(textBefore(map, target) + detail);
+  });
+}
 // whoever comes sees a result at once
-const select = tabs({
-  complete: once(completing.start),
-  score: once(scoring.start),
-  compare: once(comparing.start),
-});
+const shown = { complete: once(complete.start), chat: () => {}, score: once(score.start), compare: once(compare.start) };
+const select = tabs(shown);
+openAddressed(server, select);
+addEventListener("hashchange", () => readFragment(location.hash.slice(1)).entries.length && location.reload());

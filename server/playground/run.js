@@ -8,7 +8,7 @@ const SLOW = 300; // ms, after which progress is shown
  * Wires a form. `work(signal, progress)` does it, may throw ApiError, and may call progress(done, all) of tokens.
  * `remedies(error)` are what this tab can do about an error, beside what every tab can.
  *
- * Returns {start, restart}: `start` runs unless something runs, `restart` ends that first.
+ * Returns {start, restart, stop}: `start` runs unless something runs, `restart` ends that first, `stop` only ends it.
  */
 export function runs(form, server, { place, work, remedies = () => ({}) }) {
   const button = form.querySelector(".primary");
@@ -62,7 +62,7 @@ export function runs(form, server, { place, work, remedies = () => ({}) }) {
     if (running) running.abort();
     else form.requestSubmit();
   };
-  return { start, restart };
+  return { start, restart, stop: () => running?.abort() };
 }
 
 function showProgress(bar, done, all) {

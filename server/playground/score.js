@@ -13,6 +13,9 @@ const LONGEST_DRAWN = 200_000; // characters; a longer text's tokens are not eve
 const BEGINNING = 500_000; // characters, of a text that is too large for the server
 const MOST_WORDS = 12;
 
+/** The request of a text's score, [path, body]. */
+export const scoreRequest = async (server, text, options) => ["v1/perplexity", { model: await server.model(), input: text, ...options }];
+
 /**
  * The API's entry for one text, with tokens if it can be drawn; `options` are the fields that methodFields reads.
  * `progress(done, all)` is called with tokens where there are several windows.
@@ -20,8 +23,8 @@ const MOST_WORDS = 12;
 export async function score(server, text, options, signal, progress) {
   const wanted = text.length > LONGEST_DRAWN ? {} : { return_tokens: true, top_logprobs: ALTERNATIVES };
   const streamed = { stream: true, stream_progress: true };
-  const body = { model: await server.model(), input: text, ...options, ...wanted, ...streamed };
-  const response = await call("v1/perplexity", { body, signal, askForKey: server.askForKey });
+  const [path, asked] = await scoreRequest(server, text, options);
+  const response = await call(path, { body: { ...asked, ...wanted, ...streamed }, signal, askForKey: server.askForKey });
   let scored = null;
   for await (const line of lines(response)) {
     if (line.object === "perplexity.progress") progress(line.done_tokens, line.prompt_tokens);
@@ -50,12 +53,13 @@ export function drawMap(container, { tokens }) {
 function read({ id, bytes, logprob, rank, offset, top_logprobs: top }) {
   const own = Uint8Array.from(bytes);
   const alternatives = (top ?? []).map((other) => ({
+    bytes: Uint8Array.from(other.bytes),
     label: labelOf(Uint8Array.from(other.bytes)),
     logprob: other.logprob,
     chosen: other.id === id,
   }));
   if (logprob !== null && !alternatives.some(({ chosen }) => chosen)) {
-    alternatives.push({ label: labelOf(own), logprob, chosen: true });
+    alternatives.push({ bytes: own, label: labelOf(own), logprob, chosen: true });
   }
   return { bytes: own, label: labelOf(own), logprob, rank, alternatives, offset };
 }
@@ -80,7 +84,7 @@ function surprisingWords(drawn) {
   return found.slice(0, MOST_WORDS);
 }
 
-/** Wires the tab. Returns what `runs` does, and `open(text)`, which scores another text. */
+/** Wires the tab. Returns what `runs` does, `open(text)`, which scores another text, and `requests()`. */
 export function scoreTab(server) {
   const [form, text, map] = ["score-form", "score-text", "score-map"].map(byId);
   const method = methodFields(form.querySelector("[data-method]"));
@@ -114,7 +118,7 @@ export function scoreTab(server) {
     write(text, other);
     run.restart();
   };
-  return { ...run, open };
+  return { ...run, open, requests: async () => [await scoreRequest(server, text.value, method.read())] };
 }
 
 function noteOf(numTokens) {

@@ -1,10 +1,11 @@
 // Tokens as text: whole characters out of bytes, and a run of shaded, focusable pieces.
 //
 // A token is {bytes, label, logprob, rank, alternatives}: bytes a Uint8Array, logprob in nats or null where nothing
-// predicts it, alternatives [{label, logprob, chosen}], best first. A piece is one or more tokens that end where a
-// character ends: {text, tokens, bits, offset}.
+// predicts it, rank from 1 or null where it is beyond RANKED, alternatives [{bytes, label, logprob, chosen}], best
+// first. A piece is one or more tokens that end where a character ends: {text, tokens, bits, offset}.
 
-export const HOTTEST = 12; // bits at which the shade is full
+import { shade } from "./shades.js";
+
 const ESCAPED = /^bytes:((?:\\x[0-9a-f]{2})+)$/; // how OpenAI writes a token whose bytes are not UTF-8
 
 const BLANK = /^[\s\p{C}]+$/u; // white space, controls, joiners
@@ -32,14 +33,20 @@ export function bytesOf(text) {
   return escaped ? Uint8Array.from(escaped[1].slice(2).split("\\x"), (hex) => parseInt(hex, 16)) : encoder.encode(text);
 }
 
+/** The text of whole characters; null of other bytes. */
+export function textOf(bytes) {
+  try {
+    return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
+  } catch {
+    return null;
+  }
+}
+
 /** A token's text with its white space made visible, or named if there is nothing else; bytes that are no text as ‹hex›. */
 export function labelOf(bytes) {
-  try {
-    const text = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
-    return blankName(text) ?? text.replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥");
-  } catch {
-    return `‹${Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join(" ")}›`;
-  }
+  const text = textOf(bytes);
+  if (text === null) return `‹${Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join(" ")}›`;
+  return blankName(text) ?? text.replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥");
 }
 
 /** The name of a text that shows nothing, such as "2 new lines, tab"; null of any other. */
@@ -98,15 +105,26 @@ export function draw(piece) {
   if (name) span.ariaLabel = name; // its text has nothing to read
   if (/[\n\r]/.test(piece.text)) span.classList.add("break");
   if (piece.bits === null) span.classList.add("unscored");
-  else shade(span, piece.bits);
+  else shade(span, piece.bits, rankOf(piece.tokens));
   pieces.set(span, piece);
   return space && rest ? [space, span] : [span];
 }
 
-export const shade = (element, bits) =>
-  element.style.setProperty("--s", Math.min(Math.max(bits, 0), HOTTEST) / HOTTEST);
+/** The rank of a piece: that of the token which the model was least ready for. */
+function rankOf(tokens) {
+  const ranks = tokens.filter(({ logprob }) => logprob !== null).map(({ rank }) => rank);
+  return ranks.includes(null) ? null : Math.max(...ranks);
+}
 
 export const pieceOf = (element) => pieces.get(element);
+
+/** The text of a container before one of its tokens. */
+export function textBefore(container, span) {
+  const range = document.createRange();
+  range.setStart(container, 0);
+  range.setEndAfter(span);
+  return range.toString().slice(0, -pieceOf(span).text.length || undefined);
+}
 
 /** One tab stop for all tokens in `container`; arrow keys, Home and End move. */
 export function roam(container) {
@@ -117,7 +135,7 @@ export function roam(container) {
   new MutationObserver(() => {
     const first = container.querySelector(".token");
     if (first && !container.querySelector('[tabindex="0"]')) first.tabIndex = 0;
-  }).observe(container, { childList: true });
+  }).observe(container, { childList: true, subtree: true });
   container.addEventListener("focusin", ({ target }) => target.matches(".token") && only(target));
   container.addEventListener("keydown", (event) => {
     const all = [...container.querySelectorAll(".token")];

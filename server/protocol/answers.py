@@ -39,6 +39,11 @@ class ModelCard(BaseModel):
         description="The first paragraph of the README.md in the model's folder; null where there is none.",
         examples=["A small model, trained on story books."],
     )
+    chat: bool = Field(description="Whether the model has a chat template; one without is given a plain one.")
+    cache_bytes_per_token: int = Field(description="What a token takes in the cache.", examples=[3072])
+    dense_cache_bytes_per_token: int = Field(
+        description="What it would take if every matrix of the model were dense.", examples=[20480]
+    )
 
 
 class ModelList(BaseModel):

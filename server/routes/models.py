@@ -6,6 +6,7 @@ import time
 
 from fastapi import APIRouter, Path
 
+from server.engine.async_engine import AsyncEngine
 from server.model_card import description
 from server.protocol.answers import ModelCard, ModelList
 from server.routes.prompts import check_model
@@ -13,14 +14,21 @@ from server.routes.responses import responses
 from server.settings import Settings
 
 
-def models_router(settings: Settings, max_model_len: int) -> APIRouter:
+def models_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
     """The routes; the server has one model, under one name or several."""
     router = APIRouter(tags=["OpenAI"])
     created = int(time.time())
     about = description(settings.model)
     cards = {
         name: ModelCard(
-            id=name, created=created, root=settings.model_name, max_model_len=max_model_len, description=about
+            id=name,
+            created=created,
+            root=settings.model_name,
+            max_model_len=engine.max_model_len,
+            description=about,
+            chat=engine.tokenizer.has_chat_template,
+            cache_bytes_per_token=engine.backend.cache_bytes_per_token,
+            dense_cache_bytes_per_token=engine.backend.dense_cache_bytes_per_token,
         )
         for name in settings.model_names
     }

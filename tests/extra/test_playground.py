@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
 import urllib.request
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +29,7 @@ from hypothesis import strategies as st
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from server.routes.pages import DOCS_PATHS
+from tests.templates import CHATML
 
 ROOT = Path(__file__).parent.parent.parent
 CHROMIUM = shutil.which("chromium")
@@ -43,6 +48,42 @@ PIECES = """async (parts) => {
   const { push, flush } = assembler();
   const pieces = parts.map((part) => push({ bytes: Uint8Array.from(part), logprob: -1 }));
   return [...pieces, flush()].filter(Boolean).map(({ text }) => text);
+}"""
+
+# a request as code, and a link's entries after they were written and read
+CODE = """async ({ base, requests, key }) => {
+  const { shellCode, pythonCode } = await import("/playground/code.js");
+  return [shellCode(base, requests, key), pythonCode(base, requests, key)];
+}"""
+LINK = """async ({ tab, entries }) => {
+  const { fragmentOf, readFragment } = await import("/playground/link.js");
+  return readFragment(new URL("#" + fragmentOf(tab, entries), location.href).hash.slice(1));
+}"""
+RANKS = """async (ranks) => {
+  const { depthOfRank } = await import("/playground/shades.js");
+  return ranks.map((rank) => Math.round(6 * depthOfRank(rank)));
+}"""
+SIZES = """async (sizes) => {
+  const { sizeOf } = await import("/playground/cache.js");
+  return sizes.map(sizeOf);
+}"""
+
+# the colours of the scored tokens, and of the card that they lie on, as a browser blends them
+FILLS = """() => {
+  const canvas = Object.assign(document.createElement("canvas"), { width: 1, height: 1 });
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  const paper = getComputedStyle(document.querySelector("#score-result")).backgroundColor;
+  const blended = (color) => {
+    for (const layer of [paper, color]) {
+      context.fillStyle = layer;
+      context.fillRect(0, 0, 1, 1);
+    }
+    const bytes = [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);
+    return "#" + bytes.map((byte) => byte.toString(16).padStart(2, "0")).join("");
+  };
+  const spans = [...document.querySelectorAll("#score-map .token")];
+  const tokens = spans.map((span) => blended(getComputedStyle(span).backgroundColor));
+  return { paper: blended(paper), tokens: [...new Set(tokens)].filter((color) => color !== blended(paper)) };
 }"""
 
 # WCAG's contrast of every text that is visible and not disabled, as {text: ratio} of those below 4.5
@@ -538,6 +579,13 @@ def test_axe_finds_nothing(device: str, theme: str, open_page: Open) -> None:
         check(tab)
         page.locator(f"#{tab} .token").nth(3).focus()
         check(f"{tab}, card")
+        page.keyboard.press("Enter")
+        check(f"{tab}, alternative")
+        page.keyboard.press("Escape")
+        page.keyboard.press("Escape")
+        page.locator(f"#{tab} .share").click()
+        expect(page.locator("#share-code")).to_contain_text("curl")
+        check(f"{tab}, share")
         page.keyboard.press("Escape")
         page.locator(f"#{tab} textarea").first.fill("Another text.")
         check(f"{tab}, changed")
@@ -681,3 +729,319 @@ def test_pieces_are_whole_characters(open_page: Open) -> None:
         assert pieces == [raw[start:end].decode() for start, end in itertools.pairwise(cut_at)]
 
     check()
+
+
+# --- branches, links, pictures, code, ranks, chats, the cache --------------------------------------------------------
+
+
+def opened(page: Page, fragment: str) -> Page:
+    """A new page of the same context at a link."""
+    other = page.context.new_page()
+    other.goto(f"{page.url.split('#')[0]}#{fragment}")
+    return other
+
+
+def text_of(page: Page, selector: str) -> str:
+    return page.locator(selector).text_content() or ""
+
+
+def test_an_alternative_is_branched_to_and_back(open_page: Open) -> None:
+    page = open_page()
+    complete(page, temperature=0, max_tokens=12)
+    whole, facts = text_of(page, "#completion"), text_of(page, "#complete-facts")
+    before = text_of(page, "#completion .before")
+    tokens = page.evaluate("[...document.querySelectorAll('#completion .token')].map((span) => span.textContent)")
+    page.locator("#completion .token").nth(2).click()
+    choice = page.locator("#card button").nth(1)
+    alternative = choice.get_attribute("value") or ""
+    choice.click()
+    idle(page, "complete")
+    prompt = page.locator("#prompt").input_value()
+    assert prompt.endswith(alternative)
+    kept = prompt.removesuffix(alternative)
+    assert whole.startswith(kept)
+    assert kept.startswith(before)
+    assert kept.split()[-2:] == [token.strip() for token in tokens[:2]]
+    expect(page.locator("#completion .before")).to_have_text(prompt)
+
+    expect(page.locator("#prompt")).to_be_focused()
+    page.locator("#completion .token").nth(1).focus()
+    page.keyboard.press("Enter")
+    page.keyboard.press("ArrowDown")
+    second = page.evaluate("document.activeElement.value")
+    page.keyboard.press("Escape")
+    expect(page.locator("#completion .token").nth(1)).to_be_focused()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    expect(page.locator("#prompt")).to_have_value(re.compile(re.escape(second) + "$"))
+    idle(page, "complete")
+    page.click("#back")
+    expect(page.locator("#prompt")).to_have_value(prompt)
+    page.click("#back")
+    expect(page.locator("#back")).to_be_hidden()
+    assert (text_of(page, "#completion"), text_of(page, "#complete-facts")) == (whole, facts)
+    assert page.locator("#complete-form.stale").count() == 0
+
+
+def test_a_scored_text_is_branched_from(open_page: Open) -> None:
+    page = open_page()
+    score(page, STORY)
+    page.locator("#score-map .token", has_text="fire").click()
+    choice = page.locator("#card button").first
+    alternative = choice.get_attribute("value") or ""
+    choice.click()
+    expect(page.locator("#complete")).to_be_visible()
+    expect(page.locator("#prompt")).to_have_value(STORY[: STORY.index(" fire")] + alternative)
+    idle(page, "complete")
+    expect(page.locator("#completion .before")).to_have_text(STORY[: STORY.index(" fire")] + alternative)
+
+
+def test_a_link_opens_with_text_settings_and_seed(open_page: Open) -> None:
+    page = open_page()
+    complete(page, prompt="A fox, 50 % & more #1?\nÄ 🙂", max_tokens=16, top_k=7, stop="zzz\nyyy")
+    page.click("#complete .share")
+    link = page.locator("#share-link").input_value()
+    other = opened(page, link.split("#", 1)[1])
+    expect(other.locator("#completion .token").last).to_be_visible()
+    idle(other, "complete")
+    assert text_of(other, "#completion") == text_of(page, "#completion")
+    for name in ("prompt", "max_tokens", "top_k", "stop", "temperature"):
+        assert other.locator(f"#{name}").input_value() == page.locator(f"#{name}").input_value()
+
+    page.keyboard.press("Escape")
+    open_tab(page, "compare")
+    page.fill("#a-text", STORY * 2)
+    page.check("#same-text")
+    page.select_option('[data-method="b"] [name="method"]', "rolling")
+    run(page, "compare")
+    page.click("#compare .share")
+    third = opened(page, page.locator("#share-link").input_value().split("#", 1)[1])
+    expect(third.locator("#b-map .token").last).to_be_visible()
+    idle(third, "compare")
+    assert text_of(third, "#compare-table") == text_of(page, "#compare-table")
+    assert third.locator("#same-text").is_checked()
+    third.evaluate("location.hash = '#score?score-text=Another.'")  # as when a link is pasted there
+    expect(third.locator("#score-map .token").last).to_be_visible()
+    expect(third.locator("#score-text")).to_have_value("Another.")
+
+
+def test_a_text_that_no_link_can_hold_is_said(open_page: Open) -> None:
+    page = open_page()
+    open_tab(page, "score")
+    page.fill("#score-text", STORY * 2000)
+    page.click("#score .share")
+    expect(page.locator("#share-why")).to_have_text("The text is too long for a link.")
+    expect(page.locator("#share-copy-link")).to_be_disabled()
+
+
+@settings(max_examples=60, deadline=None)
+@given(entries=st.lists(st.tuples(st.text(max_size=5), st.text(max_size=20)), max_size=4))
+def check_links(page: Page, entries: list[tuple[str, str]]) -> None:
+    found = page.evaluate(LINK, {"tab": "score", "entries": entries})
+    assert found == {"tab": "score", "entries": [list(entry) for entry in entries]}
+
+
+def test_links_are_read_as_they_were_written(open_page: Open) -> None:
+    check_links(open_page())
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(-1e9, 1e9) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(prompt=st.text(), other=JSON_VALUES, key=st.booleans())
+def check_code(page: Page, prompt: str, other: Any, key: bool) -> None:
+    body = {"model": "lpa-tiny", "prompt": prompt, "top_k": other}
+    curl, python = page.evaluate(CODE, {"base": "http://a/", "requests": [["v1/completions", body]], "key": key})
+    words = shlex.split(curl.replace("\\\n", ""))
+    assert words[:2] == ["curl", "http://a/v1/completions"]
+    assert json.loads(words[-1]) == body
+    assert ("Authorization: Bearer $LPA_API_KEY" in words) == key
+    calls = [node for node in ast.walk(ast.parse(python)) if isinstance(node, ast.Call)]
+    [create] = [node for node in calls if ast.unparse(node.func) == "client.completions.create"]
+    fields = {keyword.arg: ast.literal_eval(keyword.value) for keyword in create.keywords}
+    assert fields == {"model": "lpa-tiny", "prompt": prompt, "extra_body": {"top_k": other}}
+
+
+def test_code_says_what_the_request_does(open_page: Open) -> None:
+    check_code(open_page())
+
+
+def test_code_runs_and_gives_what_the_page_shows(open_page: Open, tmp_path: Path) -> None:
+    page = open_page()
+    complete(page, prompt="'It\\'s \"a\" $HOME fox", max_tokens=12, top_k=9)
+    text = text_of(page, "#completion").removeprefix(page.locator("#prompt").input_value())
+    page.click("#complete .share")
+    answer = subprocess.run(["bash", "-c", text_of(page, "#share-code")], capture_output=True, check=True).stdout
+    assert json.loads(answer)["choices"][0]["text"] == text
+    page.check('[name="language"][value="python"]')
+    assert python_prints(text_of(page, "#share-code")) == f"{text}\n"
+    page.keyboard.press("Escape")
+
+    score(page, STORY)
+    page.click("#score .share")
+    printed = ast.literal_eval(python_prints(text_of(page, "#share-code")))
+    assert figure(printed["data"][0]["perplexity"]) == text_of(page, "#score-perplexity")
+
+
+def python_prints(program: str) -> str:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True, cwd="/").stdout
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_heat_map_is_saved_as_it_is_shown(theme: str, open_page: Open, tmp_path: Path) -> None:
+    page = open_page(theme=theme)
+    score(page, "One & two <three>.\n\n" + STORY * 3)
+    page.click("#score .share")
+    for kind in ("svg", "png"):
+        with page.expect_download() as download:
+            page.click(f"#share-{kind}")
+        assert download.value.suggested_filename == f"score.{kind}"
+        download.value.save_as(tmp_path / f"map.{kind}")
+    svg = ElementTree.parse(tmp_path / "map.svg").getroot()
+    names = {child.tag.rpartition("}")[2] for child in svg}
+    assert names == {"rect", "text"}
+    drawn = "".join(child.text or "" for child in svg if child.text and child.get("font-size") == "18")
+    assert drawn.replace(" ", "") == re.sub(r"\s", "", text_of(page, "#score-map"))
+    fills = [child.get("fill") for child in svg if child.tag.endswith("rect")]
+    shown = page.evaluate(FILLS)
+    assert fills[0] == shown["paper"]
+    assert set(shown["tokens"]) <= set(fills)
+    sizes = [round(float(svg.get(name) or 0)) for name in ("width", "height")]
+    header = (tmp_path / "map.png").read_bytes()[:24]
+    assert header.startswith(b"\x89PNG")
+    assert list(struct.unpack(">2I", header[16:24])) == [2 * size for size in sizes]
+
+
+def test_tokens_are_shaded_by_rank(open_page: Open, url: str) -> None:
+    page = open_page()
+    assert page.evaluate(RANKS, [1, 2, 3, 4, 5, 6, 10, 11, 20, 21, 5000, None]) == [0, 1, 2, 3, 3, 4, 4, 5, 5, 6, 6, 6]
+    score(page, STORY)
+    [scored] = ask(url, "/v1/perplexity", input=STORY, return_tokens=True)["data"]
+    steps = page.evaluate(RANKS, [token["rank"] for token in scored["tokens"][1:]])
+    page.locator("#score .legend select").select_option(label="Rank")
+    depths = page.evaluate(
+        "[...document.querySelectorAll('#score-map .token:not(.unscored)')]"
+        ".map((span) => Math.round(6 * getComputedStyle(span).getPropertyValue('--s')))"
+    )
+    assert depths == steps
+    labels = [label.replace("\N{EN DASH}", "-") for label in page.locator("#score .legend li").all_text_contents()]
+    assert labels == ["1", "2", "3", "4-5", "6-10", "11-20", "> 20"]
+    page.click("#complete-tab")
+    assert page.locator("#complete .legend li").first.text_content() == "1"
+    page.get_by_role("button", name="Reset").click()
+    expect(page.locator("#complete .legend select")).to_have_value("rank")
+    page.locator("#complete .legend select").select_option(label="Probability, %")
+    assert page.locator("#score .legend li").last.text_content() == "≥ 12"
+
+
+def test_the_cache_grows_with_the_text(open_page: Open, url: str) -> None:
+    page = open_page()
+    assert page.evaluate(SIZES, [0, 999, 1000, 12_345, 7_864_320, 2e10]) == [
+        *("0 bytes", "999 bytes", "1.00 KB", "12.3 KB", "7.86 MB", "20.0 GB"),
+    ]
+    with urllib.request.urlopen(f"{url}/v1/models") as answer:
+        [card] = json.load(answer)["data"]
+    assert card["cache_bytes_per_token"] < card["dense_cache_bytes_per_token"]
+
+    def shows(tokens: int) -> None:
+        for name, each in (("own", card["cache_bytes_per_token"]), ("dense", card["dense_cache_bytes_per_token"])):
+            expect(page.locator(f"#cache-{name}")).to_have_text(page.evaluate(SIZES, [each * tokens])[0])
+        share = float(page.locator("#cache-dense-bar").evaluate("bar => bar.style.getPropertyValue('--p')"))
+        assert share == pytest.approx(tokens / card["max_model_len"])
+
+    page.fill("#prompt", STORY)
+    count = ask(url, "/tokenize", prompt=STORY)["count"]
+    shows(count)
+    complete(page, max_tokens=9)
+    shows(count + 9)
+
+
+def test_chat_is_that_of_the_api_and_keeps_its_history(open_page: Open, tmp_path: Path) -> None:
+    template = tmp_path / "chatml.jinja"
+    template.write_text(CHATML)
+    (tmp_path / "serve").mkdir()
+    with serving(tmp_path / "serve", "--chat-template", str(template)) as url:
+        page = open_page(WIDTHS["phone"], at=url, bypass_csp=True)
+        expect(page.locator("#complete-tab")).to_have_attribute("aria-selected", "true")
+        page.click("#chat-tab")
+        page.evaluate(AXE.read_text())
+        assert page.evaluate(VIOLATIONS) == []
+        page.fill("#chat-system", "Be short.")
+        page.fill("#chat-max_tokens", "8")
+        page.fill("#chat-seed", "3")
+        messages = [{"role": "system", "content": "Be short."}]
+        for question in ("Who are you?", "And you?"):
+            page.fill("#chat-text", question)
+            page.keyboard.press("Enter")
+            expect(page.locator("#chat-text")).to_have_value("")
+            idle(page, "chat")
+            messages.append({"role": "user", "content": question})
+            body = {"messages": messages, "max_tokens": 8, "seed": 3, "temperature": 0.7}
+            [choice] = ask(url, "/v1/chat/completions", **body)["choices"]
+            messages.append(choice["message"])
+            assert text_of(page, "#chat-log li:last-child .prose") == choice["message"]["content"]
+        assert page.locator("#chat-log li").count() == 4
+        assert page.locator("#chat-log .token[tabindex='0']").count() == 1  # the keyboard's way to all of them
+        assert page.evaluate(VIOLATIONS) == []
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+        page.click("#chat .share")
+        shared = opened(page, page.locator("#share-link").input_value().split("#", 1)[1])
+        expect(shared.locator("#chat-log li")).to_have_count(4)
+        assert text_of(shared, "#chat-log") == text_of(page, "#chat-log")
+        expect(shared.locator("#chat-system")).to_have_value("Be short.")
+        answer = subprocess.run(["bash", "-c", text_of(page, "#share-code")], capture_output=True, check=True).stdout
+        assert json.loads(answer)["choices"][0]["message"]["content"] == messages[-1]["content"]
+        page.keyboard.press("Escape")
+
+        page.locator("#chat-log li:nth-child(2) .token").nth(3).click()  # of the first answer
+        alternative = page.locator("#card button").nth(1).get_attribute("value") or ""
+        page.locator("#card button").nth(1).click()
+        expect(page.locator("#chat-log li")).to_have_count(2)
+        idle(page, "chat")
+        prefix = text_of(page, "#chat-log li:last-child .before")
+        assert prefix.endswith(alternative)
+        body["messages"] = [*messages[:2], {"role": "assistant", "content": prefix}]
+        [choice] = ask(url, "/v1/chat/completions", **body, continue_final_message=True)["choices"]
+        assert text_of(page, "#chat-log li:last-child .prose") == prefix + choice["message"]["content"]
+
+        page.fill("#chat-max_tokens", "900")
+        page.fill("#chat-text", "Go on.")
+        page.keyboard.press("Enter")
+        expect(page.locator("#chat-log li:nth-child(4) .token").nth(3)).to_be_visible()
+        page.click("#chat-form .primary")
+        idle(page, "chat")
+        expect(page.locator("#chat-facts")).to_contain_text("stopped")
+        page.route("**/v1/**", lambda route: route.abort())
+        page.fill("#chat-text", "Once more.")
+        run(page, "chat")
+        expect(page.locator("#chat-error")).to_contain_text("The server does not answer.")
+        assert page.locator("#chat-log li").count() == 4
+        expect(page.locator("#chat-text")).to_have_value("Once more.")
+        page.unroute("**/v1/**")
+        page.fill("#chat-max_tokens", "1000")
+        run(page, "chat")
+        expect(page.locator("#chat-error")).to_contain_text("more than the model can read at once")
+        page.click("#chat-error .remedy")
+        expect(page.locator("#chat-max_tokens")).to_have_value("")
+        expect(page.locator("#chat-log li:nth-child(6) .token").first).to_be_visible()
+        page.click("#chat-new")  # in the middle of an answer
+        idle(page, "chat")
+        assert page.locator("#chat-log li").count() == 0
+        assert page.locator("#chat-messages").input_value() == ""
+        page.goto("about:blank")
+        shared.goto("about:blank")
+
+
+def test_a_model_without_a_template_has_no_chat(open_page: Open) -> None:
+    page = open_page()
+    expect(page.locator("#chat-tab")).to_be_hidden()
+    other = opened(page, "chat")
+    expect(other.locator("#completion .token").last).to_be_visible()
+    expect(other.locator("#chat")).to_be_hidden()

@@ -6,14 +6,15 @@ import { byId, write } from "./dom.js";
 const PAUSE = 300; // ms without typing, after which the prompt is counted
 
 /**
- * Keeps max tokens within what the context leaves beside the prompt, and shows both.
+ * Keeps max tokens within what the context leaves beside the prompt, and shows both; `onCount(tokens)` hears of the
+ * prompt's tokens too.
  *
- * `settle(signal)` waits until that is so, and throws ApiError if there is no room at all; `shorten()` makes some by
- * keeping the prompt's end.
+ * `settle(signal)` waits until that is so and gives the number of the prompt's tokens; it throws ApiError if nothing is
+ * left at all. `shorten()` then keeps the prompt's end.
  */
-export function watchRoom(server, prompt) {
+export function watchContext(server, prompt, onCount) {
   const number = byId("max_tokens");
-  let wanted = number.valueAsNumber; // by the user, whatever there is room for
+  let wanted = number.valueAsNumber; // by the user, whatever fits
   let counted = { text: null, tokens: [], context: 0 };
   let timer = null;
 
@@ -24,6 +25,7 @@ export function watchRoom(server, prompt) {
     const { tokens, max_model_len: context } = await (await call("tokenize", { body, ...options })).json();
     counted = { text, tokens, context };
     show();
+    onCount(tokens.length);
   }
 
   const left = () => counted.context - counted.tokens.length;
@@ -55,6 +57,7 @@ export function watchRoom(server, prompt) {
   const settle = async (signal) => {
     await count({ signal, askForKey: server.askForKey });
     if (left() < 1) throw new ApiError("the prompt fills the context", 400, { code: "context_length_exceeded" });
+    return counted.tokens.length;
   };
   const shorten = async () => {
     const keep = counted.context - Math.min(wanted, counted.context >> 1);
