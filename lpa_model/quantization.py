@@ -60,7 +60,8 @@ def _int4(grouped: Tensor) -> tuple[Tensor, Tensor]:
     for step in INT4_STEPS:
         tried = (peak / -step).bfloat16()
         codes = _codes(grouped, tried, -8, 7)
-        error = (grouped - codes.float() * tried.float()).square_().sum(2, keepdim=True)
+        # in units of the largest number: squares of very small ones would all be zero
+        error = ((grouped - codes.float() * tried.float()) / peak).square_().sum(2, keepdim=True)
         better = error < best
         best, scales = torch.where(better, error, best), torch.where(better, tried, scales)
     return _codes(grouped, scales, -8, 7), scales
