@@ -1,5 +1,5 @@
 # make serve     virtual environment, install, start the server on the embedded model
-# make test      the same environment plus test tools; lint, types, tests
+# make test      the same environment plus test tools; lint, types, tests (two files at a time)
 # make lint      its lint and types alone
 # make test-fast     its quickest tests alone: values and bookkeeping, no kernels, no sockets; under 30 seconds
 # make test-extra    the tests against heavy peers (lm-eval, transformers, schemathesis, LangChain, a browser), and of the
@@ -49,7 +49,7 @@ lint: .venv/installed-dev
 	.venv/bin/mypy
 
 test: lint
-	.venv/bin/pytest
+	.venv/bin/pytest -n 2 --dist loadfile
 
 test-fast: .venv/installed-dev
 	.venv/bin/pytest $(FAST:%=tests/test_%.py)
