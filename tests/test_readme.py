@@ -35,6 +35,7 @@ NOT_RUN = {
     ("server/docs/benchmarks.md", "needs a second server"),
     ("server/docs/benchmarks.md", "takes minutes"),
     ("server/docs/contributing.md", "these run the tests that run this"),
+    ("server/docs/conversion.md", "needs PyPI"),
     ("server/docs/kernels.md", "compiles for minutes"),
     ("server/docs/kernels.md", "needs a GPU"),
     ("server/docs/models.md", "needs checkpoints of other projects"),

@@ -42,7 +42,10 @@ def test_wheel_holds_both_packages_and_the_embedded_model(wheel: Path) -> None:
     expected = {
         str(path.relative_to(ROOT))
         for package, patterns in {
-            "lpa_model": ("*.py", "py.typed", "README.md", "checkpoints/**/*", "backends/cpu/csrc/*"),
+            "lpa_model": (
+                *("*.py", "py.typed", "README.md", "checkpoints/**/*", "backends/cpu/csrc/*"),
+                "convert/lowrank/*.txt",
+            ),
             "server": ("*.py", "py.typed", "docs/*.md", "playground/**/*", "routes/*.html", "routes/*.json"),
         }.items()
         for pattern in patterns

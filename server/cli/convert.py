@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from server.cli import lowrank as factors
 from server.cli.command import StoredDtype, user_errors
 
 if TYPE_CHECKING:
@@ -72,21 +73,42 @@ def llama(
     folder: Annotated[Path, typer.Argument(help="Where to write the model folder.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model of the hub.")] = None,
     file: Annotated[str | None, typer.Option(help="GGUF file of a model of the hub that has such.")] = None,
+    keep: factors.Keep = None,
+    cache_ratio: factors.CacheRatio = None,
+    rank: factors.OneRank = None,
+    attention_only: factors.AttentionOnly = False,
+    uniform: factors.Uniform = False,
+    method: factors.How = "weights",
+    calibrate: factors.Calibrate = None,
+    calibrate_tokens: factors.CalibrateTokens = 65536,
+    repair: factors.Repair = None,
     dtype: KeptDtype = "auto",
 ) -> None:
-    """Take over a dense LLaMA, Mistral, Qwen2, Qwen3 or SmolLM as it is, with dense matrices: it computes the same."""
+    """Take over a dense LLaMA, Mistral, Qwen2, Qwen3 or SmolLM as it is, with dense matrices: it computes the same.
+
+    With --keep, --cache-ratio or --rank its matrices become low-rank factors within that budget.
+    """
     from lpa_model.convert.gguf import convert_gguf
     from lpa_model.convert.hub import fetched, hub_name
     from lpa_model.convert.llama import convert_llama
 
-    with user_errors():
+    options = factors.LowRank(
+        keep, cache_ratio, rank, attention_only, uniform, method, calibrate, calibrate_tokens, repair
+    )
+    with user_errors(), ExitStack() as stack:
         path = Path(source)
         if hub_name(source) is not None:
             path = fetched(source, revision=revision, file=file)
         elif revision is not None or file is not None:
             raise ValueError(f"--{'file' if revision is None else 'revision'}: {source} is no model of the hub")
+        take = convert_gguf if path.is_file() else convert_llama
+        if (budget := options.budget()) is not None:
+            with _progress() as progress:
+                dense = stack.enter_context(factors.dense_beside(folder))
+                take(path, dense, _torch_dtype(dtype), progress)
+            factors.factorise_folder(dense, folder, options, budget, "float32" if dtype == "auto" else dtype)
+            return
         with _progress() as progress:
-            take = convert_gguf if path.is_file() else convert_llama
             config = take(path, folder, _torch_dtype(dtype), progress)
     _report(folder, config)
 
@@ -214,6 +236,31 @@ def factored(
         typer.echo("the output head came in factors and is dense now")
     if refactor:
         typer.echo(f"products factored again: at most {done.error:.1e} of a matrix's norm is left out")
+
+
+@convert.command()
+def lowrank(
+    source: Annotated[Path, typer.Argument(help="Dense model folder, as `lpa convert llama` writes it.")],
+    folder: Annotated[Path, typer.Argument(help="Where to write the model folder.")],
+    keep: factors.Keep = None,
+    cache_ratio: factors.CacheRatio = None,
+    rank: factors.OneRank = None,
+    attention_only: factors.AttentionOnly = False,
+    uniform: factors.Uniform = False,
+    method: factors.How = "weights",
+    calibrate: factors.Calibrate = None,
+    calibrate_tokens: factors.CalibrateTokens = 65536,
+    repair: factors.Repair = None,
+    dtype: StoredDtype = "float32",
+) -> None:
+    """Replace matrices of a dense model by low-rank factors, within a budget of parameters or cache bytes."""
+    options = factors.LowRank(
+        keep, cache_ratio, rank, attention_only, uniform, method, calibrate, calibrate_tokens, repair
+    )
+    with user_errors():
+        if (budget := options.budget()) is None:
+            raise ValueError("keep, cache_ratio or rank: one of them says how much of the model is to stay")
+        factors.factorise_folder(source, folder, options, budget, dtype)
 
 
 def _ranks(config: LPAConfig, projection: Projection) -> str:

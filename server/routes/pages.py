@@ -46,6 +46,7 @@ DOCUMENTS = {
     "": _of_server("index", "Documents"),
     "quickstart": _of_server("quickstart", "Quickstart"),
     "models": _of_server("models", "Models"),
+    "conversion": _of_server("conversion", "Conversion"),
     "scoring": _of_server("scoring", "Scoring"),
     "api": _of_server("api", "API"),
     "operations": _of_server("operations", "Operations"),

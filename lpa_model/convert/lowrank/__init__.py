@@ -1,0 +1,8 @@
+"""Low-rank factors for a dense model: `lpa convert llama SRC DST --keep 0.9`, and what belongs to it.
+
+calibrate.py    a text through the model, layer by layer: second moments of what every matrix reads
+factor.py       one matrix: whitened, weighted, cut at a rank; its error curve
+allocate.py     a rank for every matrix from one budget of parameters or cache bytes
+convert.py      these together: a dense folder in, a folder of factors and a report out
+repair.py       the factors trained towards the dense model
+"""

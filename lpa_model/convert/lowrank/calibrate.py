@@ -1,0 +1,193 @@
+"""A calibration text through a dense model, one layer at a time, and the second moments of what its matrices read.
+
+The hidden states of the whole text are held once, [windows, T, d] in float32; logits never are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lpa_model.config import ATTENTION_PROJECTIONS, LPAConfig, Projection
+from lpa_model.layers import RotaryEmbedding
+from lpa_model.model import LPAForCausalLM, PreNormBlock
+
+SINKS = 4
+"""Positions at the beginning of a window that no moment counts: attention sinks, whose states are huge."""
+ROWS = 4096
+"""Tokens of one forward pass: the peak of memory beside the hidden states."""
+SPARSE = 2, 8
+"""One token in so many counts for the input of down_proj, and for the slopes: the widest moments cost most."""
+OFFSETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Distances of a query and a key over which rotary positions are averaged."""
+
+
+class Moment:
+    """The second moment E[x x^T] of rows x, summed in float64."""
+
+    def __init__(self, width: int) -> None:
+        self.total = torch.zeros(width, width, dtype=torch.float64)
+        self.count = 0
+
+    def add(self, rows: Tensor) -> None:
+        """rows [n, width]."""
+        self.total += rows.T @ rows
+        self.count += len(rows)
+
+    def mean(self) -> Tensor:
+        """float64 [width, width]."""
+        return self.total / self.count
+
+
+@dataclass(frozen=True)
+class LayerMoments:
+    """Of one layer, float64; those that were wanted.
+
+    inputs: E[x x^T] of what a projection reads, under the names in INPUT_OF.
+    queries, keys: [heads, dh, dh] of the heads' queries and keys, each turned to the other's position.
+    slopes: [f, f] of what an error of the output of gate or up is multiplied by.
+    """
+
+    inputs: dict[Projection, Tensor]
+    queries: Tensor
+    keys: Tensor
+    slopes: dict[Projection, Tensor]
+
+
+INPUT_OF: dict[Projection, Projection] = {
+    "q": "q",
+    "k": "q",
+    "v": "q",
+    "o": "o",
+    "gate": "gate",
+    "up": "gate",
+    "down": "down",
+}
+"""The projection under whose name the moment of a projection's input is kept."""
+
+
+def embed(model: LPAForCausalLM, windows: Tensor) -> Tensor:
+    """Token ids int64 [windows, T] -> float32 [windows, T, d], the residual stream before the first layer."""
+    hidden: Tensor = model.embed_tokens(windows).float()
+    return hidden
+
+
+@torch.inference_mode()
+def layers(model: LPAForCausalLM, hidden: Tensor, wanted: Sequence[Projection]) -> Iterator[tuple[int, LayerMoments]]:
+    """The moments of each layer in order, those that `wanted` projections need; `hidden` [windows, T, d] is moved on
+    through the layers in place."""
+    rotary = model.rotary
+    assert rotary is not None
+    for layer, block in enumerate(model.layers):
+        assert isinstance(block, PreNormBlock)
+        recorder = Recorder(model.config, block, rotary, wanted)
+        with recorder:
+            push(block, rotary, hidden)
+        yield layer, recorder.moments()
+
+
+def push(block: nn.Module, rotary: nn.Module | None, hidden: Tensor) -> None:
+    """Replace `hidden` [windows, T, d] by a layer's output, some windows at a time."""
+    step = max(1, ROWS // hidden.shape[1])
+    for start in range(0, len(hidden), step):
+        part = slice(start, start + step)
+        hidden[part] = block(hidden[part], rotary, None)
+
+
+class Recorder:
+    """Hooks on a block that add up moments while it runs."""
+
+    def __init__(
+        self, config: LPAConfig, block: PreNormBlock, rotary: RotaryEmbedding, wanted: Sequence[Projection]
+    ) -> None:
+        self.config, self.block, self.rotary = config, block, rotary
+        self.inputs = {name: Moment(config.projection_sizes(name)[0]) for name in {INPUT_OF[name] for name in wanted}}
+        self.queries = [Moment(config.head_size) for _ in range(config.num_attention_heads * ("k" in wanted))]
+        self.keys = [Moment(config.head_size) for _ in range(config.kv_heads * ("q" in wanted))]
+        slopes: tuple[Projection, ...] = ("gate", "up")
+        self.slopes = {name: Moment(config.intermediate_size) for name in slopes if name in wanted}
+        self.gate: Tensor | None = None
+
+    def __enter__(self) -> None:
+        attention, ffn = self.block.attention, self.block.ffn
+        hooks = {
+            attention.q_proj: self._queries,
+            attention.k_proj: self._keys,
+            attention.o_proj: self._output,
+            ffn.gate_proj: self._gate,
+            ffn.up_proj: self._up,
+            ffn.down_proj: self._down,
+        }
+        self.handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _queries(self, _: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        self._input("q", args[0])
+        self._heads(self.queries, output, self.block.attention.q_norm)
+
+    def _keys(self, _: nn.Module, __: tuple[Tensor], output: Tensor) -> None:
+        self._heads(self.keys, output, self.block.attention.k_norm)
+
+    def _output(self, _: nn.Module, args: tuple[Tensor], __: Tensor) -> None:
+        self._input("o", args[0])
+
+    def _gate(self, _: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        self._input("gate", args[0])
+        self.gate = output[:, SINKS :: SPARSE[1]].flatten(0, 1) if self.slopes else None
+
+    def _up(self, _: nn.Module, __: tuple[Tensor], output: Tensor) -> None:
+        """h = silu(g) u: an error of u is multiplied by silu(g), one of g by u silu'(g)."""
+        if (gate := self.gate) is None:
+            return
+        up, sigmoid = output[:, SINKS :: SPARSE[1]].flatten(0, 1), gate.sigmoid()
+        if "up" in self.slopes:
+            self.slopes["up"].add(gate * sigmoid)
+        if "gate" in self.slopes:
+            self.slopes["gate"].add(up * (sigmoid * (1 + gate * (1 - sigmoid))))
+
+    def _down(self, _: nn.Module, args: tuple[Tensor], __: Tensor) -> None:
+        self._input("down", args[0])
+
+    def _input(self, name: Projection, rows: Tensor) -> None:
+        if name in self.inputs:
+            self.inputs[name].add(rows[:, SINKS :: SPARSE[0] if name == "down" else 1].flatten(0, 1))
+
+    def _heads(self, moments: list[Moment], output: Tensor, norm: nn.Module | None) -> None:
+        for head, moment in enumerate(moments):
+            rows = output[:, SINKS:].unflatten(-1, (-1, self.config.head_size))[..., head, :].flatten(0, 1)
+            moment.add(rows if norm is None else norm(rows))
+
+    def moments(self) -> LayerMoments:
+        """What has been added up."""
+
+        def heads(moments: list[Moment], sign: int) -> Tensor:
+            return torch.stack([turned(self.rotary, moment.mean(), sign) for moment in moments] or [torch.empty(0)])
+
+        return LayerMoments(
+            inputs={name: moment.mean() for name, moment in self.inputs.items()},
+            queries=heads(self.queries, 1),
+            keys=heads(self.keys, -1),
+            slopes={name: moment.mean() for name, moment in self.slopes.items()},
+        )
+
+
+def projection_of(block: nn.Module, name: Projection) -> nn.Module:
+    """A projection of a block by its name in a config."""
+    return block.get_submodule(f"{'attention' if name in ATTENTION_PROJECTIONS else 'ffn'}.{name}_proj")
+
+
+def turned(rotary: RotaryEmbedding, moment: Tensor, sign: int) -> Tensor:
+    """The mean of R m R^T over the rotations R of OFFSETS, forwards (sign 1) or backwards (-1); moment m [dh, dh]."""
+    offsets = [offset for offset in OFFSETS if offset < len(rotary.cos)]
+    total = torch.zeros_like(moment)
+    for offset in offsets:
+        cos, sin = torch.diag(rotary.cos[offset].double()), sign * torch.diag(rotary.sin[offset].double())
+        rotation = torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)])
+        total += rotation @ moment @ rotation.T
+    return total / len(offsets)

@@ -1,0 +1,97 @@
+"""What an error of each projection's output costs, from one backward pass: the other side of K-FAC, as LEMS uses it.
+
+With labels drawn from the model's own distribution, G = E[g g^T] of the gradients g of a text's log-probability with
+respect to a projection's output is that output's part of the Fisher information: to second order, an error e of the
+output moves the model's distribution by e^T G e / 2 nats (KL) per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lpa_model.config import Projection
+from lpa_model.convert.lowrank.calibrate import SINKS, Moment, projection_of
+from lpa_model.model import LPAForCausalLM
+
+ROWS = 256
+"""Rows of logits held at a time."""
+WIDEST = 1024
+"""Of a wider output only the mean of the squares is kept: the moments of every layer are held at once."""
+
+SHORT = 256
+"""Tokens of a window that goes forwards and back: the peak of memory."""
+TOKENS = 16384
+"""Tokens that gradients are taken on."""
+
+Key = tuple[int, Projection]
+
+
+def short(windows: Tensor) -> Tensor:
+    """Windows of SHORT tokens, TOKENS in all, from [windows, T]: the beginnings of some, evenly spaced."""
+    length = min(SHORT, windows.shape[1])
+    count = max(1, min(len(windows), TOKENS // length))
+    return windows[torch.linspace(0, len(windows) - 1, count).long(), :length]
+
+
+def output_moments(
+    model: LPAForCausalLM,
+    windows: Tensor,
+    wanted: Sequence[Projection],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[Key, Tensor]:
+    """E[g g^T] [out, out] of every wanted projection of every layer, float64; its mean diagonal [] where out > WIDEST.
+
+    windows: token ids int64 [windows, T]; one at a time goes forwards and back.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found: dict[Key, Moment] = {}
+    handles = []
+    for layer, block in enumerate(model.layers):
+        for name in wanted:
+            width = model.config.projection_sizes(name)[1]
+            moment = found[layer, name] = Moment(width if width <= WIDEST else 1)
+            handles.append(projection_of(block, name).register_full_backward_hook(_adding(moment)))
+    model.requires_grad_(False)
+    try:
+        for done, ids in enumerate(windows):
+            with torch.enable_grad():
+                stream = model.embed_tokens(ids[None]).float().requires_grad_(True)
+                hidden = stream
+                for block in model.layers:
+                    hidden = block(hidden, model.rotary, None)
+                assert model.norm is not None
+                states = model.norm(hidden)[0]
+            states.backward(_gradient(model, states.detach(), generator))
+            progress(done + 1, len(windows))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {key: moment.mean() if len(moment.total) > 1 else moment.mean()[0, 0] for key, moment in found.items()}
+
+
+def _adding(moment: Moment) -> Callable[[nn.Module, tuple[Tensor, ...], tuple[Tensor, ...]], None]:
+    def hook(_: nn.Module, __: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
+        rows = gradients[0][:, SINKS:].flatten(0, 1)
+        if len(moment.total) > 1:
+            moment.add(rows)
+        else:
+            moment.total += rows.square().sum(dtype=torch.float64)
+            moment.count += rows.numel()
+
+    return hook
+
+
+def _gradient(model: LPAForCausalLM, states: Tensor, generator: torch.Generator) -> Tensor:
+    """Of the sum of drawn labels' negative log-probabilities, by the states [T, d] before the head."""
+    parts = []
+    for start in range(0, len(states), ROWS):
+        part = states[start : start + ROWS].requires_grad_(True)
+        with torch.enable_grad():
+            logprobs = model.logits(part).log_softmax(-1)
+            labels = torch.multinomial(logprobs.detach().exp(), 1, generator=generator)
+            gradient = torch.autograd.grad(-logprobs.gather(1, labels).sum(), part)[0]
+        parts.append(gradient)
+    return torch.cat(parts)
