@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 FLUSH_TIMEOUT = 5  # seconds that the last answers get to reach slow readers
 EXIT_TIMEOUT = 1.0  # seconds that threads get to end when all is served
+SWITCH_INTERVAL = 0.001  # seconds that a thread keeps the GIL while the event loop waits for it
 YOUNG = 10_000  # objects; the collector looks for garbage among the latest ones when there are so many more
 
 
@@ -114,6 +115,7 @@ class Server(uvicorn.Server):
         if self.started:
             release_code()
             if self._owns_process:
+                sys.setswitchinterval(SWITCH_INTERVAL)
                 _spare_collections()
             print(greeting(self._settings, self.port), flush=True)
 
