@@ -24,43 +24,41 @@ from tests.conftest import byte_tokenizer
 from tests.serving import Served, serving
 
 EXAMPLES = 1500
-META_SCHEMA: dict[str, Any] = {
-    "$ref": "#/$defs/schema",
-    "$defs": {
-        "number": {"anyOf": [{"type": "integer"}, {"type": "number"}]},
-        "schema": {
-            "type": "object",
-            "properties": {
-                "type": {"enum": ["object", "array", "string", "integer", "number", "boolean", "null", "any"]},
-                "const": {},
-                "enum": {"type": "array", "maxItems": 4},
-                "minimum": {"$ref": "#/$defs/number"},
-                "maximum": {"$ref": "#/$defs/number"},
-                "exclusiveMinimum": {"$ref": "#/$defs/number"},
-                "multipleOf": {"$ref": "#/$defs/number"},
-                "minLength": {"type": "integer"},
-                "maxLength": {"type": "integer"},
-                "pattern": {"type": "string"},
-                "format": {"enum": ["date", "time", "email", "uuid", "ipv4", "uri", "x"]},
-                "properties": {
-                    "type": "object",
-                    "additionalProperties": {"$ref": "#/$defs/schema"},
-                    "maxProperties": 3,
-                },
-                "required": {"type": "array", "items": {"type": "string"}, "maxItems": 3},
-                "additionalProperties": {"anyOf": [{"type": "boolean"}, {"$ref": "#/$defs/schema"}]},
-                "items": {"$ref": "#/$defs/schema"},
-                "minItems": {"type": "integer"},
-                "maxItems": {"type": "integer"},
-                "anyOf": {"type": "array", "items": {"$ref": "#/$defs/schema"}, "minItems": 1, "maxItems": 3},
-                "oneOf": {"type": "array", "items": {"$ref": "#/$defs/schema"}, "minItems": 1, "maxItems": 3},
-                "allOf": {"type": "array", "items": {"$ref": "#/$defs/schema"}, "minItems": 1, "maxItems": 2},
-                "$ref": {"enum": ["#", "#/properties/a", "#/$defs/x", "http://example.org/x"]},
-            },
-            "additionalProperties": False,
-        },
-    },
-}
+NUMBER = {"anyOf": [{"type": "integer"}, {"type": "number"}]}
+
+
+def meta_schema(levels: int) -> dict[str, Any]:
+    """The schema of schemas that are so many levels deep."""
+    keywords: dict[str, Any] = {
+        "type": {"enum": ["object", "array", "string", "integer", "number", "boolean", "null", "any"]},
+        "const": {"type": ["null", "boolean", "number", "string", "array"], "items": NUMBER},
+        "enum": {"type": "array", "maxItems": 4},
+        "minimum": NUMBER,
+        "maximum": NUMBER,
+        "exclusiveMinimum": NUMBER,
+        "multipleOf": NUMBER,
+        "minLength": {"type": "integer"},
+        "maxLength": {"type": "integer"},
+        "pattern": {"type": "string"},
+        "format": {"enum": ["date", "time", "email", "uuid", "ipv4", "uri", "x"]},
+        "required": {"type": "array", "items": {"type": "string"}, "maxItems": 3},
+        "additionalProperties": {"type": "boolean"},
+        "minItems": {"type": "integer"},
+        "maxItems": {"type": "integer"},
+        "$ref": {"enum": ["#", "#/properties/a", "#/$defs/x", "http://example.org/x"]},
+    }
+    if levels:
+        inner = meta_schema(levels - 1)
+        keywords |= {
+            "properties": {"type": "object", "additionalProperties": inner, "maxProperties": 3},
+            "items": inner,
+            "anyOf": {"type": "array", "items": inner, "minItems": 1, "maxItems": 3},
+            "oneOf": {"type": "array", "items": inner, "minItems": 1, "maxItems": 3},
+            "allOf": {"type": "array", "items": inner, "minItems": 1, "maxItems": 2},
+        }
+    return {"type": "object", "properties": keywords, "additionalProperties": False}
+
+
 EDGES = [0, 1, -1, 2**31, 2**53, 2**63 - 1, -(2**63), -(2**63) + 1, 2**64, 10**40, -(10**40), 1e308, 5e-324, 0.1, -0.0]
 REGEXES = [r"[a-z]{3,8}", r"(a|b)*a(a|b){9}", r"\d{4}-\d\d", r"(?i)abc|\p{L}+", r"[^\x00-\x7f]*", r"a?b+c{2,}(?:d|e)*"]
 GRAMMARS = [
@@ -121,7 +119,7 @@ def edged(value: Any, rng: random.Random) -> Any:
     phases=[Phase.generate],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
-@given(schema=from_schema(META_SCHEMA), seed=st.integers(0, 2**32))
+@given(schema=from_schema(meta_schema(2)), seed=st.integers(0, 2**32))
 def test_any_schema(workers: GrammarWorkers, schema: Any, seed: int) -> None:
     compiled_or_refused(workers, "json_schema", json.dumps(edged(schema, random.Random(seed))))
 
