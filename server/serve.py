@@ -175,8 +175,27 @@ class Server(uvicorn.Server):
         timer.start()
 
     async def _stop_engine(self) -> None:
-        await self.engine.stop(self._settings.drain_timeout)
+        watching = asyncio.create_task(self._leave_stalled())
+        try:
+            await self.engine.stop(self._settings.drain_timeout)
+        finally:
+            watching.cancel()
         self._end()
+
+    async def _leave_stalled(self) -> None:
+        """Close connections that have taken nothing of what waits for them in FLUSH_TIMEOUT seconds: their clients have
+        stopped reading, and the drain need not wait for them."""
+        loop = asyncio.get_running_loop()
+        unread: dict[asyncio.Transport, tuple[int, float]] = {}  # bytes, and since when
+        while True:
+            for transport in [connection.transport for connection in self.server_state.connections]:
+                size, now = transport.get_write_buffer_size(), loop.time()
+                if not size or unread.get(transport, (0, now))[0] != size:
+                    unread[transport] = size, now
+                elif now - unread[transport][1] > FLUSH_TIMEOUT:
+                    logger.warning("a client has stopped reading: its request is cut off")
+                    transport.abort()
+            await asyncio.sleep(FLUSH_TIMEOUT / 10)
 
     def _end(self) -> None:
         """Leave the main loop."""
