@@ -31,6 +31,9 @@ from lpa_model.muon import Muon
 
 END_OF_TEXT = "<|endoftext|>"
 
+TokenIds = NDArray[np.unsignedinteger[Any]]
+"""Of a text: uint16, or uint32 where the vocabulary has more entries than that holds."""
+
 
 def _option(default: Any, text: str) -> Any:
     """A field and what `lpa train --help` says of it."""
@@ -107,18 +110,19 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, text: str) -> NDArray[np.uint16]:
-    """Token ids of a text as uint16, encoded paragraph by paragraph to bound the memory."""
+def encode(tokenizer: Tokenizer, text: str) -> TokenIds:
+    """Token ids of a text, encoded paragraph by paragraph to bound the memory."""
+    kind = np.min_scalar_type(max(1 << 8, tokenizer.get_vocab_size() - 1))
     chunks = text.split("\n\n")
     pieces = [chunk + "\n\n" for chunk in chunks[:-1]] + [chunks[-1]]
-    ids: list[NDArray[np.uint16]] = []
+    ids: list[TokenIds] = []
     for start in range(0, len(pieces), 4096):
         for encoding in tokenizer.encode_batch(pieces[start : start + 4096], add_special_tokens=False):
-            ids.append(np.array(encoding.ids, dtype=np.uint16))
+            ids.append(np.array(encoding.ids, dtype=kind))
     return np.concatenate(ids)
 
 
-def prepare(data: Path, valid: Path, out: Path, vocab_size: int) -> tuple[Tokenizer, NDArray[np.uint16], str]:
+def prepare(data: Path, valid: Path, out: Path, vocab_size: int) -> tuple[Tokenizer, TokenIds, str]:
     """The tokenizer, training tokens and validation text; the first two are kept in `out` for the next start."""
     if not (out / "tokens.npy").exists():
         text = read_text(data)
@@ -126,7 +130,7 @@ def prepare(data: Path, valid: Path, out: Path, vocab_size: int) -> tuple[Tokeni
         tokenizer.save(str(out / "tokenizer.json"))
         np.save(out / "new.npy", encode(tokenizer, text))
         (out / "new.npy").replace(out / "tokens.npy")
-    tokens: NDArray[np.uint16] = np.load(out / "tokens.npy", mmap_mode="r")
+    tokens: TokenIds = np.load(out / "tokens.npy", mmap_mode="r")
     return Tokenizer.from_file(str(out / "tokenizer.json")), tokens, read_text(valid)
 
 
@@ -157,9 +161,7 @@ def initialize(model: LPAForCausalLM, seed: int) -> None:
                 parameter.normal_(std=std, generator=generator)
 
 
-def batch(
-    tokens: NDArray[np.uint16], step: int, config: TrainConfig, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(tokens: TokenIds, step: int, config: TrainConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets of a step, int64 [sequences, T]: windows at random offsets that depend on (seed, step)."""
     length = config.short_sequence_length if step < config.short_steps else config.sequence_length
     starts = np.random.default_rng((config.seed, step)).integers(0, len(tokens) - length, config.batch_tokens // length)
@@ -188,7 +190,7 @@ def optimizers(model: LPAForCausalLM, config: TrainConfig) -> list[torch.optim.O
     return found
 
 
-def bits_per_byte(model: LPAForCausalLM, tokens: NDArray[np.uint16], num_bytes: int, length: int) -> float:
+def bits_per_byte(model: LPAForCausalLM, tokens: TokenIds, num_bytes: int, length: int) -> float:
     """-log2 p per UTF-8 byte over disjoint windows; the first token of a window has no context and is not scored."""
     total, scored = 0.0, 0
     device = model.embed_tokens.weight.device
@@ -223,7 +225,7 @@ def train(
     model_config: LPAConfig,
     config: TrainConfig,
     tokenizer: Tokenizer,
-    tokens: NDArray[np.uint16],
+    tokens: TokenIds,
     valid_text: str,
     out: Path,
     *,

@@ -206,7 +206,7 @@ class Settings(BaseSettings):
     max_body_values: int = Field(
         1 << 18,
         ge=1,
-        description="Most values and names in a JSON body; an object or a list counts as four.",
+        description="Most values in a JSON body; an object or a list counts as four, a name as eight.",
     )
     max_sequences: int = Field(4096, ge=1, description="Most prompts times n (or best_of) of a request.")
     max_messages: int = Field(2048, ge=1, description="Most messages of a conversation.")

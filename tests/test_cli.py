@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -292,6 +294,26 @@ def test_a_training_run_that_is_interrupted_goes_on(run: list[object], tmp_path:
     succeed("generate", "The", "--model", tmp_path / "run" / "model", "--max-tokens", 2)
     printed = succeed(*run, "--steps", step + 2, "--validate-every", 1)
     assert re.findall(r"^step (\d+):", printed, re.MULTILINE) == [str(step + 1), str(step + 2)]
+
+
+def test_stopping_while_the_text_is_tokenized_is_said_and_ends_at_once(run: list[object], tmp_path: Path) -> None:
+    rng = random.Random(0)
+    words = (" ".join(rng.randbytes(8).hex() for _ in range(20)) for _ in range(40_000))  # takes many seconds
+    (tmp_path / "large.txt").write_text("\n".join(words))
+    training = process(*run, "--data", tmp_path / "large.txt", "--vocab-size", 20_000)
+    try:
+        while not (tmp_path / "run").exists():
+            assert training.poll() is None
+            time.sleep(0.05)
+        time.sleep(0.2)
+        training.send_signal(signal.SIGINT)
+        _, errors = training.communicate(timeout=60)
+    finally:
+        training.kill()
+        training.wait()
+    assert training.returncode == 130
+    assert errors.endswith("stopped while the text was tokenized: no step is done, and the same command begins again\n")
+    assert not (tmp_path / "run" / "tokens.npy").exists()
 
 
 def test_the_help_of_train_says_what_every_option_is() -> None:

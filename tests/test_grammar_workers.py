@@ -19,7 +19,7 @@ from lpa_model.config import Architecture
 from server.engine.grammar_workers import GrammarWorkers
 from server.engine.request import GrammarSpec
 from server.engine.vocabulary import Vocabulary
-from server.errors import EngineError, InvalidRequest
+from server.errors import EngineError, InvalidRequest, Unavailable
 from tests.conftest import byte_tokenizer
 from tests.serving import serving, until
 
@@ -63,8 +63,17 @@ def test_a_crash_is_a_refusal_and_the_next_grammar_is_compiled(workers: GrammarW
 def test_what_takes_too_long_is_ended(workers: GrammarWorkers) -> None:
     assert workers.try_out(schema(MANY_NAMES))[1] > 1 << 20
     hasty = GrammarWorkers(vocabulary(), seconds=0.05)
-    assert refusal(hasty, schema(MANY_NAMES)).endswith("cannot be compiled: it takes more than 0.05 seconds")
+    assert refusal(hasty, schema(MANY_NAMES)).endswith(
+        "cannot be compiled: it takes more than 0.05 seconds of processor time"
+    )
     hasty.close()
+
+
+def test_what_a_busy_machine_does_not_get_done_may_be_tried_again() -> None:
+    busy = GrammarWorkers(vocabulary(), patience=0.05)
+    with pytest.raises(Unavailable, match=r"response_format: is not compiled after 0\.05 seconds"):
+        busy.try_out(schema(MANY_NAMES))
+    busy.close()
 
 
 def test_what_takes_too_much_memory_is_ended() -> None:

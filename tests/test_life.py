@@ -20,6 +20,7 @@ import httpx
 import pytest
 
 from lpa_model.config import Architecture
+from server import serve as serve_module
 from server.listen import listeners, url_of
 from server.serve import Server, greeting
 from server.settings import load_settings
@@ -107,6 +108,23 @@ def test_a_drain_that_cuts_requests_off_is_no_clean_end(folder: Path, monkeypatc
         assert found[0].status_code == 503 and found[0].headers["retry-after"] == "5"
         until(lambda: served.server.should_exit)
         assert served.server.status == 1
+
+
+def test_a_client_that_has_stopped_reading_does_not_hold_the_drain(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve_module, "FLUSH_TIMEOUT", 0.2)
+    with serving(folder, drain_timeout=600, max_num_seqs=16) as served, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", served.server.port))
+        fields = {"max_tokens": 60, "ignore_eos": True, "logprobs": 20, "stream": True}
+        body = json.dumps({"model": "tiny", "prompt": ["a"] * 4000, **fields}).encode()
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+        client.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + body)
+        until(lambda: any(connection.flow.write_paused for connection in served.server.server_state.connections))
+        drain(served)
+        until(lambda: served.server.should_exit)
+        assert served.server.status == 0
 
 
 def test_one_request_with_many_choices_does_not_hold_all_places(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from lpa_model.config import Architecture
 from lpa_model.perplexity import count_words
 from server.errors import InvalidRequest
-from server.protocol.json_size import CONTAINER, check_num_values
+from server.protocol.json_size import CONTAINER, NAME, check_num_values
 from server.routes import body as body_module
 from server.routes import generation
 from server.routes.body import SMALL, parse_json
-from server.routes.respond import PART, _in_parts, to_json
+from server.routes.respond import PIECE, RUN, in_pieces, json_parts, to_json
 from tests.serving import Served, serving
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -98,7 +98,7 @@ def test_a_body_has_a_limit_of_values(served: Served) -> None:
 def values_of(value: Any) -> int:
     """What `check_num_values` counts, by its definition: separators, and objects and lists."""
     if isinstance(value, dict):
-        return CONTAINER + len(value) + max(0, len(value) - 1) + sum(map(values_of, value.values()))
+        return CONTAINER + NAME * len(value) + max(0, len(value) - 1) + sum(map(values_of, value.values()))
     if isinstance(value, list):
         return CONTAINER + max(0, len(value) - 1) + sum(map(values_of, value))
     return 0
@@ -135,14 +135,17 @@ def test_words_are_counted_in_parts_as_at_once(text: str, times: int) -> None:
 def test_an_answer_in_parts_is_the_encoders_own() -> None:
     rng = random.Random(1)
     value = {
-        "a": list(range(2 * PART + 1)),
+        "a": list(range(2 * RUN + 1)),
         "b": [],
         "c": [{"x": [1, None, "é"]}, {"y": {}}],
         "d": {"e": [rng.random()]},
         "f": None,
-        "g": [[1], []],
+        "g": [None, [1], [], {"h": [{"i": [[2]]}]}],
+        "j": [["x" * PIECE]] * 2,
     }
-    assert _in_parts(value) == to_json(value)
+    for levels in range(7):
+        assert b"".join(in_pieces(json_parts(value, levels))) == to_json(value).encode()
+    assert len(in_pieces(json_parts(value, 2))) > 2
 
 
 class Threads:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lpa_model.checkpoint import load_model, load_tokenizer
 from lpa_model.config import LPAConfig
@@ -52,6 +53,14 @@ def run(out: Path, config: TrainConfig, *, stop: int | None = None, model: LPACo
     model = model or tiny_config()
     steps = train(model, config, tokenizer, tokens, CORPUS, out, validate_every=5, checkpoint_every=4)
     return list(itertools.islice(steps, stop))
+
+
+def test_ids_of_a_large_vocabulary_are_kept_whole() -> None:
+    words = {f"w{i}": i for i in range(70_000)}
+    large = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    large.pre_tokenizer = pre_tokenizers.Whitespace()
+    assert encode(large, "w65535 w65536\n\nw69999").tolist() == [65535, 65536, 69999]
+    assert encode(byte_tokenizer(), CORPUS).dtype == np.uint16
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:

@@ -76,10 +76,10 @@ def _counts(model: str, settings: Settings) -> Iterator[Kind]:
     yield completion("a long bad word", bad_words=[_text(settings.max_body_bytes - 1000)])
     yield completion("a stop text", stop="a" * settings.max_stop_bytes, max_tokens=50)
     yield completion("logit_bias", logit_bias={str(i): 1 for i in range(entries)})
-    yield completion("logit_bias beyond the limit", logit_bias={str(i): 1 for i in range(values // 2)})
+    yield completion("logit_bias beyond the limit", logit_bias={str(i): 1 for i in range(values // 9)})
     yield completion("wrong stop_token_ids", stop_token_ids=["a"] * values)
-    yield completion("unknown fields", **{f"unknown {i}": 1 for i in range(values // 2)})
-    twice = b", ".join(b'"%d": 1' % (i % (values // 2 - 1)) for i in range(values // 2))
+    yield completion("unknown fields", **{f"unknown {i}": 1 for i in range(values // 9)})
+    twice = b", ".join(b'"%d": 1' % (i % (values // 9 - 1)) for i in range(values // 9))
     yield Kind("names, one twice", COMPLETIONS, b'{"model": "x", "logit_bias": {%b}}' % twice)
     yield completion("objects", metadata=[{}] * (values // 5))
     yield completion("lists", metadata=[[]] * (values // 5))
@@ -89,7 +89,7 @@ def _conversations(model: str, settings: Settings) -> Iterator[Kind]:
     message, part = {"role": "user", "content": "a"}, {"type": "text", "text": "a"}
     most, values = settings.max_messages, settings.max_body_values
     yield _post("messages", CHAT, model, messages=[message] * most)
-    yield _post("messages beyond the limit", CHAT, model, messages=[message] * (values // 10))
+    yield _post("messages beyond the limit", CHAT, model, messages=[message] * (values // 22))
     yield _post("parts of a message", CHAT, model, messages=[{"role": "user", "content": [part] * most}])
     text = _text(settings.max_body_bytes - 1000)
     yield _post("a long message", CHAT, model, messages=[{"role": "user", "content": text}])
@@ -103,7 +103,7 @@ def _scoring(model: str, settings: Settings) -> Iterator[Kind]:
     yield _post("tokens' log-probabilities", PERPLEXITY, model, input=_text(max_chars // 64), **rows)
     line = json.dumps(_text(max_chars)).encode()
     yield Kind("a line of a corpus", f"{PERPLEXITY}?model={model}&method=full", line + b"\n", LINES)
-    yield _post("pairs of texts", LOGLIKELIHOOD, model, pairs=[["a", "b"]] * 4096)
+    yield _post("pairs of texts", LOGLIKELIHOOD, model, pairs=[["a", " b"]] * 4096)
 
 
 GRAMMARS: dict[str, dict[str, Any]] = {

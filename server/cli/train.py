@@ -6,12 +6,16 @@ import dataclasses
 import inspect
 import math
 import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import typer
 
 from server.cli.command import RANK_HELP, command_of, config_of, flag, interruptible, user_errors, with_ranks
+
+T = TypeVar("T")
 
 
 def train() -> None:
@@ -74,7 +78,9 @@ def _train(given: dict[str, Any]) -> None:
         resolve_device(given.get("device", "cpu"))  # before the text is tokenized, which takes minutes
         out.mkdir(parents=True, exist_ok=True)
         fresh = not (out / "tokens.npy").exists()
-        tokenizer, tokens, valid_text = prepare(given["data"], given["valid"], out, model_config.vocab_size)
+        tokenizer, tokens, valid_text = _interruptibly(
+            lambda: prepare(given["data"], given["valid"], out, model_config.vocab_size)
+        )
         if (entries := tokenizer.get_vocab_size()) != model_config.vocab_size:
             source = "data: the text" if fresh else f"out: the earlier start in {out}"
             other = "more text" if fresh else "another --out"
@@ -82,7 +88,7 @@ def _train(given: dict[str, Any]) -> None:
                 f"{source} gives a tokenizer of {entries} entries, the model's vocab_size is "
                 f"{model_config.vocab_size}: give --vocab-size {entries}, or {other}"
             )
-        num_valid_tokens = len(encode(tokenizer, valid_text))
+        num_valid_tokens = len(_interruptibly(lambda: encode(tokenizer, valid_text)))
         check_lengths(config, len(tokens), num_valid_tokens)
     model_config = dataclasses.replace(model_config, eos_token_id=tokenizer.token_to_id(END_OF_TEXT))
     own = ("device", "report_every", "validate_every", "checkpoint_every", "compile_loss")
@@ -112,3 +118,27 @@ def _train(given: dict[str, Any]) -> None:
         return
     nats = validation * math.log(2) * len(valid_text.encode()) / num_valid_tokens
     typer.echo(f"validation: {validation:.4f} bits per byte, perplexity {math.exp(nats):.3f}; {out / 'model'}")
+
+
+def _interruptibly(work: Callable[[], T]) -> T:
+    """The result of work that is long in libraries, where ^C would wait for its end: another thread does it."""
+    done: list[T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.1)
+    except KeyboardInterrupt:
+        typer.echo("stopped while the text was tokenized: no step is done, and the same command begins again", err=True)
+        raise typer.Exit(128 + signal.SIGINT) from None
+    if failed:
+        raise failed[0]
+    return done[0]

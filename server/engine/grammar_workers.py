@@ -31,12 +31,13 @@ from typing import Any, cast
 from server.engine.grammar_source import try_out
 from server.engine.request import GrammarSpec
 from server.engine.vocabulary import Vocabulary
-from server.errors import EngineError, InvalidRequest
+from server.errors import EngineError, InvalidRequest, Unavailable
 
 SECONDS = 8  # of processor time for one grammar
 MEMORY = 512 << 20  # bytes beyond the vocabulary's
 STACK = 2 << 20  # bytes; the server's threads have more, so what has not run out here does not there
-PATIENCE = 60.0  # seconds on the clock, where the machine has other things to do
+PATIENCE = 60.0  # seconds on the clock for the same, where the machine has other things to do
+START_SECONDS = 30.0  # on the clock, of the forker
 NICENESS = 10  # behind the engine
 
 ROOT = str(Path(__file__).parents[2])  # of the package `server`
@@ -48,10 +49,12 @@ START = (
 class GrammarWorkers:
     """The forker and its jobs; `try_out` may be called from several threads."""
 
-    def __init__(self, vocabulary: Vocabulary, *, seconds: float = SECONDS, memory: int = MEMORY) -> None:
-        """`seconds` of processor time and bytes of `memory` are what a grammar may take."""
+    def __init__(
+        self, vocabulary: Vocabulary, *, seconds: float = SECONDS, memory: int = MEMORY, patience: float = PATIENCE
+    ) -> None:
+        """`seconds` of processor time, bytes of `memory` and seconds of `patience` are what a grammar may take."""
         self._vocabulary = vocabulary
-        self._seconds, self._memory = seconds, memory
+        self._seconds, self._memory, self._patience = seconds, memory, patience
         self._lock = threading.Lock()
         self._forker: subprocess.Popen[bytes] | None = None
         self._end: weakref.finalize[Any, Any] | None = None
@@ -66,11 +69,16 @@ class GrammarWorkers:
 
         Raises:
             InvalidRequest: it cannot be compiled within the limits; the message says why.
+            Unavailable: the machine had too little time for it.
             EngineError: there is no process to be had.
         """
         answer = self._ask(spec)
         if "source" in answer:
             return answer["source"], answer["bytes"]
+        if answer.get("signal") == signal.SIGALRM:
+            raise Unavailable(
+                f"{spec.param}: is not compiled after {self._patience:g} seconds: the machine is too busy"
+            )
         if "signal" in answer:
             reason = self._reason(answer["signal"])
             raise InvalidRequest(f"{spec.param}: cannot be compiled: {reason}", param=spec.param)
@@ -82,7 +90,7 @@ class GrammarWorkers:
             with ours:
                 with theirs:
                     self._hand_over(theirs)
-                ours.settimeout(PATIENCE)
+                ours.settimeout(self._patience + START_SECONDS)
                 try:
                     ours.sendall(json.dumps(asdict(spec)).encode())
                     ours.shutdown(socket.SHUT_WR)
@@ -95,8 +103,8 @@ class GrammarWorkers:
         raise EngineError("the process that compiles grammars cannot be reached")
 
     def _reason(self, died_of: int) -> str:
-        if died_of in (signal.SIGPROF, signal.SIGALRM):
-            return f"it takes more than {self._seconds:g} seconds"
+        if died_of == signal.SIGPROF:
+            return f"it takes more than {self._seconds:g} seconds of processor time"
         if died_of in (signal.SIGABRT, signal.SIGKILL):
             return f"it takes more than {self._memory >> 20} MiB of memory, or breaks the compiler"
         return "the compiler crashes on it"
@@ -117,7 +125,7 @@ class GrammarWorkers:
         self._stop()
         ours, theirs = socket.socketpair()
         with theirs:
-            args = f"{theirs.fileno()}, {self._seconds!r}, {self._memory}"
+            args = f"{theirs.fileno()}, {self._seconds!r}, {self._memory}, {self._patience!r}"
             # an editable installation is found by a hook that is not there without `site`
             code = START.format(path=[ROOT, *sys.path], args=args)
             self._forker = subprocess.Popen(
@@ -174,7 +182,7 @@ def _read_exactly(connection: socket.socket, size: int) -> bytes:
     return bytes(content)
 
 
-def fork_workers(fd: int, seconds: float, memory: int) -> None:
+def fork_workers(fd: int, seconds: float, memory: int, patience: float) -> None:
     """The forker's main loop: a fork for each socket that comes, until the other end closes."""
     os.nice(NICENESS)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -191,17 +199,17 @@ def fork_workers(fd: int, seconds: float, memory: int) -> None:
             if os.fork() == 0:
                 control.close()
                 try:
-                    _supervise(job, native, seconds, memory)
+                    _supervise(job, native, seconds, memory, patience)
                 finally:
                     os._exit(0)
 
 
-def _supervise(job: socket.socket, vocabulary: Any, seconds: float, memory: int) -> None:
+def _supervise(job: socket.socket, vocabulary: Any, seconds: float, memory: int, patience: float) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     worker = os.fork()
     if worker == 0:
         try:
-            _work(job, vocabulary, seconds, memory)
+            _work(job, vocabulary, seconds, memory, patience)
         finally:
             os._exit(0)
     _, status = os.waitpid(worker, 0)
@@ -209,7 +217,7 @@ def _supervise(job: socket.socket, vocabulary: Any, seconds: float, memory: int)
         job.sendall(json.dumps({"signal": os.WTERMSIG(status)}).encode())
 
 
-def _work(job: socket.socket, vocabulary: Any, seconds: float, memory: int) -> None:
+def _work(job: socket.socket, vocabulary: Any, seconds: float, memory: int, patience: float) -> None:
     """One grammar, in a thread: its stack is smaller than the server's."""
     spec = GrammarSpec(**json.loads(_read_all(job)))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what a library writes when it dies
@@ -221,7 +229,7 @@ def _work(job: socket.socket, vocabulary: Any, seconds: float, memory: int) -> N
 
     threading.stack_size(STACK)
     signal.setitimer(signal.ITIMER_PROF, seconds)  # the kernel ends the process when they ring
-    signal.setitimer(signal.ITIMER_REAL, PATIENCE / 2)
+    signal.setitimer(signal.ITIMER_REAL, patience)
     if size := _memory()[0]:
         resource.setrlimit(resource.RLIMIT_AS, (size + memory,) * 2)
     thread = threading.Thread(target=run)

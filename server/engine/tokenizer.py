@@ -129,9 +129,9 @@ class Tokenizer:
         Raises:
             InvalidRequest: there is one; the message names it, and `where` it is.
         """
-        if not ids or (min(ids) >= 0 and max(ids) < self.vocab_size):
+        token_id = self._first_foreign(ids)
+        if token_id is None:
             return
-        token_id = next(i for i in ids if not 0 <= i < self.vocab_size)
         if token_id in self._lacking:
             raise InvalidRequest(
                 f"{where}: the text has the token {self._lacking[token_id]!r}, whose id {token_id} the model lacks: "
@@ -141,6 +141,14 @@ class Tokenizer:
         raise InvalidRequest(
             f"{where}: token id {token_id} is outside the vocabulary of {self.vocab_size}", param=where
         )
+
+    def _first_foreign(self, ids: Sequence[int]) -> int | None:
+        """The first id that is not the model's. Other threads run between the parts."""
+        for start in range(0, len(ids), PIECE):
+            part = ids[start : start + PIECE]
+            if min(part) < 0 or max(part) >= self.vocab_size:
+                return next(i for i in part if not 0 <= i < self.vocab_size)
+        return None
 
     def _pieces(self, text: str) -> Iterator[str]:
         """The library needs some 150 bytes for each character at a time."""

@@ -9,8 +9,10 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from server.errors import InvalidRequest
 from server.protocol.body import RequestBody, ignore_unknown_fields, refusal
+from server.protocol.json_size import has_more_values
 from server.protocol.sampling import FINGERPRINT, MAX_LOGPROBS, SamplingBody, Usage
 
+MAX_ARGUMENT_VALUES = 1 << 16  # as of a body; they are JSON in a text, where a body's values are not counted
 PARTS_JOINED_BY = "\n"  # as vLLM does
 
 
@@ -51,6 +53,8 @@ class FunctionCall(RequestBody):
     @model_validator(mode="after")
     def _parse(self) -> Self:
         if isinstance(self.arguments, str):
+            if has_more_values(self.arguments.encode(errors="replace"), MAX_ARGUMENT_VALUES):
+                raise refusal(f"has more than {MAX_ARGUMENT_VALUES} values", "arguments")
             try:
                 self.arguments = json.loads(self.arguments or "{}")
             except (ValueError, RecursionError) as error:

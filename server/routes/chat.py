@@ -7,13 +7,15 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from server.engine.async_engine import AsyncEngine
-from server.engine.request import Completion, Logprobs
+from server.engine.request import Completion, Logprobs, RequestOutput
+from server.engine.tokenizer import Tokenizer
 from server.errors import ContextLength
 from server.protocol.chat import ChatCompletionRequest, ChatCompletionResponse, chat_choice, chat_chunk, chat_envelope
 from server.protocol.inputs import check_text
@@ -22,7 +24,7 @@ from server.routes.body import JsonRoute
 from server.routes.generation import Generation, begin
 from server.routes.limits import check_messages, check_sampling, check_sequences
 from server.routes.prompts import check_model, tokenize, truncate
-from server.routes.respond import TEXT, large_json_response, to_json, while_connected, with_text
+from server.routes.respond import TEXT, large_json, large_json_response, to_json, while_connected, with_text
 from server.routes.responses import WITH_ENGINE, responses
 from server.routes.stream import DONE, event_stream
 from server.routes.waiting import with_comments
@@ -69,17 +71,7 @@ async def _accept(engine: AsyncEngine, settings: Settings, body: ChatCompletionR
     check_messages(body.messages, settings)
     check_sequences(1, body.n, settings)
     tokenizer = engine.tokenizer
-    text = await asyncio.to_thread(
-        tokenizer.render_chat,
-        [message.to_template() for message in body.messages],
-        add_generation_prompt=(
-            not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
-        ),
-        continue_final_message=body.continue_final_message,
-        tools=body.tools,
-        kwargs=body.chat_template_kwargs,
-    )
-    check_text(text, "messages")
+    text = await asyncio.to_thread(_render, tokenizer, body)
     (prompt,) = await tokenize(engine, "messages", [text], add_special_tokens=body.add_special_tokens)
     limit_field, limit = body.limit
     most = engine.max_model_len - (limit or 1)
@@ -116,6 +108,20 @@ async def _accept(engine: AsyncEngine, settings: Settings, body: ChatCompletionR
     )
 
 
+def _render(tokenizer: Tokenizer, body: ChatCompletionRequest) -> str:
+    text = tokenizer.render_chat(
+        [message.to_template() for message in body.messages],
+        add_generation_prompt=(
+            not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
+        ),
+        continue_final_message=body.continue_final_message,
+        tools=body.tools,
+        kwargs=body.chat_template_kwargs,
+    )
+    check_text(text, "messages")
+    return text
+
+
 async def _answer(call: _Call) -> Response:
     """The whole answer."""
     completed = await call.generation.collect()
@@ -148,9 +154,12 @@ async def _events(call: _Call) -> AsyncGenerator[str]:
     def whole(entry: dict[str, Any], unsent: int = 0, **more: Any) -> dict[str, Any]:
         return {**call.envelope, "choices": [entry], **more, **generation.chunk_usage(unsent)}
 
-    def chunk(entry: dict[str, Any], unsent: int = 0, **more: Any) -> str:
-        return to_json(whole(entry, unsent, **more))
+    def chunk(index: int, output: RequestOutput) -> dict[str, Any]:
+        logprobs = None if output.logprobs is None else call.logprobs(output.token_ids, output.logprobs)
+        entry = chat_chunk(index, {"content": output.text}, logprobs)
+        return whole({**entry, "token_ids": output.token_ids} if body.return_token_ids else entry)
 
+    rows = 1 + (body.alternatives or 0)
     all_alike = not (body.return_token_ids or generation.counts_in_chunks)  # except their text
     with_texts: dict[int, Callable[[str], str]] = {}  # of the choices that have begun
     async with aclosing(generation.run()) as outputs:
@@ -158,19 +167,17 @@ async def _events(call: _Call) -> AsyncGenerator[str]:
             if index not in with_texts:
                 ids = {"prompt_token_ids": generation.prompts[0].token_ids} if body.return_token_ids else {}
                 role = chat_chunk(index, {"role": "assistant", "content": ""})
-                yield chunk(role, len(output.token_ids), **ids)
+                yield to_json(whole(role, len(output.token_ids), **ids))
                 with_texts[index] = with_text(whole(chat_chunk(index, {"content": TEXT})))
             if all_alike and output.logprobs is None and output.finish_reason is None:
                 if output.text:
                     yield with_texts[index](output.text)
                 continue
-            logprobs = None if output.logprobs is None else call.logprobs(output.token_ids, output.logprobs)
-            if output.text or logprobs or (body.return_token_ids and output.token_ids):
-                entry = chat_chunk(index, {"content": output.text}, logprobs)
-                yield chunk({**entry, "token_ids": output.token_ids} if body.return_token_ids else entry)
+            if output.text or output.logprobs is not None or (body.return_token_ids and output.token_ids):
+                yield await large_json(rows * len(output.token_ids), partial(chunk, index, output))
             if output.finish_reason is not None:
                 end = chat_chunk(index, {}, None, output.finish_reason.value)
-                yield chunk({**end, "stop_reason": output.stop_reason})
+                yield to_json(whole({**end, "stop_reason": output.stop_reason}))
     if generation.sends_usage:
         yield to_json({**call.envelope, "choices": [], "usage": generation.usage()})
     yield DONE

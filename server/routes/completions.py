@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,7 +15,7 @@ from fastapi.responses import Response
 
 from server.engine.async_engine import AsyncEngine
 from server.engine.detokenizer import unfinished_bytes
-from server.engine.request import Completion, Logprobs
+from server.engine.request import Completion, Logprobs, RequestOutput
 from server.protocol.completions import CompletionRequest, CompletionResponse, completion_choice, completion_envelope
 from server.protocol.logprobs import (
     Columns,
@@ -31,7 +32,7 @@ from server.routes.body import JsonRoute
 from server.routes.generation import Generation, begin
 from server.routes.limits import check_sampling, check_sequences
 from server.routes.prompts import check_model, start_of_document, tokenize, truncate
-from server.routes.respond import TEXT, large_json_response, to_json, while_connected, with_text
+from server.routes.respond import TEXT, large_json, large_json_response, to_json, while_connected, with_text
 from server.routes.responses import WITH_ENGINE, responses
 from server.routes.stream import DONE, event_stream
 from server.routes.waiting import with_comments
@@ -185,19 +186,25 @@ async def _events(call: _Call) -> AsyncGenerator[str]:
     def whole(entry: dict[str, Any], unsent: int = 0) -> dict[str, Any]:
         return {**call.envelope, "choices": [entry], **generation.chunk_usage(unsent)}
 
-    def chunk(entry: dict[str, Any], unsent: int = 0) -> str:
-        return to_json(whole(entry, unsent))
-
-    def opening(index: int, prompt: int) -> dict[str, Any] | None:
+    def opening(index: int, prompt: int, unsent: int) -> dict[str, Any]:
         """What comes before the first token of a choice: the echo, the ids of the prompt."""
-        if not body.echo and not body.return_token_ids:
-            return None
         text = generation.prompt_text(prompt) if body.echo else ""
         first = completion_choice(index, text, call.prompt_columns(prompt), None, None)
         if body.return_token_ids:
             first |= {"prompt_token_ids": generation.prompts[prompt].token_ids, "token_ids": []}
-        return first
+        return whole(first, unsent)
 
+    def chunk(index: int, prompt: int, output: RequestOutput) -> dict[str, Any]:
+        logprobs = None
+        if output.logprobs is not None:
+            if index not in offsets:
+                offsets[index] = call.offsets(prompt)
+            logprobs = call.columns(output.token_ids, output.logprobs, offsets[index])
+        finish_reason = None if output.finish_reason is None else output.finish_reason.value
+        entry = completion_choice(index, output.text, logprobs, finish_reason, output.stop_reason)
+        return whole({**entry, "token_ids": output.token_ids} if body.return_token_ids else entry)
+
+    columns = 1 + (body.logprobs or 0)
     copies = 1 if generation.width == body.n else body.n  # of what max_tokens 0 says once
     all_alike = not (body.return_token_ids or generation.counts_in_chunks)  # except their text
     with_texts: dict[int, Callable[[str], str]] = {}  # of the choices that have begun
@@ -207,24 +214,17 @@ async def _events(call: _Call) -> AsyncGenerator[str]:
             prompt = sequence // generation.width
             for index in range(sequence * copies, (sequence + 1) * copies):
                 if index not in with_texts:
-                    if first := opening(index, prompt):
-                        yield chunk(first, len(output.token_ids))
+                    if body.echo or body.return_token_ids:
+                        size = columns * len(generation.prompts[prompt].token_ids)
+                        yield await large_json(size, partial(opening, index, prompt, len(output.token_ids)))
                     with_texts[index] = with_text(whole(completion_choice(index, TEXT, None, None, None)))
                 if all_alike and output.logprobs is None and output.finish_reason is None:
                     if output.text:
                         yield with_texts[index](output.text)
                     continue
-                logprobs = None
-                if output.logprobs is not None:
-                    if index not in offsets:
-                        offsets[index] = call.offsets(prompt)
-                    logprobs = call.columns(output.token_ids, output.logprobs, offsets[index])
-                finish_reason = None if output.finish_reason is None else output.finish_reason.value
-                if output.text or logprobs or finish_reason or (body.return_token_ids and output.token_ids):
-                    entry = completion_choice(index, output.text, logprobs, finish_reason, output.stop_reason)
-                    if body.return_token_ids:
-                        entry["token_ids"] = output.token_ids
-                    yield chunk(entry)
+                ids = body.return_token_ids and output.token_ids
+                if output.text or output.logprobs is not None or output.finish_reason is not None or ids:
+                    yield await large_json(columns * len(output.token_ids), partial(chunk, index, prompt, output))
     if generation.sends_usage:
         yield to_json({**call.envelope, "choices": [], "usage": generation.usage()})
     yield DONE

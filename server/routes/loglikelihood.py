@@ -61,12 +61,14 @@ async def _score_jobs(
     scorer: Scorer, tokenize: PairTokenizer, sets: Sequence[Sequence[Alternative]]
 ) -> AsyncGenerator[Coroutine[Any, Any, Scored]]:
     """The scoring of every set, pack by pack."""
+
+    def read(alternatives: Sequence[Alternative]) -> list[Pack | Unscorable]:
+        pairs = tokenize(alternatives)
+        unscorable = [pair for pair in pairs if isinstance(pair, Unscorable)]
+        return [*unscorable, *packs((pair for pair in pairs if isinstance(pair, Pair)), tokenize.max_tokens)]
+
     for number, alternatives in enumerate(sets):
-        pairs = await asyncio.to_thread(tokenize, alternatives)
-        for pair in pairs:
-            if isinstance(pair, Unscorable):
-                yield _score(scorer, number, pair)
-        for pack in packs((pair for pair in pairs if isinstance(pair, Pair)), tokenize.max_tokens):
+        for pack in await asyncio.to_thread(read, alternatives):
             yield _score(scorer, number, pack)
 
 

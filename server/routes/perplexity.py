@@ -30,10 +30,10 @@ from server.protocol.perplexity import (
 from server.routes.body import JsonRoute
 from server.routes.ndjson import LineBody, has_lines
 from server.routes.prompts import check_model
-from server.routes.respond import deadline_of, to_json, while_connected
+from server.routes.respond import JsonPieces, deadline_of, in_pieces, to_json, while_connected
 from server.routes.responses import WITH_ENGINE, responses
 from server.routes.scoring import Scorer
-from server.routes.stream import line_stream
+from server.routes.stream import Line, line_stream
 from server.scoring.perplexity import Corpus, Piece, Text, convention_of, entries, pieces, tokenize
 from server.settings import Settings
 
@@ -59,7 +59,7 @@ def perplexity_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         lines = _lines(engine.tokenizer, asked, convention, scored, settings.model_name, engine.fingerprint)
         if asked.stream:
             return line_stream(lines, receive)
-        return Response(await while_connected(receive, _whole(lines)), media_type="application/json")
+        return JsonPieces(await while_connected(receive, _whole(lines)))
 
     async def answer_lines(request: Request) -> Response:
         try:
@@ -170,10 +170,10 @@ async def _lines(
     scored: AsyncGenerator[tuple[Piece, Logprobs]],
     model: str,
     fingerprint: str,
-) -> AsyncGenerator[str]:
+) -> AsyncGenerator[Line]:
     """JSON of each text, then of the corpus."""
     corpus = Corpus(convention)
-    tokens: list[str] = []  # JSON of the text's tokens, made piece by piece beside the event loop
+    tokens: list[list[bytes]] = []  # JSON of the text's tokens, made beside the event loop
     async with aclosing(scored):
         async for piece, scores in scored:
             if asked.return_tokens and piece.start < piece.end:
@@ -187,18 +187,23 @@ async def _lines(
     yield to_json(corpus.fields(model, fingerprint))
 
 
-def _tokens(tokenizer: Tokenizer, piece: Piece, scores: Logprobs) -> str:
+def _tokens(tokenizer: Tokenizer, piece: Piece, scores: Logprobs) -> list[bytes]:
     """The entries of a piece's tokens, with commas between them."""
-    return to_json(entries(tokenizer, piece, scores))[1:-1]
+    found = entries(tokenizer, piece, scores)
+    return in_pieces(part for i, entry in enumerate(found) for part in ("," if i else "", to_json(entry)))
 
 
-async def _whole(lines: AsyncGenerator[str]) -> str:
+async def _whole(lines: AsyncGenerator[Line]) -> list[bytes]:
     """One JSON object of the lines."""
     async with aclosing(lines):
-        *entries, corpus = [line async for line in lines]
-    return _with_list(corpus, "data", entries)
+        *texts, corpus = [line async for line in lines]
+    assert isinstance(corpus, str)
+    return _with_list(corpus, "data", [[text.encode()] if isinstance(text, str) else text for text in texts])
 
 
-def _with_list(entry: str, name: str, items: Iterable[str]) -> str:
+def _with_list(entry: str, name: str, items: Iterable[list[bytes]]) -> list[bytes]:
     """A JSON object with one more field, a list of what `items` hold."""
-    return f'{entry[:-1]},"{name}":[{",".join(items)}]}}'
+    pieces = [f'{entry[:-1]},"{name}":['.encode()]
+    for i, item in enumerate(items):
+        pieces += [b",", *item] if i else item
+    return [*pieces, b"]}"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from json.encoder import encode_basestring
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import Receive
+from starlette.types import Receive, Scope, Send
 
 from server.errors import UserError
 from server.settings import Settings
@@ -22,7 +22,9 @@ to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",",
 
 
 SMALL = 2000  # values
-PART = 1 << 13  # numbers or texts
+RUN = 1 << 13  # numbers or texts
+PIECE = 1 << 18  # characters or bytes, about
+LEVELS = 5  # an answer, its choices, a choice, its log-probabilities, their rows
 
 TEXT = "\0"
 """Placeholder of the text in what `with_text` is given."""
@@ -42,26 +44,83 @@ def json_response(value: Any) -> Response:
     return Response(to_json(value), media_type="application/json")
 
 
+class JsonPieces(Response):
+    """200 with JSON whose bytes come in pieces, sent one by one: as one text, a hundred megabytes would hold everyone
+    up each time they are copied."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self.status_code = 200
+        self.background = None
+        self.media_type = "application/json"
+        self.init_headers({"content-length": str(sum(map(len, pieces)))})
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send_pieces(send, self._pieces)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def send_pieces(send: Send, pieces: Iterable[bytes]) -> None:
+    """A part of a body, which may be large."""
+    for number, piece in enumerate(pieces):
+        if number:
+            await asyncio.sleep(0)  # `send` does not suspend while the reader keeps up
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+
+
 async def large_json_response(size: int, make: Callable[[], dict[str, Any]]) -> Response:
     """200 with the JSON of what `make` returns; both are made beside the event loop unless the answer is small: `size`
     is about the number of its values."""
     if size <= SMALL:
         return json_response(make())
-    content = await asyncio.to_thread(lambda: _in_parts(make()))
-    return Response(content, media_type="application/json")
+    return JsonPieces(await asyncio.to_thread(lambda: in_pieces(json_parts(make(), LEVELS))))
 
 
-def _in_parts(value: dict[str, Any]) -> str:
-    """`to_json` of an object, its lists in parts: the encoder holds the GIL."""
-    return f"{{{','.join(f'{to_json(name)}:{_list_in_parts(entry)}' for name, entry in value.items())}}}"
+async def large_json(size: int, make: Callable[[], Any]) -> str:
+    """The JSON of what `make` returns, both made beside the event loop unless there are few values: about `size`."""
+    if size <= SMALL:
+        return to_json(make())
+    return await asyncio.to_thread(lambda: "".join(json_parts(make(), LEVELS)))
 
 
-def _list_in_parts(value: Any) -> str:
-    if not isinstance(value, list) or not value:
-        return to_json(value)
-    step = 1 if isinstance(value[0], dict | list) else PART
-    parts = (to_json(value[start : start + step])[1:-1] for start in range(0, len(value), step))
-    return f"[{','.join(parts)}]"
+def json_parts(value: Any, levels: int) -> Iterator[str]:
+    """`to_json` of a value in parts, since the encoder holds the GIL: so many levels of it are taken apart."""
+    if levels and isinstance(value, dict) and value:
+        before = "{"
+        for name, entry in value.items():
+            yield f"{before}{to_json(name)}:"
+            yield from json_parts(entry, levels - 1)
+            before = ","
+        yield "}"
+    elif levels and isinstance(value, list) and value:
+        before = "["
+        if any(isinstance(entry, dict | list) for entry in value[:2]):  # the first may be null
+            for entry in value:
+                yield before
+                yield from json_parts(entry, levels - 1)
+                before = ","
+        else:
+            for start in range(0, len(value), RUN):
+                yield f"{before}{to_json(value[start : start + RUN])[1:-1]}"
+                before = ","
+        yield "]"
+    else:
+        yield to_json(value)
+
+
+def in_pieces(parts: Iterable[str]) -> list[bytes]:
+    """The parts of a text as UTF-8, few and of about PIECE bytes each."""
+    pieces: list[bytes] = []
+    waiting: list[str] = []
+    size = 0
+    for part in parts:
+        waiting.append(part)
+        size += len(part)
+        if size >= PIECE:
+            pieces.append("".join(waiting).encode())
+            waiting, size = [], 0
+    return [*pieces, "".join(waiting).encode()]
 
 
 def error_response(error: UserError) -> Response:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
+from typing import Any
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -13,16 +14,19 @@ from starlette.types import Receive, Scope, Send
 
 from server.errors import Cancelled, EngineError, UserError
 from server.routes.ndjson import NDJSON
-from server.routes.respond import while_connected
+from server.routes.respond import send_pieces, while_connected
 from server.routes.waiting import COMMENT
 
 logger = logging.getLogger(__name__)
 
 DONE = "[DONE]"
 
+Line = str | list[bytes]
+"""A line of JSON, a long one in pieces."""
+
 
 class Stream(Response):
-    """Sends each string of `pieces` in a frame of its own and closes the generator however the stream ends.
+    """Sends each of `pieces` in a frame of its own and closes the generator however the stream ends.
 
     An error before the first piece is an answer with its own status. One in the middle becomes a last piece with
     OpenAI's error object. A reader that does not keep up holds the generator back; one that leaves ends it, and so
@@ -31,12 +35,12 @@ class Stream(Response):
 
     def __init__(
         self,
-        pieces: AsyncGenerator[str],
+        pieces: AsyncGenerator[Any],
         media_type: str,
-        frame: Callable[[str], str],
+        frame: Callable[[Any], Iterable[bytes]],
         receive: Receive | None = None,
     ) -> None:
-        """`receive` takes the place of the request's own."""
+        """`frame` makes bytes of a piece, or of an error's text; `receive` takes the place of the request's own."""
         self.status_code = 200
         self.background = None
         self.media_type = media_type
@@ -76,8 +80,8 @@ class Stream(Response):
             else:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send(self, send: Send, piece: str) -> None:
-        await send({"type": "http.response.body", "body": self._frame(piece).encode(), "more_body": True})
+    async def _send(self, send: Send, piece: Any) -> None:
+        await send_pieces(send, self._frame(piece))
 
     async def _send_last(self, send: Send, error: UserError) -> None:
         await self._send(send, json.dumps(error.body()))
@@ -86,9 +90,17 @@ class Stream(Response):
 
 def event_stream(events: AsyncGenerator[str]) -> Stream:
     """Server-sent events; a stream that ends as it should ends with DONE."""
-    return Stream(events, "text/event-stream", lambda data: f"{data if data == COMMENT else f'data: {data}'}\n\n")
+    return Stream(events, "text/event-stream", _event)
 
 
-def line_stream(lines: AsyncGenerator[str], receive: Receive) -> Stream:
+def _event(data: str) -> Iterable[bytes]:
+    return (f"{data if data == COMMENT else f'data: {data}'}\n\n".encode(),)
+
+
+def line_stream(lines: AsyncGenerator[Line], receive: Receive) -> Stream:
     """Lines of JSON; `receive` passes on the body that is read meanwhile."""
-    return Stream(lines, NDJSON, lambda line: f"{line}\n", receive)
+    return Stream(lines, NDJSON, _line, receive)
+
+
+def _line(line: Line) -> Iterable[bytes]:
+    return (f"{line}\n".encode(),) if isinstance(line, str) else (*line, b"\n")

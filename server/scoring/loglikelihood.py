@@ -132,15 +132,16 @@ class Pack:
 
 def packs(pairs: Iterable[Pair], max_tokens: int) -> Iterator[Pack]:
     """The pairs of a set in packs: continuations of one context, as many as fit behind it together."""
-    waiting: dict[tuple[int, ...], list[Pair]] = {}
+    waiting: dict[tuple[int, ...], tuple[list[Pair], int]] = {}  # and the tokens that still fit
     for pair in pairs:
-        same = waiting.setdefault(tuple(pair.context), [])
-        free = max_tokens - len(pair.context) - sum(len(other.continuation) for other in same)
+        context = tuple(pair.context)
+        same, free = waiting.get(context, ([], max_tokens - len(context)))
         if len(pair.continuation) > free:
-            yield _pack(same.copy())
-            same.clear()
+            yield _pack(same)
+            same, free = [], max_tokens - len(context)
         same.append(pair)
-    yield from map(_pack, waiting.values())
+        waiting[context] = same, free - len(pair.continuation)
+    yield from (_pack(same) for same, _ in waiting.values())
 
 
 def _pack(pairs: list[Pair]) -> Pack:

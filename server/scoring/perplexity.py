@@ -19,6 +19,8 @@ from server.errors import ContextLength, EngineError, InvalidRequest
 from server.protocol.logprobs import offsets_of_ids
 from server.protocol.perplexity import corpus_fields, text_fields, token_entries
 
+PART = 1 << 16  # numbers
+
 
 @dataclass(frozen=True)
 class Text:
@@ -103,7 +105,15 @@ def tokenize(
             offsets = offsets_of_ids(tokenizer, ids)
     counts = Tally()
     counts.count_text(text)
-    return Text(where, text, array("i", ids), array("q", offsets), counts)
+    return Text(where, text, _compact("i", ids), _compact("q", offsets), counts)
+
+
+def _compact(kind: str, numbers: Sequence[int]) -> array[int]:
+    """An array of a list, which may have millions of numbers; other threads run between its parts."""
+    found = array(kind)
+    for start in range(0, len(numbers), PART):
+        found.extend(numbers[start : start + PART])
+    return found
 
 
 def pieces(text: Text, convention: Convention, context: int) -> Iterator[Piece]:

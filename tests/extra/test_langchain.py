@@ -28,8 +28,8 @@ def served(tiny_checkpoints: dict[Architecture, Path]) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
-def chat(served: Served) -> ChatOpenAI:
-    return ChatOpenAI(
+def chat(served: Served) -> Iterator[ChatOpenAI]:
+    client = ChatOpenAI(
         model="tiny",
         base_url=f"{served.url}/v1",
         api_key=SecretStr("secret"),
@@ -37,6 +37,8 @@ def chat(served: Served) -> ChatOpenAI:
         temperature=0,
         max_tokens=12,
     )
+    yield client
+    client.root_client.close()
 
 
 def test_a_chat_is_answered_whole_streamed_and_in_batches(chat: ChatOpenAI) -> None:
