@@ -115,9 +115,8 @@ class Server(uvicorn.Server):
             raise ValueError(explain(error, self._settings.host, self._settings.port)) from None
         if self.started and self._owns_process:
             release_code()
-            if self._owns_process:
-                sys.setswitchinterval(SWITCH_INTERVAL)
-                _spare_collections()
+            sys.setswitchinterval(SWITCH_INTERVAL)
+            _spare_collections()
             print(greeting(self._settings, self.port), flush=True)
 
     async def on_tick(self, counter: int) -> bool:
