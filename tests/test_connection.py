@@ -161,7 +161,9 @@ def test_connections_are_bounded_and_idle_ones_give_way(tiny_checkpoints: dict[A
         server.client.close()
         idle = connect(server)
         idle.sendall(GET + b"\r\n")
-        assert idle.recv(1 << 16)
+        answer = b""
+        while not answer.endswith(b"}"):  # head and body may come one after the other
+            answer += idle.recv(1 << 16)
         half = [connect(server) for _ in range(3)]
         for connection in half:
             connection.sendall(GET)

@@ -137,7 +137,7 @@ raws = st.lists(
     st.one_of(
         st.binary(min_size=1, max_size=3),
         st.text(min_size=1, max_size=3).map(str.encode),
-        st.sampled_from([b"\xe2\x82", b"\xf0\x9f\x99", b"\xef\xbf\xbd", b"\xe0\x80", b"\xc3"]),
+        st.sampled_from([b"\xe2\x82", b"\xf0\x9f\x99", b"\xef\xbf\xbd", b"\xe0\x80", b"\xed\xa0", b"\xc3"]),
     ),
     max_size=12,
 )

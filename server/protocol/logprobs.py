@@ -44,12 +44,20 @@ class TextOffsets:
         for token_id in token_ids:
             raw = b"" if token_id in self._silent else self._tokenizer.token_bytes(token_id)
             begun = self._decoder.getstate()[0]
-            head = self._decoder.decode(raw[:1])
+            head = self._decode(raw[:1])
             # a first byte that does not go on with the character that was begun stands behind its U+FFFD
             broken = begun and (len(head) > 1 or (len(head) == 1 and self._decoder.getstate()[0]))
             offsets.append(self._position + bool(broken))
-            self._position += len(head) + len(self._decoder.decode(raw[1:]))
+            self._position += len(head) + len(self._decode(raw[1:]))
         return offsets
+
+    def _decode(self, raw: bytes) -> str:
+        text = self._decoder.decode(raw)
+        begun = self._decoder.getstate()[0]
+        if len(begun) == 2 and begun[0] == 0xED and begun[1] >= 0xA0:  # half a surrogate pair: no character begins so
+            self._decoder.reset()
+            text += "\ufffd\ufffd"
+        return text
 
 
 def offsets_of_ids(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[int]:
