@@ -22,7 +22,7 @@ from server.errors import InvalidRequest
 
 MAX_TEXT = 1 << 17  # characters of an expression, grammar or list
 MAX_SCHEMA = 1 << 20  # characters of a schema: 5,000 properties with their descriptions
-MAX_STEP_SECONDS = 0.5  # of processor time for one token: its mask, or to follow it
+MAX_STEP_SECONDS = 1.0  # of processor time for one token: its mask, or to follow it
 MAX_ATTEMPTS = 256  # subschemas tried per level, to say where a schema is wrong
 EXPLAIN_SECONDS = 1.0  # of processor time for that
 WALKS, WALK_TOKENS = 3, 24

@@ -33,7 +33,7 @@ from server.engine.request import GrammarSpec
 from server.engine.vocabulary import Vocabulary
 from server.errors import EngineError, InvalidRequest, Unavailable
 
-SECONDS = 8  # of processor time for one grammar
+SECONDS = 15  # of processor time for one grammar
 MEMORY = 512 << 20  # bytes beyond the vocabulary's
 STACK = 2 << 20  # bytes; the server's threads have more, so what has not run out here does not there
 PATIENCE = 60.0  # seconds on the clock for the same, where the machine has other things to do

@@ -152,10 +152,14 @@ class Tokenizer:
 
     def _pieces(self, text: str) -> Iterator[str]:
         """The library needs some 150 bytes for each character at a time."""
-        start = 0
-        while self._words_are_apart and (cut := WORD_END.search(text, start + PIECE)):
-            yield text[start : cut.start()]
-            start = cut.start()
+        start, at = 0, PIECE
+        while self._words_are_apart and at < len(text):
+            # other threads run between the searches; a match may look at one character more
+            if cut := WORD_END.search(text, at, at + PIECE + 1):
+                yield text[start : cut.start()]
+                start = cut.start()
+                at = start
+            at += PIECE
         yield text[start:]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
