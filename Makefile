@@ -50,7 +50,7 @@ lint: .venv/installed-dev
 	.venv/bin/mypy
 
 test: lint
-	.venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_readme.py tests # the longest first
+	.venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/installed-dev
 	.venv/bin/pytest $(FAST:%=tests/test_%.py)

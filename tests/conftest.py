@@ -20,6 +20,14 @@ from lpa_model.model import LPAForCausalLM
 torch.set_num_threads(1)  # products this small lose by a second thread
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder is looked up in the hub's cache alone
 
+LONGEST = "test_readme.py"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first, so that two processes end at about the same time."""
+    items.sort(key=lambda item: item.path.name != LONGEST)
+
+
 VOCAB_SIZE = 300
 END_OF_TEXT_ID = 0
 CORPUS = """Once upon a time there was a little robot who lived by the sea. The robot liked the sound of the waves,
