@@ -8,6 +8,7 @@ fixed. Only the standard library is imported: neither the package nor what it de
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import os
 import platform
@@ -122,18 +123,19 @@ def build(
             text = f"{version('ziglang')} {command}".encode() + headers + source.read_bytes()
             output = objects / f"{source.stem}-{flavour.name}-{hashlib.sha256(text).hexdigest()[:16]}.o"
             jobs.append((output, [*command, "-c", str(source)]))
-    with ThreadPoolExecutor(2) as pool:
+    with (objects / "lock").open("w") as lock, ThreadPoolExecutor(2) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process finds the work done
         list(pool.map(lambda job: _compile(*job), jobs))
-    wanted = [output for output, _ in jobs]
-    stamp = objects / "linked"
-    names = "\n".join(path.name for path in wanted)
-    if not (target.exists() and stamp.exists() and stamp.read_text() == names):
-        part = target.with_suffix(f".{os.getpid()}.part")
-        _run_compiler([*_target(machine), "-shared", "-o", str(part), *map(str, wanted)])
-        part.replace(target)
-        stamp.write_text(names)
-        for old in set(objects.glob("*.o")) - set(wanted):
-            old.unlink(missing_ok=True)  # another process may build, too
+        wanted = [output for output, _ in jobs]
+        stamp = objects / "linked"
+        names = "\n".join(path.name for path in wanted)
+        if not (target.exists() and stamp.exists() and stamp.read_text() == names):
+            part = target.with_suffix(f".{os.getpid()}.part")
+            _run_compiler([*_target(machine), "-shared", "-o", str(part), *map(str, wanted)])
+            part.replace(target)
+            stamp.write_text(names)
+            for old in set(objects.glob("*.o")) - set(wanted):
+                old.unlink()
     return target
 
 
