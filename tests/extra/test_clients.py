@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -23,6 +24,13 @@ pytestmark = pytest.mark.filterwarnings("default")  # LiteLLM's own
 HERE = Path(__file__).parent
 FIXED: dict[str, Any] = {"model": "openai/tiny", "temperature": 0, "max_tokens": 12, "num_retries": 0}
 MESSAGES = [{"role": "user", "content": "Who is there?"}]
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    """What LiteLLM leaves open is found here, where that is no error, and not in a later test."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
