@@ -22,6 +22,7 @@ from lpa_model.checkpoint import CheckpointError, load_tokenizer_config, read_to
 from lpa_model.config import ATTENTION_PROJECTIONS, FFN_PROJECTIONS, LPAConfig, Projection, Rank, RankSpec
 from lpa_model.convert.source import find_weights, read_tensors, without_prefix
 from lpa_model.convert.spm import read_sentencepiece
+from lpa_model.convert.stream import check_free
 from lpa_model.hf_keys import read_object
 from lpa_model.model import LPAForCausalLM
 
@@ -95,8 +96,7 @@ def convert_official(
             finite or of the wrong shape; the message names the flag or the tensor.
     """
     dst = dst.resolve()
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise CheckpointError(f"{dst}: exists already")
+    check_free(dst)
     words, words_folder = read_words(src, find_weights(src)[0], tokenizer)
     tensors = without_prefix(read_tensors(src), EMBEDDING)
     if POSITIONS in tensors:

@@ -112,6 +112,12 @@ def user_errors() -> Iterator[None]:
         fail(error)
 
 
+def check_new(folder: Path) -> None:
+    """Raises ValueError where something is in the way of a new folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: exists and is not an empty folder")
+
+
 class GroupedCommand(TyperCommand):
     """A command whose help shows each option below the heading of its `rich_help_panel`."""
 

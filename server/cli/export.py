@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli.command import StoredDtype, user_errors
+from server.cli.command import StoredDtype, check_new, user_errors
 
 export = typer.Typer(
     help="Write models in the formats of other servers.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -31,8 +31,7 @@ def hf_llama(
     from lpa_model.convert.export import export_llama
 
     with user_errors():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder}: exists and is not an empty folder")
+        check_new(folder)
         parameters = export_llama(source, folder, resolve_dtype(dtype, torch.device("cpu")))
         name = "Qwen3" if load_config(source).qk_norm else "LLaMA"
     typer.echo(f"{folder}: {name}, {parameters:,} parameters in {dtype}")
@@ -55,7 +54,6 @@ def transformers(
     from lpa_model.convert.export_transformers import export_transformers
 
     with user_errors():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder}: exists and is not an empty folder")
+        check_new(folder)
         parameters = export_transformers(source, folder, resolve_dtype(dtype, torch.device("cpu")))
     typer.echo(f"{folder}: for transformers with trust_remote_code, {parameters:,} parameters in {dtype}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli.command import AttentionRank, FFNRank, StoredDtype, config_of, user_errors, with_ranks
+from server.cli.command import AttentionRank, FFNRank, StoredDtype, check_new, config_of, user_errors, with_ranks
 
 
 def init(
@@ -25,8 +25,7 @@ def init(
     from lpa_model.init import init_model
 
     with user_errors():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder}: exists and is not an empty folder")
+        check_new(folder)
         config = with_ranks(config_of(preset), attention_rank, ffn_rank)
         config = init_model(config, folder, seed, resolve_dtype(dtype, torch.device("cpu")))
     typer.echo(f"{folder}: {config.parameter_count():,} random parameters in {dtype}")

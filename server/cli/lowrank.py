@@ -122,8 +122,9 @@ class LowRank:
 @contextmanager
 def dense_beside(folder: Path) -> Iterator[Path]:
     """Where to write the dense model of which `folder` will be the factors; it is removed afterwards."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: exists already")
+    from lpa_model.convert.stream import check_free
+
+    check_free(folder)
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".dense", dir=folder.parent) as place:
@@ -166,11 +167,10 @@ def factorise_folder(source: Path, folder: Path, options: LowRank, budget: Budge
 
 
 def _repaired(source: Path, folder: Path, budget: Budget, texts: Texts, steps: int, dtype: torch.dtype) -> list[Row]:
-    from lpa_model.checkpoint import CheckpointError
     from lpa_model.convert.lowrank import repair
+    from lpa_model.convert.stream import check_free
 
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder}: exists already")
+    check_free(folder)
     work = folder.resolve().with_name(folder.name + ".repair")
     held_out = next(iter(texts.measured.values()))[:2]
     with _progress() as tick:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from server.cli.command import user_errors
+from server.cli.command import check_new, user_errors
 
 
 def quantize(
@@ -22,8 +22,7 @@ def quantize(
     from lpa_model.convert.quantize import quantize_folder
 
     with user_errors():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder}: exists and is not an empty folder")
+        check_new(folder)
         matrices = quantize_folder(source, folder, weights)
     kept = [matrix for matrix in matrices if matrix.weights == "bfloat16"]
     worst = max(matrices, key=lambda matrix: matrix.error)

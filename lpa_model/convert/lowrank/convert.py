@@ -19,11 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lpa_model.checkpoint import CheckpointError, load_config, load_model, load_tokenizer, save_checkpoint
+from lpa_model.checkpoint import load_config, load_model, load_tokenizer, save_checkpoint
 from lpa_model.config import ATTENTION_PROJECTIONS, LPAConfig, Projection, Rank
 from lpa_model.convert.lowrank import calibrate, gradients, weigh
 from lpa_model.convert.lowrank.allocate import Option, allocate, cache_options, parameter_options
 from lpa_model.convert.lowrank.factor import decompose
+from lpa_model.convert.stream import check_free
 from lpa_model.model import LPAForCausalLM, PreNormBlock
 
 MULTIPLE = 32
@@ -204,8 +205,7 @@ def factorise(
         CheckpointError: of the source folder, or `folder` holds something.
         ValueError: the source is not dense, or the budget cannot be met; before anything is computed.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder}: exists already")
+    check_free(folder)
     config = load_config(source)
     check_budget(config, budget)
     model = load_model(source, torch.float32, torch.device("cpu"))
