@@ -15,15 +15,13 @@ from fastapi.responses import Response
 
 from server.engine.async_engine import AsyncEngine
 from server.engine.request import Completion, Logprobs, RequestOutput
-from server.engine.tokenizer import Tokenizer
 from server.errors import ContextLength
 from server.protocol.chat import ChatCompletionRequest, ChatCompletionResponse, chat_choice, chat_chunk, chat_envelope
-from server.protocol.inputs import check_text
 from server.protocol.logprobs import chat_logprobs, namer, prompt_logprobs
 from server.routes.body import JsonRoute
 from server.routes.generation import Generation, begin
 from server.routes.limits import check_messages, check_sampling, check_sequences
-from server.routes.prompts import check_model, tokenize, truncate
+from server.routes.prompts import check_model, rendered, tokenize, truncate
 from server.routes.respond import TEXT, large_json, large_json_response, to_json, while_connected, with_text
 from server.routes.responses import WITH_ENGINE, responses
 from server.routes.stream import DONE, event_stream
@@ -71,7 +69,7 @@ async def _accept(engine: AsyncEngine, settings: Settings, body: ChatCompletionR
     check_messages(body.messages, settings)
     check_sequences(1, body.n, settings)
     tokenizer = engine.tokenizer
-    text = await asyncio.to_thread(_render, tokenizer, body)
+    text = await asyncio.to_thread(rendered, tokenizer, body)
     (prompt,) = await tokenize(engine, "messages", [text], add_special_tokens=body.add_special_tokens)
     limit_field, limit = body.limit
     most = engine.max_model_len - (limit or 1)
@@ -106,20 +104,6 @@ async def _accept(engine: AsyncEngine, settings: Settings, body: ChatCompletionR
         generation,
         chat_envelope(request_id, int(time.time()), settings.model_name, engine.fingerprint, stream=body.stream),
     )
-
-
-def _render(tokenizer: Tokenizer, body: ChatCompletionRequest) -> str:
-    text = tokenizer.render_chat(
-        [message.to_template() for message in body.messages],
-        add_generation_prompt=(
-            not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
-        ),
-        continue_final_message=body.continue_final_message,
-        tools=body.tools,
-        kwargs=body.chat_template_kwargs,
-    )
-    check_text(text, "messages")
-    return text
 
 
 async def _answer(call: _Call) -> Response:

@@ -10,7 +10,9 @@ from typing import Literal
 from server.engine.async_engine import AsyncEngine
 from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidRequest, NotFound
-from server.protocol.inputs import entry_loc
+from server.protocol.chat import ChatCompletionRequest
+from server.protocol.inputs import check_text, entry_loc
+from server.protocol.tokenize import TokenizeRequest
 from server.settings import Settings
 
 LONG_TEXT = 2000  # characters; below, tokenizing is over before a thread would have started
@@ -66,6 +68,25 @@ def _prompt(
             return Prompt(where, item, *tokenizer.encode_with_offsets(item, add_special_tokens=add_special_tokens))
         return Prompt(where, item, tokenizer.encode(item, add_special_tokens=add_special_tokens))
     return Prompt(where, None, item)
+
+
+def rendered(tokenizer: Tokenizer, body: ChatCompletionRequest | TokenizeRequest) -> str:
+    """The text of a request's messages, by the chat template.
+
+    Raises:
+        InvalidRequest: the template refuses them, or they hold half a surrogate pair; the message names `messages`.
+    """
+    text = tokenizer.render_chat(
+        [message.to_template() for message in body.messages or ()],
+        add_generation_prompt=(
+            not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
+        ),
+        continue_final_message=body.continue_final_message,
+        tools=body.tools,
+        kwargs=body.chat_template_kwargs,
+    )
+    check_text(text, "messages")
+    return text
 
 
 def start_of_document(engine: AsyncEngine) -> Prompt:

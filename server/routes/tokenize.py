@@ -9,7 +9,6 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from server.engine.async_engine import AsyncEngine
-from server.protocol.inputs import check_text
 from server.protocol.tokenize import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -19,7 +18,7 @@ from server.protocol.tokenize import (
 )
 from server.routes.body import JsonRoute
 from server.routes.limits import check_messages
-from server.routes.prompts import check_model
+from server.routes.prompts import check_model, rendered
 from server.routes.respond import SMALL, json_response, large_json_response
 from server.routes.responses import WITH_BODY, responses
 from server.settings import Settings
@@ -46,16 +45,7 @@ def tokenize_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
     def _encode(body: TokenizeRequest) -> list[int]:
         if body.messages is None:
             return tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
-        text = tokenizer.render_chat(
-            [message.to_template() for message in body.messages],
-            add_generation_prompt=(
-                not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
-            ),
-            continue_final_message=body.continue_final_message,
-            tools=body.tools,
-            kwargs=body.chat_template_kwargs,
-        )
-        check_text(text, "messages")
+        text = rendered(tokenizer, body)
         return tokenizer.encode(text, add_special_tokens=body.add_special_tokens is True)
 
     @router.post("/detokenize", summary="Text of tokens", responses=responses(DetokenizeResponse, *WITH_BODY))
