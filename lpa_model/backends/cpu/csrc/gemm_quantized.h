@@ -107,9 +107,8 @@ INLINE void multiply_panel(int is_int4, int rows, const struct x_group *x, int64
         multiply_panel(is_int4, rows, x, stride, panel, groups, sums, next, lines); \
         break;
 
-static NOINLINE void multiply_int8(int64_t rows, const struct x_group *x, int64_t stride, const char *panel,
-                                   int64_t groups, float *sums, const char *next, int64_t lines) {
-    const int is_int4 = 0;
+INLINE void multiply_quantized(int is_int4, int64_t rows, const struct x_group *x, int64_t stride, const char *panel,
+                               int64_t groups, float *sums, const char *next, int64_t lines) {
     switch (rows) {
         QUANTIZED_CASE(1)
         QUANTIZED_CASE(2)
@@ -124,21 +123,14 @@ static NOINLINE void multiply_int8(int64_t rows, const struct x_group *x, int64_
     }
 }
 
+static NOINLINE void multiply_int8(int64_t rows, const struct x_group *x, int64_t stride, const char *panel,
+                                   int64_t groups, float *sums, const char *next, int64_t lines) {
+    multiply_quantized(0, rows, x, stride, panel, groups, sums, next, lines);
+}
+
 static NOINLINE void multiply_int4(int64_t rows, const struct x_group *x, int64_t stride, const char *panel,
                                    int64_t groups, float *sums, const char *next, int64_t lines) {
-    const int is_int4 = 1;
-    switch (rows) {
-        QUANTIZED_CASE(1)
-        QUANTIZED_CASE(2)
-        QUANTIZED_CASE(3)
-        QUANTIZED_CASE(4)
-#if HAS_DOT_I8
-        QUANTIZED_CASE(5)
-        QUANTIZED_CASE(6)
-        QUANTIZED_CASE(7)
-        QUANTIZED_CASE(8)
-#endif
-    }
+    multiply_quantized(1, rows, x, stride, panel, groups, sums, next, lines);
 }
 
 /* ---- work items ---- */
