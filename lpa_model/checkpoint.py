@@ -215,6 +215,12 @@ def stored_weights(folder: Path) -> WeightType | None:
     return None
 
 
+def check_unquantized(folder: Path, task: str) -> None:
+    """Raises CheckpointError for a folder of quantised weights, where `task` (a verb) takes those that they were of."""
+    if (stored := stored_weights(folder)) is not None:
+        raise CheckpointError(f"{folder}: holds {stored} weights; {task} the folder that it was made of")
+
+
 def unquantized(folder: Path) -> list[str]:
     """Layers of a folder of quantised weights whose matrix is not quantised; the embedding is not counted."""
     names: set[str] = set()

@@ -16,6 +16,7 @@ from lpa_model.backends import select
 from lpa_model.checkpoint import CheckpointError, load_model, save_checkpoint, stored_weights, unquantized
 from lpa_model.config import Architecture
 from lpa_model.convert.export import export_llama
+from lpa_model.convert.export_transformers import export_transformers
 from lpa_model.convert.quantize import quantize_folder
 from lpa_model.quantization import QuantizedLinear, WeightType, hold_weights
 from server.llm import LLM
@@ -127,6 +128,17 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, architecture: Architecture
     if architecture == "setting2":
         with pytest.raises(CheckpointError, match="holds int4 weights; export the folder that it was made of"):
             export_llama(folder, tmp_path / "llama", torch.float32)
+    with pytest.raises(CheckpointError, match="holds int4 weights; export the folder that it was made of"):
+        export_transformers(folder, tmp_path / "hf", torch.float32)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_factors_are_not_made_of_quantised_weights(tmp_path: Path) -> None:
+    dense, folder = write_checkpoint(tmp_path / "m", tiny_config(attention_rank=None)), tmp_path / "q"
+    quantize_folder(dense, folder, "int8")
+    made = lpa("convert", "lowrank", folder, tmp_path / "factors", "--rank", 32, "--calibrate-tokens", 128)
+    assert_one_line(made, "holds int8 weights; factorise the folder that it was made of")
+    assert not (tmp_path / "factors").exists()
 
 
 def test_a_quantised_folder_and_quantising_at_load_are_the_same_server(tmp_path: Path) -> None:

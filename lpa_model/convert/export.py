@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from lpa_model.checkpoint import (
     CheckpointError,
+    check_unquantized,
     load_config,
     load_model,
     load_tokenizer,
     load_tokenizer_config,
-    stored_weights,
 )
 from lpa_model.config import ATTENTION_PROJECTIONS, LPAConfig
 from lpa_model.layers import LowRankLinear
@@ -44,8 +44,7 @@ def export_llama(source: Path, folder: Path, dtype: torch.dtype) -> int:
     config = load_config(source)
     if reason := inexpressible(config):
         raise CheckpointError(f"{source}: {reason}")
-    if (stored := stored_weights(source)) is not None:
-        raise CheckpointError(f"{source}: holds {stored} weights; export the folder that it was made of")
+    check_unquantized(source, "export")
     tokenizer = load_tokenizer(source)
     load_tokenizer_config(source)  # a broken file is an error before anything is written
     model = load_model(source, torch.float32, torch.device("cpu"))

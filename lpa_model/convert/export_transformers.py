@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from lpa_model.checkpoint import load_config, load_model, load_tokenizer, load_tokenizer_config
+from lpa_model.checkpoint import check_unquantized, load_config, load_model, load_tokenizer, load_tokenizer_config
 from lpa_model.config import LPAConfig
 from lpa_model.convert.export import write_json, write_tokenizer
 
@@ -27,9 +27,10 @@ def export_transformers(source: Path, folder: Path, dtype: torch.dtype) -> int:
     Weights are stored in `dtype`. Returns the number of parameters.
 
     Raises:
-        CheckpointError: the source cannot be read.
+        CheckpointError: the source cannot be read, or its weights are quantised.
     """
     config = load_config(source)
+    check_unquantized(source, "export")
     tokenizer = load_tokenizer(source)
     load_tokenizer_config(source)  # a broken file is an error before anything is written
     model = load_model(source, torch.float32, torch.device("cpu"))

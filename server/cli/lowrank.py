@@ -141,12 +141,11 @@ def factorise_folder(source: Path, folder: Path, options: LowRank, budget: Budge
 
     from lpa_model.backends.features import resolve_dtype
     from lpa_model.checkpoint import load_config, load_tokenizer
-    from lpa_model.convert.lowrank.convert import check_budget, factorise
+    from lpa_model.convert.lowrank.convert import check_source, factorise
     from lpa_model.convert.lowrank.text import read_texts
 
     started = time.perf_counter()
-    before, stored = load_config(source), resolve_dtype(dtype, torch.device("cpu"))
-    check_budget(before, budget)  # before the text is tokenized
+    before, stored = check_source(source, budget), resolve_dtype(dtype, torch.device("cpu"))
     texts = read_texts(before, load_tokenizer(source), options.calibrate or [], options.calibrate_tokens)
     if options.repair is None:
         with _progress() as tick:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lpa_model.checkpoint import load_config, load_model, load_tokenizer, save_checkpoint
+from lpa_model.checkpoint import check_unquantized, load_config, load_model, load_tokenizer, save_checkpoint
 from lpa_model.config import ATTENTION_PROJECTIONS, LPAConfig, Projection, Rank
 from lpa_model.convert.lowrank import calibrate, gradients, weigh
 from lpa_model.convert.lowrank.allocate import Option, allocate, cache_options, parameter_options
@@ -202,12 +202,11 @@ def factorise(
         A row for every matrix that could get factors.
 
     Raises:
-        CheckpointError: of the source folder, or `folder` holds something.
+        CheckpointError: of the source folder, or its weights are quantised, or `folder` holds something.
         ValueError: the source is not dense, or the budget cannot be met; before anything is computed.
     """
     check_free(folder)
-    config = load_config(source)
-    check_budget(config, budget)
+    config = check_source(source, budget)
     model = load_model(source, torch.float32, torch.device("cpu"))
     folder = folder.resolve()
     work = folder.with_name(f".{folder.name}.{os.getpid()}.new")
@@ -236,14 +235,22 @@ def factorise(
     ]
 
 
-def check_budget(config: LPAConfig, budget: Budget) -> None:
-    """Raises ValueError if the model is not dense or the budget cannot be met, whatever the text is."""
+def check_source(source: Path, budget: Budget) -> LPAConfig:
+    """The config of a folder of which factors within the budget can be made, whatever the text is.
+
+    Raises:
+        CheckpointError: the folder cannot be read, or its weights are quantised.
+        ValueError: the model is not dense, or the budget cannot be met.
+    """
+    config = load_config(source)
+    check_unquantized(source, "factorise")
     check_dense(config)
     sides = {name: min(config.projection_sizes(name)) for name in budget.projections(config)}
     layers = range(config.num_hidden_layers)
     ranks_within(
         config, budget, {(layer, name): [0.0] * (side + 1) for layer in layers for name, side in sides.items()}
     )
+    return config
 
 
 def _cut(
