@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -58,14 +57,22 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().to(dtype).contiguous() for name, p in model.named_parameters()}
     weights = folder / "model.safetensors.new"
-    save_file(tensors, weights, metadata={"format": "pt"})
+    write_weights(weights, tensors)
     _replace(folder / "config.json", json.dumps(model.config.to_dict(), indent=2) + "\n")
     _replace(folder / "tokenizer.json", tokenizer.to_str())
     for source in [tokenizer_files / name for name in TOKENIZER_FILES] if tokenizer_files is not None else []:
         if source.is_file():
             _replace(folder / source.name, source.read_text(encoding="utf-8-sig"))
-    shutil.copymode(folder / "config.json", weights)  # safetensors writes 0600, which a container's user cannot read
     weights.replace(folder / "model.safetensors")
+
+
+def write_weights(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
+    """A safetensors file with the permissions of any new file: the library's 0600 a container's user cannot read."""
+    path.unlink(missing_ok=True)  # of a killed process, with the library's permissions
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt", **metadata})
+    path.chmod(mode)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from lpa_model.checkpoint import (
     load_model,
     load_tokenizer,
     load_tokenizer_config,
+    write_weights,
 )
 from lpa_model.config import ATTENTION_PROJECTIONS, LPAConfig
 from lpa_model.layers import LowRankLinear
@@ -53,9 +53,7 @@ def export_llama(source: Path, folder: Path, dtype: torch.dtype) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", {**llama_config(config, dtype), **_special_ids(config)})
     write_tokenizer(folder, source, config, tokenizer)
-    weights = folder / "model.safetensors"
-    save_file(tensors, weights, metadata={"format": "pt"})
-    shutil.copymode(folder / "config.json", weights)  # safetensors writes 0600
+    write_weights(folder / "model.safetensors", tensors)
     return sum(tensor.numel() for tensor in tensors.values())
 
 

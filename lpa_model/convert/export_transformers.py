@@ -11,9 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from lpa_model.checkpoint import check_unquantized, load_config, load_model, load_tokenizer, load_tokenizer_config
+from lpa_model.checkpoint import (
+    check_unquantized,
+    load_config,
+    load_model,
+    load_tokenizer,
+    load_tokenizer_config,
+    write_weights,
+)
 from lpa_model.config import LPAConfig
 from lpa_model.convert.export import write_json, write_tokenizer
 
@@ -43,9 +49,7 @@ def export_transformers(source: Path, folder: Path, dtype: torch.dtype) -> int:
     write_tokenizer(folder, source, config, tokenizer)
     for name in FILES:
         shutil.copyfile(CODE / name, folder / name)
-    weights = folder / "model.safetensors"
-    save_file(tensors, weights, metadata={"format": "pt"})
-    shutil.copymode(folder / "config.json", weights)  # safetensors writes 0600
+    write_weights(folder / "model.safetensors", tensors)
     return sum(tensor.numel() for tensor in tensors.values())
 
 

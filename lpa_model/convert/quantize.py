@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lpa_model.checkpoint import (
@@ -23,6 +22,7 @@ from lpa_model.checkpoint import (
     load_model,
     load_tokenizer,
     stored_weights,
+    write_weights,
 )
 from lpa_model.model import LPAForCausalLM
 from lpa_model.quantization import Bits, WeightType, bytes_of, packed_codes, quantize, weight_type
@@ -68,10 +68,12 @@ def quantize_folder(source: Path, folder: Path, weights: WeightType) -> list[Mat
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     for file in [source / name for name in TOKENIZER_FILES if (source / name).is_file()]:
         shutil.copyfile(file, folder / file.name)
-    path = folder / "model.safetensors"
-    metadata = {"format": "pt", "weights": weights, "format_version": str(QUANTIZATION_VERSION)}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
-    shutil.copymode(folder / "config.json", path)  # safetensors writes 0600
+    write_weights(
+        folder / "model.safetensors",
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        weights=weights,
+        format_version=str(QUANTIZATION_VERSION),
+    )
     return matrices
 
 
