@@ -337,8 +337,13 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LPAFor
             f"{folder}: missing tensor {missing[0]}" + f" and {len(missing) - 1} more" * (len(missing) > 1)
         )
     model.load_state_dict(found, strict=False, assign=True)
-    if config.tie_word_embeddings and "lm_head" not in parts:
+    return completed(model, device)
+
+
+def completed(model: LPAForCausalLM, device: torch.device) -> LPAForCausalLM:
+    """A model whose stored tensors have been assigned, with what is not stored: a tied head, tables of positions."""
+    if model.config.tie_word_embeddings and not isinstance(model.lm_head, QuantizedLinear):
         model.lm_head.weight = model.embed_tokens.weight
-    if model.rotary is not None:  # its tables are computed, not stored
-        model.rotary.build(config, device)
+    if model.rotary is not None:
+        model.rotary.build(model.config, device)
     return model.eval().requires_grad_(False)

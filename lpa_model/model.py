@@ -10,8 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lpa_model.attention import Attend, Attention
-from lpa_model.config import LPAConfig
+from lpa_model.config import ATTENTION_PROJECTIONS, LPAConfig, Projection
 from lpa_model.layers import LayerNorm, ReluFFN, RMSNorm, RotaryEmbedding, SwiGLU
+
+
+def module_of(projection: Projection) -> str:
+    """Where a projection stands in a block: "attention.q_proj", "ffn.down_proj"."""
+    return f"{'attention' if projection in ATTENTION_PROJECTIONS else 'ffn'}.{projection}_proj"
 
 
 class PostNormBlock(nn.Module):

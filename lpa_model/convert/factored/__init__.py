@@ -25,7 +25,7 @@ from lpa_model.convert.official import read_words, shortest
 from lpa_model.convert.source import find_weights, read_tensors, without_prefix
 from lpa_model.convert.stream import DTYPES, Progress, Stored, check_free, row_blocks, write_model
 from lpa_model.hf_keys import read_object
-from lpa_model.model import LPAForCausalLM
+from lpa_model.model import LPAForCausalLM, module_of
 
 EMBEDDING = "model.embed_tokens.weight"
 LEMS = "low_rank_compressed"
@@ -124,7 +124,7 @@ def convert_factored(
             elif refactor and (factors := find_factors(up.tensor, tolerance)) is not None:
                 down, up = (Part(up.name, half.float(), up.dtype) for half in (factors.down, factors.up))
                 worst = max(worst, factors.error)
-            part = f"layers.{layer}.{'attention' if name in ATTENTION_PROJECTIONS else 'ffn'}.{name}_proj"
+            part = f"layers.{layer}.{module_of(name)}"
             found |= {f"{part}.weight": up} if down is None else {f"{part}.down.weight": down, f"{part}.up.weight": up}
             found |= _bias(name, part if down is None else f"{part}.up", matrix)
             ranks[name].append(None if down is None else len(down.tensor))

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lpa_model.config import ATTENTION_PROJECTIONS, LPAConfig, Projection
+from lpa_model.config import LPAConfig, Projection
 from lpa_model.layers import RotaryEmbedding
-from lpa_model.model import LPAForCausalLM, PreNormBlock
+from lpa_model.model import LPAForCausalLM, PreNormBlock, module_of
 
 SINKS = 4
 """Positions at the beginning of a window that no moment counts: attention sinks, whose states are huge."""
@@ -179,7 +179,7 @@ class Recorder:
 
 def projection_of(block: nn.Module, name: Projection) -> nn.Module:
     """A projection of a block by its name in a config."""
-    return block.get_submodule(f"{'attention' if name in ATTENTION_PROJECTIONS else 'ffn'}.{name}_proj")
+    return block.get_submodule(module_of(name))
 
 
 def turned(rotary: RotaryEmbedding, moment: Tensor, sign: int) -> Tensor:

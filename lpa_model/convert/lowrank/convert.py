@@ -19,13 +19,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lpa_model.checkpoint import check_unquantized, load_config, load_model, load_tokenizer, save_checkpoint
+from lpa_model.checkpoint import check_unquantized, completed, load_config, load_model, load_tokenizer, save_checkpoint
 from lpa_model.config import ATTENTION_PROJECTIONS, LPAConfig, Projection, Rank
 from lpa_model.convert.lowrank import calibrate, gradients, weigh
 from lpa_model.convert.lowrank.allocate import Option, allocate, cache_options, parameter_options
 from lpa_model.convert.lowrank.factor import decompose
 from lpa_model.convert.stream import check_free
-from lpa_model.model import LPAForCausalLM, PreNormBlock
+from lpa_model.model import LPAForCausalLM, PreNormBlock, module_of
 
 MULTIPLE = 32
 """Ranks are multiples of it: what the kernels pad latents to."""
@@ -292,15 +292,11 @@ def assemble(config: LPAConfig, dense: LPAForCausalLM, factors: Path) -> LPAForC
             for name in config.projections:
                 if (rank := config.rank(name, layer)) is None:
                     continue
-                prefix = f"layers.{layer}.{'attention' if name in ATTENTION_PROJECTIONS else 'ffn'}.{name}_proj"
+                prefix = f"layers.{layer}.{module_of(name)}"
                 del state[f"{prefix}.weight"]
                 state[f"{prefix}.down.weight"] = file.get_slice(f"{name}.down")[:rank]
                 state[f"{prefix}.up.weight"] = file.get_slice(f"{name}.up")[:, :rank].contiguous()
                 if f"{prefix}.bias" in state:
                     state[f"{prefix}.up.bias"] = state.pop(f"{prefix}.bias")
     model.load_state_dict(state, assign=True)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
-    if model.rotary is not None:
-        model.rotary.build(config, torch.device("cpu"))
-    return model.eval().requires_grad_(False)
+    return completed(model, torch.device("cpu"))
