@@ -72,10 +72,21 @@ class TrainConfig:
 
     def rate(self, step: int) -> float:
         """The factor on the learning rates at a step: linear warm-up, then cosine decay to `final_fraction`."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.final_fraction + (1 - self.final_fraction) * (1 + math.cos(math.pi * progress)) / 2
+        return rate(step, self.steps, self.warmup_steps, self.final_fraction)
+
+
+def rate(step: int, steps: int, warmup: int, final: float) -> float:
+    """The factor on a learning rate: linear warm-up, then cosine decay to `final`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """What a run goes on from; the file is replaced whole."""
+    torch.save(state, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
 
 
 @dataclass(frozen=True)
@@ -300,8 +311,7 @@ def train(
                 "optimizers": [optimizer.state_dict() for optimizer in opts],
                 "step": step,
             }
-            torch.save(written, state.with_suffix(".new"))
-            state.with_suffix(".new").replace(state)
+            write_state(state, written)
         yield Progress(step, nats, speed, validation)
         if stopped:
             return

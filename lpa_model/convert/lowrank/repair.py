@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -28,10 +27,13 @@ from lpa_model.convert.lowrank.calibrate import SINKS, push
 from lpa_model.convert.lowrank.convert import Budget, Row, factorise
 from lpa_model.layers import LowRankLinear
 from lpa_model.model import LPAForCausalLM
+from lpa_model.train import rate, write_state
 
 LEARNING_RATE = 3e-4
 WARMUP = 20
 """Steps in which the learning rate rises."""
+FINAL = 0.1
+"""Share of the learning rate that is left at the last step."""
 ROWS = 256
 """Rows of logits held at a time."""
 RIDGE = 1e-2
@@ -231,7 +233,7 @@ def distil(
         step = saved["step"]
     while step < steps:
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * rate(step, steps)
+            group["lr"] = LEARNING_RATE * rate(step, steps, WARMUP, FINAL)
         epoch, at = divmod(step, len(windows))
         index = int(np.random.default_rng((0, epoch)).permutation(len(windows))[at])
         loss = divergence(model, windows[index], teacher[index], train=True)
@@ -242,22 +244,13 @@ def distil(
         last, stopped = step == steps, stopping()
         if step % checkpoint_every == 0 or last or stopped:
             written = {"factors": dict(factors), "optimizer": optimizer.state_dict(), "step": step}
-            torch.save(written, state.with_suffix(".new"))
-            state.with_suffix(".new").replace(state)
+            write_state(state, written)
         validation = None
         if step % validate_every == 0 or last:
             validation = validate(model, *held_out)
         yield Step(step, loss, validation)
         if stopped:
             return
-
-
-def rate(step: int, steps: int) -> float:
-    """The factor on the learning rate: linear warm-up, then cosine decay to a tenth."""
-    if step < WARMUP:
-        return (step + 1) / WARMUP
-    progress = (step - WARMUP) / max(1, steps - WARMUP)
-    return 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2
 
 
 def validate(model: LPAForCausalLM, windows: Tensor, teacher: Tensor) -> float:
