@@ -16,6 +16,8 @@ import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
+
     from lpa_model.config import LPAConfig
 
 Model = Annotated[
@@ -97,6 +99,17 @@ def interruptible(signals: Sequence[signal.Signals], message: str = "") -> Itera
         yield came
     finally:
         restore()
+
+
+@contextmanager
+def progress_bar(*columns: ProgressColumn) -> Iterator[Progress]:
+    """A bar on stderr while it is a terminal, gone when the work is done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        yield bar
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from server.cli import lowrank as factors
-from server.cli.command import StoredDtype, user_errors
+from server.cli.command import StoredDtype, progress_bar, user_errors
 
 if TYPE_CHECKING:
     import torch
@@ -133,13 +133,9 @@ def gguf(
 @contextmanager
 def _progress() -> Iterator[Progress]:
     """A bar on stderr while a model is written."""
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
 
-    console = Console(stderr=True)
-    columns = TextColumn("writing"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with progress_bar(TextColumn("writing"), BarColumn(), DownloadColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

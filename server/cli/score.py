@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
-from server.cli.command import Dtype, Weights, ends_at_once, user_errors
+from server.cli.command import Dtype, Weights, ends_at_once, progress_bar, user_errors
 
 if TYPE_CHECKING:
     from server.scoring.texts import Advance, OnTokens, Source
@@ -166,12 +166,10 @@ def _lines(start: Start, on_tokens: OnTokens | None, size: Size) -> Iterator[dic
 @contextmanager
 def _progress(size: Size) -> Iterator[Advance]:
     """A bar on a terminal's stderr, over the bytes of the files."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
     columns = (BarColumn(), TextColumn("{task.fields[tokens]:,} tokens"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with progress_bar(*columns) as progress:
         task = progress.add_task("", total=size, tokens=0)
         done = 0
 
