@@ -58,12 +58,17 @@ def save_checkpoint(
     tensors = {name: p.detach().to(dtype).contiguous() for name, p in model.named_parameters()}
     weights = folder / "model.safetensors.new"
     write_weights(weights, tensors)
-    _replace(folder / "config.json", json.dumps(model.config.to_dict(), indent=2) + "\n")
+    write_texts(folder, model.config, tokenizer, tokenizer_files)
+    weights.replace(folder / "model.safetensors")
+
+
+def write_texts(folder: Path, config: LPAConfig, tokenizer: Tokenizer, tokenizer_files: Path | None) -> None:
+    """The files beside the weights; what the folder `tokenizer_files` has of TOKENIZER_FILES comes along."""
+    _replace(folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
     _replace(folder / "tokenizer.json", tokenizer.to_str())
     for source in [tokenizer_files / name for name in TOKENIZER_FILES] if tokenizer_files is not None else []:
         if source.is_file():
             _replace(folder / source.name, source.read_text(encoding="utf-8-sig"))
-    weights.replace(folder / "model.safetensors")
 
 
 def write_weights(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
@@ -233,7 +238,7 @@ def unquantized(folder: Path) -> list[str]:
     names: set[str] = set()
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
-            names |= {name for name in file.keys() if len(file.get_slice(name).get_shape()) == 2}  # noqa: SIM118
+            names |= {name for name in file.keys() if len(file.get_slice(name).get_shape()) == 2}  # noqa: SIM118 (likewise)
     return sorted(n.removesuffix(".weight") for n in names if n.endswith(".weight") and not n.startswith("embed_"))
 
 

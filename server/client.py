@@ -155,6 +155,7 @@ def _reason(error: aiohttp.ClientError) -> str:
     if isinstance(error, aiohttp.ClientPayloadError):
         return "the connection ended in the middle of the answer"
     if isinstance(error, aiohttp.ClientOSError):
-        known = error.errno is not None and error.errno in errno.errorcode  # asyncio's own text names no reason
-        return os.strerror(error.errno) if known else error.strerror or str(error)  # type: ignore[arg-type]
+        if (number := error.errno) is not None and number in errno.errorcode:  # asyncio's own text names no reason
+            return os.strerror(number)
+        return error.strerror or str(error)
     return str(error)

@@ -145,7 +145,7 @@ class _Values:
             self._found[key] = None if field is None else field.contents()
         return self._found[key]
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return list(self._fields)
 
     def text(self, key: str) -> str:
@@ -186,7 +186,7 @@ def _tensors(readers: list[tuple[Path, GGUFReader]]) -> dict[str, tuple[Path, Re
 
 def _config(src: Path, values: _Values, architecture: str, found: Mapping[str, tuple[Path, ReaderTensor]]) -> LPAConfig:
     at = f"{architecture}."
-    for key in values.keys():  # noqa: SIM118 (not a mapping)
+    for key in values.names():
         name = key.removeprefix(at)
         if name == key or name in READ:
             continue

@@ -6,8 +6,6 @@ other numbers stay as they are stored.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +15,11 @@ from torch import Tensor, nn
 
 from lpa_model.checkpoint import (
     QUANTIZATION_VERSION,
-    TOKENIZER_FILES,
     CheckpointError,
     load_model,
     load_tokenizer,
     stored_weights,
+    write_texts,
     write_weights,
 )
 from lpa_model.model import LPAForCausalLM
@@ -64,10 +62,7 @@ def quantize_folder(source: Path, folder: Path, weights: WeightType) -> list[Mat
         elif f"{name.removesuffix('.weight')}.codes" not in tensors and name not in tensors:
             tensors[name] = parameter.detach()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-    for file in [source / name for name in TOKENIZER_FILES if (source / name).is_file()]:
-        shutil.copyfile(file, folder / file.name)
+    write_texts(folder, model.config, tokenizer, source)
     write_weights(
         folder / "model.safetensors",
         {name: tensor.contiguous() for name, tensor in tensors.items()},

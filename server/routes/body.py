@@ -100,8 +100,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise InvalidRequest(f"{twice[:64]}: is given twice", param=twice[:64])
+        for name, _ in pairs:
+            if name in seen:
+                raise InvalidRequest(f"{name[:64]}: is given twice", param=name[:64])
+            seen.add(name)
     return found
 
 

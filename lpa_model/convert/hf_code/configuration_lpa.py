@@ -21,7 +21,7 @@ class LPAConfig(PretrainedConfig):
     """
 
     model_type = "lpa"
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (transformers declares it so)
 
     def __init__(
         self,

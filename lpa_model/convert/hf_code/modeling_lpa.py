@@ -222,7 +222,7 @@ class LPAPreTrainedModel(PreTrainedModel):
     config_class = LPAConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LPABlock"]  # noqa: RUF012
+    _no_split_modules = ["LPABlock"]  # noqa: RUF012 (transformers declares it so)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -313,7 +313,7 @@ class LPAModel(LPAPreTrainedModel):
 class LPAForCausalLM(LPAPreTrainedModel, GenerationMixin):
     """Token ids to logits, and to a loss with `labels`."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (transformers declares it so)
 
     def __init__(self, config: LPAConfig) -> None:
         super().__init__(config)
