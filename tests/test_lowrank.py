@@ -131,7 +131,7 @@ def test_full_rank_reproduces_the_dense_model(tmp_path: Path) -> None:
     hidden = calibrate.embed(model, random_windows())
     ids = random_windows(2, 40)
     wanted = model.logits(model(ids))
-    for layer, moments in calibrate.layers(model, hidden, config.projections):
+    for layer, moments in calibrate.layers(model, hidden, config.projections, len(hidden)):
         block = model.layers[layer]
         for name in config.projections:
             module = block.get_submodule(f"{'attention' if name in 'qkvo' else 'ffn'}.{name}_proj")
@@ -154,11 +154,22 @@ def test_moments_are_those_of_a_plain_forward_pass() -> None:
     model(windows)
     handle.remove()
     rows = seen[0][:, calibrate.SINKS :: calibrate.SPARSE[0]].flatten(0, 1).double()
-    *_, (layer, moments) = calibrate.layers(model, hidden, config.projections)
+    *_, (layer, moments) = calibrate.layers(model, hidden, config.projections, len(hidden))
     assert layer == 1
     torch.testing.assert_close(moments.inputs["down"], rows.T @ rows / len(rows), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(model.norm(hidden), model(windows), atol=1e-4, rtol=1e-4)
     assert moments.queries.shape == (4, 8, 8) and moments.keys.shape == (2, 8, 8)
+
+
+def test_moments_are_of_the_windows_that_count_and_all_move_on() -> None:
+    config = dense_config()
+    model, windows = random_model(config), random_windows()
+    hidden, fewer = calibrate.embed(model, windows), calibrate.embed(model, windows[:2])
+    of_some = list(calibrate.layers(model, hidden, config.projections, 2))
+    of_few = list(calibrate.layers(model, fewer, config.projections, 2))
+    for (_, some), (_, few) in zip(of_some, of_few, strict=True):
+        assert all(torch.equal(some.inputs[name], few.inputs[name]) for name in few.inputs)
+    torch.testing.assert_close(model.norm(hidden), model(windows), atol=1e-4, rtol=1e-4)
 
 
 def test_a_turned_moment_is_that_of_turned_rows() -> None:
@@ -302,7 +313,7 @@ def test_gradients_are_those_of_every_token(tmp_path: Path) -> None:
 def repaired(source: Path, folder: Path, steps: int, stop_after: int | None = None) -> list[repair.Step]:
     """A run of `--repair`, ended after so many steps as by ^C."""
     windows, work = random_windows(5, 32), folder.with_name(folder.name + ".repair")
-    repair.prepare(source, work, Budget(keep=0.7, **SMALL), windows, random_windows(2, 32))
+    repair.prepare(source, work, Budget(keep=0.7, **SMALL), windows[:3], windows[3:], random_windows(2, 32))
     count = itertools.count(1)
     return list(
         repair.repair(
@@ -321,7 +332,8 @@ def test_repair_goes_on_to_the_same_bits_and_brings_the_models_closer(dense_fold
             dense_folder,
             tmp_path / "parts.repair",
             Budget(keep=0.8, **SMALL),
-            random_windows(5, 32),
+            random_windows(5, 32)[:3],
+            random_windows(5, 32)[3:],
             random_windows(2, 32),
         )
     assert [step.step for step in repaired(dense_folder, tmp_path / "parts", 40)] == list(range(14, 41))
@@ -329,7 +341,7 @@ def test_repair_goes_on_to_the_same_bits_and_brings_the_models_closer(dense_fold
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert whole[-1].validation is not None
     ids, dense = random_windows(2, 32), load(dense_folder)
-    factorise(dense_folder, tmp_path / "cut", Budget(keep=0.7, **SMALL), random_windows(5, 32), torch.float32)
+    factorise(dense_folder, tmp_path / "cut", Budget(keep=0.7, **SMALL), random_windows(5, 32)[:3], torch.float32)
     with torch.inference_mode():
         teacher = torch.cat([dense(window[None]) for window in ids])
     before = repair.validate(load(tmp_path / "cut"), ids, teacher)

@@ -73,7 +73,8 @@ Repair = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Train the factors towards the dense model for so many steps of a window; goes on after ^C.",
+        help="Train the factors towards the dense model for so many steps, each of another 1024 tokens of the text; "
+        "goes on after ^C.",
         rich_help_panel=GROUP,
     ),
 ]
@@ -146,7 +147,8 @@ def factorise_folder(source: Path, folder: Path, options: LowRank, budget: Budge
 
     started = time.perf_counter()
     before, stored = check_source(source, budget), resolve_dtype(dtype, torch.device("cpu"))
-    texts = read_texts(before, load_tokenizer(source), options.calibrate or [], options.calibrate_tokens)
+    paths, steps = options.calibrate or [], options.repair or 0
+    texts = read_texts(before, load_tokenizer(source), paths, options.calibrate_tokens, steps)
     if options.repair is None:
         with _progress() as tick:
             rows = factorise(
@@ -166,6 +168,8 @@ def factorise_folder(source: Path, folder: Path, options: LowRank, budget: Budge
 
 
 def _repaired(source: Path, folder: Path, budget: Budget, texts: Texts, steps: int, dtype: torch.dtype) -> list[Row]:
+    import torch
+
     from lpa_model.convert.lowrank import repair
     from lpa_model.convert.stream import check_free
 
@@ -173,11 +177,11 @@ def _repaired(source: Path, folder: Path, budget: Budget, texts: Texts, steps: i
     work = folder.resolve().with_name(folder.name + ".repair")
     held_out = next(iter(texts.measured.values()))[:2]
     with _progress() as tick:
-        rows = repair.prepare(source, work, budget, texts.calibration, held_out, tick)
+        rows = repair.prepare(source, work, budget, texts.calibration, texts.more, held_out, tick)
     stops = interruptible([signal.SIGINT, signal.SIGTERM], "saving after this step; once more ends at once\n")
-    step, started = 0, time.perf_counter()
+    windows, step, started = torch.cat([texts.calibration, texts.more]), 0, time.perf_counter()
     with stops as came, _progress() as tick:
-        for found in repair.repair(work, folder, texts.calibration, held_out, steps, dtype, lambda: bool(came)):
+        for found in repair.repair(work, folder, windows, held_out, steps, dtype, lambda: bool(came)):
             step = found.step
             tick(f"repair, KL {found.loss:.4f}", step, steps)
             if found.validation is not None:

@@ -76,16 +76,19 @@ def embed(model: LPAForCausalLM, windows: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def layers(model: LPAForCausalLM, hidden: Tensor, wanted: Sequence[Projection]) -> Iterator[tuple[int, LayerMoments]]:
-    """The moments of each layer in order, those that `wanted` projections need; `hidden` [windows, T, d] is moved on
-    through the layers in place."""
+def layers(
+    model: LPAForCausalLM, hidden: Tensor, wanted: Sequence[Projection], counted: int
+) -> Iterator[tuple[int, LayerMoments]]:
+    """The moments of each layer in order, those that `wanted` projections need, over the first `counted` windows;
+    `hidden` [windows, T, d] is moved on through the layers in place."""
     rotary = model.rotary
     assert rotary is not None
     for layer, block in enumerate(model.layers):
         assert isinstance(block, PreNormBlock)
         recorder = Recorder(model.config, block, rotary, wanted)
         with recorder:
-            push(block, rotary, hidden)
+            push(block, rotary, hidden[:counted])
+        push(block, rotary, hidden[counted:])
         yield layer, recorder.moments()
 
 

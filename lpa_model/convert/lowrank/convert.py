@@ -188,6 +188,7 @@ def factorise(
     windows: Tensor,
     dtype: torch.dtype,
     *,
+    more: Tensor | None = None,
     states: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Row]:
@@ -195,6 +196,7 @@ def factorise(
 
     Args:
         windows: token ids int64 [windows, T] of the calibration text.
+        more: further windows, of which no moment is taken, only states.
         states: a .safetensors file for the dense model's states before its head, [windows, T, d] as `states`.
         progress: called with the layers done and their number.
 
@@ -212,7 +214,7 @@ def factorise(
     work = folder.with_name(f".{folder.name}.{os.getpid()}.new")
     (work / "factors").mkdir(parents=True)
     try:
-        hidden = calibrate.embed(model, windows)
+        hidden = calibrate.embed(model, windows if more is None else torch.cat([windows, more]))
         errors: dict[Key, list[float]] = {}
         for layer, curves in _cut(model, hidden, windows, budget, work / "factors"):
             errors.update(curves)
@@ -262,10 +264,10 @@ def _cut(
     costs: dict[Key, Tensor] = {}
     if budget.method == "kfac":
         costs = gradients.output_moments(model, gradients.short(windows), names)
-    for layer, moments in calibrate.layers(model, hidden, names):
+    for layer, moments in calibrate.layers(model, hidden, names, len(windows)):
         block = model.layers[layer]
         assert isinstance(block, PreNormBlock)
-        scale = 1.0 if costs else weigh.importance(hidden)
+        scale = 1.0 if costs else weigh.importance(hidden[: len(windows)])
         tensors: dict[str, Tensor] = {}
         curves: dict[Key, list[float]] = {}
         for name in names:

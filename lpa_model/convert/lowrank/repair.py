@@ -48,12 +48,14 @@ def prepare(
     work: Path,
     budget: Budget,
     windows: Tensor,
+    more: Tensor,
     held_out: Tensor,
     progress: Callable[[str, int, int], None] = lambda task, done, total: None,
 ) -> list[Row]:
     """Factors of the dense folder `source`, refitted, in `work/model`, and beside them all that `distil` needs.
 
-    What is there already is kept: a run that was interrupted goes on. Returns the rows of `factorise`.
+    Factors are cut by `windows`; `distil` trains on these and on `more`, both [windows, T]. What is there already is
+    kept: a run that was interrupted goes on. Returns the rows of `factorise`.
 
     Raises:
         ValueError: `work` is of another start; the message says how they differ.
@@ -61,7 +63,8 @@ def prepare(
     facts = {
         "source": weights_hash(source),
         **{name: value for name, value in dataclasses.asdict(budget).items()},
-        "text": hashlib.blake2b(windows.numpy().tobytes(), digest_size=8).hexdigest(),
+        "text": hashlib.blake2b(windows.numpy().tobytes() + more.numpy().tobytes(), digest_size=8).hexdigest(),
+        "calibrated": windows.numel(),
     }
     start = work / "start.json"
     if start.is_file():
@@ -77,6 +80,7 @@ def prepare(
         budget,
         windows,
         torch.float32,
+        more=more,
         states=work / "states.safetensors",
         progress=lambda done, total: progress("cutting", done, total),
     )

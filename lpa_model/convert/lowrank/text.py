@@ -28,14 +28,19 @@ EVALUATED = 4096
 
 @dataclass(frozen=True)
 class Texts:
-    """Token ids int64 [windows, T]: of the calibration, and of two texts to measure on, by name."""
+    """Token ids int64 [windows, T]: of the calibration, of what else a repair reads, and of two texts to measure on,
+    by name."""
 
     calibration: Tensor
+    more: Tensor
     measured: dict[str, Tensor]
 
 
-def read_texts(config: LPAConfig, tokenizer: Tokenizer, paths: Sequence[Path], num_tokens: int) -> Texts:
-    """Calibration text of `num_tokens` tokens, or as many as there are, from files or else the one that comes along.
+def read_texts(
+    config: LPAConfig, tokenizer: Tokenizer, paths: Sequence[Path], num_tokens: int, steps: int = 0
+) -> Texts:
+    """Calibration text of `num_tokens` tokens, or as many as there are, from files or else the one that comes along;
+    for a repair of so many `steps` a window each, as far as the text goes.
 
     Raises:
         ValueError: the text is too short for a window to calibrate on and one to measure on.
@@ -46,10 +51,11 @@ def read_texts(config: LPAConfig, tokenizer: Tokenizer, paths: Sequence[Path], n
     held_out = max(1, min(EVALUATED // length, len(own) // 10))
     if len(own) < 2:
         raise ValueError(f"calibrate: the text has no two windows of {length} tokens: give more text")
-    calibration = own[:-held_out][: max(1, num_tokens // length)]
+    calibrated = max(1, num_tokens // length)
+    calibration, more = own[:-held_out][:calibrated], own[:-held_out][calibrated:steps]
     name, text = ("its README", readme()) if not paths else ("books", packaged_text())
     other = _windows(tokenizer, [text], config, length)[: max(1, EVALUATED // length)]
-    return Texts(calibration, {"calibration's own kind": own[-held_out:], name: other})
+    return Texts(calibration, more, {"calibration's own kind": own[-held_out:], name: other})
 
 
 def packaged_text() -> str:
