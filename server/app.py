@@ -24,7 +24,7 @@ from server.protocol.body import REFUSED
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
 from server.routes.docs import docs_router
-from server.routes.health import health_router, package_version
+from server.routes.health import health_router
 from server.routes.loglikelihood import loglikelihood_router
 from server.routes.metrics import metrics_router
 from server.routes.models import models_router
@@ -35,6 +35,7 @@ from server.routes.requests import Running, requests_router
 from server.routes.respond import error_response
 from server.routes.tokenize import tokenize_router
 from server.settings import Settings
+from server.version import package_version
 
 UNION_TAG = re.compile(r"str|int|float|bool|(list|dict|function-\w+)\[.*\]")
 """What pydantic puts into the `loc` of an error for a member of a union."""

@@ -24,10 +24,10 @@ from lpa_model.config import Architecture
 from lpa_model.train import TrainConfig
 from server.cli import app
 from server.llm import LLM, SamplingParams
-from server.routes.health import package_version
 from server.routes.pages import settings_tables
 from server.serve import greeting
 from server.settings import Settings, load_settings
+from server.version import package_version
 from tests.conftest import CORPUS, byte_tokenizer, random_model, tiny_config, write_checkpoint
 from tests.test_convert_official import POSITIONS, tensors_of, write
 

@@ -46,7 +46,7 @@ app.command()(info)
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from server.routes.health import package_version
+        from server.version import package_version
 
         typer.echo(f"lpa {package_version()}")
         raise typer.Exit

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
-
 from fastapi import APIRouter
 
 from server.engine.async_engine import AsyncEngine
 from server.errors import Unavailable
 from server.protocol.answers import HealthResponse, ReadyResponse, RefusedBackend, VersionResponse
 from server.routes.responses import responses
+from server.version import package_version
 
 
 def health_router(engine: AsyncEngine) -> APIRouter:
@@ -42,11 +41,3 @@ def health_router(engine: AsyncEngine) -> APIRouter:
         )
 
     return router
-
-
-def package_version() -> str:
-    """Version of the installed package; "0" when the code runs without being installed."""
-    try:
-        return version("lpa-server")
-    except PackageNotFoundError:
-        return "0"
