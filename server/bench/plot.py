@@ -103,6 +103,41 @@ def plot_steps(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     _save(figure, path)
 
 
+def plot_models(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Of models as `bench_models` returns them: the ratio of perplexities on each text against the speed of one stream
+    (or of the fewest that were measured), and against the bytes of the cache, both in ratios to the first model's.
+
+    Raises:
+        ValueError: no text was measured, or more than there are styles for.
+    """
+    first = rows[0]
+    if not 1 <= len(first["texts"]) <= len(STYLES):
+        raise ValueError(f"plot: needs one text or {len(STYLES)}")
+    kind = next(iter(first["speeds"]))
+    figure = _figure(11, 5)
+    speed, cache = figure.subplots(1, 2, sharey=True)
+    against = {
+        speed: [row["speeds"][kind]["ratio"] for row in rows],
+        cache: [row["cache_bytes"] / first["cache_bytes"] for row in rows],
+    }
+    for axes, places in against.items():
+        for name, style in zip(first["texts"], STYLES, strict=False):
+            values = [row["texts"][name]["ratio"] for row in rows]
+            errors = [row["texts"][name]["ratio_stderr"] for row in rows]
+            look = {**style, "linestyle": "none"}
+            axes.errorbar(places, values, errors, label=Path(name).name, capsize=2, **look)
+        for row, place in zip(rows, places, strict=True):
+            highest = max(text["ratio"] + text["ratio_stderr"] for text in row["texts"].values())
+            label = Path(row["model"]).name
+            axes.annotate(label, (place, highest), (0, 8), textcoords="offset points", ha="center", fontsize="small")
+        axes.margins(x=0.18, y=0.15)
+    of_first = f"relative to {Path(first['model']).name}"
+    _describe(speed, "Quality and speed", f"tokens per second ({kind}), {of_first}", f"perplexity, {of_first}")
+    _describe(cache, "Quality and cache", f"cache bytes per token, {of_first}", "")
+    figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    _save(figure, path)
+
+
 def _distributions(axes: Axes, samples: Sequence[Sequence[float]], title: str, what: str) -> None:
     """Cumulative shares of times in seconds, from zero to a little beyond the slowest hundredth; the label of the axis
     says how many are further right, and the slowest."""

@@ -75,7 +75,7 @@ def bench_sampling(
     for number in range(rounds + 1):
         on_round(number)
         for name, (first, others) in variants[number % len(variants) :] + variants[: number % len(variants)]:
-            step, missing = _step_time(engine, prompts, first, others, steps)
+            step, missing = step_time(engine, prompts, first, others, steps)
             if number:  # before that, caches fill and code warms
                 times[name].append(step)
                 deferred[name].append(missing)
@@ -90,7 +90,7 @@ def bench_sampling(
     ]
 
 
-def _step_time(
+def step_time(
     engine: Engine, prompts: list[list[int]], first: SamplingParams, others: SamplingParams, steps: int
 ) -> tuple[float, float]:
     """Median seconds of steps in which all streams decode, and the share of the tokens that they did not give."""

@@ -213,6 +213,69 @@ def step(
 
 
 @bench.command()
+def models(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Model folders; the others are compared with the first, as a dense one.")
+    ],
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Text whose perplexity is measured; may be given several times.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=3, help="Tokens of each text.")] = 16384,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a window.", show_default="the model's context")
+    ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(help="Minimal pairs: tab-separated columns phenomenon, good and bad, the last two sentences."),
+    ] = None,
+    streams: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Sequences that decode at once; may be given several times.", show_default="1, 32"),
+    ] = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a prompt, and before the decoded ones.")] = 128,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps timed in a round.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not.")] = 5,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of the matrix products.", show_default="all")
+    ] = None,
+    dtype: Dtype = None,
+    weights: Weights = None,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Versions of one model side by side: perplexities, minimal pairs, bytes, and speeds without HTTP."""
+    from rich.progress import SpinnerColumn, TextColumn
+
+    from server.bench.models import bench_models, print_rows, read_pairs
+    from server.bench.plot import plot_models
+    from server.cli.command import progress_bar
+    from server.settings import local_model
+
+    with user_errors(), progress_bar(SpinnerColumn(), TextColumn("{task.description}")) as bar:
+        _check_plot(plot)
+        task = bar.add_task("")
+        rows = bench_models(
+            [local_model(folder) for folder in folders],
+            {str(path): path.read_text(encoding="utf-8-sig") for path in text or []},
+            [] if pairs is None else read_pairs(pairs),
+            tokens=tokens,
+            max_length=max_length,
+            streams=streams or [1, 32],
+            context=context,
+            steps=steps,
+            rounds=rounds,
+            options={"dtype": dtype, "weights": weights, "threads": threads},
+            progress=lambda what: bar.update(task, description=what),
+        )
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        print_rows(rows)
+    if plot is not None:
+        plot_models(rows, plot)
+
+
+@bench.command()
 def overhead(
     model: Model = None,
     streams: Annotated[int, typer.Option(min=1, help="Completions at once.")] = 32,
