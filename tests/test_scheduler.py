@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from server.engine.block_manager import BlockManager
-from server.engine.request import FinishReason, Request, RequestStatus, SamplingParams
+from server.engine.request import BACKGROUND, FinishReason, Request, RequestStatus, SamplingParams
 from server.engine.scheduler import ScheduledBatch, Scheduler
 from server.engine.step_cost import Work
 
@@ -437,6 +437,41 @@ def test_texts_of_one_length_stay_whole() -> None:
     assert [tokens for _, tokens, _ in shape(step(scheduler))] == [19, 19, 19]
 
 
+def test_background_work_takes_idle_steps_and_few_rows_beside_others() -> None:
+    scheduler = make_scheduler(num_blocks=64, max_num_batched_tokens=64)
+    for i in range(4):
+        scheduler.add(named(f"job{i}", [9, i + 1, 5], i, priority=BACKGROUND, max_tokens=50, ignore_eos=True))
+    assert len(step(scheduler).items) == 4
+    assert len(step(scheduler).items) == 4
+    scheduler.add(named("chat", [1, 2], 9, max_tokens=50, ignore_eos=True))
+    assert shape(step(scheduler)) == [("chat", 2, False)]
+    beside = []
+    for _ in range(45):
+        batch = scheduler.schedule()
+        names = [item.request.id for item in batch.items]
+        assert names[0] == "chat"
+        beside.append(len(names) - 1)
+        scheduler.observe_step(batch, 10.0 + 0.5 * beside[-1])  # three rows are more than the target's
+        list(scheduler.update(batch, dict.fromkeys(names, 7)))
+    assert beside[:5] == [0] * 5  # so long a step is known without them
+    assert max(beside[5:]) in (2, 3) and sum(beside) > 20
+    assert beside[5:].count(0) <= 4  # probes
+    drain(scheduler)
+
+
+def test_background_work_gives_up_slots_and_blocks() -> None:
+    for limits in ({"max_num_seqs": 2}, {"num_blocks": 4}):
+        scheduler = make_scheduler(**limits)
+        for i in range(2):
+            scheduler.add(named(f"job{i}", [9, i + 1, 5, 6, 7], i, priority=BACKGROUND, max_tokens=3, ignore_eos=True))
+        step(scheduler)
+        assert {request.id for request in scheduler.running} == {"job0", "job1"}
+        scheduler.add(named("chat", [1, 2, 3, 4, 5, 6, 7, 8], 9, max_tokens=2, ignore_eos=True))
+        batch = step(scheduler)
+        assert batch.preempted and "chat" in {request.id for request in scheduler.running}
+        drain(scheduler)
+
+
 class Life(RuleBasedStateMachine):
     """Requests of all kinds come, run, are aborted and fail, in a cache that is too small for them."""
 
@@ -455,7 +490,7 @@ class Life(RuleBasedStateMachine):
         length=st.integers(1, 30),
         family=st.integers(0, 1),
         max_tokens=st.integers(0, 12),
-        priority=st.integers(0, 2),
+        priority=st.sampled_from([0, 1, BACKGROUND]),
         salt=st.sampled_from(["", "s"]),
         first=st.integers(0, 30),
         n=st.integers(1, 4),
@@ -485,6 +520,7 @@ class Life(RuleBasedStateMachine):
     @rule()
     def run(self) -> None:
         batch = self.scheduler.schedule()
+        assert batch.items or not (self.scheduler.running or self.scheduler.waiting)
         copied = [block for _, block in batch.copies]
         for block in copied:
             assert sum(block in request.block_table for request in self.scheduler.running) == 1

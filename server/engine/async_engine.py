@@ -13,11 +13,12 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
 from contextlib import aclosing, nullcontext
+from contextvars import ContextVar
 from dataclasses import replace
 
 from lpa_model.config import LPAConfig
 from server.engine.engine import BackendInfo, Engine, StepFailed
-from server.engine.request import EngineStats, FinishReason, GrammarSpec, Request, RequestOutput
+from server.engine.request import BACKGROUND, EngineStats, FinishReason, GrammarSpec, Request, RequestOutput
 from server.engine.tokenizer import Tokenizer
 from server.errors import EngineError, InvalidRequest, QueueFull, TimedOut, Unavailable
 
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 3  # steps in a row
 MAX_COMPILING = 256  # grammars
+
+in_background: ContextVar[bool] = ContextVar("in_background", default=False)
+"""Whether the requests of this context take only what others leave, whatever priority they name."""
 
 
 class Mailbox:
@@ -286,6 +290,8 @@ class AsyncEngine:
         self._begun.add(session)
         session.num_sequences += 1
         self._mailboxes[request.id] = mailbox
+        if in_background.get():
+            request.priority = BACKGROUND
         self._inbox.put(request)
 
     def _check_open(self, session: Session) -> None:

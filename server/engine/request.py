@@ -158,6 +158,10 @@ class Completion:
         return sum(values) / len(values) if values else float("-inf")
 
 
+BACKGROUND = (1 << 63) - 1
+"""The priority of work that takes only what others leave: batch jobs."""
+
+
 class Request:
     """One sequence in the scheduler.
 
@@ -217,6 +221,11 @@ class Request:
     def is_scoring(self) -> bool:
         """Whether nothing is to be generated."""
         return self.params.max_tokens == 0
+
+    @property
+    def is_background(self) -> bool:
+        """Whether it takes only what others leave."""
+        return self.priority == BACKGROUND
 
     @property
     def num_output_tokens(self) -> int:

@@ -6,6 +6,8 @@ step generated tokens go first, one per request; prompt and scoring work then sh
 
 Smaller `priority` goes first, then groups round robin (`Turns`), then earlier arrival: into the step, out of the queue,
 and last to lose its blocks. No group can hold all places while another has none.
+Background requests (batch jobs) come last, give up slots and blocks to others, and get a few rows of a step beside
+others' decodes (background.py).
 A request whose next prefix block is being computed by a running one is set aside until it is there, and so are the
 followers of a leader: they take its prompt over in the very step that completes it.
 """
@@ -17,6 +19,7 @@ from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from server.engine.background import BackgroundShare
 from server.engine.block_manager import BlockManager, hash_block, hash_root
 from server.engine.request import FinishReason, Logprobs, Request, RequestStatus
 from server.engine.step_cost import PromptBudget, PromptShare, StepCost, Work, work_of
@@ -98,6 +101,7 @@ class Scheduler:
         self.running: list[Request] = []  # sorted by order
         self.cost = StepCost()
         self.shares = {False: PromptShare(), True: PromptShare()}  # by is_scoring
+        self.background = BackgroundShare()
         self._added = 0
         self._turns = Turns()
         self._computing: dict[bytes, Request] = {}  # prompt blocks being computed, and the request that fills them
@@ -115,12 +119,24 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch:
         """The next step's work; blocks for it are allocated, so it must be run or its requests finished."""
         batch = ScheduledBatch()
+        rows = self._background_rows()
         for request in list(self.running):
-            if self._decodes(request, request.num_computed_tokens) and self._allocate_blocks(request, 1, batch):
+            if not self._decodes(request, request.num_computed_tokens) or (request.is_background and not rows):
+                continue
+            if self._allocate_blocks(request, 1, batch):
                 batch.items.append(ScheduledRequest(request, 1, True))
+                rows -= request.is_background
         if self.waiting or len(batch.items) < len(self.running):
-            self._schedule_prompts(batch)
+            self._schedule_prompts(batch, rows)
         return batch
+
+    def _background_rows(self) -> int:
+        """The most rows of background work in the next step: any number where nobody waits for another."""
+        others = [request for request in self.running if not request.is_background]
+        first = self.waiting.first((False, True))
+        if not others and (first is None or first.is_background):
+            return self.max_num_batched_tokens
+        return self.background.rows(sum(self._decodes(request, request.num_computed_tokens) for request in others))
 
     def _decodes(self, request: Request, computed: int) -> bool:
         """Whether the token after `computed` ones is computed as a generated one, which goes alone."""
@@ -135,7 +151,7 @@ class Scheduler:
             else request.num_tokens_to_compute
         )
 
-    def _schedule_prompts(self, batch: ScheduledBatch) -> None:
+    def _schedule_prompts(self, batch: ScheduledBatch, rows: int) -> None:
         budget = self._prompt_budget(len(batch.items))
         for request in list(self.running):
             if not budget.open_kinds:
@@ -144,22 +160,30 @@ class Scheduler:
             computed = request.num_computed_tokens
             if self._decodes(request, computed) or not running or request.is_scoring not in budget.open_kinds:
                 continue
-            tokens = budget.affordable(request, computed, self._prompt_end(request))
+            end = self._prompt_end(request)
+            if request.is_background:
+                if not rows:
+                    break
+                end = min(end, computed + rows)
+            tokens = budget.affordable(request, computed, end)
             if tokens and self._allocate_blocks(request, tokens, batch):
                 self._take(request, tokens, budget, batch)
+                rows -= tokens * request.is_background
         followers: dict[Request, list[Request]] = {}
         for item in batch.items:
             self._join(item, followers, batch)
         if not batch.preempted:
-            self._admit_waiting(budget, followers, batch)
+            self._admit_waiting(budget, followers, batch, rows)
         _arrange(batch, followers)
 
     def _admit_waiting(
-        self, budget: PromptBudget, followers: dict[Request, list[Request]], batch: ScheduledBatch
+        self, budget: PromptBudget, followers: dict[Request, list[Request]], batch: ScheduledBatch, rows: int
     ) -> None:
         size = self.blocks.block_size
         self._give_up_place(budget, followers, batch)
         while len(self.running) < self.max_num_seqs and (request := self.waiting.first(budget.open_kinds)):
+            if request.is_background and not rows:
+                break
             hits = self._hits(request)
             if (computer := self._computer(request, len(hits))) is not None:
                 self.waiting.remove(request)
@@ -167,14 +191,21 @@ class Scheduler:
                 continue
             needed = -(-request.num_tokens_to_compute // size) - len(hits)
             if needed > self.blocks.num_available_besides(hits):
+                if not request.is_background and (victim := self._background_victim(followers)) is not None:
+                    self._give_way(victim, batch)
+                    continue
                 break  # first come, first served: a smaller one behind it does not overtake
             decodes = self._decodes(request, len(hits) * size)
-            tokens = 1 if decodes else budget.affordable(request, len(hits) * size, self._prompt_end(request))
+            end = self._prompt_end(request)
+            if request.is_background:
+                end = min(end, len(hits) * size + rows)
+            tokens = 1 if decodes else budget.affordable(request, len(hits) * size, end)
             if not tokens:
                 continue
             self.waiting.remove(request)
             self._admit(request, hits, batch)
             self._allocate_blocks(request, tokens, batch)
+            rows -= tokens * request.is_background
             if decodes:
                 batch.items.append(ScheduledRequest(request, 1, True))
             else:
@@ -185,10 +216,12 @@ class Scheduler:
         self, budget: PromptBudget, followers: dict[Request, list[Request]], batch: ScheduledBatch
     ) -> None:
         """Where max_num_seqs run and the group whose turn it is has none, preempt one of the largest group, which is
-        queued behind it."""
+        queued behind it. Background work gives up its slots to any other."""
         first = self.waiting.first(budget.open_kinds)
         if first is None or len(self.running) < self.max_num_seqs:
             return
+        if not first.is_background and (background := self._background_victim(followers)) is not None:
+            return self._give_way(background, batch)
         places = Counter(request.group for request in self.running)
         group, most = places.most_common(1)[0]
         if first.group in places or most < 2:
@@ -207,13 +240,23 @@ class Scheduler:
             or not (self._decodes(first, start) or budget.affordable(first, start, self._prompt_end(first)))
         ):
             return  # it could not run in this step
-        self._preempt(victim)
-        batch.preempted += 1
-        batch.items = [item for item in batch.items if item.request is not victim]
+        self._give_way(victim, batch)
         self.waiting.remove(victim)
         turn = max(self._turns.next(group, again=True), first.order[1] + 1)
         victim.order = (victim.priority, turn, *victim.order[2:])
         self.waiting.add(victim)
+
+    def _background_victim(self, followers: dict[Request, list[Request]]) -> Request | None:
+        """The background request that goes last, if one runs and this step does not share its prompt."""
+        last = self.running[-1] if self.running else None
+        if last is None or not last.is_background or any(last in (lead, *joined) for lead, joined in followers.items()):
+            return None
+        return last
+
+    def _give_way(self, victim: Request, batch: ScheduledBatch) -> None:
+        self._preempt(victim)
+        batch.preempted += 1
+        batch.items = [item for item in batch.items if item.request is not victim]
 
     def _prompt_budget(self, num_decodes: int) -> PromptBudget:
         tokens = max(1, self.max_num_batched_tokens - num_decodes)
@@ -235,6 +278,10 @@ class Scheduler:
     def observe_step(self, batch: ScheduledBatch, elapsed_ms: float) -> None:
         """Learn from a step's time; to be called before `update`, which moves the requests on."""
         num_decodes, work = 0, Work()
+        background = sum(item.num_tokens for item in batch.items if item.request.is_background)
+        others = [item for item in batch.items if not item.request.is_background]
+        if others and all(item.is_decode for item in others):
+            self.background.observe(len(others), background, elapsed_ms)
         for request, num_tokens, is_decode in batch.items:
             if is_decode:
                 num_decodes += 1
@@ -318,9 +365,7 @@ class Scheduler:
             return True
         while needed > self.blocks.num_available:
             victim = self.running[-1]
-            self._preempt(victim)
-            batch.preempted += 1
-            batch.items = [item for item in batch.items if item.request is not victim]
+            self._give_way(victim, batch)
             if victim is request:
                 return False
         fresh = self.blocks.allocate(needed)
