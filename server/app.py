@@ -14,6 +14,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from server.batches.runner import Runner
+from server.batches.store import Store
 from server.engine.async_engine import AsyncEngine
 from server.errors import BodyTooLarge, Cancelled, InvalidRequest, MethodNotAllowed, NotFound, UserError
 from server.keys import keys_of
@@ -21,9 +23,11 @@ from server.metrics import Metrics
 from server.middleware import Cors, Guard, HeaderLimits, IgnoreUnknownFields, RequestLog
 from server.openapi import openapi_document
 from server.protocol.body import REFUSED
+from server.routes.batches import batches_router
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
 from server.routes.docs import docs_router
+from server.routes.files import files_router
 from server.routes.health import health_router
 from server.routes.loglikelihood import loglikelihood_router
 from server.routes.metrics import metrics_router
@@ -42,15 +46,23 @@ UNION_TAG = re.compile(r"str|int|float|bool|(list|dict|function-\w+)\[.*\]")
 
 
 def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> FastAPI:
-    """The application. It starts the engine, and drains and stops it at the end."""
+    """The application. It starts the engine and the batches, and drains and stops them at the end.
+
+    Raises:
+        ValueError: data_dir cannot be used.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await engine.start()
+        if runner is not None:
+            runner.start()
         metrics.set_build_info(package_version(), engine.backend.name, engine.backend.batch_invariant)
         try:
             yield
         finally:
+            if runner is not None:
+                await runner.stop()
             await engine.stop(settings.drain_timeout)
 
     keys, running = keys_of(settings, PLAYGROUND_PATHS | DOCS_PATHS), Running()
@@ -62,10 +74,13 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
         openapi_url=None,  # FastAPI's document and pages: the pages load their programs from elsewhere
     )
     app.state.settings = settings
+    runner = None if settings.data_dir is None else Runner(Store(settings.data_dir), app, settings)
     app.include_router(completions_router(engine, settings))
     app.include_router(chat_router(engine, settings))
     app.include_router(perplexity_router(engine, settings))
     app.include_router(loglikelihood_router(engine, settings))
+    app.include_router(files_router(runner))
+    app.include_router(batches_router(runner))
     app.include_router(models_router(engine, settings))
     app.include_router(tokenize_router(engine, settings))
     app.include_router(health_router(engine))
@@ -85,7 +100,8 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(ClientDisconnect, _on_client_left)
     # the last one added is the outermost
-    app.add_middleware(Guard, keys=keys, max_body=settings.max_body_bytes, running=running)
+    max_file = settings.max_file_bytes if runner is not None else settings.max_body_bytes
+    app.add_middleware(Guard, keys=keys, max_body=settings.max_body_bytes, max_file=max_file, running=running)
     if settings.cors_origins:
         app.add_middleware(Cors, origins=settings.cors_origins)
     if settings.ignore_unknown_fields:

@@ -18,6 +18,10 @@ Role = Literal["anonymous", "client", "admin"]
 
 PROBES = frozenset({"/health", "/ready"})
 METRICS = "/metrics"
+ADMIN = "admin"
+"""The owner that sees what all others have."""
+INTERNAL = "lpa.internal"
+"""Key of an ASGI scope: the request is the server's own, a line of a batch, and comes from no client."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,13 @@ class Keys:
         given = _digest(key.strip().encode("latin-1")) if scheme.lower() == "bearer" else b""
         client, admin = _is_among(given, self.client), _is_among(given, self.admin)
         return "admin" if admin else "client" if client else "anonymous"
+
+    def owner(self, authorization: str) -> str:
+        """Whose a file or a batch is: a name for each client key, ADMIN for all admin keys, "" without keys."""
+        role = self.role(authorization)
+        if role == "client":
+            return _digest(authorization.partition(" ")[2].strip().encode("latin-1")).hex()[:32]
+        return ADMIN if role == "admin" else ""
 
     def check(self, path: str, role: Role) -> None:
         """Raises Unauthorized unless `role` may ask for `path`."""

@@ -19,8 +19,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import BodyTooLarge, EngineError, HeadersTooLarge, InvalidRequest, UserError
-from server.keys import METRICS, PROBES, Keys
+from server.keys import INTERNAL, METRICS, PROBES, Keys
 from server.protocol.body import ignore_unknown_fields
+from server.routes.files import FILES
 from server.routes.ndjson import has_lines
 from server.routes.requests import Running
 from server.routes.respond import error_response
@@ -95,7 +96,8 @@ class RequestLog:
             "status": status,
             "duration_ms": round(seconds * 1e3, 2),
         }
-        quiet = scope["path"] in PROBES or scope["path"] == METRICS  # they would drown the rest
+        # they would drown the rest
+        quiet = scope["path"] in PROBES or scope["path"] == METRICS or INTERNAL in scope
         logger.log(
             logging.DEBUG if quiet else logging.INFO,
             "%(method)s %(path)r %(status)d %(duration_ms).2f ms %(request_id)s",
@@ -122,7 +124,7 @@ class Cors(CORSMiddleware):
         super().__init__(
             app,
             allow_origins=origins,
-            allow_methods=("GET", "HEAD", "POST"),
+            allow_methods=("DELETE", "GET", "HEAD", "POST"),
             allow_headers=("*",),
             expose_headers=EXPOSED_HEADERS,
         )
@@ -139,10 +141,11 @@ class Cors(CORSMiddleware):
 class Guard:
     """Key, limit of the body, cancelling, and the answer to uncaught exceptions."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, max_body: int, running: Running) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, max_body: int, max_file: int, running: Running) -> None:
         self._app = app
         self._keys = keys
         self._max_body = max_body
+        self._max_file = max_file
         self._running = running
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -158,11 +161,13 @@ class Guard:
             await send(message)
 
         try:
-            state["role"] = self._keys.role(headers.get("authorization", ""))
+            state["role"] = "client" if INTERNAL in scope else self._keys.role(headers.get("authorization", ""))
             self._keys.check(scope["path"], state["role"])
+            state["owner"] = self._keys.owner(headers.get("authorization", ""))
             with self._running.entry(state["request_id"]) as cancelled:
                 state["cancelled"] = cancelled
-                limited = receive if has_lines(scope["path"], headers) else self._limited(headers, receive)
+                limit = self._max_file if scope["path"] == FILES else self._max_body
+                limited = receive if has_lines(scope["path"], headers) else _limited(headers, receive, limit)
                 await self._app(scope, _until_cancelled(limited, cancelled), watched_send)
         except UserError as error:
             await error_response(error)(scope, receive, send)
@@ -171,23 +176,24 @@ class Guard:
             if not started:
                 await error_response(EngineError("the server failed on this request"))(scope, receive, send)
 
-    def _limited(self, headers: Headers, receive: Receive) -> Receive:
-        """`receive` that ends a body which is too large before all of it has come."""
-        limit, received = self._max_body, 0
-        length = headers.get("content-length", "")
-        if length.isdecimal() and int(length) > limit:
-            raise BodyTooLarge(f"the body has {length} bytes; the limit is {limit}")
 
-        async def limited() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > limit:
-                # the one kind of exception that FastAPI lets through while it reads the body
-                raise HTTPException(BodyTooLarge.status, f"the body has more than {limit} bytes, the limit")
-            return message
+def _limited(headers: Headers, receive: Receive, limit: int) -> Receive:
+    """`receive` that ends a body which is too large before all of it has come."""
+    received = 0
+    length = headers.get("content-length", "")
+    if length.isdecimal() and int(length) > limit:
+        raise BodyTooLarge(f"the body has {length} bytes; the limit is {limit}")
 
-        return limited
+    async def limited() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > limit:
+            # the one kind of exception that FastAPI lets through while it reads the body
+            raise HTTPException(BodyTooLarge.status, f"the body has more than {limit} bytes, the limit")
+        return message
+
+    return limited
 
 
 def _until_cancelled(receive: Receive, cancelled: asyncio.Future[None]) -> Receive:

@@ -63,8 +63,9 @@ def openapi_document(app: FastAPI, names: Sequence[str], keys: Keys) -> dict[str
             operation["security"] = [{"AdminKey": []}]
         elif keys.client and path not in keys.open_paths:
             operation["security"] = [{"ApiKey": []}]
-        if names and (body := operation.get("requestBody")):
-            _name_model(schemas[_name_of(body["content"]["application/json"]["schema"])], names)
+        content = operation.get("requestBody", {}).get("content", {})
+        if names and "application/json" in content:
+            _name_model(schemas[_name_of(content["application/json"]["schema"])], names)
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
     return document

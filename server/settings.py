@@ -215,6 +215,13 @@ class Settings(BaseSettings):
     )
     max_stop_bytes: int = Field(4096, ge=1, description="Most bytes of a request's stop texts together.")
     max_bad_words_bytes: int = Field(1 << 16, ge=1, description="Most bytes of a request's bad_words together.")
+    data_dir: Path | None = Field(
+        None,
+        description="Folder for files and batch jobs, which outlive the process; one server at a time has it (default: "
+        "none, and /v1/files and /v1/batches are off).",
+    )
+    max_file_bytes: int = Field(200 << 20, ge=1, description="Largest file of /v1/files in bytes; else a 413.")
+    max_batch_lines: int = Field(50_000, ge=1, description="Most lines of a batch's input file.")
     api_key: Keys = Field(
         (),
         description="Keys of which clients must send one as 'Authorization: Bearer KEY', with commas between them or "
@@ -265,6 +272,7 @@ GROUPS = {
     "dtype": "How it is computed",
     "max_model_len": "Steps and cache",
     "max_queue": "Limits and times",
+    "data_dir": "Batches",
     "api_key": "Keys and origins",
     "log_format": "Log",
 }

@@ -76,6 +76,7 @@ class Session:
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         self.num_sequences = 0  # with the engine
+        self.holds_drain = not in_background.get()
 
     def __enter__(self) -> Session:
         return self
@@ -177,6 +178,7 @@ class AsyncEngine:
 
     async def stop(self, drain_timeout: float) -> None:
         """Refuse new requests, give those that have begun `drain_timeout` seconds, end what is left, stop the thread.
+        Background work is run again later, and not waited for.
 
         A second call does nothing.
         """
@@ -185,11 +187,11 @@ class AsyncEngine:
         self.accepting = False
         try:
             async with asyncio.timeout(drain_timeout):
-                while self._begun and self.alive:
+                while self.alive and any(session.holds_drain for session in self._begun):
                     self._idle.clear()
                     await self._idle.wait()
         except TimeoutError:
-            self.num_cut_off = len(self._begun)
+            self.num_cut_off = sum(session.holds_drain for session in self._begun)
             logger.warning("drain time-out: %d requests are cut off", self.num_cut_off)
         self._close()
         self._inbox.put(None)
@@ -203,8 +205,7 @@ class AsyncEngine:
     def leave(self, session: Session) -> None:
         """Forget a session that has ended."""
         self._begun.discard(session)
-        if not self._begun:
-            self._idle.set()
+        self._idle.set()
 
     async def generate(
         self, requests: Iterable[Request], deadline: float | None = None, session: Session | None = None
