@@ -75,6 +75,7 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     )
     app.state.settings = settings
     runner = None if settings.data_dir is None else Runner(Store(settings.data_dir), app, settings)
+    app.state.batches = runner
     app.include_router(completions_router(engine, settings))
     app.include_router(chat_router(engine, settings))
     app.include_router(perplexity_router(engine, settings))

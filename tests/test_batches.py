@@ -17,10 +17,12 @@ import openai
 import pytest
 from openai import OpenAI
 from openai.types import Batch
+from typer.testing import CliRunner
 
 from server.batches.execute import Answer
 from server.batches.lines import Line, LineError, read_lines
 from server.batches.store import Store
+from server.cli import app
 from tests.conftest import tiny_config, write_checkpoint
 from tests.serving import Served, serving, until
 
@@ -305,3 +307,24 @@ def test_long_lines_are_named_and_passed_over(tmp_path: Path) -> None:
     assert [type(entry) for entry in found] == [Line, LineError, Line]
     assert isinstance(found[1], LineError) and (found[1].line, found[1].code) == (2, "line_too_long")
     assert isinstance(found[2], Line) and (found[2].number, found[2].custom_id) == (3, "c")
+
+
+def test_a_file_is_answered_on_the_command_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same answers as a server's, going on where a run that was killed has ended."""
+    monkeypatch.setenv("LPA_SERVED_MODEL_NAME", "tiny")
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(lines(*(request(f"r{i}") for i in range(6)), request("wrong", max_tokens=-1)))
+    command = ["run-batch", str(source), str(output), "--model", str(folder), "--dtype", "float32"]
+    earlier = b'{"id":"x","custom_id":"r4","response":null,"error":null}\n'
+    output.with_name("out.jsonl.part").write_bytes(earlier + b'{"id":"y","custom_id":"r5","resp')
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{output}: 7 lines, 1 of them failed\n"
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [entry["custom_id"] for entry in found] == [*(f"r{i}" for i in range(6)), "wrong"]
+    assert [entry["response"] and entry["response"]["status_code"] for entry in found] == [200] * 4 + [None, 200, 400]
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}
+    source.write_bytes(lines(request("a")) + b"{\n{\n")
+    result = CliRunner().invoke(app, command)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert f"{source}:2: the line is not valid JSON" in result.stderr and "1 more lines are wrong" in result.stderr

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 import os
@@ -15,11 +16,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
 from lpa_model.config import Architecture
+from server.batches.store import Store
 from server.protocol.body import RequestBody
 from server.routes.docs import command, recorded
 from server.settings import embedded_checkpoint
@@ -30,12 +33,21 @@ PAGE = "/docs/reference"
 KEYS = {"KEY": "mine", "ADMIN_KEY": "boss"}
 # what another machine, day or version answers otherwise
 VOLATILE = {"id", "created", "system_fingerprint", "version", "backend", "batch_invariant", "refused_backends"}
+VOLATILE |= {"created_at", "expires_at", "cancelling_at"}
 TOLERANCE = 2e-3  # nats, bits and the like: of other kernels
 OWN_PAGE = ("GET", PAGE)
 TO_CANCEL = "my-request-1"
 
 MODEL = {"model": "lpa-tiny"}
 STORY = "Once upon a time"
+FILE_ID, BATCH_ID = "file-8d5fae2c1b7a4c90e3f1a2b4", "batch_1f0d3c5b7a9e2468ace01357"
+OWNER = hashlib.sha256(KEYS["KEY"].encode()).hexdigest()[:32]
+LINE = {
+    "custom_id": "first",
+    "method": "POST",
+    "url": "/v1/completions",
+    "body": {**MODEL, "prompt": STORY, "max_tokens": 8},
+}
 SENTENCE = "Once upon a time there was a king."
 EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "POST /v1/completions": [
@@ -63,6 +75,17 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "POST /v1/loglikelihood": [
         {"body": {**MODEL, "context": "The sun was shining and the sky was", "continuations": [" blue.", " table."]}}
     ],
+    "POST /v1/files": [{"file": [LINE]}],
+    "GET /v1/files": [{"query": {"limit": 1}}],
+    "GET /v1/files/{file_id}": [{"path": {"file_id": FILE_ID}}],
+    "GET /v1/files/{file_id}/content": [{"path": {"file_id": FILE_ID}}],
+    "DELETE /v1/files/{file_id}": [{"path": {"file_id": FILE_ID}}],
+    "POST /v1/batches": [
+        {"body": {"input_file_id": FILE_ID, "endpoint": "/v1/completions", "completion_window": "24h"}}
+    ],
+    "GET /v1/batches": [{"query": {"limit": 1}}],
+    "GET /v1/batches/{batch_id}": [{"path": {"batch_id": BATCH_ID}}],
+    "POST /v1/batches/{batch_id}/cancel": [{"path": {"batch_id": BATCH_ID}}],
     "GET /v1/models": [{}],
     "GET /v1/models/{name}": [{"path": {"name": "lpa-tiny"}}],
     "POST /tokenize": [{"body": {"prompt": STORY, "return_token_strs": True}}],
@@ -78,14 +101,20 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
 
 @contextmanager
 def embedded() -> Iterator[Served]:
-    """The embedded model behind keys."""
-    with serving(
-        embedded_checkpoint(),
-        served_model_name="lpa-tiny",
-        kv_cache_memory=32 << 20,
-        api_key=KEYS["KEY"],
-        admin_api_key=KEYS["ADMIN_KEY"],
-    ) as served:
+    """The embedded model behind keys, with a folder for batches."""
+    with (
+        TemporaryDirectory() as folder,
+        serving(
+            embedded_checkpoint(),
+            data_dir=folder,
+            served_model_name="lpa-tiny",
+            kv_cache_memory=32 << 20,
+            api_key=KEYS["KEY"],
+            admin_api_key=KEYS["ADMIN_KEY"],
+        ) as served,
+    ):
+        jobs = served.server.config.app.state.batches  # type: ignore[union-attr]
+        jobs._task.get_loop().call_soon_threadsafe(jobs._task.cancel)  # batches stay as they were started
         served.client.headers["authorization"] = f"Bearer {KEYS['ADMIN_KEY']}"
         yield served
 
@@ -103,8 +132,32 @@ def something_to_cancel(served: Served) -> Iterator[None]:
     assert not thread.is_alive()
 
 
+def keep(store: Store) -> None:
+    """A file, and a batch over it."""
+    written = store.new_path()
+    written.write_text(json.dumps(LINE) + "\n")
+    store.add_file(written, OWNER, "requests.jsonl", "batch", FILE_ID)
+    store._db.execute("DELETE FROM batches WHERE id = ?", (BATCH_ID,))
+    added = store.add_batch(OWNER, FILE_ID, "/v1/completions", None)
+    store._db.execute("UPDATE batches SET id = ? WHERE id = ?", (BATCH_ID, added))
+
+
+def drop(store: Store) -> None:
+    """Let no batch read the file."""
+    store._db.execute("UPDATE batches SET status = 'cancelled'")
+
+
 def run(served: Served, line: str) -> str:
     """What a shell prints."""
+    if "/v1/files" in line or "/v1/batches" in line:
+        store = served.server.config.app.state.batches.store  # type: ignore[union-attr]
+        keep(store)
+        if "-X DELETE" in line or "-d " in line:
+            drop(store)
+        try:
+            return _run(line)
+        finally:
+            drop(store)
     if "/cancel" in line:
         with something_to_cancel(served):
             return _run(line)
@@ -201,7 +254,7 @@ def test_the_examples_carry_the_name_of_the_model_that_is_served(tiny_checkpoint
     with serving(tiny_checkpoints["setting2"], served_model_name="mine") as other:
         found = Examples(other.client.get(PAGE).text)
     assert (
-        sum('"model": "mine"' in line or "model=mine" in line or "models/mine" in line for line in found.commands) == 8
+        sum('"model": "mine"' in line or "model=mine" in line or "models/mine" in line for line in found.commands) == 9
     )
     assert not any("lpa-tiny" in line for line in found.commands)
 

@@ -266,8 +266,8 @@ class Store:
         self._db.execute("COMMIT")
 
     def finish(self, job: Job, status: Status) -> None:
-        """Write a job's output and error file, those that have a line, and set its last status. A process that is killed
-        meanwhile leaves it to be done again."""
+        """Write a job's output and error file, those that have a line, and set its last status. A process that is
+        killed meanwhile leaves it to be done again."""
         fields: dict[str, Any] = {}
         for failed, name in ((0, "output"), (1, "error")):
             path = self.new_path()

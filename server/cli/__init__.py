@@ -19,6 +19,7 @@ from server.cli.generate import generate
 from server.cli.info import info
 from server.cli.init import init
 from server.cli.quantize import quantize
+from server.cli.run_batch import run_batch
 from server.cli.score import score
 from server.cli.serve import serve, serve_command
 from server.cli.train import train, train_command
@@ -35,6 +36,7 @@ app.command(cls=lazy(serve_command))(serve)
 app.command()(generate)
 app.command()(chat)
 app.command()(score)
+app.command("run-batch")(run_batch)
 app.command(cls=lazy(train_command))(train)
 app.command()(init)
 app.add_typer(convert, name="convert")

@@ -169,21 +169,30 @@ def command(example: dict[str, Any], method: str, url: str, security: Any, model
     for name, value in example.get("path", {}).items():
         url = url.replace(f"{{{name}}}", model if model and name == "name" else value)
     words = ["curl -s" if "then" in example else "curl", shlex.quote(f"{url}?{urlencode(query)}" if query else url)]
-    if method == "POST" and not {"body", "lines"} & example.keys():
-        words += ["-X", "POST"]
+    if method == "DELETE" or (method == "POST" and not {"body", "lines", "file"} & example.keys()):
+        words += ["-X", method]
     words += [f'-H "Authorization: Bearer {KEYS[scheme]}"' for schemes in security for scheme in schemes]
     before = ""
     if "body" in example:
         body = {name: _renamed(value, name, model) for name, value in example["body"].items()}
         words += ["-H 'Content-Type: application/json'", "-d", shlex.quote(_json(body))]
+    lines = example.get("lines") or [_renamed_body(line, model) for line in example.get("file", ())]
+    if lines:
+        before = f"printf '%s\\n' {' '.join(shlex.quote(_json(line)) for line in lines)} |\n  "
+    if "file" in example:
+        words += ["-F", "purpose=batch", "-F", "'file=@-;filename=requests.jsonl'"]
     if "lines" in example:
-        before = f"printf '%s\\n' {' '.join(shlex.quote(_json(line)) for line in example['lines'])} |\n  "
         words += ["-H 'Content-Type: application/x-ndjson'", "--data-binary", "@-"]
     return f"{before}{' '.join(words)}{example.get('then', '')}"
 
 
 def _renamed(value: Any, name: str, model: str | None) -> Any:
     return model if model and name == "model" else value
+
+
+def _renamed_body(line: dict[str, Any], model: str | None) -> dict[str, Any]:
+    """A batch's line."""
+    return {**line, "body": {name: _renamed(value, name, model) for name, value in line["body"].items()}}
 
 
 def _shown(answer: Any) -> str:
