@@ -18,7 +18,6 @@ from server.bench.local import local_server
 from server.engine.engine import Engine, build_engine
 from server.engine.model_runner import ModelRunner
 from server.engine.request import Request, SamplingParams
-from server.serve import Server
 from server.settings import Settings
 
 
@@ -65,7 +64,7 @@ def bench_overhead(settings: Settings, streams: int, input_len: int, output_len:
 
 def _over_http(settings: Settings, streams: int, input_len: int, output_len: int) -> list[Call]:
     with local_server(settings) as local, _recording(time.pthread_getcpuclockid(local.loop_thread)) as calls:
-        _drive(local.url, local.server, streams, input_len, output_len)
+        drive(local.url, local.server.engine.model_config.vocab_size, streams, input_len, output_len)
     return calls
 
 
@@ -88,23 +87,30 @@ def _recording(loop_clock: int) -> Iterator[list[Call]]:
         setattr(ModelRunner, "run", run)  # noqa: B010 (likewise)
 
 
-def _drive(url: str, server: Server, streams: int, input_len: int, output_len: int) -> None:
-    """A client in its own process, so that its CPU time does not count as the event loop's."""
+def drive(url: str, vocab_size: int, streams: int, input_len: int, output_len: int) -> dict[str, Any]:
+    """A round of `lpa bench serve` in a process of its own, so that its CPU time does not count as the event loop's.
+
+    Raises:
+        ValueError: it failed, or one of its requests did.
+    """
     sizes = {
         "--concurrency": streams,
         "--requests": streams,
         "--input-len": input_len,
         "--output-len": output_len,
         "--rounds": 1,
-        "--vocab-size": server.engine.model_config.vocab_size,
+        "--vocab-size": vocab_size,
     }
     command = [sys.executable, "-m", "server.cli", "bench", "serve", url, "--json"]
     command += [str(word) for pair in sizes.items() for word in pair]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"the client failed: {done.stderr}")
-    if errors := json.loads(done.stdout)["servers"][0]["errors"]:
-        raise ValueError(f"a request failed: {errors[0]}")
+    report = json.loads(done.stdout)["servers"][0]
+    if report["errors"]:
+        raise ValueError(f"a request failed: {report['errors'][0]}")
+    found: dict[str, Any] = report["rounds"][0]
+    return found
 
 
 def _alone(engine: Engine, streams: int, input_len: int, output_len: int) -> float:

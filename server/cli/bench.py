@@ -306,6 +306,47 @@ def overhead(
 
 
 @bench.command()
+def batches(
+    model: Model = None,
+    streams: Annotated[int, typer.Option(min=1, help="Completions at once.")] = 8,
+    input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
+    output_len: Annotated[int, typer.Option(min=2, help="Tokens of a completion.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not.")] = 5,
+    dtype: Dtype = None,
+    weights: Weights = None,
+    as_json: AsJson = False,
+) -> None:
+    """Streams alone, and beside a running batch: what it takes from their inter-token latency, and gets through."""
+    from rich.progress import BarColumn, MofNCompleteColumn
+
+    from server.bench.batches import bench_batches
+    from server.cli.command import progress_bar
+    from server.settings import load_settings
+
+    with user_errors(), progress_bar(BarColumn(), MofNCompleteColumn()) as bar:
+        task = bar.add_task("", total=rounds + 1)
+        found = bench_batches(
+            load_settings(model=model, dtype=dtype, weights=weights),
+            streams=streams,
+            input_len=input_len,
+            output_len=output_len,
+            rounds=rounds,
+            on_round=lambda number: bar.update(task, completed=number),
+        )
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for name in ("median", "p99"):
+        of, ratio = found[name], found[name]["ratio"]
+        typer.echo(
+            f"inter-token latency of {streams} streams, {name}: {of['alone_ms']:.2f} ms alone and "
+            f"{of['beside_ms']:.2f} ms beside a batch: {ratio['median']:.2f}x "
+            f"({ratio['low']:.2f} to {ratio['high']:.2f})"
+        )
+    typer.echo(f"the batch got through {found['batch_tokens_per_s']:,.0f} tokens per second meanwhile")
+
+
+@bench.command()
 def sampling(
     model: Annotated[Path, typer.Argument(help="Model folder.")],
     streams: Annotated[int, typer.Option(min=2, help="Streams that decode together.")] = 32,
