@@ -43,6 +43,7 @@ static void quantize_row(int is_bf16, const void *x, int64_t groups, struct x_gr
         float largest;
         __builtin_memcpy(&largest, &bits, sizeof largest);
         int finite = largest < __builtin_inff(), tiny = largest < 1e-30f; /* of which 127 / x may be infinite */
+        if (!finite) first = second = splat_f32(0); /* codes of any kind will do, but not those that overflow a sum */
         f32x16 factor = splat_f32(finite && !tiny ? 127 / largest : 0);
         i32x16 codes[2] = {round_i32(first * factor), round_i32(second * factor)};
         to[g].scale = finite ? (tiny ? 0 : largest / 127) : __builtin_nanf("");
