@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import re
 from collections.abc import AsyncIterator
@@ -37,6 +38,8 @@ from server.routes.tokenize import tokenize_router
 from server.settings import Settings
 from server.version import package_version
 
+WATCH_INTERVAL = 0.1  # seconds between looks at the event loop
+
 UNION_TAG = re.compile(r"str|int|float|bool|(list|dict|function-\w+)\[.*\]")
 """What pydantic puts into the `loc` of an error for a member of a union."""
 
@@ -47,10 +50,12 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await engine.start()
-        metrics.set_build_info(package_version(), engine.backend.name, engine.backend.batch_invariant)
+        metrics.set_engine(package_version(), engine.backend, engine.blocks)
+        watching = asyncio.create_task(_watch_loop(metrics))
         try:
             yield
         finally:
+            watching.cancel()
             await engine.stop(settings.drain_timeout)
 
     keys, running = keys_of(settings, PLAYGROUND_PATHS | DOCS_PATHS), Running()
@@ -91,8 +96,17 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     if settings.ignore_unknown_fields:
         app.add_middleware(IgnoreUnknownFields)
     limits = HeaderLimits(settings.max_header_fields, settings.max_header_bytes)
-    app.add_middleware(RequestLog, enabled=settings.log_requests, max_headers=limits)
+    app.add_middleware(RequestLog, enabled=settings.log_requests, max_headers=limits, metrics=metrics)
     return app
+
+
+async def _watch_loop(metrics: Metrics) -> None:
+    """Observe by how much the event loop is late, for as long as it runs."""
+    loop = asyncio.get_running_loop()
+    while True:
+        planned = loop.time() + WATCH_INTERVAL
+        await asyncio.sleep(WATCH_INTERVAL)
+        metrics.observe_loop_lag(max(0.0, loop.time() - planned))
 
 
 async def _on_user_error(_: Request, error: Exception) -> Response:

@@ -10,7 +10,7 @@ import logging
 import re
 import secrets
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -18,8 +18,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.engine.work import Work, work_of_request
 from server.errors import BodyTooLarge, EngineError, HeadersTooLarge, InvalidRequest, UserError
 from server.keys import METRICS, PROBES, Keys
+from server.metrics import Metrics
 from server.protocol.body import ignore_unknown_fields
 from server.routes.ndjson import has_lines
 from server.routes.requests import Running
@@ -28,6 +30,8 @@ from server.routes.respond import error_response
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+OTHER = "other"
 EXPOSED_HEADERS = ("x-request-id", "retry-after")
 
 
@@ -39,13 +43,14 @@ class HeaderLimits(NamedTuple):
 
 
 class RequestLog:
-    """Request id, a line in the log, limits on the headers, and HEAD as GET, whose body the HTTP server
-    keeps back."""
+    """Request id, a line in the log, a count in the metrics, limits on the headers, and HEAD as GET, whose body the
+    HTTP server keeps back."""
 
-    def __init__(self, app: ASGIApp, enabled: bool, max_headers: HeaderLimits) -> None:
+    def __init__(self, app: ASGIApp, enabled: bool, max_headers: HeaderLimits, metrics: Metrics) -> None:
         self._app = app
         self._enabled = enabled
         self._max_headers = max_headers
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,6 +61,7 @@ class RequestLog:
         request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
+        work_of_request.set(work := Work())  # in this request's own context
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -65,13 +71,17 @@ class RequestLog:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
+        routed = {**scope, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
         try:
-            method = "GET" if scope["method"] == "HEAD" else scope["method"]
             answer = self._refusal(scope) or self._app
-            await answer({**scope, "method": method}, receive, send_with_id)
+            await answer(routed, receive, send_with_id)
         finally:
+            seconds = time.monotonic() - began
+            status = 499 if state.get("client_left") or not status else status  # as nginx
+            method = scope["method"] if scope["method"] in METHODS else OTHER
+            self._metrics.observe_http(_route(routed), method, status, seconds)
             if self._enabled:
-                self._log(scope, 499 if state.get("client_left") else status, time.monotonic() - began)
+                self._log(scope, status, seconds, work)
 
     def _refusal(self, scope: Scope) -> Response | None:
         """Of headers that are too many, or, though they came at once, too large."""
@@ -87,21 +97,38 @@ class RequestLog:
             )
         return None
 
-    def _log(self, scope: Scope, status: int, seconds: float) -> None:
-        fields = {
+    def _log(self, scope: Scope, status: int, seconds: float, work: Work) -> None:
+        fields: dict[str, Any] = {
             "request_id": scope["state"]["request_id"],
             "method": scope["method"],
             "path": scope["path"],
             "status": status,
             "duration_ms": round(seconds * 1e3, 2),
         }
+        message = "%(method)s %(path)r %(status)d %(duration_ms).2f ms %(request_id)s"
+        if work.sequences:
+            message += " %(prompt_tokens)d + %(completion_tokens)d tokens, %(finish_reason)s"
+            fields |= {
+                "sequences": work.sequences,
+                "prompt_tokens": work.prompt_tokens,
+                "cached_tokens": work.cached_tokens,
+                "completion_tokens": work.completion_tokens,
+                "finish_reason": ",".join(sorted(work.reasons)),
+                **{f"{name}_ms": round(interval * 1e3, 2) for name, interval in work.intervals.items()},
+            }
         quiet = scope["path"] in PROBES or scope["path"] == METRICS  # they would drown the rest
         logger.log(
             logging.DEBUG if quiet else logging.INFO,
-            "%(method)s %(path)r %(status)d %(duration_ms).2f ms %(request_id)s",
+            message,
             fields,
             extra={"fields": fields},
         )
+
+
+def _route(scope: Scope) -> str:
+    """The template of the path that a request was routed to; what reached no route counts together, since clients
+    choose their paths."""
+    return getattr(scope.get("route"), "path", OTHER)
 
 
 class IgnoreUnknownFields:

@@ -69,7 +69,7 @@ class Server(uvicorn.Server):
             raise
 
     def _build(self, settings: Settings) -> None:
-        self.metrics = Metrics(settings.model_name)
+        self.metrics = Metrics(settings.model_name, settings.metrics_prefix)
         self.engine = AsyncEngine(
             build_engine(settings.model, settings.engine_options()),
             self.metrics.observe,

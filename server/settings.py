@@ -228,6 +228,11 @@ class Settings(BaseSettings):
         description="Keys that may do everything, and alone may use the control routes, such as cancelling other "
         "requests (default: those routes are shut).",
     )
+    metrics_prefix: Literal["lpa", "vllm"] = Field(
+        "lpa",
+        description="Prefix of the names at /metrics. vllm: vLLM's own names, older ones too, for dashboards and "
+        "routers that were made for it.",
+    )
     metrics_key: bool = Field(False, description="Ask for a key at /metrics too.")
     cors_origins: Names = Field(
         (),

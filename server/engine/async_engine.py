@@ -16,9 +16,11 @@ from contextlib import aclosing, nullcontext
 from dataclasses import replace
 
 from lpa_model.config import LPAConfig
+from server.engine.block_manager import BlockManager
 from server.engine.engine import BackendInfo, Engine, StepFailed
 from server.engine.request import EngineStats, FinishReason, GrammarSpec, Request, RequestOutput
 from server.engine.tokenizer import Tokenizer
+from server.engine.work import Work, work_of_request
 from server.errors import EngineError, InvalidRequest, QueueFull, TimedOut, Unavailable
 
 logger = logging.getLogger(__name__)
@@ -140,6 +142,11 @@ class AsyncEngine:
         return self._engine.backend
 
     @property
+    def blocks(self) -> BlockManager:
+        """Of the cache; its sizes may be read here."""
+        return self._engine.scheduler.blocks
+
+    @property
     def max_num_seqs(self) -> int:
         return self._engine.scheduler.max_num_seqs
 
@@ -235,6 +242,7 @@ class AsyncEngine:
         timer = None if deadline is None else asyncio.get_running_loop().call_at(deadline, mailbox.expire)
         remaining = enumerate(requests)
         index_of: dict[str, int] = {}
+        work = work_of_request.get() or Work()
         upcoming = next(remaining, None)
         try:
             while index_of or upcoming:
@@ -245,6 +253,13 @@ class AsyncEngine:
                     upcoming = next(remaining, None)
                 output = await mailbox.take()
                 index = index_of[output.request_id]
+                if output.finish_reason is not None:
+                    del index_of[output.request_id]
+                    self._forget(output.request_id, session)
+                    if output.finished is not None:
+                        work.add(output.finished)
+                    else:
+                        work.abort(1)
                 if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
                     if output.token_ids:  # generated before, and merged with the end
                         yield index, replace(output, finish_reason=None)
@@ -253,13 +268,11 @@ class AsyncEngine:
                     if output.finish_reason is FinishReason.ERROR:
                         raise EngineError(f"the engine failed on this request: {output.error}")
                     raise Unavailable("the server is shutting down")
-                if output.finish_reason is not None:
-                    del index_of[output.request_id]
-                    self._forget(output.request_id, session)
                 yield index, output
         finally:
             if timer is not None:
                 timer.cancel()
+            work.abort(len(index_of))
             for request_id in index_of:
                 self._forget(request_id, session)
                 self._inbox.put(request_id)
