@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -38,14 +39,26 @@ from server.routes.tokenize import tokenize_router
 from server.settings import Settings
 from server.version import package_version
 
+if TYPE_CHECKING:  # it needs the extra `otel`
+    from server.tracing import Tracing
+
+logger = logging.getLogger(__name__)
+
 WATCH_INTERVAL = 0.1  # seconds between looks at the event loop
+
+FLUSH_TIMEOUT = 2.0  # seconds
 
 UNION_TAG = re.compile(r"str|int|float|bool|(list|dict|function-\w+)\[.*\]")
 """What pydantic puts into the `loc` of an error for a member of a union."""
 
 
 def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> FastAPI:
-    """The application. It starts the engine, and drains and stops it at the end."""
+    """The application. It starts the engine, and drains and stops it at the end.
+
+    Raises:
+        ValueError: a setting needs an extra that is not installed.
+    """
+    tracing = _tracing_of(settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -57,6 +70,8 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
         finally:
             watching.cancel()
             await engine.stop(settings.drain_timeout)
+            if tracing is not None:
+                await _send_last_spans(tracing)
 
     keys, running = keys_of(settings, PLAYGROUND_PATHS | DOCS_PATHS), Running()
     app = FastAPI(
@@ -96,8 +111,29 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     if settings.ignore_unknown_fields:
         app.add_middleware(IgnoreUnknownFields)
     limits = HeaderLimits(settings.max_header_fields, settings.max_header_bytes)
-    app.add_middleware(RequestLog, enabled=settings.log_requests, max_headers=limits, metrics=metrics)
+    app.add_middleware(RequestLog, enabled=settings.log_requests, max_headers=limits, metrics=metrics, tracing=tracing)
     return app
+
+
+def _tracing_of(settings: Settings) -> Tracing | None:
+    if settings.otlp_traces_endpoint is None:
+        return None
+    try:
+        from server.tracing import Tracing
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"otlp_traces_endpoint: {error.name} is not installed; pip install 'lpa-server[otel]' brings it"
+        ) from None
+    return Tracing(settings.otlp_traces_endpoint, settings.model_name)
+
+
+async def _send_last_spans(tracing: Tracing) -> None:
+    """For a moment: a collector that does not answer must not hold up the end."""
+    try:
+        async with asyncio.timeout(FLUSH_TIMEOUT):
+            await asyncio.to_thread(tracing.close)
+    except TimeoutError:
+        logger.warning("the collector of traces does not answer: the last spans are lost")
 
 
 async def _watch_loop(metrics: Metrics) -> None:

@@ -10,7 +10,7 @@ import logging
 import re
 import secrets
 import time
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -26,6 +26,9 @@ from server.protocol.body import ignore_unknown_fields
 from server.routes.ndjson import has_lines
 from server.routes.requests import Running
 from server.routes.respond import error_response
+
+if TYPE_CHECKING:  # it needs the extra `otel`
+    from server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +46,17 @@ class HeaderLimits(NamedTuple):
 
 
 class RequestLog:
-    """Request id, a line in the log, a count in the metrics, limits on the headers, and HEAD as GET, whose body the
-    HTTP server keeps back."""
+    """Request id, a line in the log, a count in the metrics, a trace, limits on the headers, and HEAD as GET, whose
+    body the HTTP server keeps back."""
 
-    def __init__(self, app: ASGIApp, enabled: bool, max_headers: HeaderLimits, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, enabled: bool, max_headers: HeaderLimits, metrics: Metrics, tracing: Tracing | None
+    ) -> None:
         self._app = app
         self._enabled = enabled
         self._max_headers = max_headers
         self._metrics = metrics
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -78,8 +84,10 @@ class RequestLog:
         finally:
             seconds = time.monotonic() - began
             status = 499 if state.get("client_left") or not status else status  # as nginx
-            method = scope["method"] if scope["method"] in METHODS else OTHER
-            self._metrics.observe_http(_route(routed), method, status, seconds)
+            method, route = scope["method"] if scope["method"] in METHODS else OTHER, _route(routed)
+            self._metrics.observe_http(route, method, status, seconds)
+            if self._tracing is not None and not _is_quiet(scope):
+                self._tracing.record(scope, method, route, status, seconds, work)
             if self._enabled:
                 self._log(scope, status, seconds, work)
 
@@ -116,13 +124,17 @@ class RequestLog:
                 "finish_reason": ",".join(sorted(work.reasons)),
                 **{f"{name}_ms": round(interval * 1e3, 2) for name, interval in work.intervals.items()},
             }
-        quiet = scope["path"] in PROBES or scope["path"] == METRICS  # they would drown the rest
         logger.log(
-            logging.DEBUG if quiet else logging.INFO,
+            logging.DEBUG if _is_quiet(scope) else logging.INFO,
             message,
             fields,
             extra={"fields": fields},
         )
+
+
+def _is_quiet(scope: Scope) -> bool:
+    """Whether a request is one of those that come every few seconds, and would drown the rest."""
+    return scope["path"] in PROBES or scope["path"] == METRICS
 
 
 def _route(scope: Scope) -> str:

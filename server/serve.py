@@ -11,7 +11,6 @@ import os
 import socket
 import sys
 import threading
-import time
 from types import FrameType
 
 import uvicorn
@@ -22,6 +21,7 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.engine import build_engine
 from server.engine.memory import release_code
 from server.listen import explain, listeners, url_of
+from server.logs import configure_logging
 from server.metrics import Metrics
 from server.settings import Settings
 
@@ -219,30 +219,3 @@ def greeting(settings: Settings, port: int) -> str:
         f"{settings.model_name} is served: open {url}/ in a browser; {url}/docs/ is the documentation. Try:\n\n"
         f"  curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'\n"
     )
-
-
-class JsonFormatter(logging.Formatter):
-    """A JSON object per line; `extra={"fields": {...}}` become its keys."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
-
-
-def configure_logging(settings: Settings) -> None:
-    """Everything to stderr, in one format."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        JsonFormatter()
-        if settings.log_format == "json"
-        else logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
-    )
-    logging.basicConfig(handlers=[handler], level=settings.log_level.upper(), force=True)

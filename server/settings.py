@@ -228,11 +228,6 @@ class Settings(BaseSettings):
         description="Keys that may do everything, and alone may use the control routes, such as cancelling other "
         "requests (default: those routes are shut).",
     )
-    metrics_prefix: Literal["lpa", "vllm"] = Field(
-        "lpa",
-        description="Prefix of the names at /metrics. vllm: vLLM's own names, older ones too, for dashboards and "
-        "routers that were made for it.",
-    )
     metrics_key: bool = Field(False, description="Ask for a key at /metrics too.")
     cors_origins: Names = Field(
         (),
@@ -242,6 +237,17 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = Field("text", description="Log lines as text or as JSON objects.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
     log_requests: bool = Field(True, description="Log a line for every request.")
+    metrics_prefix: Literal["lpa", "vllm"] = Field(
+        "lpa",
+        description="Prefix of the names at /metrics. vllm: vLLM's own names, older ones too, for dashboards and "
+        "routers that were made for it.",
+    )
+    otlp_traces_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://\S+$",
+        description="URL that a trace of each request is sent to by OTLP over HTTP, as "
+        "http://localhost:4318/v1/traces; needs the extra otel (default: none is made).",
+    )
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -271,7 +277,7 @@ GROUPS = {
     "max_model_len": "Steps and cache",
     "max_queue": "Limits and times",
     "api_key": "Keys and origins",
-    "log_format": "Log",
+    "log_format": "Log, metrics and traces",
 }
 """Headings of the settings in help and documents, by the first of each group in the order of `Settings`."""
 
