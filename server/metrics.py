@@ -78,6 +78,7 @@ class Metrics(Collector):
         self._load_seconds = 0.0
         self._http = Counter[tuple[str, str, str]]()  # (route, method, status)
         self._http_seconds: dict[tuple[str, str], Histogram] = {}  # by (route, method)
+        self._callers: dict[str, Counter[str]] = {}  # by the name of a key
         self._ttft = Histogram(LATENCY_BUCKETS)
         self._inter_token = Histogram(LATENCY_BUCKETS)
         self._per_token = Histogram(LATENCY_BUCKETS)
@@ -158,6 +159,11 @@ class Metrics(Collector):
         self._http[route, method, str(status)] += 1
         self._http_seconds.setdefault((route, method), Histogram(LATENCY_BUCKETS)).observe(seconds)
 
+    def observe_caller(self, name: str, prompt_tokens: int, generation_tokens: int) -> None:
+        """What a request used that came with a key of that name."""
+        used = self._callers.setdefault(name, Counter())
+        used.update(requests=1, prompt_tokens=prompt_tokens, generation_tokens=generation_tokens)
+
     def observe_loop_lag(self, seconds: float) -> None:
         """How much later than planned the event loop has come to a task."""
         self._loop_lag.observe(seconds)
@@ -235,6 +241,9 @@ class Metrics(Collector):
         yield self._gauge("model_load_time_seconds", "From the start until the model was loaded.", self._load_seconds)
         yield self._http_requests()
         yield self._http_latency()
+        yield self._used_by_key("requests", "HTTP requests, by the name of their key.")
+        yield self._used_by_key("prompt_tokens", "Prompt tokens, by the name of their request's key.")
+        yield self._used_by_key("generation_tokens", "Tokens generated, by the name of their request's key.")
         yield self._histogram("event_loop_lag_seconds", "How much late the event loop came to a task.", self._loop_lag)
         yield self._counter(
             "out_of_descriptors",
@@ -296,6 +305,12 @@ class Metrics(Collector):
         )
         for reason in FinishReason:
             family.add_metric([*self._labels.values(), reason.value], self._finished[reason])
+        return family
+
+    def _used_by_key(self, what: str, text: str) -> Metric:
+        family = CounterMetricFamily(f"{self._prefix}:key_{what}", text, labels=[*self._labels, "key"])
+        for name, used in list(self._callers.items()):
+            family.add_metric([*self._labels.values(), name], used[what])
         return family
 
     def _http_name(self, name: str) -> str:

@@ -23,6 +23,7 @@ from server.errors import BodyTooLarge, EngineError, HeadersTooLarge, InvalidReq
 from server.keys import METRICS, PROBES, Keys
 from server.metrics import Metrics
 from server.protocol.body import ignore_unknown_fields
+from server.quota import RequestRate
 from server.routes.ndjson import has_lines
 from server.routes.requests import Running
 from server.routes.respond import error_response
@@ -35,7 +36,8 @@ logger = logging.getLogger(__name__)
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 OTHER = "other"
-EXPOSED_HEADERS = ("x-request-id", "retry-after")
+RATE_HEADERS = tuple(f"x-ratelimit-{what}-requests" for what in ("limit", "remaining", "reset"))
+EXPOSED_HEADERS = ("x-request-id", "retry-after", *RATE_HEADERS)
 
 
 class HeaderLimits(NamedTuple):
@@ -86,6 +88,8 @@ class RequestLog:
             status = 499 if state.get("client_left") or not status else status  # as nginx
             method, route = scope["method"] if scope["method"] in METHODS else OTHER, _route(routed)
             self._metrics.observe_http(route, method, status, seconds)
+            if (caller := state.get("caller")) is not None:
+                self._metrics.observe_caller(caller, work.prompt_tokens, work.completion_tokens)
             if self._tracing is not None and not _is_quiet(scope):
                 self._tracing.record(scope, method, route, status, seconds, work)
             if self._enabled:
@@ -113,6 +117,8 @@ class RequestLog:
             "status": status,
             "duration_ms": round(seconds * 1e3, 2),
         }
+        if "caller" in scope["state"]:
+            fields["key"] = scope["state"]["caller"]
         message = "%(method)s %(path)r %(status)d %(duration_ms).2f ms %(request_id)s"
         if work.sequences:
             message += " %(prompt_tokens)d + %(completion_tokens)d tokens, %(finish_reason)s"
@@ -176,7 +182,7 @@ class Cors(CORSMiddleware):
 
 
 class Guard:
-    """Key, limit of the body, cancelling, and the answer to uncaught exceptions."""
+    """Key and its limits, limit of the body, cancelling, and the answer to uncaught exceptions."""
 
     def __init__(self, app: ASGIApp, keys: Keys, max_body: int, running: Running) -> None:
         self._app = app
@@ -191,14 +197,23 @@ class Guard:
         headers, state = Headers(scope=scope), scope["state"]
         started = False
 
+        state["role"], caller = self._keys.identify(headers.get("authorization", ""))
+        if caller is not None:
+            state["caller"] = caller.name
+            if (work := work_of_request.get()) is not None:
+                work.places = caller.sequences
+            if caller.rate is not None:
+                send = _with_limits(send, caller.rate)
+
         async def watched_send(message: Message) -> None:
             nonlocal started
             started = True
             await send(message)
 
         try:
-            state["role"] = self._keys.role(headers.get("authorization", ""))
             self._keys.check(scope["path"], state["role"])
+            if caller is not None and caller.rate is not None and scope["method"] == "POST":
+                caller.rate.take()
             with self._running.entry(state["request_id"]) as cancelled:
                 state["cancelled"] = cancelled
                 limited = receive if has_lines(scope["path"], headers) else self._limited(headers, receive)
@@ -227,6 +242,17 @@ class Guard:
             return message
 
         return limited
+
+
+def _with_limits(send: Send, rate: RequestRate) -> Send:
+    """`send` with OpenAI's headers of what a key has left."""
+
+    async def with_limits(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(rate.headers())
+        await send(message)
+
+    return with_limits
 
 
 def _until_cancelled(receive: Receive, cancelled: asyncio.Future[None]) -> Receive:

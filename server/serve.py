@@ -213,7 +213,7 @@ def _spare_collections() -> None:
 def greeting(settings: Settings, port: int) -> str:
     """What a person who has just started the server wants to know."""
     url = url_of(settings.host, port)
-    key = ' -H "Authorization: Bearer $LPA_API_KEY"' if settings.api_keys else ""
+    key = ' -H "Authorization: Bearer $LPA_API_KEY"' if settings.client_keys else ""
     body = json.dumps({"model": settings.model_name, "prompt": "Once upon a time", "max_tokens": 64})
     return (
         f"{settings.model_name} is served: open {url}/ in a browser; {url}/docs/ is the documentation. Try:\n\n"

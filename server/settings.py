@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from server.key_file import ClientKey, client_key, read_key_file
+
 if TYPE_CHECKING:  # the engine imports torch, which the command line must not wait for
     from server.engine.engine import EngineOptions
 
@@ -39,16 +41,13 @@ def _split(value: Any) -> list[str]:
     return found
 
 
-def _read_keys(path: Path) -> list[SecretStr]:
-    lines = (line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
-    return [SecretStr(line) for line in lines if line and not line.startswith("#")]
-
-
 def _check_keys(path: Path | None) -> Path | None:
     try:
-        found = path is None or _read_keys(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+        found = path is None or read_key_file(path)
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError("cannot be read: not UTF-8") from None
     if not found:  # it would leave the server open
         raise ValueError("has no key in it")
     return path
@@ -221,7 +220,9 @@ class Settings(BaseSettings):
         "the flag repeated (default: none is needed).",
     )
     api_key_file: Annotated[Path | None, AfterValidator(_check_keys)] = Field(
-        None, description="File with more such keys, one a line; lines that begin with # are comments."
+        None,
+        description="File with more such keys, one a line, or sha256: and a key's digest; name=, requests_per_minute= "
+        "and concurrent_sequences= may follow. Lines that begin with # are comments.",
     )
     admin_api_key: Keys = Field(
         (),
@@ -260,9 +261,10 @@ class Settings(BaseSettings):
         return self.model_names[0]
 
     @property
-    def api_keys(self) -> tuple[SecretStr, ...]:
+    def client_keys(self) -> tuple[ClientKey, ...]:
         """The keys that clients may send, beside the admin's; without any, none is needed."""
-        return (*self.api_key, *(() if self.api_key_file is None else _read_keys(self.api_key_file)))
+        of_flags = (client_key(key.get_secret_value()) for key in self.api_key)
+        return (*of_flags, *(() if self.api_key_file is None else read_key_file(self.api_key_file)))
 
     def engine_options(self) -> EngineOptions:
         """The settings that the engine is built from."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from server.engine.engine import EngineOptions
+from server.key_file import client_key
 from server.settings import Settings, SettingsError, embedded_checkpoint, load_settings
 
 
@@ -22,7 +23,7 @@ def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LPA_API_KEY", "")
     monkeypatch.setenv("LPA_MODEL", "")
     settings = load_settings()
-    assert settings.api_keys == ()
+    assert settings.client_keys == ()
     assert settings.model == embedded_checkpoint()
     assert settings.model_name == "lpa-tiny"
 
@@ -90,7 +91,7 @@ def test_keys_come_from_a_file_too(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("# ours\none\n\n  two \n")
     settings = load_settings(api_key="zero", api_key_file=str(path))
-    assert [key.get_secret_value() for key in settings.api_keys] == ["zero", "one", "two"]
+    assert settings.client_keys == tuple(map(client_key, ["zero", "one", "two"]))
     path.write_text("# nobody yet\n")
     for wrong in (path, tmp_path / "nowhere", tmp_path):
         with pytest.raises(SettingsError, match="--api-key-file"):

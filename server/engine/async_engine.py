@@ -20,7 +20,7 @@ from server.engine.block_manager import BlockManager
 from server.engine.engine import BackendInfo, Engine, StepFailed
 from server.engine.request import EngineStats, FinishReason, GrammarSpec, Request, RequestOutput
 from server.engine.tokenizer import Tokenizer
-from server.engine.work import Work, work_of_request
+from server.engine.work import Places, Work, work_of_request
 from server.errors import EngineError, InvalidRequest, QueueFull, TimedOut, Unavailable
 
 logger = logging.getLogger(__name__)
@@ -225,6 +225,7 @@ class AsyncEngine:
 
         Raises:
             QueueFull: too many requests are waiting, and this one has not begun.
+            RateLimited: the client has all the sequences it may have, and this request has not begun.
             Unavailable: the server is draining and this request has not begun, the drain's time has passed, or the
                 engine has died.
             EngineError: the step that held a request failed.
@@ -246,16 +247,16 @@ class AsyncEngine:
         upcoming = next(remaining, None)
         try:
             while index_of or upcoming:
-                while upcoming and (not index_of or self._may_add(index_of)):
+                while upcoming and (not index_of or self._may_add(index_of, work.places)):
                     index, request = upcoming
-                    await self._submit(request, mailbox, session, deadline)
+                    await self._submit(request, mailbox, session, deadline, work.places)
                     index_of[request.id] = index
                     upcoming = next(remaining, None)
                 output = await mailbox.take()
                 index = index_of[output.request_id]
                 if output.finish_reason is not None:
                     del index_of[output.request_id]
-                    self._forget(output.request_id, session)
+                    self._forget(output.request_id, session, work.places)
                     if output.finished is not None:
                         work.add(output.finished)
                     else:
@@ -274,19 +275,36 @@ class AsyncEngine:
                 timer.cancel()
             work.abort(len(index_of))
             for request_id in index_of:
-                self._forget(request_id, session)
+                self._forget(request_id, session, work.places)
                 self._inbox.put(request_id)
 
     @property
     def _num_taken(self) -> int:
         return len(self._mailboxes) + self._granted
 
-    def _may_add(self, running: Collection[str]) -> bool:
+    def _may_add(self, running: Collection[str], places: Places | None) -> bool:
         """Whether a generator that has `running` sequences with the engine may add one, or is to wait for its own."""
-        free = self._num_taken < self._max_streams - self._reserve
+        free = self._num_taken < self._max_streams - self._reserve and not (places is not None and places.is_full)
         return free and not self._line and len(running) < self.max_num_seqs
 
-    async def _submit(self, request: Request, mailbox: Mailbox, session: Session, deadline: float | None) -> None:
+    async def _submit(
+        self, request: Request, mailbox: Mailbox, session: Session, deadline: float | None, places: Places | None
+    ) -> None:
+        self._check_open(session)
+        if places is not None:
+            await places.take(may_wait=session in self._begun, deadline=deadline)
+        try:
+            await self._take_place(request, session, deadline)
+        except BaseException:
+            if places is not None:
+                places.release()
+            raise
+        self._begun.add(session)
+        session.num_sequences += 1
+        self._mailboxes[request.id] = mailbox
+        self._inbox.put(request)
+
+    async def _take_place(self, request: Request, session: Session, deadline: float | None) -> None:
         self._check_open(session)
         if session in self._begun:
             if self._line or not self._may_have(session):
@@ -296,10 +314,6 @@ class AsyncEngine:
             raise QueueFull(f"the waiting queue is full ({self._max_queue} requests); try again later")
         if request.id in self._mailboxes:
             raise InvalidRequest(f"request id {request.id!r} is already in use")
-        self._begun.add(session)
-        session.num_sequences += 1
-        self._mailboxes[request.id] = mailbox
-        self._inbox.put(request)
 
     def _check_open(self, session: Session) -> None:
         """Raises Unavailable if no sequence of a request is taken any more."""
@@ -344,7 +358,9 @@ class AsyncEngine:
                 session.num_sequences += 1
                 place.set_result(None)
 
-    def _forget(self, request_id: str, session: Session) -> None:
+    def _forget(self, request_id: str, session: Session, places: Places | None) -> None:
+        if places is not None:
+            places.release()
         del self._mailboxes[request_id]
         session.num_sequences -= 1
         self._hand_out()

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from contextvars import ContextVar
+from typing import Protocol
 
 from server.engine.request import FinishedRequest, FinishReason
+
+
+class Places(Protocol):
+    """How many sequences a client may have with the engine at once."""
+
+    @property
+    def is_full(self) -> bool: ...
+    async def take(self, *, may_wait: bool, deadline: float | None) -> None: ...
+    def release(self) -> None: ...
 
 
 class Work:
@@ -15,6 +25,7 @@ class Work:
     """
 
     def __init__(self) -> None:
+        self.places: Places | None = None  # of the client; None: without a limit
         self.reasons: Counter[str] = Counter()
         self.prompt_tokens = 0
         self.cached_tokens = 0
