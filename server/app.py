@@ -25,6 +25,7 @@ from server.openapi import openapi_document
 from server.protocol.body import REFUSED
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
+from server.routes.control import control_router
 from server.routes.docs import docs_router
 from server.routes.health import health_router
 from server.routes.loglikelihood import loglikelihood_router
@@ -93,6 +94,7 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     app.include_router(playground_router())
     app.include_router(pages_router())
     app.include_router(requests_router(running, keys))
+    app.include_router(control_router(engine, keys))
     names = settings.model_names
     app.include_router(
         docs_router(

@@ -98,7 +98,7 @@ class AsyncEngine:
         self._on_death = on_death
         self._max_streams = engine.scheduler.max_num_seqs + max_queue
         self._max_queue = max_queue
-        self._inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Request | str | asyncio.Future[int] | None] = queue.SimpleQueue()
         self._mailboxes: dict[str, Mailbox] = {}  # by request id
         # what a request that has begun leaves to the first sequences of others
         self._reserve = max(min(1, self._max_streams - 1), self._max_streams // 8)
@@ -198,6 +198,18 @@ class AsyncEngine:
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
         self._engine.close()
+
+    async def reset_prefix_cache(self) -> int:
+        """Forget all cached blocks; how many there were.
+
+        Raises:
+            Unavailable: the engine has ended.
+        """
+        if not self.alive or self._closed:
+            raise Unavailable("the engine has ended")
+        freed: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._inbox.put(freed)
+        return await freed
 
     def session(self) -> Session:
         """For a request that calls `generate` several times."""
@@ -405,8 +417,18 @@ class AsyncEngine:
                 return False
             if isinstance(item, Request):
                 self._engine.add_request(item)
+            elif isinstance(item, asyncio.Future):
+                self._reply(item, self._engine.scheduler.blocks.forget())
             else:
                 self._engine.abort(item)
+
+    def _reply(self, future: asyncio.Future[int], value: int) -> None:
+        def set_result() -> None:
+            if not future.done():
+                future.set_result(value)
+
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(set_result)
 
     def _post(self, outputs: list[RequestOutput], stats: EngineStats, dead: bool) -> None:
         assert self._loop is not None
