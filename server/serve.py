@@ -40,9 +40,9 @@ def serve(settings: Settings) -> int:
         CheckpointError, ValueError: the model or a setting cannot be used; the message names it.
     """
     configure_logging(settings)
+    server = Server(settings, owns_process=True)
     for line in settings.given():
         logger.info("setting: %s", line)
-    server = Server(settings, owns_process=True)
     server.run()
     return server.status
 
