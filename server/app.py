@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import logging
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -26,6 +28,7 @@ from server.protocol.body import REFUSED
 from server.routes.batches import batches_router
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
+from server.routes.control import control_router
 from server.routes.docs import docs_router
 from server.routes.files import files_router
 from server.routes.health import health_router
@@ -41,6 +44,15 @@ from server.routes.tokenize import tokenize_router
 from server.settings import Settings
 from server.version import package_version
 
+if TYPE_CHECKING:  # it needs the extra `otel`
+    from server.tracing import Tracing
+
+logger = logging.getLogger(__name__)
+
+WATCH_INTERVAL = 0.1  # seconds between looks at the event loop
+
+FLUSH_TIMEOUT = 2.0  # seconds
+
 UNION_TAG = re.compile(r"str|int|float|bool|(list|dict|function-\w+)\[.*\]")
 """What pydantic puts into the `loc` of an error for a member of a union."""
 
@@ -49,21 +61,26 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     """The application. It starts the engine and the batches, and drains and stops them at the end.
 
     Raises:
-        ValueError: data_dir cannot be used.
+        ValueError: data_dir cannot be used, or a setting needs an extra that is not installed.
     """
+    tracing = _tracing_of(settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await engine.start()
         if runner is not None:
             runner.start()
-        metrics.set_build_info(package_version(), engine.backend.name, engine.backend.batch_invariant)
+        metrics.set_engine(package_version(), engine.backend, engine.blocks)
+        watching = asyncio.create_task(_watch_loop(metrics))
         try:
             yield
         finally:
+            watching.cancel()
             if runner is not None:
                 await runner.stop()
             await engine.stop(settings.drain_timeout)
+            if tracing is not None:
+                await _send_last_spans(tracing)
 
     keys, running = keys_of(settings, PLAYGROUND_PATHS | DOCS_PATHS), Running()
     app = FastAPI(
@@ -89,6 +106,7 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     app.include_router(playground_router())
     app.include_router(pages_router())
     app.include_router(requests_router(running, keys))
+    app.include_router(control_router(engine, keys))
     names = settings.model_names
     app.include_router(
         docs_router(
@@ -108,8 +126,38 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     if settings.ignore_unknown_fields:
         app.add_middleware(IgnoreUnknownFields)
     limits = HeaderLimits(settings.max_header_fields, settings.max_header_bytes)
-    app.add_middleware(RequestLog, enabled=settings.log_requests, max_headers=limits)
+    app.add_middleware(RequestLog, enabled=settings.log_requests, max_headers=limits, metrics=metrics, tracing=tracing)
     return app
+
+
+def _tracing_of(settings: Settings) -> Tracing | None:
+    if settings.otlp_traces_endpoint is None:
+        return None
+    try:
+        from server.tracing import Tracing
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"otlp_traces_endpoint: {error.name} is not installed; pip install 'lpa-server[otel]' brings it"
+        ) from None
+    return Tracing(settings.otlp_traces_endpoint, settings.model_name)
+
+
+async def _send_last_spans(tracing: Tracing) -> None:
+    """For a moment: a collector that does not answer must not hold up the end."""
+    try:
+        async with asyncio.timeout(FLUSH_TIMEOUT):
+            await asyncio.to_thread(tracing.close)
+    except TimeoutError:
+        logger.warning("the collector of traces does not answer: the last spans are lost")
+
+
+async def _watch_loop(metrics: Metrics) -> None:
+    """Observe by how much the event loop is late, for as long as it runs."""
+    loop = asyncio.get_running_loop()
+    while True:
+        planned = loop.time() + WATCH_INTERVAL
+        await asyncio.sleep(WATCH_INTERVAL)
+        metrics.observe_loop_lag(max(0.0, loop.time() - planned))
 
 
 async def _on_user_error(_: Request, error: Exception) -> Response:

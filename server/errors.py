@@ -10,6 +10,7 @@ UserError
 ├── RequestTimeout      408  headers or a body were sent by halves
 ├── BodyTooLarge        413
 ├── QueueFull           429  with Retry-After
+├── RateLimited         429  the key's limit, with Retry-After
 ├── HeadersTooLarge     431
 ├── Cancelled           499  an operator has cancelled the request
 ├── EngineError         500  the step that held the request failed
@@ -19,6 +20,8 @@ UserError
 """
 
 from __future__ import annotations
+
+import math
 
 
 class UserError(Exception):
@@ -127,6 +130,24 @@ class QueueFull(UserError):
 
     def headers(self) -> dict[str, str]:
         return {"Retry-After": "1"}
+
+
+class RateLimited(UserError):
+    """The key has used what it may; `retry_after` seconds later there is some more."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+    def headers(self) -> dict[str, str]:
+        return {
+            "Retry-After": str(math.ceil(self.retry_after)),
+            "retry-after-ms": str(math.ceil(1e3 * self.retry_after)),
+        }
 
 
 class Cancelled(UserError):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import SecretStr
-
 from server.errors import Forbidden, Unauthorized
+from server.key_file import ClientKey
+from server.quota import RequestRate, Sequences
 from server.settings import Settings
 
 Role = Literal["anonymous", "client", "admin"]
@@ -24,20 +24,36 @@ INTERNAL = "lpa.internal"
 """Key of an ASGI scope: the request is the server's own, a line of a batch, and comes from no client."""
 
 
+class Caller:
+    """A client's key: its name in metrics and logs, and its limits."""
+
+    def __init__(self, key: ClientKey, name: str) -> None:
+        self.name = name
+        self.rate = None if key.requests_per_minute is None else RequestRate(key.requests_per_minute)
+        self.sequences = None if key.concurrent_sequences is None else Sequences(key.concurrent_sequences)
+
+
 @dataclass(frozen=True)
 class Keys:
-    """The keys of a server, as digests: equally long, so that comparing them does not leak a key's length."""
+    """The keys of a server, as digests."""
 
     client: tuple[bytes, ...]
     admin: tuple[bytes, ...]
     open_paths: frozenset[str]
+    callers: tuple[Caller, ...] = ()  # of `client`
 
     def role(self, authorization: str) -> Role:
-        """Whose key an Authorization header carries. All keys are compared, in constant time."""
+        """Whose key an Authorization header carries."""
+        return self.identify(authorization)[0]
+
+    def identify(self, authorization: str) -> tuple[Role, Caller | None]:
+        """Whose key an Authorization header carries, and the client's. All keys are compared, in constant time."""
         scheme, _, key = authorization.partition(" ")
         given = _digest(key.strip().encode("latin-1")) if scheme.lower() == "bearer" else b""
-        client, admin = _is_among(given, self.client), _is_among(given, self.admin)
-        return "admin" if admin else "client" if client else "anonymous"
+        client, admin = _find(given, self.client), _find(given, self.admin)
+        if admin is not None:
+            return "admin", None
+        return ("anonymous", None) if client is None else ("client", self.callers[client])
 
     def owner(self, authorization: str) -> str:
         """Whose a file or a batch is: a name for each client key, ADMIN for all admin keys, "" without keys."""
@@ -63,23 +79,23 @@ class Keys:
 
 def keys_of(settings: Settings, pages: frozenset[str]) -> Keys:
     """The keys that settings name; `pages` are paths that need none, beside the probes'."""
+    keys = settings.client_keys
+    names = [key.name or f"key-{number}" for number, key in enumerate(keys, 1)]
     return Keys(
-        client=_digests(settings.api_keys),
-        admin=_digests(settings.admin_api_key),
+        client=tuple(key.digest for key in keys),
+        admin=tuple(_digest(key.get_secret_value().encode()) for key in settings.admin_api_key),
         open_paths=PROBES | pages | (frozenset() if settings.metrics_key else {METRICS}),
+        callers=tuple(Caller(key, name) for key, name in zip(keys, names, strict=True)),
     )
-
-
-def _digests(keys: Iterable[SecretStr]) -> tuple[bytes, ...]:
-    return tuple(_digest(key.get_secret_value().encode()) for key in keys)
 
 
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def _is_among(given: bytes, keys: Sequence[bytes]) -> bool:
-    found = False
-    for key in keys:
-        found |= hmac.compare_digest(given, key)
+def _find(given: bytes, keys: Sequence[bytes]) -> int | None:
+    found = None
+    for number, key in enumerate(keys):
+        if hmac.compare_digest(given, key):
+            found = number
     return found

@@ -10,7 +10,7 @@ import logging
 import re
 import secrets
 import time
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -18,18 +18,27 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.engine.work import Work, work_of_request
 from server.errors import BodyTooLarge, EngineError, HeadersTooLarge, InvalidRequest, UserError
 from server.keys import INTERNAL, METRICS, PROBES, Keys
+from server.metrics import Metrics
 from server.protocol.body import ignore_unknown_fields
+from server.quota import RequestRate
 from server.routes.files import FILES
 from server.routes.ndjson import has_lines
 from server.routes.requests import Running
 from server.routes.respond import error_response
 
+if TYPE_CHECKING:  # it needs the extra `otel`
+    from server.tracing import Tracing
+
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
-EXPOSED_HEADERS = ("x-request-id", "retry-after")
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+OTHER = "other"
+RATE_HEADERS = tuple(f"x-ratelimit-{what}-requests" for what in ("limit", "remaining", "reset"))
+EXPOSED_HEADERS = ("x-request-id", "retry-after", *RATE_HEADERS)
 
 
 class HeaderLimits(NamedTuple):
@@ -40,13 +49,17 @@ class HeaderLimits(NamedTuple):
 
 
 class RequestLog:
-    """Request id, a line in the log, limits on the headers, and HEAD as GET, whose body the HTTP server
-    keeps back."""
+    """Request id, a line in the log, a count in the metrics, a trace, limits on the headers, and HEAD as GET, whose
+    body the HTTP server keeps back."""
 
-    def __init__(self, app: ASGIApp, enabled: bool, max_headers: HeaderLimits) -> None:
+    def __init__(
+        self, app: ASGIApp, enabled: bool, max_headers: HeaderLimits, metrics: Metrics, tracing: Tracing | None
+    ) -> None:
         self._app = app
         self._enabled = enabled
         self._max_headers = max_headers
+        self._metrics = metrics
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -57,6 +70,7 @@ class RequestLog:
         request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
+        work_of_request.set(work := Work())  # in this request's own context
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -66,13 +80,21 @@ class RequestLog:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
+        routed = {**scope, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
         try:
-            method = "GET" if scope["method"] == "HEAD" else scope["method"]
             answer = self._refusal(scope) or self._app
-            await answer({**scope, "method": method}, receive, send_with_id)
+            await answer(routed, receive, send_with_id)
         finally:
+            seconds = time.monotonic() - began
+            status = 499 if state.get("client_left") or not status else status  # as nginx
+            method, route = scope["method"] if scope["method"] in METHODS else OTHER, _route(routed)
+            self._metrics.observe_http(route, method, status, seconds)
+            if (caller := state.get("caller")) is not None:
+                self._metrics.observe_caller(caller, work.prompt_tokens, work.completion_tokens)
+            if self._tracing is not None and not _is_quiet(scope):
+                self._tracing.record(scope, method, route, status, seconds, work)
             if self._enabled:
-                self._log(scope, 499 if state.get("client_left") else status, time.monotonic() - began)
+                self._log(scope, status, seconds, work)
 
     def _refusal(self, scope: Scope) -> Response | None:
         """Of headers that are too many, or, though they came at once, too large."""
@@ -88,22 +110,44 @@ class RequestLog:
             )
         return None
 
-    def _log(self, scope: Scope, status: int, seconds: float) -> None:
-        fields = {
+    def _log(self, scope: Scope, status: int, seconds: float, work: Work) -> None:
+        fields: dict[str, Any] = {
             "request_id": scope["state"]["request_id"],
             "method": scope["method"],
             "path": scope["path"],
             "status": status,
             "duration_ms": round(seconds * 1e3, 2),
         }
-        # they would drown the rest
-        quiet = scope["path"] in PROBES or scope["path"] == METRICS or INTERNAL in scope
+        if "caller" in scope["state"]:
+            fields["key"] = scope["state"]["caller"]
+        message = "%(method)s %(path)r %(status)d %(duration_ms).2f ms %(request_id)s"
+        if work.sequences:
+            message += " %(prompt_tokens)d + %(completion_tokens)d tokens, %(finish_reason)s"
+            fields |= {
+                "sequences": work.sequences,
+                "prompt_tokens": work.prompt_tokens,
+                "cached_tokens": work.cached_tokens,
+                "completion_tokens": work.completion_tokens,
+                "finish_reason": ",".join(sorted(work.reasons)),
+                **{f"{name}_ms": round(interval * 1e3, 2) for name, interval in work.intervals.items()},
+            }
         logger.log(
-            logging.DEBUG if quiet else logging.INFO,
-            "%(method)s %(path)r %(status)d %(duration_ms).2f ms %(request_id)s",
+            logging.DEBUG if _is_quiet(scope) else logging.INFO,
+            message,
             fields,
             extra={"fields": fields},
         )
+
+
+def _is_quiet(scope: Scope) -> bool:
+    """Whether a request is one of those that come every few seconds, or by thousands, and would drown the rest."""
+    return scope["path"] in PROBES or scope["path"] == METRICS or INTERNAL in scope
+
+
+def _route(scope: Scope) -> str:
+    """The template of the path that a request was routed to; what reached no route counts together, since clients
+    choose their paths."""
+    return getattr(scope.get("route"), "path", OTHER)
 
 
 class IgnoreUnknownFields:
@@ -139,7 +183,7 @@ class Cors(CORSMiddleware):
 
 
 class Guard:
-    """Key, limit of the body, cancelling, and the answer to uncaught exceptions."""
+    """Key and its limits, limit of the body, cancelling, and the answer to uncaught exceptions."""
 
     def __init__(self, app: ASGIApp, keys: Keys, max_body: int, max_file: int, running: Running) -> None:
         self._app = app
@@ -155,14 +199,25 @@ class Guard:
         headers, state = Headers(scope=scope), scope["state"]
         started = False
 
+        state["role"], caller = self._keys.identify(headers.get("authorization", ""))
+        if caller is not None:
+            state["caller"] = caller.name
+            if (work := work_of_request.get()) is not None:
+                work.places = caller.sequences
+            if caller.rate is not None:
+                send = _with_limits(send, caller.rate)
+
         async def watched_send(message: Message) -> None:
             nonlocal started
             started = True
             await send(message)
 
         try:
-            state["role"] = "client" if INTERNAL in scope else self._keys.role(headers.get("authorization", ""))
+            if INTERNAL in scope:
+                state["role"] = "client"
             self._keys.check(scope["path"], state["role"])
+            if caller is not None and caller.rate is not None and scope["method"] == "POST":
+                caller.rate.take()
             state["owner"] = self._keys.owner(headers.get("authorization", ""))
             with self._running.entry(state["request_id"]) as cancelled:
                 state["cancelled"] = cancelled
@@ -194,6 +249,17 @@ def _limited(headers: Headers, receive: Receive, limit: int) -> Receive:
         return message
 
     return limited
+
+
+def _with_limits(send: Send, rate: RequestRate) -> Send:
+    """`send` with OpenAI's headers of what a key has left."""
+
+    async def with_limits(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(rate.headers())
+        await send(message)
+
+    return with_limits
 
 
 def _until_cancelled(receive: Receive, cancelled: asyncio.Future[None]) -> Receive:

@@ -11,7 +11,6 @@ import os
 import socket
 import sys
 import threading
-import time
 from types import FrameType
 
 import uvicorn
@@ -22,6 +21,7 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.engine import build_engine
 from server.engine.memory import release_code
 from server.listen import explain, listeners, url_of
+from server.logs import configure_logging
 from server.metrics import Metrics
 from server.settings import Settings
 
@@ -41,6 +41,8 @@ def serve(settings: Settings) -> int:
     """
     configure_logging(settings)
     server = Server(settings, owns_process=True)
+    for line in settings.given():
+        logger.info("setting: %s", line)
     server.run()
     return server.status
 
@@ -69,7 +71,7 @@ class Server(uvicorn.Server):
             raise
 
     def _build(self, settings: Settings) -> None:
-        self.metrics = Metrics(settings.model_name)
+        self.metrics = Metrics(settings.model_name, settings.metrics_prefix)
         self.engine = AsyncEngine(
             build_engine(settings.model, settings.engine_options()),
             self.metrics.observe,
@@ -213,36 +215,9 @@ def _spare_collections() -> None:
 def greeting(settings: Settings, port: int) -> str:
     """What a person who has just started the server wants to know."""
     url = url_of(settings.host, port)
-    key = ' -H "Authorization: Bearer $LPA_API_KEY"' if settings.api_keys else ""
+    key = ' -H "Authorization: Bearer $LPA_API_KEY"' if settings.client_keys else ""
     body = json.dumps({"model": settings.model_name, "prompt": "Once upon a time", "max_tokens": 64})
     return (
         f"{settings.model_name} is served: open {url}/ in a browser; {url}/docs/ is the documentation. Try:\n\n"
         f"  curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'\n"
     )
-
-
-class JsonFormatter(logging.Formatter):
-    """A JSON object per line; `extra={"fields": {...}}` become its keys."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
-
-
-def configure_logging(settings: Settings) -> None:
-    """Everything to stderr, in one format."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        JsonFormatter()
-        if settings.log_format == "json"
-        else logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
-    )
-    logging.basicConfig(handlers=[handler], level=settings.log_level.upper(), force=True)

@@ -8,12 +8,15 @@ import importlib.util
 import os
 import re
 import sys
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from server.key_file import ClientKey, client_key, read_key_file
 
 if TYPE_CHECKING:  # the engine imports torch, which the command line must not wait for
     from server.engine.engine import EngineOptions
@@ -39,16 +42,13 @@ def _split(value: Any) -> list[str]:
     return found
 
 
-def _read_keys(path: Path) -> list[SecretStr]:
-    lines = (line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
-    return [SecretStr(line) for line in lines if line and not line.startswith("#")]
-
-
 def _check_keys(path: Path | None) -> Path | None:
     try:
-        found = path is None or _read_keys(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+        found = path is None or read_key_file(path)
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError("cannot be read: not UTF-8") from None
     if not found:  # it would leave the server open
         raise ValueError("has no key in it")
     return path
@@ -87,10 +87,17 @@ class Settings(BaseSettings):
         env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, validate_default=False, extra="forbid"
     )
 
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
     model: Path = Field(
         default_factory=embedded_checkpoint,
         description="Model folder, or a model of the Hugging Face hub as OWNER/NAME: an LPA model, or one that `lpa "
         "convert llama` reads (default: the embedded lpa-tiny).",
+    )
+    config: Path | None = Field(
+        None,
+        description="TOML file with settings by their names (max_num_seqs = 8), without tables. Flags and variables "
+        "come before it.",
     )
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 is every interface.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
@@ -228,7 +235,9 @@ class Settings(BaseSettings):
         "the flag repeated (default: none is needed).",
     )
     api_key_file: Annotated[Path | None, AfterValidator(_check_keys)] = Field(
-        None, description="File with more such keys, one a line; lines that begin with # are comments."
+        None,
+        description="File with more such keys, one a line, or sha256: and a key's digest; name=, requests_per_minute= "
+        "and concurrent_sequences= may follow. Lines that begin with # are comments.",
     )
     admin_api_key: Keys = Field(
         (),
@@ -244,6 +253,22 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = Field("text", description="Log lines as text or as JSON objects.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
     log_requests: bool = Field(True, description="Log a line for every request.")
+    metrics_prefix: Literal["lpa", "vllm"] = Field(
+        "lpa",
+        description="Prefix of the names at /metrics. vllm: vLLM's own names, older ones too, for dashboards and "
+        "routers that were made for it.",
+    )
+    otlp_traces_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://\S+$",
+        description="URL that a trace of each request is sent to by OTLP over HTTP, as "
+        "http://localhost:4318/v1/traces; needs the extra otel (default: none is made).",
+    )
+
+    def given(self) -> list[str]:
+        """What is not a default, with where it comes from; keys are not told."""
+        shown = {name: "..." if name in SECRET else str(getattr(self, name)) for name in self._origins}
+        return [f"{name} = {shown[name]} ({origin})" for name, origin in self._origins.items()]
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -256,9 +281,10 @@ class Settings(BaseSettings):
         return self.model_names[0]
 
     @property
-    def api_keys(self) -> tuple[SecretStr, ...]:
+    def client_keys(self) -> tuple[ClientKey, ...]:
         """The keys that clients may send, beside the admin's; without any, none is needed."""
-        return (*self.api_key, *(() if self.api_key_file is None else _read_keys(self.api_key_file)))
+        of_flags = (client_key(key.get_secret_value()) for key in self.api_key)
+        return (*of_flags, *(() if self.api_key_file is None else read_key_file(self.api_key_file)))
 
     def engine_options(self) -> EngineOptions:
         """The settings that the engine is built from."""
@@ -274,28 +300,62 @@ GROUPS = {
     "max_queue": "Limits and times",
     "data_dir": "Batches",
     "api_key": "Keys and origins",
-    "log_format": "Log",
+    "log_format": "Log, metrics and traces",
 }
 """Headings of the settings in help and documents, by the first of each group in the order of `Settings`."""
 
 
+SECRET = frozenset({"api_key", "admin_api_key"})
+
+
 def load_settings(**flags: Any) -> Settings:
-    """Settings from flags, then LPA_ variables, then defaults; a flag that is None was not given.
+    """Settings from flags, then LPA_ variables, then the file `config`, then defaults; None is no flag.
 
     Raises:
-        SettingsError: values are invalid, or an LPA_ variable is none of ours; a line for each names the flag, the
-            variable and the limit.
+        SettingsError: values are invalid, or an LPA_ variable or an entry of the file is none of ours; a line for each
+            names the flag and the variable, or the file, and the limit.
         lpa_model.checkpoint.CheckpointError: a model of the hub cannot be fetched or converted.
     """
     check_variables(os.environ)
+    flags = {name: value for name, value in flags.items() if value is not None}
+    variables = {name.upper(): name for name, value in os.environ.items() if value}
+    of_variables = {name for name in Settings.model_fields if f"{ENV_PREFIX}{name.upper()}" in variables}
+    config = flags.get("config") or os.environ.get(variables.get(f"{ENV_PREFIX}CONFIG", ""))
+    in_file = {} if config is None else _read_config(Path(config))
+    of_file = {name: value for name, value in in_file.items() if name not in flags and name not in of_variables}
+    origins = {
+        **dict.fromkeys(of_file, str(config)),
+        **{name: f"{ENV_PREFIX}{name.upper()}" for name in of_variables},
+        **dict.fromkeys(flags, "flag"),
+    }
     try:
-        settings = Settings(**{name: value for name, value in flags.items() if value is not None})
+        settings = Settings(**of_file, **flags)
     except ValidationError as invalid:
-        raise SettingsError("\n".join(_explain(error) for error in invalid.errors())) from None
-    if (folder := local_model(settings.model)) == settings.model:
-        return settings
-    names = settings.served_model_name or (str(settings.model),)
-    return settings.model_copy(update={"model": folder, "served_model_name": names})
+        lines = [_explain(error, str(config) if error["loc"][0] in of_file else "") for error in invalid.errors()]
+        raise SettingsError("\n".join(lines)) from None
+    if (folder := local_model(settings.model)) != settings.model:
+        names = settings.served_model_name or (str(settings.model),)
+        settings = settings.model_copy(update={"model": folder, "served_model_name": names})
+    settings._origins.update({name: origins[name] for name in Settings.model_fields if name in origins})
+    return settings
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The settings of a TOML file; SettingsError if it cannot be read, or has an entry that is no setting."""
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise SettingsError(f"--config (LPA_CONFIG): {path}: {error.strerror}") from None
+    except ValueError as error:  # of bytes that are not UTF-8, too
+        raise SettingsError(f"--config (LPA_CONFIG): {path}: no TOML: {error}") from None
+    known = set(Settings.model_fields) - {"config"}
+    lines = []
+    for name in found.keys() - known:
+        close = difflib.get_close_matches(name.replace("-", "_"), known, 1)
+        lines.append(f"{path}: {name} is no setting" + (f"; {close[0]} is one" if close else ""))
+    if lines:
+        raise SettingsError("\n".join(sorted(lines)))
+    return found
 
 
 def local_model(model: Path) -> Path:
@@ -330,11 +390,11 @@ def check_variables(environment: Mapping[str, str]) -> None:
         raise SettingsError("\n".join(lines))
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, file: str = "") -> str:
+    """An error of pydantic's about a setting, of a file if one is named."""
     name = str(error["loc"][0])
-    field = Settings.model_fields.get(name)
-    secret = field is not None and field.annotation == tuple[SecretStr, ...]
-    value = "" if secret else f", not {error['input']!r}"
+    value = "" if name in SECRET else f", not {error['input']!r}"
     message = error["msg"].removeprefix("Value error, ")
     reason = message[:1].lower() + message[1:]
-    return f"--{name.replace('_', '-')} ({ENV_PREFIX}{name.upper()}): {reason}{value}"
+    where = f"{file}: {name}" if file else f"--{name.replace('_', '-')} ({ENV_PREFIX}{name.upper()})"
+    return f"{where}: {reason}{value}"

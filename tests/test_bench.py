@@ -440,7 +440,8 @@ def test_overhead_finds_the_steps_in_which_all_stream(tmp_path: Path) -> None:
     assert 0 < found["steps"] <= 2 * 58  # of two rounds
     assert 0 < found["run_ms"] < found["step_ms"]
     assert 0 < found["outside"] < 1
-    assert found["event_loop_cpu_ms"] > 0
+    assert found["event_loop_cpu_ms"] > found["metrics_ms"] > 0
+    assert found["metrics"] == pytest.approx(found["metrics_ms"] / found["step_ms"])
     assert found["slowdown"] == pytest.approx(found["step_ms"] / found["alone_ms"])
     too_short = lpa("overhead", "--model", folder, *sizes[:-1], 2, "--dtype", "float32")
     assert too_short.exit_code == 2

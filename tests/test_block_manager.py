@@ -122,3 +122,17 @@ class Bookkeeping(RuleBasedStateMachine):
 
 TestBookkeeping = Bookkeeping.TestCase
 TestBookkeeping.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
+
+
+def test_what_is_forgotten_is_free_or_becomes_so_when_it_is_released() -> None:
+    blocks = BlockManager(4, 2, True)
+    held, cached = blocks.allocate(2)
+    blocks.publish(held, b"held")
+    blocks.publish(cached, b"cached")
+    blocks.release([cached])
+    assert blocks.forget() == 1
+    assert not blocks.match([b"held"]) and not blocks.match([b"cached"])
+    assert (blocks.num_free, blocks.num_cached, blocks.num_held) == (3, 0, 1)
+    blocks.release([held])
+    assert (blocks.num_free, blocks.num_cached, blocks.num_held) == (4, 0, 0)
+    assert sorted(blocks.allocate(4)) == [0, 1, 2, 3]

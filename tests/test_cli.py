@@ -173,7 +173,7 @@ def test_serve_takes_a_flag_of_a_list_several_times(monkeypatch: pytest.MonkeyPa
     succeed("serve", "--served-model-name", "a", "--served-model-name", "b,c", "--api-key", "k")
     succeed("serve")
     assert [settings.model_names for settings in taken] == [("a", "b", "c"), ("lpa-tiny",)]
-    assert [len(settings.api_keys) for settings in taken] == [1, 0]
+    assert [len(settings.client_keys) for settings in taken] == [1, 0]
 
 
 def test_mistakes_with_serve_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
+from server.engine.block_manager import BlockManager
+from server.engine.engine import BackendInfo
+from server.metrics import Metrics
 from server.settings import ENV_PREFIX, Settings, load_settings
 
 ROOT = Path(__file__).parent.parent
@@ -116,7 +120,7 @@ def test_compose_gives_the_drain_the_time_it_needs() -> None:
 
 
 def test_prometheus_scrapes_the_port_that_compose_gives_the_server() -> None:
-    config = yaml.safe_load((ROOT / "docker/prometheus.yml").read_text())
+    config = yaml.safe_load((ROOT / "docker/prometheus/prometheus.yml").read_text())
     (job,) = config["scrape_configs"]
     assert job.get("metrics_path", "/metrics") == "/metrics"
     (target,) = [target for group in job["static_configs"] for target in group["targets"]]
@@ -125,7 +129,61 @@ def test_prometheus_scrapes_the_port_that_compose_gives_the_server() -> None:
     assert lpa["environment"].get("LPA_PORT", image_environment()["LPA_PORT"]) == port
     assert port in {mapping.rsplit(":", 1)[1] for mapping in lpa["ports"]}
     mounts = [volume.split(":")[0] for volume in compose()["services"]["prometheus"]["volumes"]]
-    assert "./docker/prometheus.yml" in mounts
+    assert {
+        "./docker/prometheus/prometheus.yml",
+        *(f"./docker/prometheus/{name}" for name in config["rule_files"]),
+    } <= set(mounts)
+
+
+def dashboards() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted((ROOT / "docker/grafana/dashboards").glob("*.json"))]
+
+
+def rules() -> list[dict[str, Any]]:
+    (group,) = yaml.safe_load((ROOT / "docker/prometheus/rules.yml").read_text())["groups"]
+    found: list[dict[str, Any]] = group["rules"]
+    return found
+
+
+def test_panels_and_rules_ask_only_for_metrics_that_exist() -> None:
+    metrics = Metrics("tiny")
+    metrics.set_engine("1", BackendInfo(name="cpu"), BlockManager(1, 32, True))
+    metrics.observe_http("/v1/completions", "POST", 200, 0.1)
+    families = text_string_to_metric_families(metrics.render()[0].decode())
+    samples = {sample.name: set(sample.labels) for family in families for sample in family.samples}
+    expressions = [target["expr"] for board in dashboards() for panel in board["panels"] for target in panel["targets"]]
+    expressions += [rule["expr"] for rule in rules()]
+    assert len(expressions) > 40
+    for expression in expressions:
+        named = re.findall(r"\b(?:lpa:|process_)\w+", expression)
+        assert named or "up{" in expression, expression
+        assert not [name for name in named if name not in samples], expression
+        # labels that come from the server, not from the scrape
+        labels = set(re.findall(r"(\w+)\s*=~?\"", expression)) | set(
+            re.findall(r"\w+", " ".join(re.findall(r"by \(([^)]*)\)", expression)))
+        )
+        assert labels <= {"instance", "job"} | set().union(*(samples[name] for name in named)), expression
+
+
+def test_every_dashboard_finds_its_data_source_and_its_place() -> None:
+    mounts = dict(volume.split(":")[:2] for volume in compose()["services"]["grafana"]["volumes"])
+    provisioning = ROOT / "docker/grafana/provisioning"
+    assert mounts["./docker/grafana/provisioning"] == "/etc/grafana/provisioning"
+    (source,) = yaml.safe_load((provisioning / "datasources/prometheus.yml").read_text())["datasources"]
+    (provider,) = yaml.safe_load((provisioning / "dashboards/lpa.yml").read_text())["providers"]
+    assert source["url"] == "http://prometheus:9090"
+    assert mounts["./docker/grafana/dashboards"] == provider["options"]["path"]
+    assert {board["uid"] for board in dashboards()} == {"lpa-serving", "lpa-scoring"}
+    for board in dashboards():
+        assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+        assert {panel["datasource"]["uid"] for panel in board["panels"]} == {source["uid"]}
+
+
+def test_an_alert_says_what_and_how_bad() -> None:
+    assert len({rule["alert"] for rule in rules()}) == len(rules()) == 6
+    for rule in rules():
+        assert rule["annotations"]["summary"].startswith("{{ $labels.instance }}")
+        assert rule["labels"]["severity"] in ("warning", "critical")
 
 
 def test_smoke_script_can_be_run_and_gives_the_drain_time() -> None:

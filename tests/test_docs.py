@@ -89,6 +89,13 @@ def test_every_document_has_a_page() -> None:
     assert files | {"", "lpa", "cpu"} == set(pages.DOCUMENTS)
 
 
+def test_operations_shows_every_metric_of_a_scrape(locked: Served) -> None:
+    page = locked.client.get("/metrics").text
+    scraped = re.findall(r"^# TYPE lpa:(\w+) (\w+)$", page, re.MULTILINE)
+    rows = [f"| `{name}`{', histogram' if kind == 'histogram' else ''} |" for name, kind in scraped]
+    assert re.findall(r"^\| `\w+`.*? \|", pages.metrics_table(), re.MULTILINE) == rows
+
+
 def test_operations_shows_every_setting_in_its_group() -> None:
     text = pages.settings_tables()
     flags = re.findall(r"^\| `--(?:no-)?([\w-]+)`", text, re.MULTILINE)
@@ -99,4 +106,5 @@ def test_operations_shows_every_setting_in_its_group() -> None:
     assert "One of `32`, `64`, `128`." in text
     page = pages.render("operations")
     assert "{settings}" not in page
+    assert "{metrics}" not in page
     assert "<code>--kv-cache-layout</code>" in page

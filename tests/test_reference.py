@@ -32,8 +32,12 @@ FILE = Path(__file__).parent.parent / "server/routes/examples.json"
 PAGE = "/docs/reference"
 KEYS = {"KEY": "mine", "ADMIN_KEY": "boss"}
 # what another machine, day or version answers otherwise
-VOLATILE = {"id", "created", "system_fingerprint", "version", "backend", "batch_invariant", "refused_backends"}
-VOLATILE |= {"created_at", "expires_at", "cancelling_at"}
+VOLATILE = {
+    *("id", "created", "system_fingerprint", "version", "backend", "batch_invariant", "refused_backends"),
+    *("freed_blocks", "before"),  # hang on what was done until then
+    *("created_at", "expires_at", "cancelling_at"),
+}
+CONTROL = ("/v1/requests/{request_id}/cancel", "/reset_prefix_cache", "/log_level")  # with an admin's key
 TOLERANCE = 2e-3  # nats, bits and the like: of other kernels
 OWN_PAGE = ("GET", PAGE)
 TO_CANCEL = "my-request-1"
@@ -95,6 +99,8 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "GET /ready": [{}],
     "GET /version": [{}],
     "GET /metrics": [{"then": " | grep '^lpa:num_requests'"}],
+    "POST /reset_prefix_cache": [{}],
+    "POST /log_level": [{"body": {"level": "debug"}}],
     "POST /v1/requests/{request_id}/cancel": [{"path": {"request_id": TO_CANCEL}}],
 }
 
@@ -319,7 +325,7 @@ def record() -> None:
         for name, examples in EXAMPLES.items():
             method, path = name.split(" ")
             for example in examples:
-                admin = "/cancel" in path
+                admin = path in CONTROL
                 line = command(example, method, served.url + path, [{"AdminKey" if admin else "ApiKey": []}], None)
                 example["answer"] = parsed(run(served, line))
     FILE.write_text(json.dumps(EXAMPLES, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from server.engine.engine import EngineOptions
+from server.key_file import client_key
 from server.settings import Settings, SettingsError, embedded_checkpoint, load_settings
 
 
@@ -22,7 +23,7 @@ def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LPA_API_KEY", "")
     monkeypatch.setenv("LPA_MODEL", "")
     settings = load_settings()
-    assert settings.api_keys == ()
+    assert settings.client_keys == ()
     assert settings.model == embedded_checkpoint()
     assert settings.model_name == "lpa-tiny"
 
@@ -90,7 +91,7 @@ def test_keys_come_from_a_file_too(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("# ours\none\n\n  two \n")
     settings = load_settings(api_key="zero", api_key_file=str(path))
-    assert [key.get_secret_value() for key in settings.api_keys] == ["zero", "one", "two"]
+    assert settings.client_keys == tuple(map(client_key, ["zero", "one", "two"]))
     path.write_text("# nobody yet\n")
     for wrong in (path, tmp_path / "nowhere", tmp_path):
         with pytest.raises(SettingsError, match="--api-key-file"):
@@ -154,3 +155,53 @@ def test_threads_are_bounded_by_the_processors() -> None:
     for threads in (processors + 1, 10000):
         with pytest.raises(SettingsError, match=rf"--threads .*more than the {processors} processors.*{threads}"):
             load_settings(threads=threads)
+
+
+def test_flags_come_before_variables_before_the_file_before_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "serve.toml"
+    file.write_text(
+        'max_num_seqs = 5\nport = 5\nmax_queue = 5\nserved_model_name = ["a", "b"]\nlog_requests = false\n'
+        'step_budget_ms = 7\napi_key = "hidden"\n'
+    )
+    monkeypatch.setenv("LPA_PORT", "6")
+    monkeypatch.setenv("LPA_MAX_QUEUE", "6")
+    monkeypatch.setenv("LPA_LOG_LEVEL", "")  # empty: none
+    settings = load_settings(config=file, max_queue="7", dtype=None)
+    assert (settings.max_num_seqs, settings.port, settings.max_queue) == (5, 6, 7)
+    assert (settings.model_names, settings.log_requests, settings.step_budget_ms) == (("a", "b"), False, 7.0)
+    assert (settings.host, settings.dtype) == ("127.0.0.1", "auto")
+    assert settings.given() == [
+        f"config = {file} (flag)",
+        "port = 6 (LPA_PORT)",
+        f"served_model_name = ('a', 'b') ({file})",
+        f"max_num_seqs = 5 ({file})",
+        f"step_budget_ms = 7.0 ({file})",
+        "max_queue = 7 (flag)",
+        f"api_key = ... ({file})",
+        f"log_requests = False ({file})",
+    ]
+    monkeypatch.setenv("LPA_CONFIG", str(file))
+    assert load_settings().max_num_seqs == 5
+    assert load_settings(config=None).given()[0] == f"config = {file} (LPA_CONFIG)"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("port = 70000", r"serve\.toml: port: .*65535, not 70000"),
+        ("max_num_seq = 3", r"serve\.toml: max_num_seq is no setting; max_num_seqs is one"),
+        ("[server]\nport = 1", r"serve\.toml: server is no setting"),
+        ('config = "other.toml"', r"serve\.toml: config is no setting"),
+        ("port =", r"--config \(LPA_CONFIG\): .*serve\.toml: no TOML: "),
+        ("api_key = 3", r"serve\.toml: api_key: must be text, or a list of texts$"),
+    ],
+)
+def test_a_mistake_in_the_file_names_the_file_and_the_setting(text: str, reason: str, tmp_path: Path) -> None:
+    file = tmp_path / "serve.toml"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match=reason):
+        load_settings(config=file)
+    with pytest.raises(SettingsError, match=r"--config .*nowhere: No such file"):
+        load_settings(config=tmp_path / "nowhere")

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from server.bench.local import local_server
 from server.engine.engine import Engine, build_engine
 from server.engine.model_runner import ModelRunner
-from server.engine.request import Request, SamplingParams
+from server.engine.request import EngineStats, Request, SamplingParams
+from server.metrics import Metrics
 from server.settings import Settings
 
 
@@ -35,13 +36,14 @@ def bench_overhead(settings: Settings, streams: int, input_len: int, output_len:
 
     `step_ms` is the median time from one call of the model to the next, `run_ms` that of the call (model and
     sampling), `outside` the share of the rest: scheduling, detokenization, delivery, waiting for the event loop.
+    `metrics_ms` is the mean that the metrics of a step take of the event loop's CPU, `metrics` its share of `step_ms`.
     `event_loop_cpu_ms` is what the event loop's thread (HTTP) computes in a step, beside the model. `alone_ms` is the
     step of an engine of its own with the same work and no HTTP; `slowdown` is step_ms / alone_ms.
 
     Raises:
         ValueError: the server did not start, the client failed, or no two steps in a row had all the streams.
     """
-    calls = _over_http(settings, streams, input_len, output_len)
+    calls, metrics = _over_http(settings, streams, input_len, output_len)
     pairs = [(a, b) for a, b in itertools.pairwise(calls) if a.decodes == b.decodes == streams]
     if not pairs:
         raise ValueError(f"streams: no two steps in a row had all {streams}; ask for longer outputs")
@@ -56,16 +58,41 @@ def bench_overhead(settings: Settings, streams: int, input_len: int, output_len:
         "step_ms": 1e3 * step,
         "run_ms": 1e3 * run,
         "outside": statistics.median(1 - (a.ended - a.began) / (b.began - a.began) for a, b in pairs),
+        "metrics_ms": 1e3 * metrics,
+        "metrics": metrics / step,
         "event_loop_cpu_ms": 1e3 * statistics.fmean(b.loop_cpu - a.loop_cpu for a, b in pairs),
         "alone_ms": 1e3 * alone,
         "slowdown": step / alone,
     }
 
 
-def _over_http(settings: Settings, streams: int, input_len: int, output_len: int) -> list[Call]:
-    with local_server(settings) as local, _recording(time.pthread_getcpuclockid(local.loop_thread)) as calls:
+def _over_http(settings: Settings, streams: int, input_len: int, output_len: int) -> tuple[list[Call], float]:
+    """The calls of the model, and the mean seconds of CPU that the metrics of a step take."""
+    with (
+        _timed_metrics() as seconds,
+        local_server(settings) as local,
+        _recording(time.pthread_getcpuclockid(local.loop_thread)) as calls,
+    ):
         drive(local.url, local.server.engine.model_config.vocab_size, streams, input_len, output_len)
-    return calls
+    return calls, statistics.fmean(seconds)
+
+
+@contextlib.contextmanager
+def _timed_metrics() -> Iterator[list[float]]:
+    """Seconds of CPU that each report of the engine takes, of servers made in this context."""
+    seconds: list[float] = []
+    observe = Metrics.observe
+
+    def timed(self: Metrics, stats: EngineStats) -> None:
+        began = time.thread_time()
+        observe(self, stats)
+        seconds.append(time.thread_time() - began)
+
+    setattr(Metrics, "observe", timed)  # noqa: B010 (mypy forbids the plain form)
+    try:
+        yield seconds
+    finally:
+        setattr(Metrics, "observe", observe)  # noqa: B010 (likewise)
 
 
 @contextlib.contextmanager

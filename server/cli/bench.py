@@ -300,7 +300,8 @@ def overhead(
     typer.echo(
         f"{found['streams']} streams: {found['step_ms']:.2f} ms from step to step, {found['run_ms']:.2f} ms of them in "
         f"the model and sampling, {found['outside']:.1%} outside. The event loop computes "
-        f"{found['event_loop_cpu_ms']:.2f} ms in that time. Without HTTP a step takes {found['alone_ms']:.2f} ms "
+        f"{found['event_loop_cpu_ms']:.2f} ms in that time, {found['metrics_ms']:.3f} ms of them "
+        f"({found['metrics']:.2%} of a step) for the metrics. Without HTTP a step takes {found['alone_ms']:.2f} ms "
         f"({found['slowdown']:.2f}x)."
     )
 

@@ -17,9 +17,11 @@ from contextvars import ContextVar
 from dataclasses import replace
 
 from lpa_model.config import LPAConfig
+from server.engine.block_manager import BlockManager
 from server.engine.engine import BackendInfo, Engine, StepFailed
 from server.engine.request import BACKGROUND, EngineStats, FinishReason, GrammarSpec, Request, RequestOutput
 from server.engine.tokenizer import Tokenizer
+from server.engine.work import Places, Work, work_of_request
 from server.errors import EngineError, InvalidRequest, QueueFull, TimedOut, Unavailable
 
 logger = logging.getLogger(__name__)
@@ -101,7 +103,7 @@ class AsyncEngine:
         self._on_death = on_death
         self._max_streams = engine.scheduler.max_num_seqs + max_queue
         self._max_queue = max_queue
-        self._inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Request | str | asyncio.Future[int] | None] = queue.SimpleQueue()
         self._mailboxes: dict[str, Mailbox] = {}  # by request id
         # what a request that has begun leaves to the first sequences of others
         self._reserve = max(min(1, self._max_streams - 1), self._max_streams // 8)
@@ -143,6 +145,11 @@ class AsyncEngine:
     def backend(self) -> BackendInfo:
         """What computes."""
         return self._engine.backend
+
+    @property
+    def blocks(self) -> BlockManager:
+        """Of the cache; its sizes may be read here."""
+        return self._engine.scheduler.blocks
 
     @property
     def max_num_seqs(self) -> int:
@@ -198,6 +205,18 @@ class AsyncEngine:
         await asyncio.to_thread(self._thread.join)
         self._engine.close()
 
+    async def reset_prefix_cache(self) -> int:
+        """Forget all cached blocks; how many there were.
+
+        Raises:
+            Unavailable: the engine has ended.
+        """
+        if not self.alive or self._closed:
+            raise Unavailable("the engine has ended")
+        freed: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._inbox.put(freed)
+        return await freed
+
     def session(self) -> Session:
         """For a request that calls `generate` several times."""
         return Session(self)
@@ -223,6 +242,7 @@ class AsyncEngine:
 
         Raises:
             QueueFull: too many requests are waiting, and this one has not begun.
+            RateLimited: the client has all the sequences it may have, and this request has not begun.
             Unavailable: the server is draining and this request has not begun, the drain's time has passed, or the
                 engine has died.
             EngineError: the step that held a request failed.
@@ -240,16 +260,24 @@ class AsyncEngine:
         timer = None if deadline is None else asyncio.get_running_loop().call_at(deadline, mailbox.expire)
         remaining = enumerate(requests)
         index_of: dict[str, int] = {}
+        work = work_of_request.get() or Work()
         upcoming = next(remaining, None)
         try:
             while index_of or upcoming:
-                while upcoming and (not index_of or self._may_add(index_of)):
+                while upcoming and (not index_of or self._may_add(index_of, work.places)):
                     index, request = upcoming
-                    await self._submit(request, mailbox, session, deadline)
+                    await self._submit(request, mailbox, session, deadline, work.places)
                     index_of[request.id] = index
                     upcoming = next(remaining, None)
                 output = await mailbox.take()
                 index = index_of[output.request_id]
+                if output.finish_reason is not None:
+                    del index_of[output.request_id]
+                    self._forget(output.request_id, session, work.places)
+                    if output.finished is not None:
+                        work.add(output.finished)
+                    else:
+                        work.abort(1)
                 if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
                     if output.token_ids:  # generated before, and merged with the end
                         yield index, replace(output, finish_reason=None)
@@ -258,27 +286,44 @@ class AsyncEngine:
                     if output.finish_reason is FinishReason.ERROR:
                         raise EngineError(f"the engine failed on this request: {output.error}")
                     raise Unavailable("the server is shutting down")
-                if output.finish_reason is not None:
-                    del index_of[output.request_id]
-                    self._forget(output.request_id, session)
                 yield index, output
         finally:
             if timer is not None:
                 timer.cancel()
+            work.abort(len(index_of))
             for request_id in index_of:
-                self._forget(request_id, session)
+                self._forget(request_id, session, work.places)
                 self._inbox.put(request_id)
 
     @property
     def _num_taken(self) -> int:
         return len(self._mailboxes) + self._granted
 
-    def _may_add(self, running: Collection[str]) -> bool:
+    def _may_add(self, running: Collection[str], places: Places | None) -> bool:
         """Whether a generator that has `running` sequences with the engine may add one, or is to wait for its own."""
-        free = self._num_taken < self._max_streams - self._reserve
+        free = self._num_taken < self._max_streams - self._reserve and not (places is not None and places.is_full)
         return free and not self._line and len(running) < self.max_num_seqs
 
-    async def _submit(self, request: Request, mailbox: Mailbox, session: Session, deadline: float | None) -> None:
+    async def _submit(
+        self, request: Request, mailbox: Mailbox, session: Session, deadline: float | None, places: Places | None
+    ) -> None:
+        self._check_open(session)
+        if places is not None:
+            await places.take(may_wait=session in self._begun, deadline=deadline)
+        try:
+            await self._take_place(request, session, deadline)
+        except BaseException:
+            if places is not None:
+                places.release()
+            raise
+        self._begun.add(session)
+        session.num_sequences += 1
+        self._mailboxes[request.id] = mailbox
+        if in_background.get():
+            request.priority = BACKGROUND
+        self._inbox.put(request)
+
+    async def _take_place(self, request: Request, session: Session, deadline: float | None) -> None:
         self._check_open(session)
         if session in self._begun:
             if self._line or not self._may_have(session):
@@ -288,12 +333,6 @@ class AsyncEngine:
             raise QueueFull(f"the waiting queue is full ({self._max_queue} requests); try again later")
         if request.id in self._mailboxes:
             raise InvalidRequest(f"request id {request.id!r} is already in use")
-        self._begun.add(session)
-        session.num_sequences += 1
-        self._mailboxes[request.id] = mailbox
-        if in_background.get():
-            request.priority = BACKGROUND
-        self._inbox.put(request)
 
     def _check_open(self, session: Session) -> None:
         """Raises Unavailable if no sequence of a request is taken any more."""
@@ -338,7 +377,9 @@ class AsyncEngine:
                 session.num_sequences += 1
                 place.set_result(None)
 
-    def _forget(self, request_id: str, session: Session) -> None:
+    def _forget(self, request_id: str, session: Session, places: Places | None) -> None:
+        if places is not None:
+            places.release()
         del self._mailboxes[request_id]
         session.num_sequences -= 1
         self._hand_out()
@@ -383,8 +424,18 @@ class AsyncEngine:
                 return False
             if isinstance(item, Request):
                 self._engine.add_request(item)
+            elif isinstance(item, asyncio.Future):
+                self._reply(item, self._engine.scheduler.blocks.forget())
             else:
                 self._engine.abort(item)
+
+    def _reply(self, future: asyncio.Future[int], value: int) -> None:
+        def set_result() -> None:
+            if not future.done():
+                future.set_result(value)
+
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(set_result)
 
     def _post(self, outputs: list[RequestOutput], stats: EngineStats, dead: bool) -> None:
         assert self._loop is not None

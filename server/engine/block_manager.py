@@ -105,6 +105,16 @@ class BlockManager:
             self._block_of[digest] = block
             self._hash_of[block] = digest
 
+    def forget(self) -> int:
+        """Make no block findable any more; the number of cached ones, which are free now."""
+        cached = list(self._cached)
+        for block in cached:
+            heapq.heappush(self._free, block)
+        self._cached.clear()
+        self._block_of.clear()
+        self._hash_of.clear()
+        return len(cached)
+
     def release(self, blocks: Sequence[int]) -> None:
         """Drop one reference each, last block first, so that the tail of a chain is evicted before its head."""
         for block in reversed(blocks):

@@ -75,6 +75,9 @@ class BackendInfo:
     refused: tuple[tuple[str, str], ...] = ()  # (backend, reason and remedy)
     cache_bytes_per_token: int = 0  # over all layers
     dense_cache_bytes_per_token: int = 0  # of the dense twin, in the same dtype
+    layout: str = ""  # of the cache
+    weights_hash: str = ""  # of the model folder's configuration and weights
+    load_seconds: float = 0.0  # from the folder to the first step that can run
 
 
 class StepFailed(Exception):
@@ -213,10 +216,10 @@ class Engine:
             if detokenizer.stopped is not None:
                 self.scheduler.finish(request, FinishReason.STOP)
                 request.finish_reason, request.stop_reason = FinishReason.STOP, detokenizer.stopped
-        finished = request.status is RequestStatus.FINISHED
-        if finished:
+        finished = None
+        if request.status is RequestStatus.FINISHED:
             text += detokenizer.finish()
-            self._close(request)
+            finished = self._close(request)
         elif token is None:
             return None
         first = request.num_output_tokens == (0 if token is None else 1)
@@ -230,33 +233,50 @@ class Engine:
             num_cached_tokens=request.num_cached_tokens,
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
+            finished=finished,
         )
 
     def _fail(self, request: Request, error: Exception) -> RequestOutput:
         self.scheduler.finish(request, FinishReason.ERROR)
-        self._close(request)
-        reason = FinishReason.ERROR
-        if isinstance(error, InvalidRequest):
-            return RequestOutput(
-                request_id=request.id, finish_reason=reason, error=error.message, invalid_param=error.param or ""
-            )
-        return RequestOutput(request_id=request.id, finish_reason=reason, error=f"{type(error).__name__}: {error}")
+        return RequestOutput(
+            request_id=request.id,
+            finish_reason=FinishReason.ERROR,
+            error=error.message if isinstance(error, InvalidRequest) else f"{type(error).__name__}: {error}",
+            invalid_param=(error.param or "") if isinstance(error, InvalidRequest) else None,
+            finished=self._close(request),
+        )
 
-    def _close(self, request: Request) -> None:
+    def _close(self, request: Request) -> FinishedRequest:
+        """Forget and report a sequence that the scheduler has ended."""
         del self._requests[request.id]
         assert request.finish_reason is not None
-        self._report.finished.append(
-            FinishedRequest(
-                reason=request.finish_reason,
-                num_prompt_tokens=request.num_prompt_tokens,
-                num_generation_tokens=request.num_output_tokens,
-                e2e=time.monotonic() - request.arrival,
-            )
+        now = time.monotonic()
+        scored = request.is_scoring and request.finish_reason is FinishReason.LENGTH
+        finished = FinishedRequest(
+            reason=request.finish_reason,
+            choice=request.choice,
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_cached_tokens=request.num_cached_tokens,
+            num_generation_tokens=request.num_output_tokens,
+            max_tokens=request.params.max_tokens,
+            arrival=request.arrival,
+            admission=request.admission,
+            first_token=now if scored else request.first_token_time,
+            last_token=request.last_token_time,
+            end=now,
         )
+        self._report.finished.append(finished)
+        choices = request.choices
+        choices.num_finished += 1
+        choices.longest = max(choices.longest, request.num_output_tokens)
+        if choices.num_finished == choices.n:
+            self._report.finished_prompts.append((choices.n, choices.longest))
+        return finished
 
     def _observe_token(self, request: Request) -> None:
         now = time.monotonic()
         if request.last_token_time is None:
+            request.first_token_time = now
             self._report.time_to_first_token.append(now - request.arrival)
         else:
             self._report.inter_token_latency.append(now - request.last_token_time)
@@ -264,6 +284,7 @@ class Engine:
 
     def _count(self, batch: ScheduledBatch, result: BatchResult) -> None:
         report = self._report
+        report.step_tokens = batch.num_tokens
         report.prefix_cache_queries += batch.prefix_queries
         report.prefix_cache_hits += batch.prefix_hits
         report.prompt_tokens += batch.num_prompt_tokens + batch.prefix_hits
@@ -276,6 +297,7 @@ class Engine:
         report, self._report = self._report, EngineStats()
         report.num_running = len(self.scheduler.running)
         report.num_waiting = len(self.scheduler.waiting)
+        report.num_deferred = self.scheduler.waiting.num_aside
         report.kv_cache_usage = self.scheduler.blocks.usage
         return report
 
@@ -294,6 +316,7 @@ def build_engine(model_dir: Path, options: EngineOptions) -> Engine:
 
 
 def _build_engine(model_dir: Path, options: EngineOptions, hashing: Executor) -> Engine:
+    began = time.monotonic()
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     config = load_config(model_dir)
     weights = hashing.submit(weights_hash, model_dir)
@@ -362,6 +385,9 @@ def _build_engine(model_dir: Path, options: EngineOptions, hashing: Executor) ->
             choice.refused,
             backend.cache_bytes_per_token(layout),
             bytes_per_token(config.vanilla(), "full", choice.case.dtype),
+            layout,
+            weights.result(),
+            time.monotonic() - began,
         ),
     )
 

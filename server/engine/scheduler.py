@@ -14,6 +14,7 @@ followers of a leader: they take its prompt over in the very step that completes
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass, field
@@ -310,7 +311,6 @@ class Scheduler:
                 follower.block_table += last
             follower.num_computed_tokens = follower.num_prompt_tokens
             follower.num_cached_tokens = leader.num_cached_tokens
-            follower.was_admitted = True
             self._run(follower)
             joined.append(follower)
 
@@ -344,7 +344,6 @@ class Scheduler:
         for digest in request.block_hashes[len(hits) : request.num_shareable_tokens // size]:
             self._computing.setdefault(digest, request)
         if not request.was_admitted:
-            request.was_admitted = True
             request.num_cached_tokens = request.num_computed_tokens
             if self.blocks.enable_prefix_caching:
                 batch.prefix_queries += request.max_cached_tokens
@@ -353,6 +352,8 @@ class Scheduler:
 
     def _run(self, request: Request) -> None:
         self._turns.has_run(request.order[1])
+        if request.admission is None:
+            request.admission = time.monotonic()
         request.status = RequestStatus.RUNNING
         insert(self.running, request)
 

@@ -68,6 +68,10 @@ class WaitingQueue:
     def __len__(self) -> int:
         return sum(len(requests) for requests in self.ready.values()) + len(self._aside)
 
+    @property
+    def num_aside(self) -> int:
+        return len(self._aside)
+
     def first(self, kinds: Iterable[bool]) -> Request | None:
         """The best of the ready requests of some kinds (values of `is_scoring`)."""
         heads = [self.ready[kind][0] for kind in kinds if self.ready[kind]]

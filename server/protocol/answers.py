@@ -87,3 +87,18 @@ class CancelResponse(BaseModel):
     id: str = Field(description="The name that was requested.")
     object: Literal["request.cancelled"] = "request.cancelled"
     cancelled: int = Field(ge=1, description="HTTP requests that were running under this id.")
+
+
+class ResetResponse(BaseModel):
+    """The prefix cache is empty."""
+
+    object: Literal["prefix_cache.reset"] = "prefix_cache.reset"
+    freed_blocks: int = Field(ge=0, description="Blocks that were cached and that no request held.")
+
+
+class LogLevelResponse(BaseModel):
+    """The log level that holds now."""
+
+    object: Literal["log_level"] = "log_level"
+    level: str = Field(description="Least level that is logged.")
+    before: str = Field(description="The one before.")

@@ -11,7 +11,7 @@ from typing import Any
 
 from server.engine.async_engine import AsyncEngine
 from server.engine.detokenizer import unfinished_bytes
-from server.engine.request import Completion, Logprobs, Request, RequestOutput, SamplingParams
+from server.engine.request import Choices, Completion, Logprobs, Request, RequestOutput, SamplingParams
 from server.protocol.sampling import SamplingBody, usage
 from server.routes.prompts import LONG_TEXT, MANY, Prompt
 from server.routes.respond import deadline_of
@@ -51,6 +51,7 @@ class Generation:
         plain = self.params.without_prompt_logprobs()
         for number, prompt in enumerate(self.prompts):
             leader: Request | None = None
+            choices = Choices(self.width)
             for choice in range(self.width):
                 request = Request(
                     f"{unique}-{number * self.width + choice}",
@@ -61,6 +62,7 @@ class Generation:
                     cache_salt=self.body.cache_salt or "",
                     leader=leader,
                     group=unique,
+                    choices=choices,
                 )
                 leader = leader or request
                 yield request

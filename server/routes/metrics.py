@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+import asyncio
+import gzip
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+from fastapi import APIRouter, Header
 from fastapi.responses import Response
 
 from server.metrics import Metrics
 from server.routes.responses import responses
 
-MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus' text format
+GZIP_LEVEL = 1  # a ninth of the size; the highest level takes three times as long for an eleventh
+TAKES_GZIP = re.compile(r"(^|,)\s*(gzip|\*)\s*(;\s*q=(?!0(\.0*)?\s*(,|$))[^,]*)?\s*(,|$)", re.IGNORECASE)
 
 
 def metrics_router(metrics: Metrics) -> APIRouter:
     """The route over one server's metrics."""
     router = APIRouter(tags=["Operations"])
 
-    described = responses(None, description="Prometheus' text format.")
-    described[200]["content"] = {"text/plain": {"schema": {"type": "string"}}}
+    renderer = ThreadPoolExecutor(1, "metrics")  # its own: a scrape must not wait for texts that are tokenized
+
+    described = responses(None, description="Prometheus' text format, or OpenMetrics.")
+    described[200]["content"] = {
+        kind: {"schema": {"type": "string"}} for kind in ("text/plain", "application/openmetrics-text")
+    }
 
     @router.get("/metrics", summary="Metrics for Prometheus", response_class=Response, responses=described)
-    async def page() -> Response:
+    async def page(
+        accept: str = Header("", description="application/openmetrics-text is answered in that format."),
+        accept_encoding: str = Header("", description="With gzip, the page is compressed."),
+    ) -> Response:
         """Counts, gauges and histograms, times in seconds. Needs no key unless the server has --metrics-key."""
-        return Response(metrics.render(), media_type=MEDIA_TYPE)
+        compressed = TAKES_GZIP.search(accept_encoding) is not None
+        loop = asyncio.get_running_loop()
+        content, media_type = await loop.run_in_executor(renderer, _render, metrics, accept, compressed)
+        headers = {"vary": "accept, accept-encoding"} | ({"content-encoding": "gzip"} if compressed else {})
+        return Response(content, media_type=media_type, headers=headers)
 
     return router
+
+
+def _render(metrics: Metrics, accept: str, compressed: bool) -> tuple[bytes, str]:
+    content, media_type = metrics.render(accept)
+    return gzip.compress(content, GZIP_LEVEL) if compressed else content, media_type

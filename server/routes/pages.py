@@ -19,6 +19,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from markupsafe import Markup
 
+from server.metrics import Metrics
 from server.settings import GROUPS, Settings
 
 HEADERS = {
@@ -100,6 +101,7 @@ def _sender(name: str) -> Callable[[], Response]:
 def render(name: str) -> str:
     """A document's page."""
     text = source(name).replace("\n{settings}\n", f"\n{settings_tables()}\n")
+    text = text.replace("\n{metrics}\n", f"\n{metrics_table()}\n")
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     tokens = parser.parse(text)
     contents: list[tuple[str, str]] = []
@@ -163,6 +165,16 @@ def settings_tables() -> str:
         text = " ".join(filter(None, (field.description or "", _limits(schema[name]))))
         cells = (f"`{flag}`", default, re.sub(r"([|*])", r"\\\1", text))
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def metrics_table() -> str:
+    """Every metric of the server in a Markdown table, as a query names it."""
+    lines = ["| metric | what it is |", "| --- | --- |"]
+    for family in Metrics("").collect():
+        name = family.name.removeprefix("lpa:") + ("_total" if family.type == "counter" else "")
+        kind = ", histogram" if family.type == "histogram" else ""
+        lines.append(f"| `{name}`{kind} | {family.documentation} |")
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ ERRORS = {
     403: "The key may not do this.",
     404: "There is no such model, request or route.",
     413: "The body has more bytes than the server takes.",
-    429: "The queue is full; Retry-After says in how many seconds to try again.",
+    429: "The queue is full, or the key has used what it may; Retry-After says in how many seconds to try again.",
     499: "The request was cancelled by its id.",
     500: "The server failed on this request.",
     503: "The server is starting or stopping, or its engine has died.",

@@ -1,0 +1,40 @@
+"""POST /reset_prefix_cache and POST /log_level."""
+
+from __future__ import annotations
+
+import logging
+
+from fastapi import APIRouter, Request
+
+from server.engine.async_engine import AsyncEngine
+from server.keys import Keys
+from server.protocol.answers import LogLevelResponse, ResetResponse
+from server.protocol.control import LogLevelRequest
+from server.routes.body import JsonRoute
+from server.routes.requests import CONTROL
+from server.routes.responses import responses
+
+logger = logging.getLogger(__name__)
+
+
+def control_router(engine: AsyncEngine, keys: Keys) -> APIRouter:
+    """The routes over one engine, and the process's log."""
+    router = APIRouter(tags=[CONTROL], route_class=JsonRoute)
+
+    @router.post("/reset_prefix_cache", summary="Empty the prefix cache", responses=responses(ResetResponse, 403, 503))
+    async def reset_prefix_cache(request: Request) -> ResetResponse:
+        """Forget every cached beginning of a prompt; requests that run keep their blocks."""
+        keys.check_admin(request.state.role)
+        return ResetResponse(freed_blocks=await engine.reset_prefix_cache())
+
+    @router.post("/log_level", summary="Change the log level", responses=responses(LogLevelResponse, 400, 403, 413))
+    async def log_level(body: LogLevelRequest, request: Request) -> LogLevelResponse:
+        """Log from this level on, as --log-level does, until the server ends."""
+        keys.check_admin(request.state.role)
+        root = logging.getLogger()
+        before = logging.getLevelName(root.level).lower()
+        root.setLevel(body.level.upper())
+        logger.warning("the log level is %s now, and was %s", body.level, before)
+        return LogLevelResponse(level=body.level, before=before)
+
+    return router
