@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import itertools
 import json
 import math
@@ -12,23 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lpa_model.checkpoint import load_model, load_tokenizer
 from lpa_model.config import LPAConfig
+from lpa_model.init import initialize
 from lpa_model.model import LPAForCausalLM
-from lpa_model.train import (
-    END_OF_TEXT,
-    Progress,
-    TrainConfig,
-    batch,
-    bits_per_byte,
-    encode,
-    initialize,
-    prepare,
-    read_text,
-    train,
-)
+from lpa_model.train.config import TrainConfig
+from lpa_model.train.data import batch
+from lpa_model.train.loop import Progress, train
+from lpa_model.train.loss import bits_per_byte
+from lpa_model.train.tokenizer import encode
+from lpa_model.train.tokens import Tokens
 from tests.conftest import CORPUS, byte_tokenizer, random_model, tiny_config
 
 CPU = torch.device("cpu")
@@ -45,22 +38,20 @@ CONFIG = TrainConfig(
 MUON = dataclasses.replace(CONFIG, muon_learning_rate=1e-2)
 
 
+def corpus() -> Tokens:
+    """The sentences of conftest as a validation text."""
+    ids = encode(byte_tokenizer(), CORPUS)
+    return Tokens(ids, num_bytes=len(CORPUS.encode()), documents=1, end_of_text=0)
+
+
 def run(out: Path, config: TrainConfig, *, stop: int | None = None, model: LPAConfig | None = None) -> list[Progress]:
     """Train on the few sentences of conftest; `stop` leaves the loop after so many steps, as an interruption does."""
     out.mkdir(exist_ok=True)
     tokenizer = byte_tokenizer()
     tokens = encode(tokenizer, CORPUS)
     model = model or tiny_config()
-    steps = train(model, config, tokenizer, tokens, CORPUS, out, validate_every=5, checkpoint_every=4)
+    steps = train(model, config, tokenizer, tokens, corpus(), out, validate_every=5, checkpoint_every=4)
     return list(itertools.islice(steps, stop))
-
-
-def test_ids_of_a_large_vocabulary_are_kept_whole() -> None:
-    words = {f"w{i}": i for i in range(70_000)}
-    large = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    large.pre_tokenizer = pre_tokenizers.Whitespace()
-    assert encode(large, "w65535 w65536\n\nw69999").tolist() == [65535, 65536, 69999]
-    assert encode(byte_tokenizer(), CORPUS).dtype == np.uint16
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -117,7 +108,7 @@ def test_reports_may_be_rare(tmp_path: Path) -> None:
         CONFIG,
         tokenizer,
         encode(tokenizer, CORPUS),
-        CORPUS,
+        corpus(),
         out,
         report_every=7,
         validate_every=5,
@@ -188,29 +179,3 @@ def test_initial_weights_follow_from_the_seed() -> None:
     initialize(again, 0)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, again.get_parameter(name)), name
-
-
-def test_encoding_in_pieces_equals_encoding_at_once() -> None:
-    tokenizer = byte_tokenizer()
-    text = f"{CORPUS}\n\n{CORPUS}\n{END_OF_TEXT}\nNaïve 猫\n\n\n\n  the end\n\n"
-    assert encode(tokenizer, text).tolist() == tokenizer.encode(text).ids
-    assert tokenizer.decode(encode(tokenizer, text).tolist(), skip_special_tokens=False) == text
-
-
-def test_prepare_reads_gzip_and_keeps_its_work(tmp_path: Path) -> None:
-    text = f"{CORPUS}\n{END_OF_TEXT}\n" * 3
-    data, valid, out = tmp_path / "train.txt.gz", tmp_path / "valid.txt", tmp_path / "run"
-    data.write_bytes(gzip.compress(text.encode()))
-    valid.write_text(CORPUS)
-    out.mkdir()
-    tokenizer, tokens, valid_text = prepare(data, valid, out, 280)
-    assert read_text(data) == text
-    assert valid_text == CORPUS
-    assert tokenizer.get_vocab_size() == 280
-    assert tokenizer.token_to_id(END_OF_TEXT) == 0
-    assert tokenizer.decode(tokens.tolist(), skip_special_tokens=False) == text
-    assert tokens.tolist().count(0) == 3
-    data.unlink()  # the second start needs it no more
-    again = prepare(data, valid, out, 280)
-    assert again[0].get_vocab() == tokenizer.get_vocab()
-    assert np.array_equal(again[1], tokens)

@@ -21,6 +21,7 @@ from server.cli.init import init
 from server.cli.quantize import quantize
 from server.cli.score import score
 from server.cli.serve import serve, serve_command
+from server.cli.tokenize import tokenize
 from server.cli.train import train, train_command
 
 app = typer.Typer(
@@ -36,6 +37,7 @@ app.command()(generate)
 app.command()(chat)
 app.command()(score)
 app.command(cls=lazy(train_command))(train)
+app.command()(tokenize)
 app.command()(init)
 app.add_typer(convert, name="convert")
 app.add_typer(export, name="export")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from server.cli import lowrank as factors
-from server.cli.command import StoredDtype, progress_bar, user_errors
+from server.cli.command import StoredDtype, progress_bar, sigterm_unwinds, user_errors
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,11 @@ KeptDtype = Annotated[
 convert = typer.Typer(
     help="Import models that other code has trained.", no_args_is_help=True, pretty_exceptions_enable=False
 )
+
+
+@convert.callback()
+def _convert(context: typer.Context) -> None:
+    context.with_resource(sigterm_unwinds())
 
 
 @convert.command()
