@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     from lpa_model.config import LPAConfig
 
 T = TypeVar("T")
+M = TypeVar("M", Path | None, str | None)
 
 Model = Annotated[
     Path | None,
     typer.Option(
-        help="Model folder, or OWNER/NAME on the Hugging Face hub.", show_default="LPA_MODEL, or the embedded model"
+        help="Model folder, or OWNER/NAME on the Hugging Face hub.",
+        show_default="LPA_MODEL, or the embedded model",
+        callback=lambda model: available(model),
     ),
 ]
 Dtype = Annotated[
@@ -37,6 +40,18 @@ Weights = Annotated[
     typer.Option(help="Type that weights are held in.", show_default="LPA_WEIGHTS, or auto"),
 ]
 StoredDtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights written.")]
+
+
+def available(model: M) -> M:
+    """A name of a model as it is; one that can be had nowhere ends the command, before anything heavy is imported."""
+    from lpa_model.convert.hub_name import check_available
+
+    if model is not None:
+        try:
+            check_available(str(model))
+        except ValueError as error:
+            fail(error)
+    return model
 
 
 def fail(message: object) -> NoReturn:
@@ -278,7 +293,7 @@ def config_of(name: str) -> LPAConfig:
     """A preset's config, or the one in a JSON file or a model folder."""
     from lpa_model.checkpoint import load_config
     from lpa_model.config import PRESETS, LPAConfig
-    from lpa_model.convert.hub import hub_name
+    from lpa_model.convert.hub_name import hub_name
     from server.settings import local_model
 
     path = Path(name)

@@ -94,7 +94,8 @@ def llama(
     With --keep, --cache-ratio or --rank its matrices become low-rank factors within that budget.
     """
     from lpa_model.convert.gguf import convert_gguf
-    from lpa_model.convert.hub import fetched, hub_name
+    from lpa_model.convert.hub import fetched
+    from lpa_model.convert.hub_name import hub_name
     from lpa_model.convert.llama import convert_llama
 
     options = factors.LowRank(
