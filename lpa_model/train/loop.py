@@ -95,7 +95,10 @@ def train(
         try:
             model.load_state_dict(saved["model"])
             for optimizer, values in zip(opts, saved["optimizers"], strict=True):
+                given = [dict(group) for group in optimizer.param_groups]
                 optimizer.load_state_dict(values)
+                for group, now in zip(optimizer.param_groups, given, strict=True):
+                    group |= {name: now[name] for name in ("initial_lr", "weight_decay")}  # not the earlier start's
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(
                 f"{out / STATE}: is of a model of other sizes or of another optimizer: give another --out"
