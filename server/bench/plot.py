@@ -157,7 +157,7 @@ def plot_training(rows: Sequence[Row], title: str, path: Path) -> None:
     window = len(rows) // SMOOTHED
     blue, vermilion = STYLES
     alone: dict[str, Any] = {"linestyle": "none", "marker": "o"} if len(rows) == 1 else {}
-    if window < 2:
+    if window < 5:
         axes.plot(steps, losses, label="training, one step", color=blue["color"], **alone)
     else:
         axes.plot(steps, losses, label="training, one step", color=blue["color"], alpha=0.3, linewidth=0.8)
@@ -171,9 +171,8 @@ def plot_training(rows: Sequence[Row], title: str, path: Path) -> None:
     if validated:
         at, validations = zip(*validated, strict=True)
         axes.plot(at, validations, label="validation", **vermilion)
-        axes.annotate(
-            f"{validations[-1]:.3f}", (at[-1], validations[-1]), (0, 8), textcoords="offset points", ha="right"
-        )
+        last = (at[-1], validations[-1])
+        axes.annotate(f"{last[1]:.3f}", last, (0, 8), textcoords="offset points", ha="right", bbox=WHITE)
     _describe(axes, "", "step", "loss, nats per token")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(f"{title}: {rows[-1].step:,} steps, {rows[-1].tokens:,} tokens")

@@ -226,4 +226,8 @@ def _plot(out: Path, preset: str, path: Path) -> None:
     from lpa_model.train.metrics import read_metrics
     from server.bench.plot import plot_training
 
-    plot_training(read_metrics(out / METRICS), f"{Path(preset).stem} in {out}", path)
+    rows = read_metrics(out / METRICS)
+    if rows:
+        plot_training(rows, f"{Path(preset).stem} in {out}", path)
+    else:
+        typer.echo(f"{path}: not drawn, {out / METRICS} has no line yet", err=True)
