@@ -1,6 +1,7 @@
-"""Model folders with random weights and a synthetic tokenizer, for benchmarks and tests behind `lpa init`.
+"""Random weights: those that training begins with, and whole model folders behind `lpa init`.
 
-They have the sizes and the speed of a trained model and know nothing: they never stand in for one.
+Such folders have a synthetic tokenizer and are for benchmarks and tests. They have the sizes and the speed of a
+trained model and know nothing: they never stand in for one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from lpa_model.checkpoint import save_checkpoint
 from lpa_model.config import LPAConfig
 from lpa_model.model import LPAForCausalLM
-from lpa_model.train import END_OF_TEXT, initialize
+from lpa_model.train.tokenizer import END_OF_TEXT
 
 NUM_BYTES = 256
 SPACE = "Ġ"  # how byte-level tokenizers spell the byte of a space
@@ -61,6 +62,21 @@ def _merges() -> Iterator[tuple[str, str]]:
         for first, *rest in itertools.product(SPACE + LETTERS, *[LETTERS] * (length - 1)):
             for last in LETTERS:
                 yield "".join((first, *rest)), last
+
+
+def initialize(model: LPAForCausalLM, seed: int) -> None:
+    """Normal weights: 0.02 for embeddings, 1/sqrt(fan in) for matrices, smaller where a branch joins the stream."""
+    generator = torch.Generator().manual_seed(seed)
+    depth = (2 * model.config.num_hidden_layers) ** -0.5
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim == 2:
+                std = 0.02 if "embed" in name else parameter.shape[1] ** -0.5
+                if ".o_proj." in name or ".down_proj." in name:
+                    std *= depth if name.endswith((".up.weight", "_proj.weight")) else 1.0
+                parameter.normal_(std=std, generator=generator)
 
 
 def init_model(config: LPAConfig, folder: Path, seed: int, dtype: torch.dtype) -> LPAConfig:

@@ -314,7 +314,7 @@ def load_settings(**flags: Any) -> Settings:
     Raises:
         SettingsError: values are invalid, or an LPA_ variable or an entry of the file is none of ours; a line for each
             names the flag and the variable, or the file, and the limit.
-        lpa_model.checkpoint.CheckpointError: a model of the hub cannot be fetched or converted.
+        ValueError: a model of the hub cannot be fetched or converted.
     """
     check_variables(os.environ)
     flags = {name: value for name, value in flags.items() if value is not None}
@@ -362,14 +362,17 @@ def local_model(model: Path) -> Path:
     """The folder of a model: itself, or of one of the Hugging Face hub (OWNER/NAME) that in a cache.
 
     Raises:
-        lpa_model.checkpoint.CheckpointError: it cannot be fetched or converted.
+        ValueError: it cannot be fetched or converted.
     """
     if model.exists():
         return model
-    from lpa_model.convert.hub import hub_name, model_folder
+    from lpa_model.convert.hub_name import check_available, hub_name
 
     if hub_name(str(model)) is None:
         return model
+    check_available(str(model))
+    from lpa_model.convert.hub import model_folder
+
     return model_folder(str(model), lambda line: print(f"lpa: {line}", file=sys.stderr))
 
 

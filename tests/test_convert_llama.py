@@ -240,7 +240,7 @@ def test_a_model_of_the_hub_is_converted(tmp_path: Path, hub: Path) -> None:
     hub_cache(hub, "someone/small", tmp_path / "theirs")
     assert "setting2, dense" in succeed("convert", "llama", "someone/small", tmp_path / "ours")
     succeed("convert", "llama", "https://huggingface.co/someone/small", tmp_path / "again", "--revision", "main")
-    lines = "someone/none: no such model folder, and none fetched from the Hugging Face hub"
+    lines = "someone/none: no such folder; as a name of the Hugging Face hub it could not be fetched: "
     assert_one_line(lpa("convert", "llama", "someone/none", tmp_path / "none"), lines)
     assert_one_line(
         lpa("convert", "llama", "theirs", tmp_path / "none", "--revision", "main"), "--revision: theirs is no"

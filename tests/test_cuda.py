@@ -14,7 +14,10 @@ from lpa_model.backends.features import resolve_device, resolve_dtype
 from lpa_model.cache import bytes_per_token
 from lpa_model.checkpoint import load_model
 from lpa_model.config import Architecture, CacheLayout
-from lpa_model.train import TrainConfig, encode, train
+from lpa_model.train.config import TrainConfig
+from lpa_model.train.loop import train
+from lpa_model.train.tokenizer import encode
+from lpa_model.train.tokens import Tokens
 from server.engine.engine import build_engine
 from server.engine.request import FinishReason, GrammarSpec, Request, RequestOutput, SamplingParams
 from server.settings import load_settings
@@ -130,10 +133,11 @@ def test_training_learns_and_resumes(tmp_path: Path, rate: float | None) -> None
     )
     tokenizer = byte_tokenizer()
     tokens = encode(tokenizer, CORPUS)
+    valid = Tokens(tokens, num_bytes=len(CORPUS.encode()), documents=1, end_of_text=0)
 
     def losses(out: Path, device: str, stop: int | None = None) -> list[float]:
         out.mkdir(exist_ok=True)
-        steps = train(tiny_config(), config, tokenizer, tokens, CORPUS, out, device=device, checkpoint_every=4)
+        steps = train(tiny_config(), config, tokenizer, tokens, valid, out, device=device, checkpoint_every=4)
         return [progress.loss for progress in itertools.islice(steps, stop)]
 
     whole = losses(tmp_path / "whole", "cuda")

@@ -218,8 +218,14 @@ def test_a_byte_order_mark_before_a_tokenizer_and_a_template(folder: Path) -> No
         ("lpa-130m", "is a preset, a shape without weights"),
         ("vanilla-tiny", "`lpa init vanilla-tiny FOLDER`"),
         ("lpa-tiny", "the embedded lpa-tiny"),
-        ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B: no such model folder, and none fetched from"),
-        ("https://huggingface.co/org/name", "org/name: no such model folder, and none fetched from"),
+        (
+            "meta-llama/Llama-3.2-1B",
+            "meta-llama/Llama-3.2-1B: no such folder; as a name of the Hugging Face",
+        ),
+        (
+            "https://huggingface.co/org/name",
+            "org/name: no such folder; as a name of the Hugging Face",
+        ),
         ("nowhere", "nowhere: no such model folder"),
         ("some/where/else", "some/where/else: no such model folder"),
     ],

@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import itertools
 import json
 import math
+import multiprocessing
+import random
+import signal
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lpa_model.checkpoint import load_model, load_tokenizer
 from lpa_model.config import LPAConfig
+from lpa_model.init import initialize
 from lpa_model.model import LPAForCausalLM
-from lpa_model.train import (
-    END_OF_TEXT,
-    Progress,
-    TrainConfig,
-    batch,
-    bits_per_byte,
-    encode,
-    initialize,
-    prepare,
-    read_text,
-    train,
-)
+from lpa_model.train.config import TrainConfig
+from lpa_model.train.data import batch
+from lpa_model.train.loop import Progress, train
+from lpa_model.train.loss import accumulate, bits_per_byte, make_loss
+from lpa_model.train.metrics import read_metrics
+from lpa_model.train.tokenizer import encode
+from lpa_model.train.tokens import Tokens
 from tests.conftest import CORPUS, byte_tokenizer, random_model, tiny_config
 
 CPU = torch.device("cpu")
@@ -45,22 +44,20 @@ CONFIG = TrainConfig(
 MUON = dataclasses.replace(CONFIG, muon_learning_rate=1e-2)
 
 
+def corpus() -> Tokens:
+    """The sentences of conftest as a validation text."""
+    ids = encode(byte_tokenizer(), CORPUS)
+    return Tokens(ids, num_bytes=len(CORPUS.encode()), documents=1, end_of_text=0)
+
+
 def run(out: Path, config: TrainConfig, *, stop: int | None = None, model: LPAConfig | None = None) -> list[Progress]:
     """Train on the few sentences of conftest; `stop` leaves the loop after so many steps, as an interruption does."""
     out.mkdir(exist_ok=True)
     tokenizer = byte_tokenizer()
     tokens = encode(tokenizer, CORPUS)
     model = model or tiny_config()
-    steps = train(model, config, tokenizer, tokens, CORPUS, out, validate_every=5, checkpoint_every=4)
+    steps = train(model, config, tokenizer, tokens, corpus(), out, validate_every=5, checkpoint_every=4)
     return list(itertools.islice(steps, stop))
-
-
-def test_ids_of_a_large_vocabulary_are_kept_whole() -> None:
-    words = {f"w{i}": i for i in range(70_000)}
-    large = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    large.pre_tokenizer = pre_tokenizers.Whitespace()
-    assert encode(large, "w65535 w65536\n\nw69999").tolist() == [65535, 65536, 69999]
-    assert encode(byte_tokenizer(), CORPUS).dtype == np.uint16
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -117,7 +114,7 @@ def test_reports_may_be_rare(tmp_path: Path) -> None:
         CONFIG,
         tokenizer,
         encode(tokenizer, CORPUS),
-        CORPUS,
+        corpus(),
         out,
         report_every=7,
         validate_every=5,
@@ -190,27 +187,150 @@ def test_initial_weights_follow_from_the_seed() -> None:
         assert torch.equal(parameter, again.get_parameter(name)), name
 
 
-def test_encoding_in_pieces_equals_encoding_at_once() -> None:
+def test_parts_of_a_batch_make_the_step_of_the_whole(tmp_path: Path) -> None:
+    """Also parts of different sizes: 4 sequences in the short steps and 3 in the others, in 3 parts."""
+    config = dataclasses.replace(CONFIG, batch_tokens=96, short_sequence_length=24, steps=6)
+    whole = run(tmp_path / "whole", config)
+    parts = run(tmp_path / "parts", dataclasses.replace(config, gradient_accumulation=3))
+    assert [p.loss for p in parts] == pytest.approx([p.loss for p in whole], rel=1e-5)
+    model = random_model(tiny_config()).requires_grad_(True)
+    inputs, targets = batch(encode(byte_tokenizer(), CORPUS), 5, config, CPU)
+    gradients = []
+    for count in (1, 2):  # of 2 sequences and 1
+        model.zero_grad()
+        accumulate(make_loss(model, torch.float32), inputs, targets, count)
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for ours, expected in zip(gradients[1], gradients[0], strict=True):
+        assert ours is not None and expected is not None
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="gradient_accumulation: 4 is not between 1 and the 3 sequences"):
+        dataclasses.replace(config, gradient_accumulation=4)
+
+
+def test_metrics_have_a_line_for_every_report(tmp_path: Path) -> None:
+    steps = run(tmp_path, CONFIG)
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert [(row.step, row.loss, row.bits_per_byte) for row in rows] == [(p.step, p.loss, p.validation) for p in steps]
+    assert [row.tokens for row in rows] == [64 * step for step in range(1, STEPS + 1)]
+    assert [row.learning_rate for row in rows[:2]] == pytest.approx([5e-3, 1e-2])
+    assert all(row.grad_norm > 0 and row.tokens_per_second > 0 for row in rows)
+    tokens = len(corpus().ids)
+    for row in rows:
+        if row.bits_per_byte is not None and row.validation_loss is not None:
+            nats = row.bits_per_byte * len(CORPUS.encode()) * math.log(2) / tokens
+            assert row.validation_loss == pytest.approx(nats)
+
+
+def test_metrics_that_have_lost_lines_are_said(tmp_path: Path) -> None:
+    run(tmp_path, CONFIG, stop=9)
+    path = tmp_path / "metrics.csv"
+    text = path.read_text()
+    path.write_text(text[:100])
+    with pytest.raises(ValueError, match=r"metrics\.csv: has lost lines since the state was written"):
+        run(tmp_path, CONFIG)
+    path.unlink()  # as the message says
+    run(tmp_path, CONFIG)
+    assert [row.step for row in read_metrics(path)] == [9, 10, 11, 12]
+    path.write_text(path.read_text() + "13,x\n")
+    with pytest.raises(ValueError, match=r"metrics\.csv, line 6: not a line of metrics"):
+        read_metrics(path)
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
-    text = f"{CORPUS}\n\n{CORPUS}\n{END_OF_TEXT}\nNaïve 猫\n\n\n\n  the end\n\n"
-    assert encode(tokenizer, text).tolist() == tokenizer.encode(text).ids
-    assert tokenizer.decode(encode(tokenizer, text).tolist(), skip_special_tokens=False) == text
+    steps = train(tiny_config(), CONFIG, tokenizer, encode(tokenizer, CORPUS), corpus(), tmp_path)
+    next(steps)
+    with pytest.raises(ValueError, match="another run is writing there"):
+        run(tmp_path, CONFIG)
+    assert len(list(steps)) == STEPS - 1
 
 
-def test_prepare_reads_gzip_and_keeps_its_work(tmp_path: Path) -> None:
-    text = f"{CORPUS}\n{END_OF_TEXT}\n" * 3
-    data, valid, out = tmp_path / "train.txt.gz", tmp_path / "valid.txt", tmp_path / "run"
-    data.write_bytes(gzip.compress(text.encode()))
-    valid.write_text(CORPUS)
-    out.mkdir()
-    tokenizer, tokens, valid_text = prepare(data, valid, out, 280)
-    assert read_text(data) == text
-    assert valid_text == CORPUS
-    assert tokenizer.get_vocab_size() == 280
-    assert tokenizer.token_to_id(END_OF_TEXT) == 0
-    assert tokenizer.decode(tokens.tolist(), skip_special_tokens=False) == text
-    assert tokens.tolist().count(0) == 3
-    data.unlink()  # the second start needs it no more
-    again = prepare(data, valid, out, 280)
-    assert again[0].get_vocab() == tokenizer.get_vocab()
-    assert np.array_equal(again[1], tokens)
+def test_a_run_that_diverges_keeps_the_last_good_state(tmp_path: Path) -> None:
+    """Its rate is so large that weights overflow in the first step that has it."""
+    run(tmp_path, dataclasses.replace(CONFIG, steps=8))
+    wild = dataclasses.replace(CONFIG, steps=40, learning_rate=1e38, weight_decay=0.0)
+    kept = (tmp_path / "state.pt").read_bytes()
+    with pytest.raises(ValueError, match=r"step \d+: .*diverged; the state of step 8 is kept"):
+        run(tmp_path, wild)
+    assert (tmp_path / "state.pt").read_bytes() == kept
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path).values())
+    load_model(tmp_path / "model", torch.float32, CPU)  # refuses numbers that are not finite
+    assert all(math.isfinite(row.loss) for row in read_metrics(tmp_path / "metrics.csv"))
+    (tmp_path / "state.pt").write_bytes(kept[: len(kept) // 2])
+    with pytest.raises(ValueError, match=r"state.pt: truncated"):
+        run(tmp_path, CONFIG)
+
+
+def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, CONFIG, stop=5)
+    for config, model in ((MUON, None), (CONFIG, tiny_config(attention_rank=4))):
+        with pytest.raises(ValueError, match=r"state.pt: is of a model of other sizes or of another optimizer"):
+            run(tmp_path, config, model=model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps: 0 is less than 1"),
+        ({"learning_rate": math.nan}, "learning_rate: nan is not a positive number"),
+        ({"clip": 0.0}, "clip: 0.0 is not a positive number"),
+        ({"final_fraction": 1.5}, "final_fraction: 1.5 is not between 0 and 1"),
+        ({"seed": -1}, "seed: -1 is less than 0"),
+    ],
+)
+def test_hyperparameters_out_of_range_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **change)
+
+
+KILLED = CONFIG
+
+
+def keep_all(out: Path) -> None:
+    """In a process of its own: train with a state after every second step, so that much of the time is writing."""
+    torch.set_num_threads(1)
+    out.mkdir(exist_ok=True)
+    tokenizer = byte_tokenizer()
+    tokens = encode(tokenizer, CORPUS)
+    for _ in train(tiny_config(), KILLED, tokenizer, tokens, corpus(), out, validate_every=3, checkpoint_every=2):
+        pass
+
+
+def test_a_run_that_is_killed_at_any_moment_ends_the_same(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_train", "torch._dynamo"])  # which optimizers import
+
+    def start(out: Path) -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=keep_all, args=(out,))
+        process.start()
+        return process
+
+    warm_up = context.Process(target=keep_all, args=(tmp_path / "first",))  # the server of forks imports before it
+    warm_up.start()
+    warm_up.join(120)
+    whole = start(tmp_path / "whole")
+    began = time.perf_counter()
+    whole.join(120)
+    seconds = time.perf_counter() - began
+    assert whole.exitcode == 0
+    killed, moments = 0, random.Random(0)
+    for _ in range(5):
+        process = start(tmp_path / "killed")
+        process.join(moments.uniform(0.1, 0.7) * seconds)
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+    last = start(tmp_path / "killed")
+    last.join(120)
+    assert last.exitcode == 0 and killed > 0
+    ours, expected = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    for name, tensor in expected.items():
+        assert torch.equal(ours[name], tensor), name
+    found, wanted = (read_metrics(tmp_path / name / "metrics.csv") for name in ("killed", "whole"))
+    assert [row.step for row in wanted] == list(range(1, KILLED.steps + 1))
+    assert [dataclasses.replace(row, tokens_per_second=0) for row in found] == [
+        dataclasses.replace(row, tokens_per_second=0) for row in wanted
+    ]
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        same = [(tmp_path / which / "model" / name).read_bytes() for which in ("killed", "whole")]
+        assert same[0] == same[1], name

@@ -6,27 +6,17 @@ The hub's variables hold: HF_TOKEN, HF_HOME, HF_HUB_OFFLINE (nothing but its cac
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 from lpa_model.checkpoint import CheckpointError, load_config, read_optional
+from lpa_model.convert.hub_name import hub_name, no_model, unreachable
 from lpa_model.convert.llama import convert_llama
 from lpa_model.hf_keys import LLAMA_TYPES, MODEL_TYPE
 
-HUB = re.compile(r"(?:https?:/+(?:huggingface\.co|hf\.co)/)?(\w[\w.-]*/\w[\w.-]*)/?")
 SAFETENSORS = ["*.json", "*.jinja", "tokenizer.model", "model*.safetensors"]
 PICKLES = ["pytorch_model*.bin"]  # fetched where there is nothing else
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-
-
-def hub_name(name: str) -> str | None:
-    """OWNER/NAME of what may be a model of the hub; None for a path, be it that only its folder exists."""
-    match = HUB.fullmatch(name)
-    path = Path(name)
-    if match is None or path.exists() or (path.parent.is_dir() and path.parent != Path()):
-        return None
-    return match[1]
 
 
 def fetched(name: str, *, revision: str | None = None, file: str | None = None) -> Path:
@@ -50,16 +40,23 @@ def fetched(name: str, *, revision: str | None = None, file: str | None = None) 
 
 
 def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
+    away = None if constants.HF_HUB_OFFLINE else unreachable(constants.ENDPOINT)
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*"],
+                local_files_only=away is not None,
+            )
+        )
     except Exception as error:  # HfHubHTTPError, LocalEntryNotFoundError, OSError, ...
         at = "" if revision is None else f" (revision {revision})"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{repository}{at}: no such model folder, and none fetched from the Hugging Face hub: {reason}"
-        ) from error
+        reason = away or next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(no_model(repository + at, reason)) from error
 
 
 def model_folder(name: str, say: Callable[[str], None]) -> Path:

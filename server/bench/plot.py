@@ -1,4 +1,4 @@
-"""Figures of what the benchmarks measured, as PNG or SVG; needs the extra `plot`."""
+"""Figures of what the benchmarks measured, and of training runs, as PNG or SVG; needs the extra `plot`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from lpa_model.train.metrics import Row
+
 FORMATS = (".png", ".svg")
 # Okabe and Ito's blue and vermilion: safe for colour blindness; marker and line style differ as well
 STYLES: tuple[dict[str, Any], ...] = (
@@ -22,6 +24,7 @@ STYLES: tuple[dict[str, Any], ...] = (
 GREY = "#555555"
 WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # behind text, for lines to stop at
 HEAD = 1.15  # of the largest value, for the highest line to have space above it
+SMOOTHED = 20  # of so many steps there is one in a running mean
 SHARES = (0.5, 0.9, 0.99)  # of a distribution, marked on it
 
 
@@ -135,6 +138,45 @@ def plot_models(rows: Sequence[dict[str, Any]], path: Path) -> None:
     _describe(speed, "Quality and speed", f"tokens per second ({kind}), {of_first}", f"perplexity, {of_first}")
     _describe(cache, "Quality and cache", f"cache bytes per token, {of_first}", "")
     figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    _save(figure, path)
+
+
+def plot_training(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Losses of a run over its steps: of the steps themselves, their running mean if there are many, and validations.
+
+    Raises:
+        ValueError: there is no line to draw.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    if not rows:
+        raise ValueError("plot: the run has no line in its metrics.csv")
+    figure = _figure(9, 5)
+    axes = figure.subplots()
+    steps, losses = [row.step for row in rows], [row.loss for row in rows]
+    window = len(rows) // SMOOTHED
+    blue, vermilion = STYLES
+    alone: dict[str, Any] = {"linestyle": "none", "marker": "o"} if len(rows) == 1 else {}
+    if window < 5:
+        axes.plot(steps, losses, label="training, one step", color=blue["color"], **alone)
+    else:
+        axes.plot(steps, losses, label="training, one step", color=blue["color"], alpha=0.3, linewidth=0.8)
+        sums = [0.0]
+        for loss in losses:
+            sums.append(sums[-1] + loss)
+        means = [(sums[i + window] - sums[i]) / window for i in range(len(rows) - window + 1)]
+        label = f"training, mean of the last {window} reports"
+        axes.plot(steps[window - 1 :], means, label=label, color=blue["color"])
+    validated = [(row.step, row.validation_loss) for row in rows if row.validation_loss is not None]
+    if validated:
+        at, validations = zip(*validated, strict=True)
+        axes.plot(at, validations, label="validation", **vermilion)
+        last = (at[-1], validations[-1])
+        axes.annotate(f"{last[1]:.3f}", last, (0, 8), textcoords="offset points", ha="right", bbox=WHITE)
+    _describe(axes, "", "step", "loss, nats per token")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.suptitle(f"{title}: {rows[-1].step:,} steps, {rows[-1].tokens:,} tokens")
+    figure.legend(loc="outside lower center", ncols=3)
     _save(figure, path)
 
 

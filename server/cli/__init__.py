@@ -22,6 +22,7 @@ from server.cli.quantize import quantize
 from server.cli.run_batch import run_batch
 from server.cli.score import score
 from server.cli.serve import serve, serve_command
+from server.cli.tokenize import tokenize
 from server.cli.train import train, train_command
 
 app = typer.Typer(
@@ -38,6 +39,7 @@ app.command()(chat)
 app.command()(score)
 app.command("run-batch")(run_batch)
 app.command(cls=lazy(train_command))(train)
+app.command()(tokenize)
 app.command()(init)
 app.add_typer(convert, name="convert")
 app.add_typer(export, name="export")

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
 import typer
 from typer.core import TyperCommand
@@ -20,10 +20,15 @@ if TYPE_CHECKING:
 
     from lpa_model.config import LPAConfig
 
+T = TypeVar("T")
+M = TypeVar("M", Path | None, str | None)
+
 Model = Annotated[
     Path | None,
     typer.Option(
-        help="Model folder, or OWNER/NAME on the Hugging Face hub.", show_default="LPA_MODEL, or the embedded model"
+        help="Model folder, or OWNER/NAME on the Hugging Face hub.",
+        show_default="LPA_MODEL, or the embedded model",
+        callback=lambda model: available(model),
     ),
 ]
 Dtype = Annotated[
@@ -35,6 +40,18 @@ Weights = Annotated[
     typer.Option(help="Type that weights are held in.", show_default="LPA_WEIGHTS, or auto"),
 ]
 StoredDtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights written.")]
+
+
+def available(model: M) -> M:
+    """A name of a model as it is; one that can be had nowhere ends the command, before anything heavy is imported."""
+    from lpa_model.convert.hub_name import check_available
+
+    if model is not None:
+        try:
+            check_available(str(model))
+        except ValueError as error:
+            fail(error)
+    return model
 
 
 def fail(message: object) -> NoReturn:
@@ -99,6 +116,57 @@ def interruptible(signals: Sequence[signal.Signals], message: str = "") -> Itera
         yield came
     finally:
         restore()
+
+
+@contextmanager
+def sigterm_unwinds() -> Iterator[None]:
+    """SIGTERM ends the process as ^C does, by an exception: what was written in passing is removed on the way."""
+
+    def end(number: int, _: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # where handlers cannot be set
+        yield
+        return
+    earlier = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+
+
+def in_thread(work: Callable[[], T]) -> T:
+    """The result of work that is long in libraries, where a signal would wait for its end: another thread does it.
+
+    A signal that raises ends the waiting; the thread ends with the process.
+    """
+    done: list[T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if failed:
+        raise failed[0]
+    return done[0]
+
+
+@contextmanager
+def bytes_bar(total: int) -> Iterator[Callable[[str, int], None]]:
+    """A bar on stderr: what is done, and how much is read of `total` bytes."""
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with progress_bar(*columns) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda text, done: bar.update(task, description=text, completed=done)
 
 
 @contextmanager
@@ -225,7 +293,7 @@ def config_of(name: str) -> LPAConfig:
     """A preset's config, or the one in a JSON file or a model folder."""
     from lpa_model.checkpoint import load_config
     from lpa_model.config import PRESETS, LPAConfig
-    from lpa_model.convert.hub import hub_name
+    from lpa_model.convert.hub_name import hub_name
     from server.settings import local_model
 
     path = Path(name)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from server.cli import lowrank as factors
-from server.cli.command import StoredDtype, progress_bar, user_errors
+from server.cli.command import StoredDtype, progress_bar, sigterm_unwinds, user_errors
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,11 @@ KeptDtype = Annotated[
 convert = typer.Typer(
     help="Import models that other code has trained.", no_args_is_help=True, pretty_exceptions_enable=False
 )
+
+
+@convert.callback()
+def _convert(context: typer.Context) -> None:
+    context.with_resource(sigterm_unwinds())
 
 
 @convert.command()
@@ -89,7 +94,8 @@ def llama(
     With --keep, --cache-ratio or --rank its matrices become low-rank factors within that budget.
     """
     from lpa_model.convert.gguf import convert_gguf
-    from lpa_model.convert.hub import fetched, hub_name
+    from lpa_model.convert.hub import fetched
+    from lpa_model.convert.hub_name import hub_name
     from lpa_model.convert.llama import convert_llama
 
     options = factors.LowRank(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from server.cli.command import config_of, user_errors
+from server.cli.command import available, config_of, user_errors
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,6 +26,7 @@ def info(
             metavar="MODEL|PRESET",
             help="Model folder, model of the Hugging Face hub, .json config or preset.",
             show_default="the embedded model",
+            callback=lambda model: available(model),
         ),
     ] = None,
 ) -> None:

@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
-from server.cli.command import Dtype, Weights, ends_at_once, progress_bar, user_errors
+from server.cli.command import Dtype, Weights, available, ends_at_once, progress_bar, user_errors
 
 if TYPE_CHECKING:
     from server.scoring.texts import Advance, OnTokens, Source
@@ -101,6 +101,8 @@ def score(
         found = find_files(files, field)
         texts, size = read_texts(found, field), total_size(found)
         if compare is not None:
+            for one in compare:
+                available(one)
             comparison = _compare(compare, dtype, threads, asked, texts, size)
             if as_json:
                 typer.echo(json.dumps(comparison, indent=2))
@@ -117,6 +119,7 @@ def score(
             start: Start = partial(remote.score_texts, url, key, {"model": model, **asked}, texts)
             extra: dict[str, Any] = {}
         else:
+            available(model)
             from server.llm import LLM
             from server.scoring import local
 

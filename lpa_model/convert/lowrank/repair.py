@@ -27,7 +27,8 @@ from lpa_model.convert.lowrank.calibrate import SINKS, push
 from lpa_model.convert.lowrank.convert import Budget, Row, factorise
 from lpa_model.layers import LowRankLinear
 from lpa_model.model import LPAForCausalLM
-from lpa_model.train import rate, write_state
+from lpa_model.train.config import rate
+from lpa_model.train.state import write_state
 
 LEARNING_RATE = 3e-4
 WARMUP = 20

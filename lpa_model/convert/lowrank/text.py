@@ -18,7 +18,8 @@ from torch import Tensor
 from lpa_model.config import LPAConfig
 from lpa_model.model import LPAForCausalLM
 from lpa_model.perplexity import Tally
-from lpa_model.train import END_OF_TEXT, read_text
+from lpa_model.train.text import read_text
+from lpa_model.train.tokenizer import END_OF_TEXT
 
 WINDOW = 1024
 """Tokens that the model reads together, or its context if that is shorter."""
