@@ -24,6 +24,7 @@ from server.protocol.body import REFUSED
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
 from server.routes.docs import docs_router
+from server.routes.embeddings import embeddings_router
 from server.routes.health import health_router, package_version
 from server.routes.loglikelihood import loglikelihood_router
 from server.routes.metrics import metrics_router
@@ -65,6 +66,7 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     app.include_router(chat_router(engine, settings))
     app.include_router(perplexity_router(engine, settings))
     app.include_router(loglikelihood_router(engine, settings))
+    app.include_router(embeddings_router(engine, settings))
     app.include_router(models_router(engine, settings))
     app.include_router(tokenize_router(engine, settings))
     app.include_router(health_router(engine))
