@@ -26,6 +26,7 @@ from server.routes.completions import completions_router
 from server.routes.docs import docs_router
 from server.routes.embeddings import embeddings_router
 from server.routes.health import health_router, package_version
+from server.routes.hidden_states import hidden_states_router
 from server.routes.loglikelihood import loglikelihood_router
 from server.routes.metrics import metrics_router
 from server.routes.models import models_router
@@ -67,6 +68,7 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     app.include_router(perplexity_router(engine, settings))
     app.include_router(loglikelihood_router(engine, settings))
     app.include_router(embeddings_router(engine, settings))
+    app.include_router(hidden_states_router(engine, settings))
     app.include_router(models_router(engine, settings))
     app.include_router(tokenize_router(engine, settings))
     app.include_router(health_router(engine))
