@@ -34,14 +34,14 @@ class HiddenStatesRequest(RequestBody):
         [-1],
         min_length=1,
         description="0: the embeddings, which the first layer reads. i: what layer i leaves. The number of layers: "
-        "that after the final norm, if the model has one, which the output head reads. Negative ones count from the end. As "
+        "what the output head reads, after the final norm if there is one. Negative ones count from the end. As "
         "`output_hidden_states` of transformers.",
         examples=[[0, -1]],
     )
     positions: list[int] | None = Field(
         None,
         min_length=1,
-        description="Token positions of every text, ascending, from 0; negative ones count from the end (default: all).",
+        description="Of the tokens of every text, ascending, from 0; negative ones count from the end (default: all).",
         examples=[[-1]],
     )
     encoding_format: Literal["base64", "safetensors"] = Field(

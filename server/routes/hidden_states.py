@@ -67,7 +67,7 @@ def hidden_states_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
             return line_stream(_lines(call), request.receive)
         if call.num_bytes > PART_BYTES:
             raise InvalidRequest(
-                f"input: its hidden states have {call.num_bytes} bytes, more than {PART_BYTES}, the most in one answer; "
+                f"input: its hidden states have {call.num_bytes} bytes, more than {PART_BYTES}, the most in an answer; "
                 'take "stream": true, or "encoding_format": "safetensors"',
                 param="input",
             )
@@ -179,6 +179,6 @@ def _entry(call: _Call, part: Part, numbers: Floats) -> list[bytes]:
 
 def _pieces(numbers: Floats) -> Iterator[bytes]:
     """The bytes of numbers, some at a time."""
-    view = memoryview(numbers.astype("<f4", copy=False)).cast("B")
+    view = numbers.astype("<f4", copy=False).data.cast("B")
     for start in range(0, len(view), PIECE):
         yield bytes(view[start : start + PIECE])

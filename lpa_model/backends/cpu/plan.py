@@ -243,9 +243,7 @@ class StepPlan:
         if batch.num_rows <= MOST_ROWS:
             return self._run(batch)
         parts = [(hidden.clone(), inner) for hidden, inner in map(self._run, batch.cut(MOST_ROWS))]
-        inner = {
-            layer: torch.cat([states[layer] for _, states in parts]) for layer in batch.hidden if layer in parts[0][1]
-        }
+        inner = {layer: torch.cat([states[layer] for _, states in parts]) for layer in parts[0][1]}
         return torch.cat([hidden for hidden, _ in parts]), inner
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -209,9 +209,7 @@ class FusedStep:
             hidden, inner = self._run(x[row : row + part.num_rows], part)
             parts.append((hidden.clone(), inner))
             row += part.num_rows
-        inner = {
-            layer: torch.cat([states[layer] for _, states in parts]) for layer in batch.hidden if layer in parts[0][1]
-        }
+        inner = {layer: torch.cat([states[layer] for _, states in parts]) for layer in parts[0][1]}
         return torch.cat([hidden for hidden, _ in parts]), inner
 
     def _run(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[int, Tensor]]:
