@@ -35,6 +35,7 @@ from server.routes.perplexity import perplexity_router
 from server.routes.playground import PLAYGROUND_PATHS, playground_router
 from server.routes.requests import Running, requests_router
 from server.routes.respond import error_response
+from server.routes.responses_api import responses_router
 from server.routes.tokenize import tokenize_router
 from server.settings import Settings
 
@@ -65,6 +66,7 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     app.state.settings = settings
     app.include_router(completions_router(engine, settings))
     app.include_router(chat_router(engine, settings))
+    app.include_router(responses_router(engine, settings))
     app.include_router(perplexity_router(engine, settings))
     app.include_router(loglikelihood_router(engine, settings))
     app.include_router(embeddings_router(engine, settings))

@@ -44,7 +44,7 @@ def chat_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
     )
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         check_model(body.model, settings)
-        call = await _accept(engine, settings, body, request.state.request_id)
+        call = await accept(engine, settings, body, request.state.request_id)
         if not body.stream:
             return await while_connected(request.receive, _answer(call))
         return event_stream(with_comments(_events(call), settings.waiting_comment_interval))
@@ -53,7 +53,7 @@ def chat_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
 
 
 @dataclass
-class _Call:
+class ChatCall:
     """A generation and how it is answered; sequence c is choice c."""
 
     body: ChatCompletionRequest
@@ -74,7 +74,7 @@ class _Call:
         return None if top is None else chat_logprobs(tokenizer, name, token_ids, scores, top)
 
 
-async def _accept(engine: AsyncEngine, settings: Settings, body: ChatCompletionRequest, request_id: str) -> _Call:
+async def accept(engine: AsyncEngine, settings: Settings, body: ChatCompletionRequest, request_id: str) -> ChatCall:
     """The conversation as a prompt, and what the model cannot do refused."""
     check_sampling(body, settings)
     check_messages(body.messages, settings)
@@ -115,7 +115,7 @@ async def _accept(engine: AsyncEngine, settings: Settings, body: ChatCompletionR
         params=params,
         limit_field=limit_field,
     )
-    return _Call(
+    return ChatCall(
         body,
         generation,
         chat_envelope(request_id, int(time.time()), settings.model_name, engine.fingerprint, stream=body.stream),
@@ -123,13 +123,13 @@ async def _accept(engine: AsyncEngine, settings: Settings, body: ChatCompletionR
     )
 
 
-async def _answer(call: _Call) -> Response:
+async def _answer(call: ChatCall) -> Response:
     """The whole answer."""
     completed = await call.generation.collect()
     return await large_json_response(call.generation.answer_size(), lambda: _whole(call, completed))
 
 
-def _whole(call: _Call, completed: list[Completion]) -> dict[str, Any]:
+def _whole(call: ChatCall, completed: list[Completion]) -> dict[str, Any]:
     body, generation = call.body, call.generation
     choices = []
     for index, done in enumerate(completed):
@@ -154,7 +154,7 @@ def _whole(call: _Call, completed: list[Completion]) -> dict[str, Any]:
     return found
 
 
-async def _events(call: _Call) -> AsyncGenerator[str]:
+async def _events(call: ChatCall) -> AsyncGenerator[str]:
     """The answer as events: of each choice its role, a chunk per output and its end; the usage if requested, [DONE]."""
     body, generation = call.body, call.generation
 

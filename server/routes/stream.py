@@ -104,6 +104,17 @@ def _event(data: str) -> Iterable[bytes]:
     return (f"{data if data == COMMENT else f'data: {data}'}\n\n".encode(),)
 
 
+def named_event_stream(events: AsyncGenerator[str]) -> Stream:
+    """Server-sent events whose texts begin with a line that names them."""
+    return Stream(events, "text/event-stream", _named_event)
+
+
+def _named_event(text: str) -> Iterable[bytes]:
+    if text.startswith("{"):  # an error that ends the stream
+        text = f"error\ndata: {text}"
+    return (f"{text if text == COMMENT else f'event: {text}'}\n\n".encode(),)
+
+
 def line_stream(lines: AsyncGenerator[Line], receive: Receive) -> Stream:
     """Lines of JSON; `receive` passes on the body that is read meanwhile."""
     return Stream(lines, NDJSON, _line, receive)
