@@ -26,6 +26,7 @@ PATHS: dict[str, dict[str, Any]] = {
     "/v1/loglikelihood": {"context": "the", "continuations": [" sea"]},
     "/v1/embeddings": {"input": "the sea"},
     "/v1/hidden_states": {"input": "the sea"},
+    "/v1/responses": {"input": "the sea"},
     "/tokenize": {"prompt": "the sea"},
     "/detokenize": {"tokens": [5]},
 }
@@ -263,6 +264,8 @@ def test_context_overflow_is_in_the_words_that_clients_look_for(served: Served) 
         ("/v1/loglikelihood", {"context": long, "continuations": ["x"]}),
         ("/v1/embeddings", {"input": long}),
         ("/v1/hidden_states", {"input": long}),
+        ("/v1/responses", {"input": long}),
+        ("/v1/responses", {"input": "x", "max_output_tokens": 500}),
     ):
         response = served.post(path, **body)
         assert response.status_code == 400

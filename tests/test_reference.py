@@ -21,6 +21,7 @@ import pytest
 
 from lpa_model.config import Architecture
 from server.protocol.body import RequestBody
+from server.routes import responses_api
 from server.routes.docs import command, recorded
 from server.settings import embedded_checkpoint
 from tests.serving import Served, serving, until
@@ -29,10 +30,21 @@ FILE = Path(__file__).parent.parent / "server/routes/examples.json"
 PAGE = "/docs/reference"
 KEYS = {"KEY": "mine", "ADMIN_KEY": "boss"}
 # what another machine, day or version answers otherwise
-VOLATILE = {"id", "created", "system_fingerprint", "version", "backend", "batch_invariant", "refused_backends"}
+VOLATILE = {
+    "id",
+    "created",
+    "created_at",
+    "completed_at",
+    "system_fingerprint",
+    "version",
+    "backend",
+    "batch_invariant",
+    "refused_backends",
+}
 TOLERANCE = 2e-3  # nats, bits and the like: of other kernels
 OWN_PAGE = ("GET", PAGE)
 TO_CANCEL = "my-request-1"
+STORED = "resp_example"
 
 MODEL = {"model": "lpa-tiny"}
 STORY = "Once upon a time"
@@ -52,6 +64,15 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
             }
         }
     ],
+    "POST /v1/responses": [
+        {"body": {**MODEL, "input": "Tell me a story.", "max_output_tokens": 16, "temperature": 0, "store": False}},
+    ],
+    "GET /v1/responses/{response_id}": [{"path": {"response_id": STORED}}],
+    "GET /v1/responses/{response_id}/input_items": [{"path": {"response_id": STORED}}],
+    "POST /v1/responses/{response_id}/cancel": [{"path": {"response_id": STORED}}],
+    "DELETE /v1/responses/{response_id}": [{"path": {"response_id": STORED}}],
+    "POST /v1/embeddings": [{"body": {**MODEL, "input": SENTENCE, "dimensions": 3}}],
+    "POST /v1/hidden_states": [{"body": {**MODEL, "input": "king", "layers": [0], "positions": [-1]}}],
     "POST /v1/perplexity": [
         {"body": {**MODEL, "input": [SENTENCE, "King a was there time a upon once."]}},
         {"body": {**MODEL, "input": STORY, "return_tokens": True, "top_logprobs": 1}},
@@ -105,10 +126,20 @@ def something_to_cancel(served: Served) -> Iterator[None]:
 
 def run(served: Served, line: str) -> str:
     """What a shell prints."""
-    if "/cancel" in line:
+    if TO_CANCEL in line:
         with something_to_cancel(served):
             return _run(line)
+    if STORED in line:
+        store_a_response(served)
     return _run(line)
+
+
+def store_a_response(served: Served) -> None:
+    """One whose ids are as examples have them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(responses_api, "_new_id", "{}_example".format)
+        body = {**MODEL, "input": "Tell me a story.", "max_output_tokens": 8, "temperature": 0}
+        assert served.client.post("/v1/responses", json=body).json()["id"] == STORED
 
 
 def _run(line: str) -> str:
@@ -266,7 +297,7 @@ def record() -> None:
         for name, examples in EXAMPLES.items():
             method, path = name.split(" ")
             for example in examples:
-                admin = "/cancel" in path
+                admin = "/v1/requests/" in path
                 line = command(example, method, served.url + path, [{"AdminKey" if admin else "ApiKey": []}], None)
                 example["answer"] = parsed(run(served, line))
     FILE.write_text(json.dumps(EXAMPLES, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

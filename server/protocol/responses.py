@@ -363,7 +363,7 @@ def messages_of(instructions: str | None, items: Sequence[Item]) -> list[Message
         if item["type"] == "message":
             found.append({"role": item["role"], "content": item["content"][0]["text"]})
         elif item["type"] == "function_call":
-            if item["status"] == "incomplete":
+            if item["status"] == "incomplete" and not _is_object(item["arguments"]):
                 continue
             if not found or found[-1]["role"] != "assistant":
                 found.append({"role": "assistant", "content": None})
@@ -373,6 +373,13 @@ def messages_of(instructions: str | None, items: Sequence[Item]) -> list[Message
         else:
             found.append({"role": "tool", "content": item["output"], "tool_call_id": item["call_id"]})
     return [Message.model_validate(message) for message in found]
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 NAMES = (
@@ -393,6 +400,8 @@ def renamed(error: UserError) -> UserError:
             param = pattern.sub(ours, param)
         if error.message.startswith(error.param):
             error.message = param + error.message.removeprefix(error.param)
+        elif error.message.startswith("messages: "):
+            error.message = "input" + error.message.removeprefix("messages")
         error.message = error.message.replace("max_completion_tokens", "max_output_tokens")
         error.param = param
     return error
