@@ -498,7 +498,7 @@ class ResponsesResponse(BaseModel):
     id: str = Field(examples=["resp_4f1c"])
     object: Literal["response"]
     created_at: int = Field(description="Seconds since 1970.")
-    completed_at: int | None
+    completed_at: int | None = Field(description="With status completed.")
     status: Literal["in_progress", "completed", "incomplete", "failed", "cancelled"]
     background: bool
     error: ResponseFailure | None = Field(description="With status failed.")

@@ -99,7 +99,8 @@ class _Run:
         prompt = sum(len(prompt.token_ids) for prompt in generation.prompts)
         cached = sum(generation.cached_tokens.values())
         self.response["usage"] = usage_fields(prompt, generation.completion_tokens, cached)
-        self.response["completed_at"], self.response["status"] = int(time.time()), status
+        self.response["status"] = status
+        self.response["completed_at"] = int(time.time()) if status == "completed" else None
         self.response["store"] = self.response["store"] and await keep(self)
         # there is no event of its own for a cancelled response
         yield f"response.{'failed' if status == 'cancelled' else status}", {"response": self.response}
