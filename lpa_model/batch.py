@@ -5,8 +5,9 @@ Everything is numpy and made before the forward pass; every backend reads the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -96,6 +97,7 @@ class Batch:
     num_decode: int
     scored: ScoredRows
     zero_blocks: Ints  # newly allocated blocks that this step does not fill: cleared before anything is written
+    hidden: Mapping[int, Ints] = field(default_factory=dict)  # layer -> rows whose hidden states are wanted, ascending
 
     @classmethod
     def build(
@@ -106,8 +108,12 @@ class Batch:
         *,
         scored: ScoredRows = NO_SCORES,
         zero_blocks: Sequence[int] | Ints = (),
+        hidden: Mapping[int, Ints] = MappingProxyType({}),
     ) -> Batch:
-        """Lay out `spans`, decode spans first; `ids` are their new tokens in order."""
+        """Lay out `spans`, decode spans first; `ids` are their new tokens in order.
+
+        `hidden`: rows by the layer that reads them, from 0; of the number of layers, those after the final norm.
+        """
         num_decode = sum(span.decode for span in spans)
         decodes = spans[:num_decode]
         assert all(span.decode and span.length == 1 for span in decodes), "decode spans come first, one token each"
@@ -121,6 +127,7 @@ class Batch:
             num_decode=num_decode,
             scored=scored,
             zero_blocks=np.asarray(zero_blocks, dtype=np.int64),
+            hidden=hidden,
         )
 
     @property
@@ -139,7 +146,8 @@ class Batch:
         done, left = 0, most
 
         def part(end: int) -> Batch:
-            return Batch.build(self.ids[done:end], spans, self.block_size)
+            hidden = {layer: rows[(rows >= done) & (rows < end)] - done for layer, rows in self.hidden.items()}
+            return Batch.build(self.ids[done:end], spans, self.block_size, hidden=hidden)
 
         for span in self.spans:
             while span.length > left:

@@ -6,6 +6,8 @@ dtype. Logits are float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -74,7 +76,13 @@ class LPAForCausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(self, ids: Tensor, positions: Tensor | None = None, attend: Attend | None = None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        attend: Attend | None = None,
+        see: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
         """Hidden states before the output head.
 
         Args:
@@ -82,6 +90,7 @@ class LPAForCausalLM(nn.Module):
                 tested against. With `attend`, [rows] of a flat batch.
             positions: int64 [rows] of a flat batch.
             attend: a backend's attention over its cache, for one step.
+            see: is called with the number of each layer, from 0, and the residual stream that it reads [..., d].
 
         Returns:
             [..., d]; in the weights' dtype in setting 2 (the final norm's output), float32 in setting 1.
@@ -91,7 +100,9 @@ class LPAForCausalLM(nn.Module):
             if positions is None:
                 positions = torch.arange(ids.shape[-1], device=ids.device)
             x = x + self.embed_positions(positions).float()
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            if see is not None:
+                see(number, x)
             x = layer(x, self.rotary, attend)
         return x if self.norm is None else self.norm(x)
 

@@ -30,8 +30,10 @@ from server.routes.chat import chat_router
 from server.routes.completions import completions_router
 from server.routes.control import control_router
 from server.routes.docs import docs_router
+from server.routes.embeddings import embeddings_router
 from server.routes.files import files_router
 from server.routes.health import health_router
+from server.routes.hidden_states import hidden_states_router
 from server.routes.loglikelihood import loglikelihood_router
 from server.routes.metrics import metrics_router
 from server.routes.models import models_router
@@ -40,6 +42,7 @@ from server.routes.perplexity import perplexity_router
 from server.routes.playground import PLAYGROUND_PATHS, playground_router
 from server.routes.requests import Running, requests_router
 from server.routes.respond import error_response
+from server.routes.responses_api import responses_router
 from server.routes.tokenize import tokenize_router
 from server.settings import Settings
 from server.version import package_version
@@ -95,10 +98,13 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     app.state.batches = runner
     app.include_router(completions_router(engine, settings))
     app.include_router(chat_router(engine, settings))
+    app.include_router(responses_router(engine, settings))
     app.include_router(perplexity_router(engine, settings))
     app.include_router(loglikelihood_router(engine, settings))
     app.include_router(files_router(runner))
     app.include_router(batches_router(runner))
+    app.include_router(embeddings_router(engine, settings))
+    app.include_router(hidden_states_router(engine, settings))
     app.include_router(models_router(engine, settings))
     app.include_router(tokenize_router(engine, settings))
     app.include_router(health_router(engine))

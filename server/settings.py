@@ -217,6 +217,15 @@ class Settings(BaseSettings):
     )
     max_sequences: int = Field(4096, ge=1, description="Most prompts times n (or best_of) of a request.")
     max_messages: int = Field(2048, ge=1, description="Most messages of a conversation.")
+    max_stored_responses: int = Field(
+        1024, ge=0, description="Most responses that are kept in memory; beyond, the one unused for longest goes."
+    )
+    max_stored_bytes: int = Field(
+        64 << 20,
+        ge=0,
+        description="Most bytes of JSON that stored responses have together, each with the whole conversation before "
+        "it; beyond, those unused for longest go.",
+    )
     max_list_entries: int = Field(
         1024, ge=1, description="Most entries of bad_words, of stop_token_ids and of logit_bias."
     )

@@ -46,7 +46,11 @@ RULES: list[tuple[str, tuple[str, ...]]] = [
     ("server", ("lpa_model.backends.cpu",)),
     ("server/engine", (*WEB, *OUTER)),
     ("server/errors.py", ("torch", "lpa_model", "server", *WEB)),
-    ("server/engine/request.py", ("torch", "lpa_model", "server")),
+    ("server/engine/hidden_states.py", ("torch", "lpa_model", "server")),
+    (
+        "server/engine/request.py",
+        ("torch", "lpa_model", *(f"server.{m}" for m in ("app", "errors", "protocol", "routes", "engine.engine"))),
+    ),
     (
         "server/engine/block_manager.py",
         ("torch", "lpa_model", *(f"server.engine.{m}" for m in ("scheduler", "engine"))),

@@ -24,6 +24,7 @@ import pytest
 from lpa_model.config import Architecture
 from server.batches.store import Store
 from server.protocol.body import RequestBody
+from server.routes import responses_api
 from server.routes.docs import command, recorded
 from server.settings import embedded_checkpoint
 from tests.serving import Served, serving, until
@@ -35,12 +36,13 @@ KEYS = {"KEY": "mine", "ADMIN_KEY": "boss"}
 VOLATILE = {
     *("id", "created", "system_fingerprint", "version", "backend", "batch_invariant", "refused_backends"),
     *("freed_blocks", "before"),  # hang on what was done until then
-    *("created_at", "expires_at", "cancelling_at"),
+    *("created_at", "completed_at", "expires_at", "cancelling_at"),
 }
 CONTROL = ("/v1/requests/{request_id}/cancel", "/reset_prefix_cache", "/log_level")  # with an admin's key
 TOLERANCE = 2e-3  # nats, bits and the like: of other kernels
 OWN_PAGE = ("GET", PAGE)
 TO_CANCEL = "my-request-1"
+STORED = "resp_example"
 
 MODEL = {"model": "lpa-tiny"}
 STORY = "Once upon a time"
@@ -68,6 +70,15 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
             }
         }
     ],
+    "POST /v1/responses": [
+        {"body": {**MODEL, "input": "Tell me a story.", "max_output_tokens": 16, "temperature": 0, "store": False}},
+    ],
+    "GET /v1/responses/{response_id}": [{"path": {"response_id": STORED}}],
+    "GET /v1/responses/{response_id}/input_items": [{"path": {"response_id": STORED}}],
+    "POST /v1/responses/{response_id}/cancel": [{"path": {"response_id": STORED}}],
+    "DELETE /v1/responses/{response_id}": [{"path": {"response_id": STORED}}],
+    "POST /v1/embeddings": [{"body": {**MODEL, "input": SENTENCE, "dimensions": 3}}],
+    "POST /v1/hidden_states": [{"body": {**MODEL, "input": "king", "layers": [0], "positions": [-1]}}],
     "POST /v1/perplexity": [
         {"body": {**MODEL, "input": [SENTENCE, "King a was there time a upon once."]}},
         {"body": {**MODEL, "input": STORY, "return_tokens": True, "top_logprobs": 1}},
@@ -164,10 +175,20 @@ def run(served: Served, line: str) -> str:
             return _run(line)
         finally:
             drop(store)
-    if "/cancel" in line:
+    if TO_CANCEL in line:
         with something_to_cancel(served):
             return _run(line)
+    if STORED in line:
+        store_a_response(served)
     return _run(line)
+
+
+def store_a_response(served: Served) -> None:
+    """One whose ids are as examples have them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(responses_api, "_new_id", "{}_example".format)
+        body = {**MODEL, "input": "Tell me a story.", "max_output_tokens": 8, "temperature": 0}
+        assert served.client.post("/v1/responses", json=body).json()["id"] == STORED
 
 
 def _run(line: str) -> str:
@@ -260,7 +281,7 @@ def test_the_examples_carry_the_name_of_the_model_that_is_served(tiny_checkpoint
     with serving(tiny_checkpoints["setting2"], served_model_name="mine") as other:
         found = Examples(other.client.get(PAGE).text)
     assert (
-        sum('"model": "mine"' in line or "model=mine" in line or "models/mine" in line for line in found.commands) == 9
+        sum('"model": "mine"' in line or "model=mine" in line or "models/mine" in line for line in found.commands) == 12
     )
     assert not any("lpa-tiny" in line for line in found.commands)
 

@@ -68,6 +68,7 @@ class StepResult:
     broken_prompt: set[int] = field(default_factory=set)  # indices into the batch's scored rows: likewise
     scores: dict[int, Scores] = field(default_factory=dict)  # of the sampled token, by index into `tokens`
     prompt_scores: Scores = field(default_factory=lambda: Scores([], [], [], []))  # of the batch's scored rows
+    hidden: dict[int, Floats] = field(default_factory=dict)  # [n, d] by layer: of the batch's `hidden`
 
 
 class Backend(Protocol):

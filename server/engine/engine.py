@@ -205,6 +205,8 @@ class Engine:
     def _advance(self, request: Request, token: int | None, result: BatchResult) -> RequestOutput | None:
         """What a step that ran means for one of its requests; None if its prompt is not through yet."""
         request.prompt_logprobs.extend(result.prompt_logprobs.get(request.id, Logprobs()))
+        if request.hidden is not None and request.id in result.hidden:
+            request.hidden.add(result.hidden[request.id])
         _, detokenizer = self._requests[request.id]
         text = ""
         if token is not None:
@@ -230,6 +232,7 @@ class Engine:
             token_ids=[] if token is None else [token],
             logprobs=result.logprobs.get(request.id),
             prompt_logprobs=request.prompt_logprobs if scored else None,
+            hidden=request.hidden.result() if finished and request.hidden is not None else None,
             num_cached_tokens=request.num_cached_tokens,
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from lpa_model.backends.base import Backend, Mask, SamplingRow
-from lpa_model.batch import Batch, ScoredRows, Span
+from lpa_model.backends.base import Backend, Floats, Mask, SamplingRow
+from lpa_model.batch import Batch, Ints, ScoredRows, Span
 from lpa_model.cache import LatentCache
 from server.engine.grammar import GrammarCompiler, GrammarState, failure_of
 from server.engine.request import Logprobs, Request
@@ -23,11 +23,12 @@ MASK_GRACE = 0.002  # seconds that a step waits for a late grammar mask before i
 LONG_GRACE = 0.05  # seconds
 MASK_THREADS = 4  # so that a slow mask does not delay the others
 NOT_FINITE = "the model gave a logit that is not a finite number"
+HIDDEN_NOT_FINITE = "the model gave a hidden state that is not a finite number"
 
 
 @dataclass
 class BatchResult:
-    """By request id: the sampled token, its log-probability, and log-probabilities of prompt tokens.
+    """By request id: the sampled token, its log-probability, and log-probabilities and hidden states of prompt tokens.
 
     `ended`: the text is complete, with this step's token or, if it has none, since no other may follow.
     `deferred`: the mask was not ready, so the last token is to be computed again and sampled then.
@@ -38,6 +39,7 @@ class BatchResult:
     tokens: dict[str, int] = field(default_factory=dict)
     logprobs: dict[str, Logprobs] = field(default_factory=dict)
     prompt_logprobs: dict[str, Logprobs] = field(default_factory=dict)
+    hidden: dict[str, Floats] = field(default_factory=dict)  # [n, layers, d]
     ended: set[str] = field(default_factory=set)
     deferred: set[str] = field(default_factory=set)
     errors: dict[str, Exception] = field(default_factory=dict)
@@ -91,6 +93,7 @@ class ModelRunner:
                 result.errors[request.id] = FloatingPointError(NOT_FINITE)
             else:
                 result.prompt_logprobs[request.id] = columns.part(first, end, top)
+        self._take_hidden(scheduled.items, batch, found.hidden, result)
         return result
 
     def close(self) -> None:
@@ -133,8 +136,25 @@ class ModelRunner:
             block_size,
             scored=ScoredRows(*(np.array(column, dtype=np.int64) for column in (rows, targets, tops))),
             zero_blocks=[block for block in scheduled.new_blocks if block not in filled],
+            hidden=_hidden_rows(items),
         )
         return batch, runs
+
+    @staticmethod
+    def _take_hidden(
+        items: list[ScheduledRequest], batch: Batch, found: Mapping[int, Floats], result: BatchResult
+    ) -> None:
+        """Each request's hidden states out of a step's, which are by layer."""
+        for request_id, layers, rows in _wanted_rows(items):
+            columns = []
+            for layer in layers:
+                first = int(np.searchsorted(batch.hidden[layer], rows[0]))
+                columns.append(found[layer][first : first + len(rows)])
+            states = np.stack(columns, axis=1)
+            if np.isfinite(states).all():
+                result.hidden[request_id] = states
+            else:
+                result.errors[request_id] = FloatingPointError(HIDDEN_NOT_FINITE)
 
     def _sampling(self, items: list[ScheduledRequest]) -> tuple[Sequence[Request], Sequence[SamplingRow]]:
         requests, rows, at = [], [], 0
@@ -224,6 +244,25 @@ def _nothing_left(request: Request) -> InvalidRequest:
         "text is not complete",
         param=param,
     )
+
+
+def _wanted_rows(items: list[ScheduledRequest]) -> Iterator[tuple[str, tuple[int, ...], Ints]]:
+    """The requests that want hidden states of this step, of which layers, and which rows of the batch those are."""
+    at = 0
+    for request, num_tokens, _ in items:
+        start = request.num_computed_tokens
+        if request.hidden is not None and (wanted := request.hidden.spec.within(start, start + num_tokens)):
+            yield request.id, request.hidden.spec.layers, np.array(wanted, dtype=np.int64) + (at - start)
+        at += num_tokens
+
+
+def _hidden_rows(items: list[ScheduledRequest]) -> dict[int, Ints]:
+    """The rows of a step whose hidden states are wanted, by layer."""
+    rows: dict[int, list[Ints]] = {}
+    for _, layers, wanted in _wanted_rows(items):
+        for layer in layers:
+            rows.setdefault(layer, []).append(wanted)
+    return {layer: np.concatenate(parts) for layer, parts in rows.items()}
 
 
 def _filled_blocks(item: ScheduledRequest, block_size: int) -> list[int]:

@@ -8,15 +8,18 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from server.engine.hidden_states import Floats, HiddenSpec, HiddenStates
+
 
 @dataclass(frozen=True)
 class GrammarSpec:
     """What generated text must match; `text` is the schema (JSON), expression, grammar or JSON list of choices.
 
-    `param` is the request's field that errors name.
+    A strict schema is closed: every property is required, and no other may come. Kind `tools` is made by
+    `tool_grammar.tool_spec`. `param` is the request's field that errors name; an error of tools names a field inside.
     """
 
-    kind: Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+    kind: Literal["json_object", "json_schema", "strict_schema", "regex", "choice", "grammar", "tools"]
     text: str
     param: str
 
@@ -109,6 +112,7 @@ class RequestOutput:
     token_ids: list[int] = field(default_factory=list)
     logprobs: Logprobs | None = None  # of token_ids
     prompt_logprobs: Logprobs | None = None  # of prompt tokens first_logit_position + 1 ..., with the first output
+    hidden: Floats | None = None  # as `HiddenStates.result`, with the last output
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token id or stop string
@@ -189,6 +193,7 @@ class Request:
         priority: int = 0,
         cache_salt: str = "",
         branches: tuple[int, ...] = (),
+        hidden: HiddenSpec | None = None,
         leader: Request | None = None,
         group: str | None = None,
         choices: Choices | None = None,
@@ -198,6 +203,7 @@ class Request:
         Args:
             branches: where the continuations begin that stand one after another behind a common beginning, of a
                 prompt to be scored. Each sees that beginning and itself, and its positions go on from there.
+            hidden: which hidden states of the prompt are wanted; with max_tokens 0.
             leader: a request with the same prompt and cache_salt whose computed prompt this one takes over.
             group: the HTTP request that it belongs to, by default one of its own; groups share the places fairly.
             choices: those of its prompt, which it is one of; by default it is the only one.
@@ -221,6 +227,7 @@ class Request:
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []  # of the full blocks, in order
         self.prompt_logprobs = Logprobs()
+        self.hidden = None if hidden is None else HiddenStates(hidden)
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.arrival = time.monotonic() if arrival is None else arrival
@@ -254,12 +261,14 @@ class Request:
     @property
     def num_tokens_to_compute(self) -> int:
         """Tokens the model must see; the last token of a scored prompt predicts nothing that is asked."""
-        return max(1, len(self.token_ids) - self.is_scoring)
+        return max(1, len(self.token_ids) - (self.is_scoring and self.hidden is None))
 
     @property
     def max_cached_tokens(self) -> int:
-        """Prefix hits end here: the position whose logits are needed first must be computed."""
+        """Prefix hits end here: the position whose logits or hidden state is needed first must be computed."""
         last = self.num_tokens_to_compute - 1
+        if self.hidden is not None:
+            last = min(last, self.hidden.spec.positions[0])
         if self.params.prompt_logprobs is None or self.num_output_tokens:
             return last
         return min(last, self.params.first_logit_position)
@@ -323,6 +332,12 @@ def scoring_request(
     """
     params = SamplingParams(max_tokens=0, prompt_logprobs=top, first_logit_position=first - 1)
     return Request(request_id, token_ids, params, branches=branches, group=group)
+
+
+def hidden_request(request_id: str, token_ids: list[int], spec: HiddenSpec, group: str | None = None) -> Request:
+    """A request for hidden states of token_ids, which is computed up to the last position that is wanted."""
+    params = SamplingParams(max_tokens=0)
+    return Request(request_id, token_ids[: spec.positions[-1] + 1], params, hidden=spec, group=group)
 
 
 @dataclass(frozen=True, kw_only=True)

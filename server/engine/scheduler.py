@@ -385,6 +385,8 @@ class Scheduler:
         request.num_computed_tokens = 0
         if not request.num_output_tokens:  # its prompt will be scored anew
             request.prompt_logprobs = Logprobs()
+            if request.hidden is not None:
+                request.hidden.clear()
         request.status = RequestStatus.WAITING
         self.waiting.add(request)
 

@@ -69,6 +69,12 @@ Inputs = Annotated[
 """Parsed: one entry per text, which is a string or its token ids. Raises InvalidRequest that names the entry."""
 
 
+ADD_SPECIAL_TOKENS: bool = Field(
+    True,
+    description="Let the tokenizer add its special tokens, such as BOS, to texts; token ids are taken as they are.",
+)
+
+
 def _parse_one(value: Any, info: ValidationInfo) -> str | list[int]:
     return check_input(value, str(info.field_name))
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from server.engine.async_engine import AsyncEngine
 from server.engine.tokenizer import Tokenizer
-from server.errors import InvalidRequest, NotFound
+from server.errors import ContextLength, InvalidRequest, NotFound
 from server.protocol.chat import ChatCompletionRequest
 from server.protocol.inputs import check_text, entry_loc
 from server.protocol.tokenize import TokenizeRequest
@@ -60,6 +60,30 @@ async def tokenize(
     return await asyncio.to_thread(read) if sum(map(len, inputs)) > LONG_TEXT or len(inputs) > MANY else read()
 
 
+async def tokenize_whole(
+    engine: AsyncEngine, inputs: Sequence[str | list[int]], add_special_tokens: bool
+) -> list[Prompt]:
+    """Token ids of a request's `input`, to which nothing is to be added.
+
+    Raises:
+        InvalidRequest: one has no token, or one outside the vocabulary; it is named.
+        ContextLength: one is longer than the context.
+    """
+    prompts = await tokenize(engine, "input", inputs, add_special_tokens=add_special_tokens)
+
+    def validate() -> None:
+        for prompt in prompts:
+            if (size := len(prompt.token_ids)) > engine.max_model_len:
+                raise ContextLength(f"{prompt.where}: has {size} tokens", engine.max_model_len, param=prompt.where)
+            engine.validate(prompt.token_ids, 0, prompt.where, prompt.where)
+
+    if len(prompts) > MANY or sum(len(prompt.token_ids) for prompt in prompts) > LONG_TEXT:
+        await asyncio.to_thread(validate)
+    else:
+        validate()
+    return prompts
+
+
 def _prompt(
     tokenizer: Tokenizer, where: str, item: str | list[int], add_special_tokens: bool, with_offsets: bool
 ) -> Prompt:
@@ -82,7 +106,7 @@ def rendered(tokenizer: Tokenizer, body: ChatCompletionRequest | TokenizeRequest
             not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
         ),
         continue_final_message=body.continue_final_message,
-        tools=body.tools,
+        tools=[tool.to_template() for tool in body.tools],
         kwargs=body.chat_template_kwargs,
     )
     check_text(text, "messages")

@@ -1,4 +1,5 @@
-"""Sequences whose tokens are scored: many for one HTTP request, a bounded number at a time, results in order."""
+"""Sequences whose tokens are scored, or whose hidden states are wanted: many for one HTTP request, a bounded number at
+a time, results in order."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from server.engine.async_engine import AsyncEngine
-from server.engine.request import Logprobs, Request, scoring_request
+from server.engine.hidden_states import Floats, HiddenSpec
+from server.engine.request import Logprobs, Request, RequestOutput, hidden_request, scoring_request
 from server.errors import TimedOut
 from server.settings import Settings
 
@@ -43,25 +45,37 @@ class Scorer:
             UserError: as `AsyncEngine.generate`.
         """
         async with self._slots:
-            self._count += 1
-            sequence_id = f"{self._unique}-{self._count}"
-            request = scoring_request(sequence_id, token_ids, first, top, branches, self._unique)
-            return await self._run(request, len(token_ids) - first)
+            output = await self._run(scoring_request(self._id(), token_ids, first, top, branches, self._unique))
+            assert output.prompt_logprobs is not None and len(output.prompt_logprobs.logprobs) == len(token_ids) - first
+            return output.prompt_logprobs, output.num_cached_tokens
 
-    async def in_order(self, jobs: AsyncGenerator[Coroutine[Any, Any, T]], deadline: float | None) -> AsyncGenerator[T]:
-        """`in_order` for jobs that score with this scorer; a drain waits for all of them."""
+    async def hidden_states(self, token_ids: list[int], spec: HiddenSpec) -> Floats:
+        """As `HiddenStates.result`; raises what `score` raises."""
+        async with self._slots:
+            output = await self._run(hidden_request(self._id(), token_ids, spec, self._unique))
+            assert output.hidden is not None
+            return output.hidden
+
+    def _id(self) -> str:
+        self._count += 1
+        return f"{self._unique}-{self._count}"
+
+    async def in_order(
+        self, jobs: AsyncGenerator[Coroutine[Any, Any, T]], deadline: float | None, most: int | None = None
+    ) -> AsyncGenerator[T]:
+        """`in_order` for jobs that score with this scorer, at most `most` at once; a drain waits for all of them."""
+        limit = self.max_in_flight if most is None else min(most, self.max_in_flight)
         with self._session:
-            async with aclosing(in_order(jobs, self.max_in_flight, deadline)) as results:
+            async with aclosing(in_order(jobs, limit, deadline)) as results:
                 async for result in results:
                     yield result
 
-    async def _run(self, request: Request, count: int) -> tuple[Logprobs, int]:
+    async def _run(self, request: Request) -> RequestOutput:
+        """Its only output."""
         async with aclosing(self._engine.generate([request], session=self._session)) as outputs:
             async for _, output in outputs:
-                if output.prompt_logprobs is not None:
-                    assert len(output.prompt_logprobs.logprobs) == count
-                    return output.prompt_logprobs, output.num_cached_tokens
-        raise AssertionError("a scoring request ended without its scores")
+                return output
+        raise AssertionError("a sequence ended without an output")
 
 
 async def in_order(

@@ -30,7 +30,7 @@ class Stream(Response):
 
     An error before the first piece is an answer with its own status. One in the middle becomes a last piece with
     OpenAI's error object. A reader that does not keep up holds the generator back; one that leaves ends it, and so
-    does cancelling, which is told as an error.
+    does cancelling, which is told as an error. In a body of known length an error closes the connection instead.
     """
 
     def __init__(
@@ -39,13 +39,17 @@ class Stream(Response):
         media_type: str,
         frame: Callable[[Any], Iterable[bytes]],
         receive: Receive | None = None,
+        length: int | None = None,
     ) -> None:
-        """`frame` makes bytes of a piece, or of an error's text; `receive` takes the place of the request's own."""
+        """`frame` makes bytes of a piece, or of an error's text; `receive` takes the place of the request's own;
+        `length` is the body's, in bytes, where it is known."""
         self.status_code = 200
         self.background = None
         self.media_type = media_type
         # proxies that buffer would turn a stream into one late answer
-        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        self.init_headers(headers if length is None else {**headers, "content-length": str(length)})
+        self._has_length = length is not None
         self._pieces = pieces
         self._frame = frame
         self._receive = receive
@@ -84,6 +88,9 @@ class Stream(Response):
         await send_pieces(send, self._frame(piece))
 
     async def _send_last(self, send: Send, error: UserError) -> None:
+        if self._has_length:
+            logger.warning("an answer of known length is cut off: %s", error.message)
+            return
         await self._send(send, json.dumps(error.body()))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -97,9 +104,25 @@ def _event(data: str) -> Iterable[bytes]:
     return (f"{data if data == COMMENT else f'data: {data}'}\n\n".encode(),)
 
 
+def named_event_stream(events: AsyncGenerator[str]) -> Stream:
+    """Server-sent events whose texts begin with a line that names them."""
+    return Stream(events, "text/event-stream", _named_event)
+
+
+def _named_event(text: str) -> Iterable[bytes]:
+    if text.startswith("{"):  # an error that ends the stream
+        text = f"error\ndata: {text}"
+    return (f"{text if text == COMMENT else f'event: {text}'}\n\n".encode(),)
+
+
 def line_stream(lines: AsyncGenerator[Line], receive: Receive) -> Stream:
     """Lines of JSON; `receive` passes on the body that is read meanwhile."""
     return Stream(lines, NDJSON, _line, receive)
+
+
+def binary_stream(pieces: AsyncGenerator[Iterable[bytes]], length: int) -> Stream:
+    """`length` bytes of a file."""
+    return Stream(pieces, "application/octet-stream", lambda piece: piece, length=length)
 
 
 def _line(line: Line) -> Iterable[bytes]:

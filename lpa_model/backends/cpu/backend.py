@@ -24,8 +24,9 @@ from lpa_model.model import LPAForCausalLM
 class Plan(Protocol):
     """A model's layers and head as op lists over its cache."""
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """Hidden states of the batch's rows; the next step may overwrite them."""
+    def __call__(self, batch: Batch) -> tuple[Tensor, Mapping[int, Tensor]]:
+        """Hidden states of the batch's rows, which the next step may overwrite; and those that layers have read, of
+        the batch's `hidden` rows."""
         ...
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -75,14 +76,14 @@ class CpuBackend:
         assert self._cache is not None and self._plan is not None
         if len(batch.zero_blocks):
             self._cache.zero(torch.from_numpy(batch.zero_blocks))
-        return ComputedStep(batch, sampling, self._plan(batch))
+        return ComputedStep(batch, sampling, *self._plan(batch))
 
     def wait(self, handle: ComputedStep) -> None:
         """`submit` has computed it."""
 
     @torch.inference_mode()
     def collect(self, handle: ComputedStep, masks: Mapping[int, Mask]) -> StepResult:
-        return step_result(handle, self.head, masks, self._ops)
+        return step_result(handle, self.head, masks, self.config, self._ops)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Some rows of hidden states -> logits [rows, vocab] in the weights' dtype."""

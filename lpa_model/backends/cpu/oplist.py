@@ -5,7 +5,7 @@ A row's result depends on the row alone, to the bit: neither on the other rows n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ class OpList:
         self.attentions = np.zeros(0, dtype=ATTENTION) if attentions is None else attentions
         self._kernel = kernels["run_op_list"]
         self._ops: list[dict[str, float]] = []  # fields of `args.OP` that are not 0
+        self._marks = [0]  # operations before each mark
         self._array: NDArray[np.void] | None = None
         self._alive: list[Tensor] = []  # what the operations point to
         self._num_attentions = 0
@@ -160,20 +161,36 @@ class OpList:
         for kind in (OpKind.ATTENTION_DECODE, OpKind.CACHE_WRITE, OpKind.PACK_VALUES, OpKind.ATTENTION_PROMPT):
             self._append(kind=kind, x=address)
 
+    def mark(self) -> None:
+        """`run_parts` may stop here."""
+        self._marks.append(len(self._ops))
+
     def run(self, rows: int) -> None:
         """All operations on the first `rows` rows of their tensors.
 
         Raises:
             MemoryError: no thread got memory for its scratch.
         """
+        self._run(rows, 0, len(self._ops))
+
+    def run_parts(self, rows: int, stops: Sequence[int]) -> Iterator[int]:
+        """As `run`, stopping after so many marks: each of `stops`, ascending, is yielded once what is before it ran."""
+        done = 0
+        for stop in stops:
+            self._run(rows, done, done := self._marks[stop])
+            yield stop
+        self._run(rows, done, len(self._ops))
+
+    def _run(self, rows: int, start: int, end: int) -> None:
         if self._array is None:
             values = [tuple(op.get(name, 0) for name in OP.names or ()) for op in self._ops]
             self._array = np.array(values, dtype=OP)
             self._counters = np.zeros(1 + 2 * len(self._array), dtype=np.int64)
+        if start == end:
+            return
         self._counters[:] = 0
-        record = np.array(
-            [(address_of(self._array), len(self._array), rows, self._counters.ctypes.data)], dtype=OP_LIST
-        )
+        ops = self._array[start:end]
+        record = np.array([(address_of(ops), len(ops), rows, self._counters.ctypes.data)], dtype=OP_LIST)
         self._kernel(address_of(record), torch.get_num_threads())
         if not self._counters[0]:
             raise MemoryError(f"no scratch for an op list of {rows} rows")

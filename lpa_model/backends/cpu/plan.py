@@ -235,17 +235,22 @@ class StepPlan:
         self.output = pack(*_matrix(model.lm_head, held))
         self.capacity = 0
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """The batch's rows -> hidden states [rows, d], padded, in the weights' dtype; the next step overwrites them."""
+    def __call__(self, batch: Batch) -> tuple[Tensor, Mapping[int, Tensor]]:
+        """The batch's rows -> hidden states [rows, d], padded, in the weights' dtype; the next step overwrites them.
+
+        And what layers have read, float32 [n, d], padded, of the batch's `hidden` rows.
+        """
         if batch.num_rows <= MOST_ROWS:
             return self._run(batch)
-        return torch.cat([self._run(part).clone() for part in batch.cut(MOST_ROWS)])
+        parts = [(hidden.clone(), inner) for hidden, inner in map(self._run, batch.cut(MOST_ROWS))]
+        inner = {layer: torch.cat([states[layer] for _, states in parts]) for layer in parts[0][1]}
+        return torch.cat([hidden for hidden, _ in parts]), inner
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden [rows, d], padded -> logits [rows, vocab] in the weights' dtype."""
         return gemm(self.kernels, hidden, self.output, self.vocab_size)
 
-    def _run(self, batch: Batch) -> Tensor:
+    def _run(self, batch: Batch) -> tuple[Tensor, dict[int, Tensor]]:
         rows = batch.num_rows
         if rows > self.capacity:
             self._write(max(8, 1 << (rows - 1).bit_length()))
@@ -256,9 +261,11 @@ class StepPlan:
         if self.norm is None:
             self.normed[:rows] = x
         alive = [self._set(self._decode_fields(batch)), self._set(self._prompt_fields(batch))]
-        self.ops.run(rows)
+        inner = {}
+        for layer in self.ops.run_parts(rows, sorted(batch.hidden.keys() - {len(self.layers)})):
+            inner[layer] = self.stream[torch.from_numpy(batch.hidden[layer])]
         del alive
-        return self.normed[:rows]
+        return self.normed[:rows], inner
 
     def _set(self, fields_and_owners: tuple[Mapping[str, int | np.ndarray], object]) -> object:
         fields, owners = fields_and_owners
@@ -299,6 +306,7 @@ class StepPlan:
             self.ops.free_workspaces()
             for name, value in layer.write(self.ops, self.stream, self.normed, self.rope).items():
                 record[name] = value
+            self.ops.mark()
         if self.norm is not None:
             self.ops.rms_norm(self.stream, self.norm.weight, self.normed, self.norm.eps)
 

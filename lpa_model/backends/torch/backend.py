@@ -52,7 +52,13 @@ class TorchBackend:
         padding = max(0, MIN_ROWS - batch.num_rows)
         attend = PagedAttention(batch, self.cache, self.model.rotary, padding=padding)
         ids = F.pad(torch.from_numpy(batch.ids), (0, padding)).to(self.device)
-        return ComputedStep(batch, sampling, self.model(ids, attend.positions, attend))
+        inner: dict[int, Tensor] = {}
+
+        def see(layer: int, stream: Tensor) -> None:
+            if (rows := batch.hidden.get(layer)) is not None:
+                inner[layer] = stream[torch.from_numpy(rows).to(self.device)].float()
+
+        return ComputedStep(batch, sampling, self.model(ids, attend.positions, attend, see), inner)
 
     def wait(self, handle: ComputedStep) -> None:
         if self.device.type == "cuda":
@@ -60,7 +66,7 @@ class TorchBackend:
 
     @torch.inference_mode()
     def collect(self, handle: ComputedStep, masks: Mapping[int, Mask]) -> StepResult:
-        result = step_result(handle, self.head, masks)
+        result = step_result(handle, self.head, masks, self.config)
         self.wait(handle)  # a step that only fills the cache has waited for nothing yet
         return result
 

@@ -13,14 +13,17 @@ from lpa_model.backends.base import Mask, SamplingRow, Scores, StepResult
 from lpa_model.backends.torch.rows import NOTHING
 from lpa_model.backends.torch.sampling import TORCH_ROWS, RowOps, sample, score
 from lpa_model.batch import Batch, Ints
+from lpa_model.config import LPAConfig
 
 
 class ComputedStep(NamedTuple):
-    """A handle: the step's hidden states [rows, d], padding rows behind them."""
+    """A handle: the step's hidden states after the final norm [rows, d], padding rows behind them; and those that
+    layers have read, float32 [n, d], of the batch's `hidden` rows. Columns may be padded."""
 
     batch: Batch
     sampling: Sequence[SamplingRow]
     hidden: Tensor
+    inner: Mapping[int, Tensor]
 
 
 EXPONENT = np.int16(0x7F80)  # of bfloat16: all ones are NaN and the infinities
@@ -28,11 +31,18 @@ LOGIT_ROWS = 256  # rows of logits held at once, in the head's dtype
 
 
 def step_result(
-    step: ComputedStep, head: Callable[[Tensor], Tensor], masks: Mapping[int, Mask], ops: RowOps = TORCH_ROWS
+    step: ComputedStep,
+    head: Callable[[Tensor], Tensor],
+    masks: Mapping[int, Mask],
+    config: LPAConfig,
+    ops: RowOps = TORCH_ROWS,
 ) -> StepResult:
     """Sample and score a step; `head` takes some of its rows [n, d] to logits [n, vocab]."""
-    batch, sampling, hidden = step
+    batch, sampling, hidden, inner = step
     result = StepResult([None] * len(sampling))
+    for layer, wanted in batch.hidden.items():
+        states = hidden[_tensor(wanted, hidden)] if layer == config.num_hidden_layers else inner[layer]
+        result.hidden[layer] = states[:, : config.hidden_size].float().cpu().numpy()
     _score_rows(hidden, head, batch, ops, result)
     able = [i for i, row in enumerate(sampling) if not row.constrained or i in masks]
     if not able:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import cast
@@ -194,22 +194,25 @@ class FusedStep:
         self.output, self.vocab_size = Weights.of(model.lm_head), model.config.vocab_size
         self.capacity = 0
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """The batch's rows -> hidden states [rows, d] before the head; may be overwritten by the next step."""
+    def __call__(self, batch: Batch) -> tuple[Tensor, Mapping[int, Tensor]]:
+        """The batch's rows -> hidden states [rows, d] before the head; may be overwritten by the next step.
+
+        And what layers have read, float32 [n, d], of the batch's `hidden` rows.
+        """
         x: Tensor = self.embed_tokens(torch.from_numpy(batch.ids)).float()
         if self.embed_positions is not None:
             x = x + self.embed_positions(torch.from_numpy(batch.positions)).float()
         if len(x) <= MOST_ROWS:
             return self._run(x, batch)
-        out = torch.empty(len(x), self.width, dtype=torch.float32 if self.norm is None else torch.bfloat16)
-        row = 0
+        parts, row = [], 0
         for part in batch.cut(MOST_ROWS):
-            rows = slice(row, row + part.num_rows)
-            out[rows] = self._run(x[rows], part)
-            row = rows.stop
-        return out
+            hidden, inner = self._run(x[row : row + part.num_rows], part)
+            parts.append((hidden.clone(), inner))
+            row += part.num_rows
+        inner = {layer: torch.cat([states[layer] for _, states in parts]) for layer in parts[0][1]}
+        return torch.cat([hidden for hidden, _ in parts]), inner
 
-    def _run(self, x: Tensor, batch: Batch) -> Tensor:
+    def _run(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[int, Tensor]]:
         rows = len(x)
         if rows > self.capacity:
             self._write(max(8, 1 << (rows - 1).bit_length()))
@@ -228,9 +231,13 @@ class FusedStep:
             fields = NO_PROMPTS
         for name, value in fields.items():
             calls[name] = value
-        self.program.run(self.kernel, rows)
+        inner, done = {}, 0
+        for layer in sorted(batch.hidden.keys() - {len(self.layers)}):
+            self.program.run(self.kernel, rows, done, self.starts[layer])
+            inner[layer], done = self.stream[torch.from_numpy(batch.hidden[layer])], self.starts[layer]
+        self.program.run(self.kernel, rows, done)
         del alive, tiled_values
-        return self.stream[:rows] if self.norm is None else self.normed[:rows]
+        return self.stream[:rows] if self.norm is None else self.normed[:rows], inner
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden [rows, d] -> logits bfloat16 [rows, vocab]."""
@@ -255,7 +262,9 @@ class FusedStep:
         self.stream = torch.empty(capacity, self.width)
         self.normed = torch.empty(capacity, self.width, dtype=torch.bfloat16)
         program = Program(np.zeros(len(self.layers), dtype=records.CALL))
+        self.starts = []  # operations before each layer
         for layer, call in zip(self.layers, program.calls, strict=True):
+            self.starts.append(len(program.operations))
             program.clear()
             for name, value in layer.write(program, self.stream, self.normed, self.rope).items():
                 call[name] = value

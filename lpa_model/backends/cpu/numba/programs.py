@@ -138,12 +138,14 @@ class Program:
             )
         )
 
-    def run(self, kernel: Kernel, rows: int) -> None:
-        """All operations on the first `rows` rows of their tensors."""
+    def run(self, kernel: Kernel, rows: int, start: int = 0, end: int | None = None) -> None:
+        """The operations from `start` to `end`, or to the last, on the first `rows` rows of their tensors."""
         if self.ops is None:
             self.ops = np.array(self.operations, dtype=records.OP)
-        counters = np.zeros((len(self.ops), 2), dtype=np.int64)
-        kernel(PROGRAM.pack(self.ops.ctypes.data, len(self.ops), rows, counters.ctypes.data, self.widest), 2)
+        ops = self.ops[start:end]
+        counters = np.zeros((len(ops), 2), dtype=np.int64)
+        if len(ops):
+            kernel(PROGRAM.pack(ops.ctypes.data, len(ops), rows, counters.ctypes.data, self.widest), 2)
 
 
 def product(kernel: Kernel, x: Tensor, tiles: Tensor, bias: Tensor | None) -> Tensor:
