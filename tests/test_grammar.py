@@ -85,8 +85,8 @@ def compiler(workers: GrammarCompiler) -> GrammarCompiler:
         ("json_schema", '{"type": "strin"}', "at the top: Invalid type: strin"),
         (
             "json_schema",
-            {"properties": {"a": {"items": {"anyOf": [{"type": "null"}, {"type": "string", "format": "sea"}]}}}},
-            "at /properties/a/items/anyOf/1: Unknown format: sea",
+            {"properties": {"a": {"items": {"anyOf": [{"type": "null"}, {"type": "string", "pattern": "a("}]}}}},
+            "at /properties/a/items/anyOf/1: ",
         ),
         ("json_schema", {"properties": {"a/b": {"uniqueItems": True}}}, "at /properties/a~1b: .*uniqueItems"),
         (

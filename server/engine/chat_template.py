@@ -15,11 +15,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
+from jinja2 import Template, TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from server.engine.tool_syntax import as_text
 from server.errors import InvalidRequest
 
 DEFAULT_TEMPLATE = """\
@@ -66,7 +67,9 @@ def render_chat(
         continue_final_message: end inside the last message, after its content, so that the model continues it. If the
             template trims contents, its trailing white space is gone here too.
         special_tokens: `bos_token`, `eos_token` and so on, as variables.
-        tools: functions that the template may describe, as its variable `tools`.
+        tools: functions that may be called, for the template's variable `tools`. A template without it shows them in
+            the system's text, and one that reads no `tool_calls` shows calls and their results as texts
+            (`tool_syntax.as_text`).
         kwargs: more variables; they win over special tokens.
 
     Raises:
@@ -92,12 +95,9 @@ def render_chat(
             raise InvalidRequest("messages: the last one has no content to continue", param="messages")
         content, mark = last, secrets.token_hex(16)
         given[-1]["content"] = f"{content}{mark} "  # a template that trims takes the space away
-    for i, message in enumerate(given):
-        if "tool_calls" in message and "tool_calls" not in template:  # it would leave them out
-            raise InvalidRequest(
-                f"messages[{i}].tool_calls: this model's chat template does not show them",
-                param=f"messages[{i}].tool_calls",
-            )
+    shows_calls = "tool_calls" in template
+    if not (shows_tools(template) and shows_calls):
+        given = as_text(given, () if shows_tools(template) else tools, calls=not shows_calls)
     variables = {"tools": list(tools) or None, "documents": None, **(special_tokens or {}), **(kwargs or {})}
     text = _render(template, {**variables, "messages": given, "add_generation_prompt": add_generation_prompt})
     if not continue_final_message:
@@ -121,6 +121,12 @@ def compile_template(source: str) -> Template:
         return _environment().from_string(source)
     except TemplateSyntaxError as error:
         raise ValueError(f"chat template, line {error.lineno}: {error.message}") from error
+
+
+@functools.lru_cache(maxsize=16)
+def shows_tools(source: str) -> bool:
+    """Whether a template reads the variable `tools`."""
+    return "tools" in meta.find_undeclared_variables(_environment().parse(source))
 
 
 def read_template(value: str) -> str:

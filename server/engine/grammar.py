@@ -1,9 +1,9 @@
 """Grammars that generated text must match: compiled once with llguidance, followed token by token.
 
 Kinds: any JSON object, a JSON schema, a regular expression of the whole text (Rust's syntax; no look-around), a list
-of choices, a grammar in llguidance's Lark dialect or in llama.cpp's GBNF. Between the parts of a JSON text there is
-nothing, one space, or a newline and up to 16 spaces; nothing before the first part or after the last, so that a
-model cannot go on with white space for ever.
+of choices, a grammar in llguidance's Lark dialect or in llama.cpp's GBNF, text with calls of functions. Between the
+parts of a JSON text there is nothing, one space, or a newline and up to 16 spaces; nothing before the first part or
+after the last, so that a model cannot go on with white space for ever. Its numbers end, too (`schema_forms`).
 
 A request whose text is complete and cannot go on ends at once. Where it could both end and go on, the model decides:
 the end of the text is allowed as soon as what there is matches. A model without an end-of-text token goes on until
@@ -95,7 +95,8 @@ class GrammarCompiler:
             found = _try_out(*self._tools, spec)
             self._keep(spec, found)
         if isinstance(found, str):
-            raise InvalidRequest(f"{spec.param}{found}", param=spec.param)
+            inside = found.partition(":")[0]  # of the field: a function of several
+            raise InvalidRequest(f"{spec.param}{found}", param=f"{spec.param}{inside}")
         return found.matcher
 
     def _keep(self, spec: GrammarSpec, found: _Compiled | str) -> None:

@@ -11,6 +11,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import llguidance
@@ -18,6 +19,8 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from server.engine.json_schema import find_fault
 from server.engine.request import GrammarSpec
+from server.engine.schema_forms import bounded, closed, closed_where_silent
+from server.engine.tool_grammar import lark_source
 from server.errors import InvalidRequest
 
 MAX_TEXT = 1 << 17  # characters of an expression, grammar or list
@@ -28,6 +31,7 @@ EXPLAIN_SECONDS = 1.0  # of processor time for that
 WALKS, WALK_TOKENS = 3, 24
 NOTHING_FITS = "NoExtensionBias"  # no token of the vocabulary; a model may never reach that position
 JSON_SPACE = r" |\n {0,16}"
+WITH_SCHEMAS = frozenset({"json_object", "json_schema", "strict_schema", "tools"})
 
 
 def limits_of(spec: GrammarSpec) -> llguidance.LLParserLimits:
@@ -37,8 +41,8 @@ def limits_of(spec: GrammarSpec) -> llguidance.LLParserLimits:
         initial_lexer_fuel=1_000_000,  # about 20 ms
         step_lexer_fuel=100_000,  # about 7 ms of one mask
         # 50,000 are about 3 ms of one mask; an object of 5,000 optional properties needs more
-        step_max_items=400_000 if spec.kind.startswith("json") else 50_000,
-        max_items_in_row=25_000 if spec.kind.startswith("json") else 2_000,
+        step_max_items=400_000 if spec.kind in WITH_SCHEMAS else 50_000,
+        max_items_in_row=25_000 if spec.kind in WITH_SCHEMAS else 2_000,
         max_lexer_states=50_000,  # about 100 MB
         max_grammar_size=250_000,
         verbose_errors=False,
@@ -57,6 +61,8 @@ def try_out(vocabulary: llguidance.LLTokenizer, spec: GrammarSpec) -> str:
     source = source_of(spec)
     first = new_matcher(vocabulary, source, spec)
     if first.is_error():
+        for part in _schemas_of(spec) if spec.kind == "tools" else ():
+            try_out(vocabulary, part)
         raise _invalid(spec, f"cannot be compiled: {_explain(spec, first.get_error())}")
     failures = [_follow(first.deep_copy(), spec, random.Random(walk)) for walk in range(WALKS)]
     if all(failures):
@@ -75,7 +81,7 @@ def new_matcher(vocabulary: llguidance.LLTokenizer, source: str, spec: GrammarSp
 
 def check_length(spec: GrammarSpec) -> None:
     """Raises InvalidRequest for a text that is too long to be tried."""
-    most = MAX_SCHEMA if spec.kind == "json_schema" else MAX_TEXT
+    most = MAX_SCHEMA if spec.kind in WITH_SCHEMAS else MAX_TEXT
     if len(spec.text) > most:
         raise _invalid(spec, f"has {len(spec.text)} characters; at most {most} can be compiled")
 
@@ -129,17 +135,50 @@ def _invalid(spec: GrammarSpec, reason: str) -> InvalidRequest:
 
 
 def _json_schema(spec: GrammarSpec) -> str:
+    text = json.dumps(_schema(spec))
+    return llguidance.LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": JSON_SPACE})
+
+
+def _schema(spec: GrammarSpec) -> dict[str, Any]:
+    """The schema that is compiled for a client's."""
     schema = _parse_json(spec)
     if not isinstance(schema, dict | bool):
         raise _invalid(spec, "a JSON schema is an object or a boolean")
-    if fault := find_fault(schema):
+    fault = find_fault(schema)
+    if not fault and spec.kind == "strict_schema" and isinstance(schema, dict):
+        try:
+            schema = closed(schema)
+        except ValueError as error:
+            fault = str(error)
+    if fault:
         raise _invalid(spec, f"cannot be compiled: {fault}")
-    return _schema_source(schema)
+    return bounded(schema)
 
 
-def _schema_source(schema: dict[str, Any] | bool) -> str:
-    text = json.dumps(schema)
-    return llguidance.LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": JSON_SPACE})
+def _tools(spec: GrammarSpec) -> str:
+    described = json.loads(spec.text)
+    schemas = [
+        json.dumps({**_schema(part), "x-guidance": {"whitespace_pattern": JSON_SPACE}}) for part in _schemas_of(spec)
+    ]
+    text = schemas.pop() if described["text"] else None
+    return llguidance.LLMatcher.grammar_from_lark(lark_source(described, schemas, text))
+
+
+def _schemas_of(spec: GrammarSpec) -> Iterator[GrammarSpec]:
+    """Those of functions' arguments, and then that of a text, which may have one."""
+    described = json.loads(spec.text)
+    for function in described["functions"]:
+        param = f"{spec.param}{function['where']}"
+        schema = function["parameters"]
+        if schema is None:
+            schema = {"type": "object", "properties": {}}
+        if (kind := schema.setdefault("type", "object")) != "object":
+            raise InvalidRequest(f"{param}: must be a JSON schema of type 'object', not {kind!r}"[:200], param=param)
+        if not function["strict"]:
+            schema = closed_where_silent(schema)
+        yield GrammarSpec("strict_schema" if function["strict"] else "json_schema", json.dumps(schema), param)
+    if described["text"]:
+        yield GrammarSpec(**described["text"])
 
 
 def _choice(spec: GrammarSpec) -> str:
@@ -161,11 +200,13 @@ def _grammar(spec: GrammarSpec) -> str:
 
 
 _SOURCES: dict[str, Callable[[GrammarSpec], str]] = {
-    "json_object": lambda spec: _schema_source({"type": "object"}),
+    "json_object": lambda spec: _json_schema(replace(spec, text='{"type": "object"}')),
     "json_schema": _json_schema,
+    "strict_schema": _json_schema,
     "regex": lambda spec: llguidance.LLMatcher.grammar_from_regex(spec.text),
     "choice": _choice,
     "grammar": _grammar,
+    "tools": _tools,
 }
 
 
@@ -178,10 +219,10 @@ def _parse_json(spec: GrammarSpec) -> Any:
 
 def _explain(spec: GrammarSpec, error: str) -> str:
     """llguidance's message with the place in the user's own text."""
-    if spec.kind == "json_schema":
-        schema = json.loads(spec.text)
+    if spec.kind in ("json_schema", "strict_schema"):
+        schema = _schema(spec)
         until = time.thread_time() + EXPLAIN_SECONDS
-        place = _first_invalid(schema, schema, limits_of(spec), until) if isinstance(schema, dict) else ""
+        place = _first_invalid(schema, schema, limits_of(spec), until)
         return f"at {place or 'the top'}: {_reason(error)}"
     return _reason(error)
 
@@ -209,7 +250,7 @@ def _first_invalid(schema: dict[str, Any], root: dict[str, Any], limits: Any, un
     for attempt, (step, child) in enumerate(_subschemas(schema)):
         if attempt == MAX_ATTEMPTS or time.thread_time() > until:
             break
-        alone = _schema_source({**shared, **child})
+        alone = llguidance.LLMatcher.grammar_from_json_schema(json.dumps({**shared, **child}))
         if llguidance.LLMatcher.validate_grammar_with_warnings(alone, limits=limits)[0]:
             return _first_invalid(child, root, limits, until, place + step)
     return place

@@ -13,10 +13,11 @@ from typing import Literal
 class GrammarSpec:
     """What generated text must match; `text` is the schema (JSON), expression, grammar or JSON list of choices.
 
-    `param` is the request's field that errors name.
+    A strict schema is closed: every property is required, and no other may come. Kind `tools` is made by
+    `tool_grammar.tool_spec`. `param` is the request's field that errors name; an error of tools names a field inside.
     """
 
-    kind: Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+    kind: Literal["json_object", "json_schema", "strict_schema", "regex", "choice", "grammar", "tools"]
     text: str
     param: str
 

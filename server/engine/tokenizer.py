@@ -19,9 +19,11 @@ from server.engine.chat_template import (
     compile_template,
     read_template,
     render_chat,
+    shows_tools,
     template_of,
 )
 from server.engine.generation_config import load_generation_config
+from server.engine.tool_syntax import syntax_of
 from server.errors import InvalidRequest
 
 logger = logging.getLogger(__name__)
@@ -79,6 +81,9 @@ class Tokenizer:
         compile_template(self.chat_template)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.special_by_name = {added[i].content: i for i in self.special_ids if i < config.vocab_size}
+        self.call_syntax = syntax_of(self.chat_template)
+        self.shows_tools = shows_tools(self.chat_template)
         description = json.loads(backend.to_str())
         if _spare_spaces(description["post_processor"]):
             self.backend = tokenizers.Tokenizer.from_str(json.dumps(description))

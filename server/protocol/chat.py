@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
+from server.engine.tool_grammar import MAX_CALLS, ToolChoice
+from server.engine.tool_reader import Call
 from server.errors import InvalidRequest
 from server.protocol.body import RequestBody, ignore_unknown_fields, refusal
 from server.protocol.json_size import has_more_values
 from server.protocol.sampling import FINGERPRINT, MAX_LOGPROBS, SamplingBody, Usage
+from server.protocol.tools import (
+    MAX_TOOL_BYTES,
+    MAX_TOOLS,
+    ChoosingField,
+    Tool,
+    call_entry,
+    check_size,
+    choice_of,
+)
 
 MAX_ARGUMENT_VALUES = 1 << 16  # as of a body; they are JSON in a text, where a body's values are not counted
 PARTS_JOINED_BY = "\n"  # as vLLM does
@@ -120,7 +132,6 @@ class ChatCompletionRequest(SamplingBody):
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
         **SamplingBody.unsupported,
-        "parallel_tool_calls": (True, False),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "audio": (),
@@ -158,16 +169,31 @@ class ChatCompletionRequest(SamplingBody):
     add_special_tokens: bool = Field(
         False, description="Let the tokenizer add its special tokens to those that the chat template writes."
     )
-    tools: list[dict[str, Any]] = Field(
-        [], description="Functions that the chat template describes; only with tool_choice none, since none is called."
+    tools: list[Tool] = Field(
+        [],
+        fail_fast=True,
+        description=f"Functions that may be called: at most {MAX_TOOLS}, of {MAX_TOOL_BYTES} bytes of JSON together.",
     )
-    tool_choice: Literal["none", "auto"] = Field("auto", description="auto asks for nothing where there are no tools.")
+    tool_choice: ChoosingField | None = Field(
+        None,
+        description="auto (default): text or calls, as the model chooses. required: calls. none: text. An object: a "
+        "call of that function, or a choice among some.",
+    )
+    parallel_tool_calls: bool = Field(
+        True,
+        description=f"Up to {MAX_CALLS} calls in an answer, where the model's template can show several; else one.",
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         self.check_together()
-        if self.tools and self.tool_choice != "none":
-            raise InvalidRequest("tools: calling them is not supported; tool_choice 'none' shows them", param="tools")
+        check_size(self.tools)
+        if self.structured_outputs is not None and self.choice is not None:
+            raise InvalidRequest(
+                "structured_outputs: does not go with tools that may be called; response_format does, for an answer "
+                "that calls none",
+                param="structured_outputs",
+            )
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs: needs logprobs to be true", param="top_logprobs")
         return self
@@ -178,6 +204,11 @@ class ChatCompletionRequest(SamplingBody):
         if self.max_completion_tokens is None and self.max_tokens is not None:
             return "max_tokens", self.max_tokens
         return "max_completion_tokens", self.max_completion_tokens
+
+    @property
+    def choice(self) -> ToolChoice | None:
+        """What an answer may be; None: text alone."""
+        return choice_of(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     @property
     def alternatives(self) -> int | None:
@@ -194,15 +225,19 @@ def chat_envelope(request_id: str, created: int, model: str, fingerprint: str, *
 
 def chat_choice(
     index: int,
-    content: str,
+    content: str | None,
     logprobs: dict[str, Any] | None,
     finish_reason: str | None,
     stop_reason: int | str | None,
+    calls: Sequence[Call] = (),
 ) -> dict[str, Any]:
     """An entry of `choices` of a whole answer; `stop_reason` is the stop token or text that ended it."""
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if calls:
+        message["tool_calls"] = [call_entry(call) for call in calls]
     return {
         "index": index,
-        "message": {"role": "assistant", "content": content, "refusal": None},
+        "message": message,
         "logprobs": logprobs,
         "finish_reason": finish_reason,
         "stop_reason": stop_reason,
@@ -237,12 +272,28 @@ class ChatLogprobs(BaseModel):
     refusal: None
 
 
+class ChatCalledFunction(BaseModel):
+    """What is called."""
+
+    name: str
+    arguments: str = Field(description="JSON text of an object; cut off where finish_reason is length.")
+
+
+class ChatToolCall(BaseModel):
+    """A call."""
+
+    id: str = Field(description="Which `tool_call_id` the message with its result has.")
+    type: Literal["function"]
+    function: ChatCalledFunction
+
+
 class ChatMessage(BaseModel):
-    """The answer's text."""
+    """The answer's text or calls."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None = Field(description="null where there is nothing but calls.")
     refusal: None
+    tool_calls: list[ChatToolCall] | None = Field(None, description="Only where functions are called.")
 
 
 class ChatChoice(BaseModel):
@@ -251,7 +302,10 @@ class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"] = Field(
+        description="tool_calls: functions are called, as the model chose or as it must. stop: the end, also of a call "
+        "of the function that tool_choice names. length: cut off."
+    )
     stop_reason: int | str | None = Field(description="The stop token or text that ended it.")
     token_ids: list[int] | None = Field(None, description="With return_token_ids.")
 

@@ -25,7 +25,10 @@ class JsonSchemaFormat(RequestBody):
         description="JSON schema that the text follows (default: any object).",
         examples=[{"type": "object", "properties": {"mood": {"enum": ["calm", "stormy"]}}, "required": ["mood"]}],
     )
-    strict: bool | None = Field(None, description="The schema is always followed to the letter, as with true.")
+    strict: bool | None = Field(
+        None,
+        description="true: objects have all of their properties and no other; the schema is followed either way.",
+    )
 
 
 class ResponseFormat(RequestBody):
@@ -55,7 +58,8 @@ class ResponseFormat(RequestBody):
             return GrammarSpec("json_schema", _dump(self.schema_), "response_format.schema")
         if self.json_schema is None or self.json_schema.json_schema is None:
             return GrammarSpec("json_object", "{}", "response_format")
-        return GrammarSpec("json_schema", _dump(self.json_schema.json_schema), "response_format.json_schema.schema")
+        kind: Literal["strict_schema", "json_schema"] = "strict_schema" if self.json_schema.strict else "json_schema"
+        return GrammarSpec(kind, _dump(self.json_schema.json_schema), "response_format.json_schema.schema")
 
 
 class StructuredOutputs(RequestBody):

@@ -10,6 +10,7 @@ from server.errors import InvalidRequest
 from server.protocol.body import HARMLESS, RequestBody
 from server.protocol.chat import Message
 from server.protocol.inputs import MODEL, check_text
+from server.protocol.tools import Tool, check_size
 
 TokenId = Annotated[int, Field(ge=0)]
 
@@ -37,7 +38,7 @@ class TokenizeRequest(RequestBody):
         None, description="Messages: end with what begins an answer (default: unless the last message is continued)."
     )
     continue_final_message: bool = Field(False, description="Messages: leave the last one open.")
-    tools: list[dict[str, Any]] = Field([], description="Messages: functions that the chat template describes.")
+    tools: list[Tool] = Field([], fail_fast=True, description="Messages: functions that may be called, as in chats.")
     chat_template_kwargs: dict[str, Any] = Field({}, description="Messages: more variables for the chat template.")
     return_token_strs: bool = Field(False, description="Add the tokens as the vocabulary writes them.")
 
@@ -46,6 +47,7 @@ class TokenizeRequest(RequestBody):
         if (self.prompt is None) == (self.messages is None):
             raise InvalidRequest("prompt: either it or messages must be given, and not both", param="prompt")
         check_text(self.prompt or "", "prompt")
+        check_size(self.tools)
         return self
 
 

@@ -15,9 +15,12 @@ from fastapi.responses import Response
 
 from server.engine.async_engine import AsyncEngine
 from server.engine.request import Completion, Logprobs, RequestOutput
+from server.engine.tool_grammar import ToolChoice
+from server.engine.tool_reader import ToolReader
 from server.errors import ContextLength
 from server.protocol.chat import ChatCompletionRequest, ChatCompletionResponse, chat_choice, chat_chunk, chat_envelope
 from server.protocol.logprobs import chat_logprobs, namer, prompt_logprobs
+from server.protocol.tools import delta_entry
 from server.routes.body import JsonRoute
 from server.routes.generation import Generation, begin
 from server.routes.limits import check_messages, check_sampling, check_sequences
@@ -25,6 +28,7 @@ from server.routes.prompts import check_model, rendered, tokenize, truncate
 from server.routes.respond import TEXT, large_json, large_json_response, to_json, while_connected, with_text
 from server.routes.responses import WITH_ENGINE, responses
 from server.routes.stream import DONE, event_stream
+from server.routes.tools import finish_reason, with_tools
 from server.routes.waiting import with_comments
 from server.settings import Settings
 
@@ -55,6 +59,13 @@ class _Call:
     body: ChatCompletionRequest
     generation: Generation
     envelope: dict[str, Any]
+    choice: ToolChoice | None  # None: text alone
+
+    def reader(self) -> ToolReader:
+        return ToolReader(self.generation.engine.tokenizer.call_syntax)
+
+    def finish_reason(self, reader: ToolReader | None, reason: str) -> str:
+        return reason if self.choice is None or reader is None else finish_reason(self.choice, reader, reason)
 
     def logprobs(self, token_ids: list[int], scores: Logprobs) -> dict[str, Any] | None:
         top = self.body.alternatives
@@ -89,6 +100,11 @@ async def _accept(engine: AsyncEngine, settings: Settings, body: ChatCompletionR
         body.prompt_logprobs,
         engine.sampling_defaults,
     )
+    params = replace(params, stop=(*params.stop, *tokenizer.chat_stop))
+    if (choice := body.choice) is not None:
+        if params.grammar is not None:
+            await engine.compile_grammar(params.grammar)  # by itself, so that an error names its field
+        params = await asyncio.to_thread(with_tools, params, choice, tokenizer)
     generation = await begin(
         engine,
         settings,
@@ -96,13 +112,14 @@ async def _accept(engine: AsyncEngine, settings: Settings, body: ChatCompletionR
         [prompt],
         request_id,
         width=body.n,
-        params=replace(params, stop=(*params.stop, *tokenizer.chat_stop)),
+        params=params,
         limit_field=limit_field,
     )
     return _Call(
         body,
         generation,
         chat_envelope(request_id, int(time.time()), settings.model_name, engine.fingerprint, stream=body.stream),
+        choice,
     )
 
 
@@ -117,7 +134,13 @@ def _whole(call: _Call, completed: list[Completion]) -> dict[str, Any]:
     choices = []
     for index, done in enumerate(completed):
         logprobs = call.logprobs(done.token_ids, done.logprobs)
-        choice = chat_choice(index, done.text, logprobs, done.finish_reason, done.stop_reason)
+        content: str | None = done.text
+        reader = None if call.choice is None else call.reader()
+        if reader is not None:
+            reader.feed(done.text, last=True)
+            content = reader.content or (None if reader.calls else "")
+        reason = None if done.finish_reason is None else call.finish_reason(reader, done.finish_reason.value)
+        choice = chat_choice(index, content, logprobs, reason, done.stop_reason, reader.calls if reader else ())
         choices.append({**choice, "token_ids": done.token_ids} if body.return_token_ids else choice)
     found = {**call.envelope, "choices": choices, "usage": generation.usage()}
     prompt_ids = generation.prompts[0].token_ids
@@ -138,29 +161,44 @@ async def _events(call: _Call) -> AsyncGenerator[str]:
     def whole(entry: dict[str, Any], unsent: int = 0, **more: Any) -> dict[str, Any]:
         return {**call.envelope, "choices": [entry], **more, **generation.chunk_usage(unsent)}
 
-    def chunk(index: int, output: RequestOutput) -> dict[str, Any]:
+    def chunk(index: int, output: RequestOutput, delta: dict[str, Any]) -> dict[str, Any]:
         logprobs = None if output.logprobs is None else call.logprobs(output.token_ids, output.logprobs)
-        entry = chat_chunk(index, {"content": output.text}, logprobs)
+        entry = chat_chunk(index, delta, logprobs)
         return whole({**entry, "token_ids": output.token_ids} if body.return_token_ids else entry)
+
+    def read(output: RequestOutput, reader: ToolReader | None) -> dict[str, Any]:
+        """What an output adds to its message."""
+        if reader is None:
+            return {"content": output.text} if output.text else {}
+        content, deltas = reader.feed(output.text, last=output.finish_reason is not None)
+        calls = [delta_entry(delta, reader.calls) for delta in deltas]
+        return {**({"content": content} if content else {}), **({"tool_calls": calls} if calls else {})}
 
     rows = 1 + (body.alternatives or 0)
     all_alike = not (body.return_token_ids or generation.counts_in_chunks)  # except their text
     with_texts: dict[int, Callable[[str], str]] = {}  # of the choices that have begun
+    readers: dict[int, ToolReader] = {}
     async with aclosing(generation.run()) as outputs:
         async for index, output in outputs:
             if index not in with_texts:
                 ids = {"prompt_token_ids": generation.prompts[0].token_ids} if body.return_token_ids else {}
-                role = chat_chunk(index, {"role": "assistant", "content": ""})
+                role = chat_chunk(index, {"role": "assistant", "content": "" if call.choice is None else None})
                 yield to_json(whole(role, len(output.token_ids), **ids))
                 with_texts[index] = with_text(whole(chat_chunk(index, {"content": TEXT})))
-            if all_alike and output.logprobs is None and output.finish_reason is None:
-                if output.text:
-                    yield with_texts[index](output.text)
+                if call.choice is not None:
+                    readers[index] = call.reader()
+            reader = readers.get(index)
+            delta = read(output, reader)
+            if all_alike and output.logprobs is None and output.finish_reason is None and "tool_calls" not in delta:
+                if delta:
+                    yield with_texts[index](delta["content"])
                 continue
-            if output.text or output.logprobs is not None or (body.return_token_ids and output.token_ids):
-                yield await large_json(rows * len(output.token_ids), partial(chunk, index, output))
+            if delta or output.logprobs is not None or (body.return_token_ids and output.token_ids):
+                if reader is None:
+                    delta = {"content": output.text}
+                yield await large_json(rows * len(output.token_ids), partial(chunk, index, output, delta))
             if output.finish_reason is not None:
-                end = chat_chunk(index, {}, None, output.finish_reason.value)
+                end = chat_chunk(index, {}, None, call.finish_reason(reader, output.finish_reason.value))
                 yield to_json(whole({**end, "stop_reason": output.stop_reason}))
     if generation.sends_usage:
         yield to_json({**call.envelope, "choices": [], "usage": generation.usage()})

@@ -82,7 +82,7 @@ def rendered(tokenizer: Tokenizer, body: ChatCompletionRequest | TokenizeRequest
             not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
         ),
         continue_final_message=body.continue_final_message,
-        tools=body.tools,
+        tools=[tool.to_template() for tool in body.tools],
         kwargs=body.chat_template_kwargs,
     )
     check_text(text, "messages")
