@@ -11,7 +11,6 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import llguidance
@@ -141,7 +140,7 @@ def _json_schema(spec: GrammarSpec) -> str:
 
 def _schema(spec: GrammarSpec) -> dict[str, Any]:
     """The schema that is compiled for a client's."""
-    schema = _parse_json(spec)
+    schema = {"type": "object"} if spec.kind == "json_object" else _parse_json(spec)
     if not isinstance(schema, dict | bool):
         raise _invalid(spec, "a JSON schema is an object or a boolean")
     fault = find_fault(schema)
@@ -200,7 +199,7 @@ def _grammar(spec: GrammarSpec) -> str:
 
 
 _SOURCES: dict[str, Callable[[GrammarSpec], str]] = {
-    "json_object": lambda spec: _json_schema(replace(spec, text='{"type": "object"}')),
+    "json_object": _json_schema,
     "json_schema": _json_schema,
     "strict_schema": _json_schema,
     "regex": lambda spec: llguidance.LLMatcher.grammar_from_regex(spec.text),

@@ -99,9 +99,8 @@ def lark_source(described: Mapping[str, Any], schemas: Sequence[str], text: str 
     trigger = json.dumps(syntax.trigger)
     if not syntax.after_text:
         start = [f"start: TEXT? | {prefix}calls", LARK % f"{trigger} ANY", *calls("calls", syntax.begin)]
-    elif syntax.trigger in tokens:  # no text has a special token
-        begin = f"<[{tokens[syntax.trigger]}]>"
-        start = ["start: TEXT? | TEXT? begin calls", f"begin: {begin}", r"TEXT: /(.|\n)+/"]
+    elif syntax.trigger in tokens:  # no text has a special token; one that has its name would be read as a call
+        start = ["start: TEXT? | TEXT? begin calls", LARK % f"ANY {trigger} ANY", f"begin: {literal(syntax.trigger)}"]
         start += calls("calls", syntax.begin.removeprefix(syntax.trigger))
     else:
         start = ["start: TEXT? | begin calls", LARK % f"ANY {trigger} ANY", f"begin[lazy]: ANY {trigger}"]
