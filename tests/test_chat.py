@@ -202,7 +202,7 @@ def test_the_official_client(client: openai.OpenAI) -> None:
         ({"logprobs": 2}, "logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f g"}}]}, "tools[0].function.name"),
         ({"audio": {"voice": "x", "format": "wav"}}, "audio"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
@@ -274,18 +274,15 @@ def test_calls_in_the_history_are_shown_by_a_template_that_can(tiny_checkpoints:
             assert prompt == expected
         tokens = served.post("/tokenize", messages=HISTORY, tools=[SKY]).json()["tokens"]
         assert served.post("/detokenize", tokens=tokens).json()["prompt"] == f"TOOLS sky\n{text}"
-        for choice in ("auto", "required", {"type": "function", "function": {"name": "sky"}}):
-            response = served.post(CHAT, messages=HISTORY, tools=[SKY], tool_choice=choice)
-            assert response.status_code == 400
-            assert response.json()["error"]["param"] == ("tools" if choice == "auto" else "tool_choice")
 
 
-def test_calls_in_the_history_are_refused_where_the_template_leaves_them_out(served: Served) -> None:
-    response = served.post(CHAT, messages=HISTORY)
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == "messages[1].tool_calls"
-    response = served.post(CHAT, messages=[HISTORY[0], HISTORY[2]])
-    assert "no place for the role 'tool'" in response.json()["error"]["message"]
+def test_calls_in_the_history_become_text_where_the_template_leaves_them_out(served: Served) -> None:
+    tokens = served.post("/tokenize", messages=HISTORY).json()["tokens"]
+    prompt = served.post("/detokenize", tokens=tokens).json()["prompt"]
+    assert prompt == (
+        'User: Weather?\nAssistant: <tool_call>\n{"name": "sky", "arguments": {"at": "sea"}}\n</tool_call>\n'
+        "User: <tool_response>\ncalm\n</tool_response>\nAssistant:"
+    )
     chat(served, messages=[{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": []}])
 
 

@@ -58,8 +58,8 @@ def test_the_default_is_a_script_of_two_speakers() -> None:
     )
     (stop,) = DEFAULT_STOP
     assert stop in render_chat(DEFAULT_TEMPLATE, TALK)
-    with pytest.raises(InvalidRequest, match="'tool'"):
-        render_chat(DEFAULT_TEMPLATE, [{"role": "tool", "content": "5"}])
+    with pytest.raises(InvalidRequest, match="'critic'"):
+        render_chat(DEFAULT_TEMPLATE, [{"role": "critic", "content": "5"}])
 
 
 @pytest.mark.parametrize("template", [CHATML, DEFAULT_TEMPLATE, HEADERS, TRIMMED])

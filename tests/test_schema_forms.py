@@ -82,6 +82,13 @@ def test_a_format_that_is_unknown_is_a_note() -> None:
     assert fits({"type": "string", "format": "ipvanyaddress"}, '"x"')
     assert not fits({"type": "string", "format": "date"}, '"x"')
     assert fits({"type": "string", "format": "date"}, '"2026-02-28"')
+    for good, bad in (
+        (("date-time", "2026-02-28T12:00:00.123456+01:00"), ("date-time", f"2026-02-28T12:00:00.{'1' * 20}Z")),
+        (("time", "12:00:00Z"), ("time", f"12:00:00.{'1' * 30}Z")),
+        (("duration", "P3DT4H5M"), ("duration", "P20M12345678901D")),
+    ):
+        assert fits({"type": "string", "format": good[0]}, f'"{good[1]}"')
+        assert not fits({"type": "string", "format": bad[0]}, f'"{bad[1]}"')
     assert fits({"enum": [{"format": "sea"}]}, '{"format": "sea"}')
 
 

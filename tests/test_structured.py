@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import datetime
+import enum
 import json
 import re
+import uuid
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Literal
+from decimal import Decimal
+from typing import Annotated, Any, Literal
 
 import openai
 import pytest
-from pydantic import BaseModel, ConfigDict
+from openai.lib._pydantic import to_strict_json_schema
+from pydantic import BaseModel, ConfigDict, Field
 
-from lpa_model.config import Architecture
+from tests.conftest import tiny_config, write_checkpoint
 from tests.serving import Served, serving
 
 SCHEMA = {
@@ -21,6 +25,13 @@ SCHEMA = {
     "required": ["mood", "waves"],
     "additionalProperties": False,
 }
+
+
+class Kind(enum.Enum):
+    """Of a wave."""
+
+    SWELL = "swell"
+    CHOP = "chop"
 
 
 class Sea(BaseModel):
@@ -33,8 +44,9 @@ class Sea(BaseModel):
 
 
 @pytest.fixture(scope="module")
-def served(tiny_checkpoints: dict[Architecture, Path]) -> Iterator[Served]:
-    with serving(tiny_checkpoints["setting2"]) as server:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = write_checkpoint(tmp_path_factory.mktemp("long") / "tiny", tiny_config(max_position_embeddings=1024))
+    with serving(folder) as server:
         yield server
 
 
@@ -60,6 +72,74 @@ def test_a_chat_follows_a_schema(served: Served, stream: bool) -> None:
                 parsed = client.chat.completions.parse(**settings, response_format=Sea)
                 assert isinstance(parsed.choices[0].message.parsed, Sea)
                 assert parsed.choices[0].finish_reason == "stop"
+
+
+class Wave(BaseModel):
+    """Inside of Deep."""
+
+    height: Decimal
+    kind: Kind
+
+
+class Deep(BaseModel):
+    """The types that people give to the client's helper."""
+
+    lasted: datetime.timedelta
+    mood: Literal["calm", "stormy"]
+    level: float
+    count: int
+    name: Annotated[str, Field(max_length=4)]
+    wind: Annotated[str, Field(pattern="^[NESW]{1,2}$")] | None
+    id: uuid.UUID
+    waves: Annotated[list[Wave], Field(max_length=2)]
+    pair: tuple[int, bool]
+
+
+def test_the_clients_helper_parses_its_types(served: Served) -> None:
+    """Seeds that end: a Decimal that is text may be any text, which Pydantic then refuses, so it is a number here."""
+    schema = json.loads(json.dumps(to_strict_json_schema(Deep)).replace(', {"type": "string"}]', "]"))
+    parsed = 0
+    for seed in range(4):
+        answer = served.post(
+            "/v1/chat/completions",
+            messages=[{"role": "user", "content": "How?"}],
+            response_format=formatted(schema),
+            max_tokens=900,
+            seed=seed,
+        ).json()["choices"][0]
+        if answer["finish_reason"] == "stop":
+            deep = Deep.model_validate_json(answer["message"]["content"])
+            assert len(str(abs(deep.count))) <= 16 and set(json.loads(answer["message"]["content"])) == set(
+                Deep.model_fields
+            )
+            parsed += 1
+    assert parsed
+
+
+def test_a_strict_schema_is_closed_whatever_the_seed(served: Served) -> None:
+    schema = {"type": "object", "properties": {"waves": {"type": "integer"}, "mood": {"enum": ["calm", "stormy"]}}}
+    for seed in range(8):
+        answer = served.post(
+            "/v1/chat/completions",
+            messages=[{"role": "user", "content": "How is the sea?"}],
+            response_format=formatted(schema),
+            seed=seed,
+        ).json()["choices"][0]
+        assert answer["finish_reason"] == "stop"
+        assert set(json.loads(answer["message"]["content"])) == {"waves", "mood"}
+
+
+def test_a_text_that_is_cut_off_says_so(served: Served) -> None:
+    with (
+        openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client,
+        pytest.raises(openai.LengthFinishReasonError),
+    ):
+        client.chat.completions.parse(
+            model="tiny",
+            messages=[{"role": "user", "content": "How is the sea?"}],
+            response_format=Sea,
+            max_completion_tokens=3,
+        )
 
 
 def test_completions_follow_every_form(served: Served) -> None:

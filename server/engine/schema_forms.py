@@ -24,6 +24,8 @@ FORMATS = frozenset(
 )
 """Those that llguidance knows; to a JSON schema, any other is a note."""
 
+DURATION = r"^P(\d{1,4}D|(\d{1,4}D)?T(\d{1,4}H(\d{1,4}M(\d{1,4}S)?)?|\d{1,4}M(\d{1,4}S)?|\d{1,4}S))$"  # up to days
+LONGEST_TIME = 32  # characters: a date, a time with microseconds, an offset
 ALTERNATIVES = frozenset({"allOf", "anyOf", "oneOf"})
 ELSEWHERE = ALTERNATIVES | {"$ref", "if", "dependentSchemas", "patternProperties", "unevaluatedProperties", "not"}
 """Keywords by which properties may be named outside of `properties`."""
@@ -37,7 +39,8 @@ DECIMAL = r"^(?!^[-+.]*$)[+-]?0*"  # how pydantic's patterns of a Decimal begin
 
 def bounded(schema: dict[str, Any] | bool) -> dict[str, Any]:
     """A schema whose integers have at most 16 digits, and its numbers 9 more after the point, unless it says itself
-    how large they are. Also without formats that are unknown, and without the look-ahead of pydantic's decimals."""
+    how large they are. Durations and times end, too. Also without formats that are unknown, and without the look-ahead
+    of pydantic's decimals."""
     if schema is False:
         return {"not": {}}
     shared: dict[str, Any] = {}  # definitions: a range that is written once is compiled once
@@ -118,8 +121,13 @@ def _bounded(schema: dict[str, Any], shared: dict[str, Any] | None) -> dict[str,
             name = "lpa:" + hashlib.sha256(json.dumps(range_alone, sort_keys=True).encode()).hexdigest()[:32]
             shared[name] = range_alone
             return _reference(name)
-    if isinstance(schema.get("format"), str) and schema["format"] not in FORMATS:
+    form = schema.get("format")
+    if isinstance(form, str) and form not in FORMATS:
         del found["format"]
+    if form == "duration" and "pattern" not in schema:
+        found["pattern"] = DURATION
+    if form in ("date-time", "time"):
+        found["maxLength"] = min(LONGEST_TIME, schema.get("maxLength", LONGEST_TIME))
     if isinstance(pattern := schema.get("pattern"), str) and pattern.startswith(DECIMAL):
         found["pattern"] = _decimal(pattern.removeprefix(DECIMAL))
     if shared is None:

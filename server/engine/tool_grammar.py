@@ -85,12 +85,12 @@ def lark_source(described: Mapping[str, Any], schemas: Sequence[str], text: str 
     def calls(rule: str, before: str) -> list[str]:
         """A rule for an answer's calls, the first of which has `before` in front of its name."""
         first = " | ".join(call(before, number) for number in range(len(names)))
-        more = f" further{{0,{most - 1}}}" if most > 1 and syntax.separator is not None else ""
+        more = f" further{{0,{most - 1}}}" if several else ""
         return [f"{rule}: ({first}){more} {literal(syntax.end)}"]
 
-    further = " | ".join(call(syntax.between, number) for number in range(len(names)))
-    lines = [f"further: {further}"]
-    lines += [f"arguments_{number}: %json {schema}" for number, schema in enumerate(schemas)]
+    lines = [f"arguments_{number}: %json {schema}" for number, schema in enumerate(schemas)]
+    if several := most > 1 and syntax.separator is not None:
+        lines.append(f"further: {' | '.join(call(syntax.between, number) for number in range(len(names)))}")
     prefix = f"<[{tokens[syntax.prefix]}]>? " if syntax.prefix in tokens else ""
     if not described["auto"]:
         return "\n".join([f"start: {prefix}calls", *calls("calls", syntax.begin), *lines])

@@ -12,11 +12,15 @@ from server.engine.tool_syntax import literal_tokens
 
 
 def with_tools(
-    params: SamplingParams, choice: ToolChoice, tokenizer: Tokenizer, param: str = "tools"
+    params: SamplingParams, choice: ToolChoice, tokenizer: Tokenizer, *, param: str = "tools"
 ) -> SamplingParams:
     """Sampling under the grammar of `choice`; a JSON schema that the parameters have is that of an answer without
-    calls. `param` is the request's field that has the functions."""
+    calls. `param` is the request's field that has the functions.
+
+    A model that was not trained to call functions does not know when it has called enough: its calls are one.
+    """
     syntax, special = tokenizer.call_syntax, tokenizer.special_by_name
+    choice = replace(choice, parallel=choice.parallel and tokenizer.shows_tools)
     return replace(
         params,
         grammar=tool_spec(choice, syntax, special, param=param, text=params.grammar),
