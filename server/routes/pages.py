@@ -51,6 +51,7 @@ DOCUMENTS = {
     "scoring": _of_server("scoring", "Scoring"),
     "api": _of_server("api", "API"),
     "operations": _of_server("operations", "Operations"),
+    "clients": _of_server("clients", "Clients"),
     "benchmarks": _of_server("benchmarks", "Benchmarks"),
     "lpa": Document("LPA", "lpa_model", "README.md"),
     "kernels": _of_server("kernels", "Kernels"),
