@@ -71,8 +71,9 @@ def test_the_documents_have_the_table() -> None:
 
 def test_a_name_is_that_of_the_loaded_backend() -> None:
     sets = features.instruction_sets()
-    for candidate, weights in itertools.product(select.CANDIDATES, get_args(WeightType)):
-        case = select.Case(tiny_config(), torch.float32, torch.device("cpu"), "mixed", 32, sets, weights)
+    options = itertools.product(select.CANDIDATES, get_args(WeightType), (torch.float32, torch.int8))
+    for candidate, weights, cache_dtype in options:
+        case = select.Case(tiny_config(), torch.float32, torch.device("cpu"), "mixed", 32, sets, weights, cache_dtype)
         if candidate.refuses(case) is None:
             choice = select.Choice(case, candidate, ())
             backend = choice.build(random_model(tiny_config()))
