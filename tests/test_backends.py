@@ -421,6 +421,7 @@ def test_sampling_scores_and_copied_blocks(name: str) -> None:
     scores = result.scores[0]
     assert (scores.ranks, scores.top_ids[0][0], len(scores.top_ids[0])) == ([1], result.tokens[0], 2)
     exact = backend.batch_invariant or (tested.dtype is torch.float32 and not tested.quantized)
+    exact &= tested.dtype is torch.float32 or tested.cache_dtype is not torch.int8  # prompts may round what they read
     # else a rounded sum may give an input another code
     assert scores.logprobs[0] == pytest.approx(best.max().item(), abs=1e-4 if exact else 0.2)
     handle = backend.submit(Batch.build([ids[-1]], [Span(9, 1, [3], True)], BLOCK_SIZE), [replace(rows[1], row=0)])

@@ -66,7 +66,7 @@ class Choice:
 
     @property
     def types(self) -> str:
-        """Of activations, and of weights and cache where they differ: "bfloat16", "float32, int8 weights, int8 cache"."""
+        """Of activations, and of weights and cache where they differ: "bfloat16", "float32, int8 cache"."""
         return _types(self.case)
 
     @property
@@ -217,8 +217,6 @@ def _no_op_list(case: Case) -> str | None:
         return reason
     if not case.instruction_sets:
         return "its kernels are not compiled; `make kernels` does it, and so does an installation on Linux"
-    if case.cache_dtype is torch.int8:
-        return "does not read an int8 cache; take --kv-cache-dtype auto"
     if case.block_size % 2:
         return f"block_size {case.block_size} is odd; take 32, 64 or 128"
     return _rebuilt_keys(case)
