@@ -304,14 +304,18 @@ def test_salts_keep_prefixes_apart(tiny_checkpoint: Path) -> None:
     assert cached == [0, 0, 32, 0, 32]
 
 
-def test_poisoned_free_blocks_reach_no_result(tiny_checkpoint: Path, architecture: Architecture) -> None:
-    engine = make_engine(tiny_checkpoint, enable_prefix_caching=False)
-    for pool in (*engine.runner.cache.keys, *engine.runner.cache.values):
-        pool.fill_(math.nan)
-    outputs = run(engine, [Request(f"r{i}", prompt(i, 9 + i), greedy(10)) for i in range(3)])
-    model = random_model(tiny_config(architecture))
-    for i in range(3):
-        assert ids_of(outputs[f"r{i}"]) == naive_greedy(model, prompt(i, 9 + i), 10)
+@pytest.mark.parametrize("cached", ["auto", "int8"])
+def test_poisoned_free_blocks_reach_no_result(tiny_checkpoint: Path, architecture: Architecture, cached: str) -> None:
+    def generated(engine: Engine) -> dict[str, list[RequestOutput]]:
+        return run(engine, [Request(f"r{i}", prompt(i, 9 + i), greedy(10, logprobs=0)) for i in range(3)])
+
+    options: dict[str, Any] = {"enable_prefix_caching": False, "kv_cache_dtype": cached}
+    clean, engine = make_engine(tiny_checkpoint, **options), make_engine(tiny_checkpoint, **options)
+    for pool in engine.runner.cache.pools:
+        pool.fill_(math.nan if pool.is_floating_point() else -128)  # the scales, where there are codes
+    expected = generated(clean)
+    for name, found in generated(engine).items():
+        assert [(o.token_ids, o.logprobs) for o in found] == [(o.token_ids, o.logprobs) for o in expected[name]]
 
 
 def test_seeded_sampling_does_not_depend_on_company(tiny_checkpoint: Path) -> None:

@@ -114,6 +114,8 @@ def choose(
     place = features.resolve_device(device)
     sets = features.instruction_sets() if instruction_sets is None else instruction_sets
     computed, held = resolve_types(dtype, weights, place, sets, stored)
+    if cache_dtype not in ("auto", "int8"):
+        raise ValueError(f"kv_cache_dtype: {cache_dtype!r} is none of auto, int8")
     cached = torch.int8 if cache_dtype == "int8" else computed
     case = Case(config, computed, place, _layout(config, layout, place), block_size, sets, held, cached)
     refused: list[tuple[str, str]] = []

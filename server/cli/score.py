@@ -123,8 +123,9 @@ def score(
             from server.scoring import local
 
             with ends_at_once():
-                options: Options = {"dtype": dtype, "weights": weights, "kv_cache_dtype": kv_cache_dtype}
-                llm = stack.enter_context(LLM(model, threads=threads, **options))
+                options: Options = {"dtype": dtype, "weights": weights, "threads": threads}
+                options["kv_cache_dtype"] = kv_cache_dtype
+                llm = stack.enter_context(LLM(model, **options))
             start = partial(local.score_texts, llm, llm.convention(**asked), texts)
             extra = {"dtype": llm.dtype}
         lines = _lines(start, on_tokens, size)
