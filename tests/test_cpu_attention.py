@@ -325,6 +325,25 @@ def test_threads_do_not_change_a_bit(name: str, dtype: torch.dtype, is_int8: boo
     assert all(torch.equal(found, one) for found in many)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codes_of_extreme_rows_are_those_of_the_reference(name: str, dtype: torch.dtype) -> None:
+    """To the bit: zeros, denormals, halves between codes, the largest numbers; what is not finite has such a scale."""
+    halves = torch.cat((torch.tensor([127.0]), torch.arange(31) - 15.5))  # a scale of 1
+    ramp = torch.linspace(-1, 1, 32)
+    last = torch.tensor([0.0] * 31 + [1.0])
+    rows = [ramp * 0, halves, ramp, ramp * 1e-40, ramp * 3e-38, ramp * 3e38, last, last * torch.inf, last * torch.nan]
+    values = torch.stack(rows).to(dtype)[:, None]
+    text = Text(0, len(rows), False, (), torch.ones(len(rows), 1, 32, dtype=dtype), values, values.flip(2))
+    cache = Cache.build(name, [text], 32, None, random.Random(0), is_int8=True)
+    cache.run([text])
+    keys, values_found, *scales = (pool[text.table[0], 0, : len(rows)] for pool in cache.pools())
+    for found, found_scales, wanted in zip((keys, values_found), scales, (values, values.flip(2)), strict=True):
+        codes, expected = quantize_rows(wanted[:, 0])
+        assert torch.equal(found[:7], codes[:7]) and torch.equal(found_scales[:7], expected[:7])
+        assert not found_scales[7:].isfinite().any()
+
+
 def test_shapes_that_no_kernel_takes() -> None:
     def fields(key_width: int, dtype: torch.dtype = torch.bfloat16, heads: int = 4, **scales: Tensor) -> object:
         keys, values = torch.zeros(3, 2, 64, key_width, dtype=dtype), torch.zeros(3, 2, 64, 64, dtype=dtype)

@@ -304,6 +304,16 @@ def test_salts_keep_prefixes_apart(tiny_checkpoint: Path) -> None:
     assert cached == [0, 0, 32, 0, 32]
 
 
+def test_an_int8_cache_is_named_and_counted(tiny_checkpoint: Path) -> None:
+    engine = make_engine(tiny_checkpoint, kv_cache_dtype="int8", kv_cache_layout="full")
+    found, cache = engine.backend, engine.runner.cache
+    assert found.types == "float32, int8 cache" and "int8 cache" in found.name
+    assert {pool.dtype for pool in (*cache.keys, *cache.values)} == {torch.int8}
+    tokens = cache.num_blocks * cache.block_size
+    assert found.cache_bytes_per_token == sum(pool.nbytes for pool in cache.pools) / tokens
+    assert found.dense_cache_bytes_per_token == 2 * 2 * 4 * (8 + 2)  # heads of 8 codes and a scale, not padded
+
+
 @pytest.mark.parametrize("cached", ["auto", "int8"])
 def test_poisoned_free_blocks_reach_no_result(tiny_checkpoint: Path, architecture: Architecture, cached: str) -> None:
     def generated(engine: Engine) -> dict[str, list[RequestOutput]]:
