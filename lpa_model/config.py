@@ -272,6 +272,11 @@ class LPAConfig:
             total += width(keys_latent, self.rank("k", layer)) + width(values_latent, self.rank("v", layer))
         return total
 
+    def cache_rows_per_token(self, layout: CacheLayout) -> int:
+        """Heads and latents cached per token over all layers: an int8 cache has a scale for each."""
+        forms = [self.cache_forms(layout, layer) for layer in range(self.num_hidden_layers)]
+        return sum(1 if latent else self.kv_heads for form in forms for latent in form)
+
     def default_cache_layout(self) -> CacheLayout:
         """The layout that `auto` means on a CPU: the smallest one that decodes without rebuilding keys."""
         candidates: tuple[CacheLayout, ...] = ("full", "mixed") if self.rotary else ("full", "mixed", "latent")

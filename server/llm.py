@@ -67,6 +67,7 @@ class Options(TypedDict, total=False):
     step_budget_ms: float | None
     block_size: int | None
     kv_cache_layout: Literal["auto", "latent", "mixed", "full"] | None
+    kv_cache_dtype: Literal["auto", "int8"] | None
     kv_cache_memory: int | None
     enable_prefix_caching: bool | None
     batch_invariant: bool | None

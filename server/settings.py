@@ -119,7 +119,9 @@ class Settings(BaseSettings):
         "top_p, top_k, min_p, repetition_penalty), as vLLM does. A text ends at its EOS tokens either way.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Type of activations and cache; auto is bfloat16 where the processor has it in hardware."
+        "auto",
+        description="Type of activations, and of a cache that is not int8; auto is bfloat16 where the processor has it "
+        "in hardware.",
     )
     weights: Literal["auto", "float32", "bfloat16", "int8", "int4"] = Field(
         "auto",
@@ -145,6 +147,11 @@ class Settings(BaseSettings):
     block_size: BlockSize = Field(64, description="Tokens in a block of the cache.")
     kv_cache_layout: Literal["auto", "latent", "mixed", "full"] = Field(
         "auto", description="What the cache stores: latents, latents of values only, or full keys and values."
+    )
+    kv_cache_dtype: Literal["auto", "int8"] = Field(
+        "auto",
+        description="Type of the cache's numbers. int8: half the bytes of bfloat16, a quarter of float32, and less "
+        "exact; a scale for each token and head, or latent. auto: the dtype.",
     )
     kv_cache_memory: int | None = Field(
         None, ge=1, description="Bytes of the cache (default: a modest share of the free memory)."

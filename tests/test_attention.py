@@ -23,7 +23,7 @@ BLOCK_SIZE = 8
 
 def paged(spans: list[Span], block_size: int = BLOCK_SIZE, padding: int = 0) -> PagedAttention:
     config = tiny_config("setting1")
-    cache = LatentCache(config, "latent", 100, block_size, torch.zeros)
+    cache = LatentCache(config, "latent", 100, block_size, torch.float32)
     batch = Batch.build([0] * sum(span.length for span in spans), spans, block_size)
     return PagedAttention(batch, cache, None, padding=padding)
 

@@ -414,6 +414,9 @@ def test_the_floor_counts_what_the_model_computes(config: LPAConfig) -> None:
     assert decode.bytes == 2 * (weights + 5 * 100 * config.cache_elements_per_token("full"))
     assert decode.operations == 2 * 5 * (weights + 100 * attention)
     head = config.vocab_size * config.hidden_size
+    eight = decode_work(config, "full", torch.int8, "bfloat16", 5, 100)  # codes, and two bytes of scale for each head
+    rows = 2 * config.kv_heads * config.num_hidden_layers
+    assert eight.bytes == 2 * weights + 5 * 100 * (config.cache_elements_per_token("full") + 2 * rows)
     few = decode_work(config, "full", torch.float32, "int4", 1, 0)  # the head in int8
     assert few.bytes == (weights - head) * 0.5625 + head * 1.0625
 

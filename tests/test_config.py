@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -96,10 +95,12 @@ def test_cache_elements_are_those_of_the_pools(
     architecture: Architecture, changes: dict[str, Any], layout: CacheLayout
 ) -> None:
     config = tiny_config(architecture, **changes)
-    cache = LatentCache(config, layout, 3, 4, partial(torch.zeros, dtype=torch.bfloat16))
+    cache = LatentCache(config, layout, 3, 4, torch.bfloat16)
     elements = sum(pool.numel() for pool in (*cache.keys, *cache.values))
     assert config.cache_elements_per_token(layout) * 3 * 4 == elements
     assert bytes_per_token(config, layout, torch.bfloat16) * 3 * 4 == elements * 2
+    quantized = LatentCache(config, layout, 3, 4, torch.int8)
+    assert bytes_per_token(config, layout, torch.int8) * 3 * 4 == sum(pool.nbytes for pool in quantized.pools)
 
 
 def test_cache_elements_of_the_published_models() -> None:

@@ -1,12 +1,14 @@
 """Attention in C over a paged cache against float64, and to the bit against itself in other batches and chunks.
 
-All unwritten numbers of the cache are NaN, so that one that is read and must not be shows.
+All unwritten numbers of the cache are NaN, or the scales of an int8 cache, so that one that is read and must not be
+shows.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lpa_model.backends.cpu.attention import DecodeRows, PromptRows, attend, from_vnni, layer_fields, to_vnni
+from lpa_model.cache import dequantize_rows, quantize_rows
 from tests.cpu_kernels import DTYPES, NAMES, guarded, kernels_here
 
 SHAPES = [(4, 4, 4), (8, 2, 2), (8, 1, 1), (12, 12, 1), (16, 1, 1), (20, 1, 1), (6, 1, 3), (12, 2, 4), (7, 1, 7)]
@@ -52,10 +55,11 @@ class Text:
 
 @dataclass
 class Cache:
-    """Pools, the values' in the layout of their dtype."""
+    """Pools, the values' in the layout of their dtype; of int8, with the scales of both."""
 
     keys: Tensor
     values: Tensor
+    scales: tuple[Tensor, Tensor] | None
     block_size: int
     scale: float
     rope: Tensor | None
@@ -63,7 +67,14 @@ class Cache:
 
     @classmethod
     def build(
-        cls, name: str, texts: list[Text], block_size: int, rope: Tensor | None, rng: random.Random, prefix: int = 0
+        cls,
+        name: str,
+        texts: list[Text],
+        block_size: int,
+        rope: Tensor | None,
+        rng: random.Random,
+        prefix: int = 0,
+        is_int8: bool = False,
     ) -> Cache:
         """With what the texts' contexts need; the first `prefix` blocks of all texts are the same."""
         needed = [-(-(text.context + text.length) // block_size) - prefix for text in texts]
@@ -83,14 +94,27 @@ class Cache:
                 pools[0][place] = rotated(text.keys[t], rope, text.position(t))
                 pools[1][place] = text.values[t]
         scale = texts[0].q.shape[2] ** -0.5
+        if is_int8:
+            (keys, key_scales), (values, value_scales) = map(quantize_rows, pools)
+            return cls(keys, values, (key_scales, value_scales), block_size, scale, rope, name).copy()
         values = to_vnni(pools[1]) if dtype is torch.bfloat16 else pools[1]
-        return cls(guarded(pools[0]), guarded(values), block_size, scale, rope, name)
+        return cls(pools[0], values, None, block_size, scale, rope, name).copy()
 
     def copy(self) -> Cache:
-        return Cache(guarded(self.keys), guarded(self.values), self.block_size, self.scale, self.rope, self.name)
+        scales = None if self.scales is None else (guarded(self.scales[0]), guarded(self.scales[1]))
+        return replace(self, keys=guarded(self.keys), values=guarded(self.values), scales=scales)
 
-    def plain_values(self) -> Tensor:
-        return from_vnni(self.values) if self.values.dtype is torch.bfloat16 else self.values
+    def pools(self) -> list[Tensor]:
+        """Keys, values and scales [blocks, heads, block_size, ..]."""
+        values = from_vnni(self.values) if self.values.dtype is torch.bfloat16 else self.values
+        return [self.keys, values, *(self.scales or ())]
+
+    def plain(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [blocks, heads, block_size, width] as numbers."""
+        keys, values, *scales = self.pools()
+        if not scales:
+            return keys, values
+        return dequantize_rows(keys, scales[0], torch.float32), dequantize_rows(values, scales[1], torch.float32)
 
     def run(self, texts: list[Text]) -> list[Tensor]:
         """The texts' new tokens, [length, H, value width] each; those of `decode` have to come first."""
@@ -103,8 +127,18 @@ class Cache:
         wide = guarded(torch.cat((keys, torch.zeros(len(q), 3, dtype=q.dtype), values), 1))
         out = guarded(torch.full((*q.shape[:2], self.values.shape[3]), torch.nan, dtype=q.dtype))
         width = keys.shape[1]
+        key_scales, value_scales = self.scales or (None, None)
         layer = layer_fields(
-            q, wide[:, :width], wide[:, width + 3 :], self.keys, self.values, out, self.scale, rope=self.rope
+            q,
+            wide[:, :width],
+            wide[:, width + 3 :],
+            self.keys,
+            self.values,
+            out,
+            self.scale,
+            rope=self.rope,
+            key_scales=key_scales,
+            value_scales=value_scales,
         )
         decodes, prompts = [text for text in texts if text.decode], [text for text in texts if not text.decode]
         attend(kernels_here()[self.name], q.dtype, layer, self.decode_rows(decodes), self.prompt_rows(prompts))
@@ -140,12 +174,15 @@ class Cache:
         """`found` against float64, token by token, with the keys and values that are in the cache."""
         places = [(text.table[t // self.block_size], t % self.block_size) for t in range(text.context + text.length)]
         blocks, offsets = (torch.tensor(part) for part in zip(*places, strict=True))
-        keys, values = self.keys[blocks, :, offsets].double(), self.plain_values()[blocks, :, offsets].double()
+        keys, values = (pool[blocks, :, offsets].double() for pool in self.plain())
         half = found.dtype is torch.bfloat16
         for t in range(text.context, text.context + text.length):
             written = rotated(text.keys[t].double(), self.rope, text.position(t))
-            torch.testing.assert_close(keys[t], written, rtol=2**-8 if half else 1e-5, atol=1e-5)
-            assert torch.equal(values[t], text.values[t].double())
+            if self.scales is None:
+                torch.testing.assert_close(keys[t], written, rtol=2**-8 if half else 1e-5, atol=1e-5)
+                assert torch.equal(values[t], text.values[t].double())
+            else:
+                self.check_codes((blocks[t], slice(None), offsets[t]), written, text.keys[t], text.values[t])
             visible = torch.tensor([text.sees(t, i) for i in range(text.context + text.length)])
             q = rotated(text.q[t].double(), self.rope, text.position(t))
             by_head = (x[visible].repeat_interleave(len(q) // x.shape[1], 1).transpose(0, 1) for x in (keys, values))
@@ -153,12 +190,24 @@ class Cache:
             scores = (k @ q[:, :, None])[:, :, 0] * self.scale
             weights = scores.softmax(-1)[:, None]
             expected, size = (weights @ v)[:, 0], (weights @ v.abs())[:, 0]
-            # scores are rounded, as is a rotated query of bfloat16 before them, and weights move by as much
-            moved = 2.0**-8 if half and self.rope is not None else 2.0**-20
+            # scores are rounded, as is a rotated query of bfloat16 before them, and weights move by as much; so are
+            # keys of an int8 cache where products are of bfloat16
+            moved = 2.0**-8 if half and (self.rope is not None or self.scales is not None) else 2.0**-20
             slack = moved * ((k.abs() @ q[:, :, None].abs())[:, :, 0] * self.scale).amax(-1, keepdim=True)
             rounding = 2.0**-8 if half else 0.0
             allowed = rounding * (size + expected.abs()) + slack * size + 1e-5 * size + 1e-6
             assert ((found[t - text.context].double() - expected).abs() <= allowed).all()
+
+    def check_codes(self, place: tuple[Any, ...], rotated_key: Tensor, key: Tensor, value: Tensor) -> None:
+        """A token's in an int8 cache: to the bit those of the reference, but for a rotation that rounds elsewhere."""
+        assert self.scales is not None
+        for pool, scales, row in zip((self.keys, self.values), self.scales, (key, value), strict=True):
+            if pool is self.values or self.rope is None:
+                codes, expected = quantize_rows(row)
+                assert torch.equal(pool[place], codes) and torch.equal(scales[place], expected)
+            else:
+                step = scales[place].double()[:, None]
+                assert ((pool[place] * step - rotated_key).abs() <= 0.502 * step).all()
 
 
 def rotated(x: Tensor, rope: Tensor | None, position: int) -> Tensor:
@@ -211,7 +260,7 @@ def steps(draw: st.DrawFn) -> tuple[Cache, list[Text]]:
         longest = max(text.context + text.length for text in texts)
         angles = torch.randn(longest, key_width // 2, generator=generator) * 3
         rope = torch.polar(torch.ones_like(angles), angles)
-    return Cache.build(name, texts, block_size, rope, rng, prefix), texts
+    return Cache.build(name, texts, block_size, rope, rng, prefix, draw(st.booleans())), texts
 
 
 @given(steps())
@@ -221,15 +270,14 @@ def test_a_step(step: tuple[Cache, list[Text]]) -> None:
     cache, texts = step
     before = cache.copy()
     found = cache.run(texts)
+    pools = list(zip(cache.pools(), before.pools(), strict=True))
     for text, rows in zip(texts, found, strict=True):
         cache.check(text, rows)
         for t in range(text.context, text.context + text.length):
             place = text.table[t // cache.block_size], slice(None), t % cache.block_size
-            cache.keys[place] = torch.nan
-            values = cache.plain_values()
-            values[place] = torch.nan
-            cache.values.copy_(to_vnni(values) if values.dtype is torch.bfloat16 else values)
-    for now, then in ((cache.keys, before.keys), (cache.values, before.values)):
+            for now, then in pools:
+                now[place] = then[place]
+    for now, then in pools:
         assert torch.equal(now.nan_to_num(7.0), then.nan_to_num(7.0))
 
 
@@ -253,8 +301,9 @@ def test_a_row_depends_on_nothing_but_itself(step: tuple[Cache, list[Text]], rng
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_do_not_change_a_bit(name: str, dtype: torch.dtype) -> None:
+def test_threads_do_not_change_a_bit(name: str, dtype: torch.dtype, is_int8: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     texts = [
         Text(
@@ -268,7 +317,7 @@ def test_threads_do_not_change_a_bit(name: str, dtype: torch.dtype) -> None:
         )
         for context, length in ((700, 1), (300, 1), (0, 1), (129, 1), (256, 150), (0, 77))
     ]
-    cache = Cache.build(name, texts, 64, None, random.Random(0))
+    cache = Cache.build(name, texts, 64, None, random.Random(0), is_int8=is_int8)
     many = [torch.cat(cache.copy().run(texts)) for _ in range(6)]
     torch.set_num_threads(1)
     one = torch.cat(cache.copy().run(texts))
@@ -276,12 +325,31 @@ def test_threads_do_not_change_a_bit(name: str, dtype: torch.dtype) -> None:
     assert all(torch.equal(found, one) for found in many)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codes_of_extreme_rows_are_those_of_the_reference(name: str, dtype: torch.dtype) -> None:
+    """To the bit: zeros, denormals, halves between codes, the largest numbers; what is not finite has such a scale."""
+    halves = torch.cat((torch.tensor([127.0]), torch.arange(31) - 15.5))  # a scale of 1
+    ramp = torch.linspace(-1, 1, 32)
+    last = torch.tensor([0.0] * 31 + [1.0])
+    rows = [ramp * 0, halves, ramp, ramp * 1e-40, ramp * 3e-38, ramp * 3e38, last, last * torch.inf, last * torch.nan]
+    values = torch.stack(rows).to(dtype)[:, None]
+    text = Text(0, len(rows), False, (), torch.ones(len(rows), 1, 32, dtype=dtype), values, values.flip(2))
+    cache = Cache.build(name, [text], 32, None, random.Random(0), is_int8=True)
+    cache.run([text])
+    keys, values_found, *scales = (pool[text.table[0], 0, : len(rows)] for pool in cache.pools())
+    for found, found_scales, wanted in zip((keys, values_found), scales, (values, values.flip(2)), strict=True):
+        codes, expected = quantize_rows(wanted[:, 0])
+        assert torch.equal(found[:7], codes[:7]) and torch.equal(found_scales[:7], expected[:7])
+        assert not found_scales[7:].isfinite().any()
+
+
 def test_shapes_that_no_kernel_takes() -> None:
-    def fields(key_width: int, dtype: torch.dtype = torch.bfloat16, heads: int = 4) -> object:
+    def fields(key_width: int, dtype: torch.dtype = torch.bfloat16, heads: int = 4, **scales: Tensor) -> object:
         keys, values = torch.zeros(3, 2, 64, key_width, dtype=dtype), torch.zeros(3, 2, 64, 64, dtype=dtype)
         q, out = torch.zeros(1, heads, key_width, dtype=dtype), torch.zeros(1, heads, 64, dtype=dtype)
         new_keys, new_values = torch.zeros(1, 2 * key_width, dtype=dtype), torch.zeros(1, 128, dtype=dtype)
-        return layer_fields(q, new_keys, new_values, keys, values, out, 1.0, rope=None)
+        return layer_fields(q, new_keys, new_values, keys, values, out, 1.0, rope=None, **scales)
 
     assert fields(64) and fields(48, torch.float32)
     with pytest.raises(ValueError, match="multiples of 32"):
@@ -290,3 +358,5 @@ def test_shapes_that_no_kernel_takes() -> None:
         fields(64, heads=3)
     with pytest.raises(ValueError, match="float16"):
         fields(64, torch.float16)
+    with pytest.raises(ValueError, match=r"pools of torch.bfloat16 .*, not torch.int8"):
+        fields(64, key_scales=torch.zeros(3, 2, 64, dtype=torch.bfloat16))

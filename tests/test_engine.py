@@ -304,14 +304,28 @@ def test_salts_keep_prefixes_apart(tiny_checkpoint: Path) -> None:
     assert cached == [0, 0, 32, 0, 32]
 
 
-def test_poisoned_free_blocks_reach_no_result(tiny_checkpoint: Path, architecture: Architecture) -> None:
-    engine = make_engine(tiny_checkpoint, enable_prefix_caching=False)
-    for pool in (*engine.runner.cache.keys, *engine.runner.cache.values):
-        pool.fill_(math.nan)
-    outputs = run(engine, [Request(f"r{i}", prompt(i, 9 + i), greedy(10)) for i in range(3)])
-    model = random_model(tiny_config(architecture))
-    for i in range(3):
-        assert ids_of(outputs[f"r{i}"]) == naive_greedy(model, prompt(i, 9 + i), 10)
+def test_an_int8_cache_is_named_and_counted(tiny_checkpoint: Path) -> None:
+    engine = make_engine(tiny_checkpoint, kv_cache_dtype="int8", kv_cache_layout="full")
+    found, cache = engine.backend, engine.runner.cache
+    assert found.types == "float32, int8 cache" and "int8 cache" in found.name
+    assert {pool.dtype for pool in (*cache.keys, *cache.values)} == {torch.int8}
+    tokens = cache.num_blocks * cache.block_size
+    assert found.cache_bytes_per_token == sum(pool.nbytes for pool in cache.pools) / tokens
+    assert found.dense_cache_bytes_per_token == 2 * 2 * 4 * (8 + 2)  # heads of 8 codes and a scale, not padded
+
+
+@pytest.mark.parametrize("cached", ["auto", "int8"])
+def test_poisoned_free_blocks_reach_no_result(tiny_checkpoint: Path, architecture: Architecture, cached: str) -> None:
+    def generated(engine: Engine) -> dict[str, list[RequestOutput]]:
+        return run(engine, [Request(f"r{i}", prompt(i, 9 + i), greedy(10, logprobs=0)) for i in range(3)])
+
+    options: dict[str, Any] = {"enable_prefix_caching": False, "kv_cache_dtype": cached}
+    clean, engine = make_engine(tiny_checkpoint, **options), make_engine(tiny_checkpoint, **options)
+    for pool in engine.runner.cache.pools:
+        pool.fill_(math.nan if pool.is_floating_point() else -128)  # the scales, where there are codes
+    expected = generated(clean)
+    for name, found in generated(engine).items():
+        assert [(o.token_ids, o.logprobs) for o in found] == [(o.token_ids, o.logprobs) for o in expected[name]]
 
 
 def test_seeded_sampling_does_not_depend_on_company(tiny_checkpoint: Path) -> None:

@@ -77,8 +77,11 @@ def test_scores_do_not_depend_on_prefix_hits(tiny_checkpoint: Path, alone: list[
 
 TILES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 32, "attention_rank": 32}
 INVARIANT = [
-    name for name in ("float32", "bfloat16") if select.choose(tiny_config(**TILES), dtype=name).batch_invariant
+    (dtype, cached)
+    for dtype, cached in (("float32", "auto"), ("bfloat16", "auto"), ("float32", "int8"), ("bfloat16", "int8"))
+    if select.choose(tiny_config(**TILES), dtype=dtype, cache_dtype=cached).batch_invariant
 ]
+"""Types of activations and cache."""
 Generated = dict[str, tuple[list[int], list[float]]]
 
 
@@ -112,13 +115,14 @@ def generated(engine: Engine, requests: list[Request]) -> Generated:
     return found
 
 
-@pytest.mark.parametrize("dtype", INVARIANT)
+@pytest.mark.parametrize(("dtype", "cached"), [pair for pair in INVARIANT if pair != ("bfloat16", "int8")])
 @pytest.mark.parametrize("architecture", ["setting1", "setting2"])
 def test_streams_do_not_depend_on_batch_chunks_hits_or_preemption(
-    folders: dict[Architecture, Path], architecture: Architecture, dtype: str
+    folders: dict[Architecture, Path], architecture: Architecture, dtype: str, cached: str
 ) -> None:
     def engine(**options: Any) -> Engine:
         defaults = {"dtype": dtype, "block_size": 32, "batch_invariant": True, "kv_cache_memory": 1 << 22}
+        defaults["kv_cache_dtype"] = cached
         return make_engine(folders[architecture], **{**defaults, **options})
 
     alone: Generated = {}
@@ -149,17 +153,17 @@ def test_norms_of_keys_and_mixed_ranks_do_not_depend_on_batch_or_chunks(tmp_path
 
 def _memory(engine: Engine, blocks: int) -> int:
     """Bytes of a cache of so many blocks."""
-    cache = engine.runner.cache
-    return blocks * sum(pool[0].nbytes for pool in (*cache.keys, *cache.values))
+    return blocks * sum(pool[0].nbytes for pool in engine.runner.cache.pools)
 
 
-@pytest.mark.skipif("bfloat16" not in INVARIANT, reason="no backend here keeps bits in bfloat16")
+@pytest.mark.parametrize(("dtype", "cached"), [pair for pair in INVARIANT if pair != ("float32", "auto")])
 @pytest.mark.parametrize("architecture", ["setting1", "setting2"])
-def test_bfloat16_scores_do_not_depend_on_chunks_batch_or_hits(
-    folders: dict[Architecture, Path], architecture: Architecture
+def test_scores_in_fewer_bits_do_not_depend_on_chunks_batch_or_hits(
+    folders: dict[Architecture, Path], architecture: Architecture, dtype: str, cached: str
 ) -> None:
     def engine(**options: Any) -> Engine:
-        defaults = {"dtype": "bfloat16", "block_size": 32, "batch_invariant": True, "enable_prefix_caching": False}
+        defaults = {"dtype": dtype, "block_size": 32, "batch_invariant": True, "enable_prefix_caching": False}
+        defaults["kv_cache_dtype"] = cached
         return make_engine(folders[architecture], **{**defaults, **options})
 
     expected = {f"t{i}": scores([scoring("x", ids)], engine())["x"] for i, ids in enumerate(TEXTS)}

@@ -20,19 +20,46 @@ COLUMNS: dict[str, dict[str, str]] = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
     "bfloat16, int8 weights": {"dtype": "bfloat16", "weights": "int8"},
+    "bfloat16, int8 cache": {"dtype": "bfloat16", "cache_dtype": "int8"},
 }
 # processor's best instruction set -> backend by column
 EXPECTED = {
-    "amx": ("cpu (amx, float32)", "cpu by numba (amx, bfloat16)", "cpu (amx, bfloat16, int8 weights)"),
+    "amx": (
+        "cpu (amx, float32)",
+        "cpu by numba (amx, bfloat16)",
+        "cpu (amx, bfloat16, int8 weights)",
+        "cpu (amx, bfloat16, int8 cache)",
+    ),
     "avx512bf16": (
         "cpu (avx512bf16, float32)",
         "cpu by numba (avx512bf16, bfloat16)",
         "cpu (avx512bf16, bfloat16, int8 weights)",
+        "cpu (avx512bf16, bfloat16, int8 cache)",
     ),
-    "avx512": ("cpu (avx512, float32)", "cpu (avx512, bfloat16)", "cpu (avx512, bfloat16, int8 weights)"),
-    "avx2": ("cpu (avx2, float32)", "cpu (avx2, bfloat16)", "cpu (avx2, bfloat16, int8 weights)"),
-    "neon": ("cpu (neon, float32)", "cpu (neon, bfloat16)", "cpu (neon, bfloat16, int8 weights)"),
-    "scalar": ("cpu (scalar, float32)", "cpu (scalar, bfloat16)", "cpu (scalar, bfloat16, int8 weights)"),
+    "avx512": (
+        "cpu (avx512, float32)",
+        "cpu (avx512, bfloat16)",
+        "cpu (avx512, bfloat16, int8 weights)",
+        "cpu (avx512, bfloat16, int8 cache)",
+    ),
+    "avx2": (
+        "cpu (avx2, float32)",
+        "cpu (avx2, bfloat16)",
+        "cpu (avx2, bfloat16, int8 weights)",
+        "cpu (avx2, bfloat16, int8 cache)",
+    ),
+    "neon": (
+        "cpu (neon, float32)",
+        "cpu (neon, bfloat16)",
+        "cpu (neon, bfloat16, int8 weights)",
+        "cpu (neon, bfloat16, int8 cache)",
+    ),
+    "scalar": (
+        "cpu (scalar, float32)",
+        "cpu (scalar, bfloat16)",
+        "cpu (scalar, bfloat16, int8 weights)",
+        "cpu (scalar, bfloat16, int8 cache)",
+    ),
 }
 X86 = ("amx", "avx512bf16", "avx512", "avx2", "scalar")
 LAYOUTS = ("auto", *get_args(CacheLayout))
@@ -71,8 +98,9 @@ def test_the_documents_have_the_table() -> None:
 
 def test_a_name_is_that_of_the_loaded_backend() -> None:
     sets = features.instruction_sets()
-    for candidate, weights in itertools.product(select.CANDIDATES, get_args(WeightType)):
-        case = select.Case(tiny_config(), torch.float32, torch.device("cpu"), "mixed", 32, sets, weights)
+    options = itertools.product(select.CANDIDATES, get_args(WeightType), (torch.float32, torch.int8))
+    for candidate, weights, cache_dtype in options:
+        case = select.Case(tiny_config(), torch.float32, torch.device("cpu"), "mixed", 32, sets, weights, cache_dtype)
         if candidate.refuses(case) is None:
             choice = select.Choice(case, candidate, ())
             backend = choice.build(random_model(tiny_config()))
@@ -84,6 +112,7 @@ def test_a_name_is_that_of_the_loaded_backend() -> None:
     [
         ({"layout": "wide"}, "kv_cache_layout: 'wide' is none of auto, latent, mixed, full"),
         ({"dtype": "bfloat16", "weights": "float32"}, "weights: float32 has no kernels with dtype bfloat16; take one"),
+        ({"cache_dtype": "int4"}, "kv_cache_dtype: 'int4' is none of auto, int8"),
         ({"device": "tpu"}, "device: 'tpu' is none of cpu, cuda and cuda:N"),
     ],
 )
@@ -95,6 +124,8 @@ def test_options_that_do_not_fit_are_named(keys: dict[str, str], message: str) -
 def test_what_is_refused_says_why_and_what_would_help() -> None:
     choice = select.choose(tiny_config(), dtype="float32", block_size=32, instruction_sets=sets_of("avx2"))
     assert choice.refused == (("cpu by numba", "computes with bfloat16 weights only"),)
+    quantized = select.choose(tiny_config(), dtype="bfloat16", cache_dtype="int8", instruction_sets=sets_of("amx"))
+    assert quantized.refused == (("cpu by numba", "reads a bfloat16 cache only; take --kv-cache-dtype auto"),)
     odd = select.choose(tiny_config(), dtype="float32", block_size=5, instruction_sets=sets_of("avx2"))
     assert (odd.candidate, odd.refused[1]) == (select.TORCH, ("cpu", "block_size 5 is odd; take 32, 64 or 128"))
 

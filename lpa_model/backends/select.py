@@ -38,6 +38,7 @@ class Case(NamedTuple):
     block_size: int
     instruction_sets: tuple[str, ...]  # of the processor, the best first
     weights: WeightType
+    cache_dtype: torch.dtype  # int8, or the dtype
 
 
 class Candidate(NamedTuple):
@@ -65,7 +66,7 @@ class Choice:
 
     @property
     def types(self) -> str:
-        """Of activations, and of weights where they differ: "bfloat16", or "float32, int8 weights"."""
+        """Of activations, and of weights and cache where they differ: "bfloat16", "float32, int8 cache"."""
         return _types(self.case)
 
     @property
@@ -89,6 +90,7 @@ def choose(
     weights: str = "auto",
     device: str = "cpu",
     layout: str = "auto",
+    cache_dtype: str = "auto",
     block_size: int = 64,
     instruction_sets: tuple[str, ...] | None = None,
     stored: WeightType | None = None,
@@ -97,10 +99,11 @@ def choose(
 
     Args:
         config: the model's sizes.
-        dtype: of activations and cache: auto (bfloat16 where the device has it in hardware), float32 or bfloat16.
+        dtype: of activations: auto (bfloat16 where the device has it in hardware), float32 or bfloat16.
         weights: how they are held in memory: auto (see `resolve_types`), float32, bfloat16, int8 or int4.
         device: cpu, cuda or cuda:N.
         layout: auto, latent, mixed or full.
+        cache_dtype: auto (the dtype) or int8.
         block_size: tokens of a cache block.
         instruction_sets: instead of the processor's own.
         stored: int8 or int4 if that is what the folder holds (`checkpoint.stored_weights`).
@@ -111,7 +114,10 @@ def choose(
     place = features.resolve_device(device)
     sets = features.instruction_sets() if instruction_sets is None else instruction_sets
     computed, held = resolve_types(dtype, weights, place, sets, stored)
-    case = Case(config, computed, place, _layout(config, layout, place), block_size, sets, held)
+    if cache_dtype not in ("auto", "int8"):
+        raise ValueError(f"kv_cache_dtype: {cache_dtype!r} is none of auto, int8")
+    cached = torch.int8 if cache_dtype == "int8" else computed
+    case = Case(config, computed, place, _layout(config, layout, place), block_size, sets, held, cached)
     refused: list[tuple[str, str]] = []
     for candidate in CANDIDATES:
         reason = candidate.refuses(case)
@@ -128,7 +134,7 @@ def resolve_types(
     instruction_sets: tuple[str, ...],
     stored: WeightType | None = None,
 ) -> tuple[torch.dtype, WeightType]:
-    """What activations and cache are computed in, and how weights are held in memory.
+    """What activations are computed in, and how weights are held in memory.
 
     Weights `auto` are of a `dtype` that is named. Where both are `auto` they are bfloat16 as well, if the device has
     bfloat16 in hardware or is a CPU with kernels that widen it on the way: half the bytes of float32 to read. Weights
@@ -185,6 +191,8 @@ def _no_program(case: Case) -> str | None:
         return reason
     if case.dtype is not torch.bfloat16 or case.weights != "bfloat16":
         return "computes with bfloat16 weights only"
+    if case.cache_dtype is torch.int8:
+        return "reads a bfloat16 cache only; take --kv-cache-dtype auto"
     if not _program_set(case):
         return "needs a processor with AVX512-BF16"
     if find_spec("numba") is None:
@@ -202,7 +210,8 @@ def _build_program(case: Case, model: LPAForCausalLM) -> Backend:
     kernel = compile_kernel(programs.KERNELS[instruction_set]).result()
     if kernel is None:
         raise RuntimeError("numba did not compile the op list's kernel")
-    return CpuBackend(model, partial(numba_plan.FusedStep, kernel=kernel), instruction_set, 1, _name(NUMBA, case))
+    make_plan = partial(numba_plan.FusedStep, kernel=kernel)
+    return CpuBackend(model, make_plan, instruction_set, 1, _name(NUMBA, case), case.cache_dtype)
 
 
 def _no_op_list(case: Case) -> str | None:
@@ -218,13 +227,13 @@ def _no_op_list(case: Case) -> str | None:
 def _build_op_list(case: Case, model: LPAForCausalLM) -> Backend:
     best = case.instruction_sets[0]
     make_plan = partial(plan.StepPlan, kernels=library.load().kernels(best), held=hold_weights(model, case.weights))
-    return CpuBackend(model, make_plan, best, plan.WIDTH_UNIT, _name(C, case))
+    return CpuBackend(model, make_plan, best, plan.WIDTH_UNIT, _name(C, case), case.cache_dtype)
 
 
 def _build_torch(case: Case, model: LPAForCausalLM) -> Backend:
     if hold_weights(model, case.weights) is torch.bfloat16:
         round_weights(model)
-    return TorchBackend(model, _name(TORCH, case))
+    return TorchBackend(model, _name(TORCH, case), case.cache_dtype)
 
 
 def _rebuilt_keys(case: Case) -> str | None:
@@ -240,7 +249,8 @@ def _name(candidate: Candidate, case: Case) -> str:
 
 def _types(case: Case) -> str:
     name = str(case.dtype).removeprefix("torch.")
-    return name if case.weights == name else f"{name}, {case.weights} weights"
+    weights = "" if case.weights == name else f", {case.weights} weights"
+    return name + weights + (", int8 cache" if case.cache_dtype is torch.int8 else "")
 
 
 NUMBA = Candidate("cpu by numba", _no_program, True, _program_set, _build_program)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from lpa_model.cache import bytes_per_token
 from lpa_model.config import CacheLayout, LPAConfig
 from lpa_model.quantization import WeightType, bytes_of, weight_type
 
@@ -56,10 +57,10 @@ def _best(run: Callable[[], object]) -> float:
 
 
 def decode_work(
-    config: LPAConfig, layout: CacheLayout, dtype: torch.dtype, weights: WeightType, batch: int, context: int
+    config: LPAConfig, layout: CacheLayout, cache_dtype: torch.dtype, weights: WeightType, batch: int, context: int
 ) -> Work:
     """One token for each of `batch` sequences that have `context` tokens in the cache."""
-    cached = config.cache_elements_per_token(layout) * batch * context * dtype.itemsize
+    cached = bytes_per_token(config, layout, cache_dtype) * batch * context
     products = batch * (_body(config) + _head(config))
     attention = sum(_decode_attention(config, layout, layer) for layer in range(config.num_hidden_layers))
     return Work(_weight_bytes(config, weights) + cached, 2 * (products + batch * context * attention))

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
+
 from lpa_model.backends.select import choose
 from lpa_model.cache import bytes_per_token
 from lpa_model.checkpoint import load_config, stored_weights
@@ -43,9 +45,9 @@ class Case:
         """New tokens in all of it: a step's for `decode`."""
         return self.batch * (1 if self.kind == "decode" else self.context)
 
-    def work(self, config: LPAConfig, dtype: Any, weights: WeightType) -> Work:
+    def work(self, config: LPAConfig, cache_dtype: torch.dtype, weights: WeightType) -> Work:
         if self.kind == "decode":
-            return decode_work(config, self.layout, dtype, weights, self.batch, self.context)
+            return decode_work(config, self.layout, cache_dtype, weights, self.batch, self.context)
         return prompt_work(config, weights, self.batch, self.context, self.context if self.kind == "score" else 1)
 
 
@@ -58,6 +60,7 @@ def bench_steps(
     steps: int,
     dtype: str,
     weights: str,
+    kv_cache_dtype: str,
     threads: int | None,
 ) -> Iterator[dict[str, Any]]:
     """A row for each layout, batch, context and kind of work, as they are measured.
@@ -76,7 +79,7 @@ def bench_steps(
         raise ValueError(
             f"context: {max(contexts)} and {steps} steps exceed the model's {config.max_position_embeddings} positions"
         )
-    case = choose(config, dtype=dtype, weights=weights, stored=stored_weights(model)).case
+    case = choose(config, dtype=dtype, weights=weights, cache_dtype=kv_cache_dtype, stored=stored_weights(model)).case
     machine = None
     for layout in chosen or {"full", config.default_cache_layout()}:
         blocks = max(batches) * (-(-longest // 64) + 1)
@@ -87,8 +90,9 @@ def bench_steps(
                 weights=weights,
                 threads=threads,
                 kv_cache_layout=layout,
+                kv_cache_dtype=kv_cache_dtype,
                 max_num_seqs=max(batches),
-                kv_cache_memory=blocks * 64 * bytes_per_token(config, layout, case.dtype),
+                kv_cache_memory=blocks * 64 * bytes_per_token(config, layout, case.cache_dtype),
             ).engine_options(),
         )
         # in a thread of its own, as in the server: OpenMP's threads wait otherwise in the first one
@@ -96,7 +100,7 @@ def bench_steps(
             machine = machine or engine_thread.submit(measure_machine, config, case.dtype).result()
             for batch in batches:
                 for context in contexts:
-                    rows = _bench_case(engine, machine, layout, batch, context, steps, case.dtype, case.weights)
+                    rows = _bench_case(engine, machine, layout, batch, context, steps, case.cache_dtype, case.weights)
                     yield from engine_thread.submit(list, rows).result()
 
 
@@ -107,7 +111,7 @@ def _bench_case(
     batch: int,
     context: int,
     steps: int,
-    dtype: Any,
+    cache_dtype: torch.dtype,
     weights: WeightType,
 ) -> Iterator[dict[str, Any]]:
     rng = random.Random(f"{batch}:{context}")
@@ -132,7 +136,7 @@ def _bench_case(
                 add(prompts, params)
                 runs.append(_timed(engine, watch, 1 << 30))
             case = Case(kind=kind, layout=layout, batch=batch, context=context)
-            yield _row(case, case.work(config, dtype, weights), machine, runs)
+            yield _row(case, case.work(config, cache_dtype, weights), machine, runs)
         # prompts that the cache knows: all sequences start together, and none is done before the last one starts
         add(prompts, SamplingParams(max_tokens=WARM_STEPS + steps + 1, temperature=0, ignore_eos=True))
         while any(request.num_output_tokens <= WARM_STEPS for request in engine.scheduler.running) or (
@@ -141,7 +145,7 @@ def _bench_case(
             engine.step()
         runs = [_timed(engine, watch, 1) for _ in range(steps - 1)]
         case = Case(kind="decode", layout=layout, batch=batch, context=context)
-        yield _row(case, case.work(config, dtype, weights), machine, runs)
+        yield _row(case, case.work(config, cache_dtype, weights), machine, runs)
         engine.abort_all()
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from server.cli.command import Dtype, Model, Weights, user_errors
+from server.cli.command import CacheDtype, Dtype, Model, Weights, user_errors
 
 bench = typer.Typer(
     help="Measure servers and the engine; ratios come from one run.",
@@ -182,6 +182,7 @@ def step(
     ] = None,
     dtype: Dtype = None,
     weights: Weights = None,
+    kv_cache_dtype: CacheDtype = None,
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
@@ -192,7 +193,9 @@ def step(
 
     with user_errors():
         _check_plot(plot)
-        settings = load_settings(model=model, dtype=dtype, weights=weights, threads=threads)
+        settings = load_settings(
+            model=model, dtype=dtype, weights=weights, kv_cache_dtype=kv_cache_dtype, threads=threads
+        )
         rows = bench_steps(
             settings.model,
             layout or [],
@@ -201,6 +204,7 @@ def step(
             steps=steps,
             dtype=settings.dtype,
             weights=settings.weights,
+            kv_cache_dtype=settings.kv_cache_dtype,
             threads=settings.threads,
         )
         if as_json:

@@ -39,6 +39,10 @@ Weights = Annotated[
     Literal["auto", "float32", "bfloat16", "int8", "int4"] | None,
     typer.Option(help="Type that weights are held in.", show_default="LPA_WEIGHTS, or auto"),
 ]
+CacheDtype = Annotated[
+    Literal["auto", "int8"] | None,
+    typer.Option("--kv-cache-dtype", help="Type of the cache's numbers.", show_default="LPA_KV_CACHE_DTYPE, or auto"),
+]
 StoredDtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights written.")]
 
 

@@ -14,7 +14,7 @@ from server.cli.command import available, config_of, user_errors
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lpa_model.config import LPAConfig, Rank, RankSpec
+    from lpa_model.config import CacheLayout, LPAConfig, Rank, RankSpec
 
 HEIGHTS = "▁▂▃▄▅▆▇█"
 
@@ -54,6 +54,7 @@ def info(
             stored=quantized,
             device=settings.device,
             layout=layout,
+            cache_dtype=settings.kv_cache_dtype,
             block_size=block_size,
         )
     dense = config.vanilla()
@@ -76,21 +77,30 @@ def info(
         facts.add_row(f"not {backend}", reason)
 
     cache = Table(title="cache per token")
-    for column in ("layout", "numbers", "bfloat16 bytes", "float32 bytes", "twin / this"):
+    for column in ("layout", "numbers", "int8 bytes", "bfloat16 bytes", "float32 bytes", "twin / this"):
         cache.add_column(column, justify="left" if column == "layout" else "right")
     dense_elements = dense.cache_elements_per_token("full")
     for layout in get_args(CacheLayout):
         elements = config.cache_elements_per_token(layout)
         label = f"{layout} (default)" if layout == config.default_cache_layout() else layout
-        cells = (elements, 2 * elements, 4 * elements)
+        cells = (elements, *_cache_bytes(config, layout))
         cache.add_row(label, *(f"{cell:,}" for cell in cells), f"{dense_elements / elements:.2f}x")
-    cells = (dense_elements, 2 * dense_elements, 4 * dense_elements)
+    cells = (dense_elements, *_cache_bytes(dense, "full"))
     cache.add_row("dense twin", *(f"{cell:,}" for cell in cells), "1.00x")
     console = Console()
     console.print(facts, highlight=False)
     if any(config.rank(name, layer) for name in config.projections for layer in range(config.num_hidden_layers)):
         console.print(_rank_map(config), highlight=False)
     console.print(cache, highlight=False)
+
+
+def _cache_bytes(config: LPAConfig, layout: CacheLayout) -> list[int]:
+    """In int8, bfloat16 and float32."""
+    import torch
+
+    from lpa_model.cache import bytes_per_token
+
+    return [bytes_per_token(config, layout, dtype) for dtype in (torch.int8, torch.bfloat16, torch.float32)]
 
 
 def _rank_map(config: LPAConfig) -> Table:

@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
-from server.cli.command import Dtype, Weights, available, ends_at_once, progress_bar, user_errors
+from server.cli.command import CacheDtype, Dtype, Weights, available, ends_at_once, progress_bar, user_errors
 
 if TYPE_CHECKING:
     from server.scoring.texts import Advance, OnTokens, Source
@@ -77,6 +77,7 @@ def score(
     ] = None,
     dtype: Dtype = None,
     weights: Weights = None,
+    kv_cache_dtype: CacheDtype = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of the matrix products.", show_default="LPA_THREADS, or all")
     ] = None,
@@ -96,8 +97,9 @@ def score(
 
     asked: dict[str, Any] = {"method": method, "max_length": max_length, "stride": stride, "add_bos": add_bos}
     with user_errors(), ExitStack() as stack:
-        _check_together("url", url, compare=compare, dtype=dtype, weights=weights, threads=threads)
-        _check_together("compare", compare, model=model, tokens=tokens)
+        cached: dict[str, object] = {"kv-cache-dtype": kv_cache_dtype}
+        _check_together("url", url, compare=compare, dtype=dtype, weights=weights, threads=threads, **cached)
+        _check_together("compare", compare, model=model, tokens=tokens, **cached)
         found = find_files(files, field)
         texts, size = read_texts(found, field), total_size(found)
         if compare is not None:
@@ -120,11 +122,13 @@ def score(
             extra: dict[str, Any] = {}
         else:
             available(model)
-            from server.llm import LLM
+            from server.llm import LLM, Options
             from server.scoring import local
 
             with ends_at_once():
-                llm = stack.enter_context(LLM(model, dtype=dtype, weights=weights, threads=threads))
+                options: Options = {"dtype": dtype, "weights": weights, "threads": threads}
+                options["kv_cache_dtype"] = kv_cache_dtype
+                llm = stack.enter_context(LLM(model, **options))
             start = partial(local.score_texts, llm, llm.convention(**asked), texts)
             extra = {"dtype": llm.dtype}
         lines = _lines(start, on_tokens, size)

@@ -58,6 +58,7 @@ class EngineOptions:
     step_budget_ms: float
     block_size: int
     kv_cache_layout: str
+    kv_cache_dtype: str
     kv_cache_memory: int | None
     enable_prefix_caching: bool
     batch_invariant: bool | None
@@ -70,11 +71,11 @@ class BackendInfo:
     """What computes, and what faster backend does not and why."""
 
     name: str = ""
-    types: str = ""  # of activations, and of weights where they differ: "float32, int8 weights"
+    types: str = ""  # of activations, and of weights and cache where they differ: "float32, int8 weights"
     batch_invariant: bool = False
     refused: tuple[tuple[str, str], ...] = ()  # (backend, reason and remedy)
     cache_bytes_per_token: int = 0  # over all layers
-    dense_cache_bytes_per_token: int = 0  # of the dense twin, in the same dtype
+    dense_cache_bytes_per_token: int = 0  # of the dense twin, of the same type
     layout: str = ""  # of the cache
     weights_hash: str = ""  # of the model folder's configuration and weights
     load_seconds: float = 0.0  # from the folder to the first step that can run
@@ -330,6 +331,7 @@ def _build_engine(model_dir: Path, options: EngineOptions, hashing: Executor) ->
         stored=stored_weights(model_dir),
         device=options.device,
         layout=options.kv_cache_layout,
+        cache_dtype=options.kv_cache_dtype,
         block_size=options.block_size,
     )
     invariant = choice.batch_invariant if options.batch_invariant is None else options.batch_invariant
@@ -387,7 +389,7 @@ def _build_engine(model_dir: Path, options: EngineOptions, hashing: Executor) ->
             invariant,
             choice.refused,
             backend.cache_bytes_per_token(layout),
-            bytes_per_token(config.vanilla(), "full", choice.case.dtype),
+            bytes_per_token(config.vanilla(), "full", choice.case.cache_dtype),
             layout,
             weights.result(),
             time.monotonic() - began,

@@ -52,7 +52,6 @@ DOCUMENTS = {
     "api": _of_server("api", "API"),
     "clients": _of_server("clients", "Clients"),
     "operations": _of_server("operations", "Operations"),
-    "clients": _of_server("clients", "Clients"),
     "benchmarks": _of_server("benchmarks", "Benchmarks"),
     "lpa": Document("LPA", "lpa_model", "README.md"),
     "kernels": _of_server("kernels", "Kernels"),

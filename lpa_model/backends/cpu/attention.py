@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lpa_model.backends.cpu.args import ATTENTION
+from lpa_model.backends.cpu.args import ATTENTION, Dtype
 from lpa_model.backends.cpu.library import Kernel
 from lpa_model.backends.cpu.oplist import DTYPES, OpList
 from lpa_model.batch import Batch
@@ -194,8 +194,10 @@ def layer_fields(
     scale: float,
     *,
     rope: Tensor | None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> dict[str, int | float]:
-    """What a record says of a layer. All tensors but `rope` have the cache's dtype, float32 or bfloat16.
+    """What a record says of a layer. Tensors have one dtype, float32 or bfloat16; or the pools are int8, with scales.
 
     Args:
         q: [rows, H, key width], decode rows before prompt rows; contiguous.
@@ -208,6 +210,8 @@ def layer_fields(
         scale: factor on the scores, 1/sqrt(dh).
         rope: complex64 [positions, key width / 2], cos + i sin of rotary positions whose pairs are neighbours: applied
             to queries and new keys.
+        key_scales: of an int8 pool, bfloat16 [blocks, key heads, block_size].
+        value_scales: of an int8 pool, bfloat16 [blocks, value heads, block_size].
 
     Raises:
         ValueError: a shape or dtype that the kernels do not take. Widths have to be multiples of 16 in float32, of 32
@@ -222,20 +226,29 @@ def layer_fields(
         raise ValueError(f"key width {key_width} and value width {value_width} have to be multiples of {unit}")
     if heads % key_heads or heads % value_heads or out.shape[1:] != (heads, value_width):
         raise ValueError(f"shapes that do not fit: q {q.shape}, keys {keys.shape}, values {values.shape}")
-    if any(x.dtype is not q.dtype for x in (new_keys, new_values, keys, values, out)) or q.dtype not in DTYPES:
+    scales = [pool for pool in (key_scales, value_scales) if pool is not None]
+    if any(x.dtype is not q.dtype for x in (new_keys, new_values, out)) or q.dtype not in DTYPES:
         raise ValueError(f"dtypes other than q's, {q.dtype}, or neither float32 nor bfloat16")
-    whole = all(x.is_contiguous() for x in (q, keys, values, out))
+    cache_dtype = torch.int8 if scales else q.dtype
+    if keys.dtype is not cache_dtype or values.dtype is not cache_dtype:
+        raise ValueError(f"pools of {keys.dtype} and {values.dtype}, not {cache_dtype}")
+    if scales and [(x.dtype, x.shape) for x in scales] != [(torch.bfloat16, x.shape[:3]) for x in (keys, values)]:
+        raise ValueError(f"scales {[(x.dtype, list(x.shape)) for x in scales]} are not those of both pools")
+    whole = all(x.is_contiguous() for x in (q, keys, values, out, *scales))
     if not whole or new_keys.stride(1) != 1 or new_values.stride(1) != 1:
         raise ValueError("tensors that are not contiguous")
     if rope is not None and (rope.dtype is not torch.complex64 or rope.shape[1] * 2 != key_width):
         raise ValueError(f"rope {rope.dtype} {rope.shape}, not complex64 [.., {key_width // 2}]")
     return {
         "dtype": DTYPES[q.dtype],
+        "cache_dtype": Dtype.INT8 if scales else DTYPES[q.dtype],
         "q": q.data_ptr(),
         "new_keys": new_keys.data_ptr(),
         "new_values": new_values.data_ptr(),
         "keys": keys.data_ptr(),
         "values": values.data_ptr(),
+        "key_scales": 0 if key_scales is None else key_scales.data_ptr(),
+        "value_scales": 0 if value_scales is None else value_scales.data_ptr(),
         "out": out.data_ptr(),
         "rope": 0 if rope is None else rope.data_ptr(),
         "heads": heads,
@@ -260,7 +273,7 @@ def attend(
     """One layer's attention by itself: the step's own keys and values into the cache, and `out` of all rows.
 
     A row's result depends on nothing but the row: not on the others, its chunk, nor on the number of threads. `layer`
-    is from `layer_fields`, whose tensors have `dtype`; decode rows come first.
+    is from `layer_fields`, whose rows have `dtype`; decode rows come first.
     """
     heads, value_heads, width = (int(layer[name]) for name in ("heads", "value_heads", "value_width"))
     record = np.zeros(1, dtype=ATTENTION)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -46,10 +45,12 @@ class CpuBackend:
         instruction_set: str,
         width_unit: int,
         name: str,
+        cache_dtype: torch.dtype,
     ) -> None:
-        """`width_unit`: numbers that the plan's kernels want the cache's widths to be multiples of."""
-        self.config, self.dtype = model.config, model.embed_tokens.weight.dtype
-        self.name = name
+        """`width_unit`: numbers that the plan's kernels want the cache's widths to be multiples of. `cache_dtype`: the
+        model's, or int8."""
+        self.config = model.config
+        self.name, self.cache_dtype = name, cache_dtype
         self._model: LPAForCausalLM | None = model  # until its weights are packed
         self._make_plan, self._width_unit = make_plan, width_unit
         self._ops = row_ops(instruction_set)
@@ -57,7 +58,7 @@ class CpuBackend:
         self._cache: LatentCache | None = None
 
     def cache_bytes_per_token(self, layout: CacheLayout) -> int:
-        return bytes_per_token(self.config, layout, self.dtype, self._width_unit)
+        return bytes_per_token(self.config, layout, self.cache_dtype, self._width_unit)
 
     def free_memory(self) -> int:
         return features.free_memory(torch.device("cpu"))
@@ -65,8 +66,9 @@ class CpuBackend:
     def make_cache(self, layout: CacheLayout, num_blocks: int, block_size: int) -> LatentCache:
         """The pools; and weights are packed, since the op list points to both."""
         assert self._model is not None, "the cache is made once"
-        allocate = partial(_untouched_zeros, dtype=self.dtype)
-        self._cache = LatentCache(self.config, layout, num_blocks, block_size, allocate, self._width_unit)
+        self._cache = LatentCache(
+            self.config, layout, num_blocks, block_size, self.cache_dtype, _untouched_zeros, self._width_unit
+        )
         self._plan = self._make_plan(self._model, self._cache)
         self._model = None
         return self._cache

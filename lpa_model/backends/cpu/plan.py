@@ -61,6 +61,7 @@ class LayerPlan:
         self.pre_norm = rotary
         self.heads, self.scale = attention.heads, attention.scale
         self.keys, self.values = cache.keys[attention.layer], cache.values[attention.layer]
+        self.scales = cache.key_scales[attention.layer], cache.value_scales[attention.layer]
         self.norms = Norm.of(block.attention_norm), Norm.of(block.ffn_norm)
         self._pack_attention(attention, rotary, *cache.forms[attention.layer])
         self._pack_ffn(block.ffn)
@@ -186,7 +187,19 @@ class LayerPlan:
             q = _through(ops, q, [self.absorbed])
         out = ops.workspace(len(x), self.heads * self.values.shape[3])
         queries, attended = (rows.unflatten(1, (self.heads, -1)) for rows in (q, out))
-        fields = layer_fields(queries, k, v, self.keys, self.values, attended, self.scale, rope=rope)
+        key_scales, value_scales = self.scales
+        fields = layer_fields(
+            queries,
+            k,
+            v,
+            self.keys,
+            self.values,
+            attended,
+            self.scale,
+            rope=rope,
+            key_scales=key_scales,
+            value_scales=value_scales,
+        )
         ops.attention()
         return out if self.up is None else _through(ops, out, [self.up]), fields
 
@@ -221,7 +234,7 @@ class StepPlan:
         self, model: LPAForCausalLM, cache: LatentCache, kernels: Mapping[str, Kernel], held: torch.dtype
     ) -> None:
         """`held`: what weights are packed as, unless they are quantised."""
-        self.kernels, self.dtype = kernels, cache.keys[0].dtype
+        self.kernels, self.dtype = kernels, model.embed_tokens.weight.dtype
         self.vocab_size, self.width = model.config.vocab_size, padded(model.config.hidden_size)
         self.tokens = _pad_columns(model.embed_tokens.weight.to(held), self.width)
         self.positions = self.rope = self.norm = None

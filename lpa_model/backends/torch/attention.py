@@ -57,7 +57,7 @@ class PagedAttention:
         if self.rotary is not None:
             q = self.rotary(q, self.positions)
             k = k if keys_latent else self.rotary(k, self.positions)
-        self.cache.write(layer.layer, self.slots, k[: self.rows], v[: self.rows])
+        k, v = self.cache.write(layer.layer, self.slots, k[: self.rows], v[: self.rows])
         parts = [self._decode(layer, q[: self.num_decode])] if self.num_decode else []
         for group in self.groups:
             parts.append(self._expanded(layer, q[group.rows], k[group.rows], v[group.rows], group))
@@ -68,7 +68,7 @@ class PagedAttention:
         assert self.pairs is not None
         keys_latent, values_latent = self.cache.forms[layer.layer]
         blocks = self.pairs.blocks
-        keys, values = self.cache.keys[layer.layer][blocks], self.cache.values[layer.layer][blocks]
+        keys, values = self.cache.read(layer.layer, blocks, q.dtype)
         if keys_latent and self.rotary is None:
             q = _per_kv_head(q, layer.key_up().to(q.dtype))
         elif keys_latent and self.rotary is not None:
@@ -87,11 +87,8 @@ class PagedAttention:
         keys_latent, values_latent = self.cache.forms[layer.layer]
         q, k, v = (x.view(group.batch, group.length, *x.shape[1:]) for x in (q, k, v))
         if group.context:
-            pools = self.cache.keys[layer.layer], self.cache.values[layer.layer]
-            k, v = (
-                torch.cat((self.cache.gather(pool, group.blocks, group.context), new), dim=1)
-                for pool, new in zip(pools, (k, v), strict=True)
-            )
+            cached = self.cache.gather(layer.layer, group.blocks, group.context, q.dtype)
+            k, v = (torch.cat(pair, dim=1) for pair in zip(cached, (k, v), strict=True))
         if keys_latent:
             k = layer.keys(k.squeeze(2))
             k = k if self.rotary is None else self.rotary(k, group.positions)

@@ -26,22 +26,23 @@ class TorchBackend:
 
     batch_invariant = False
 
-    def __init__(self, model: LPAForCausalLM, name: str) -> None:
+    def __init__(self, model: LPAForCausalLM, name: str, cache_dtype: torch.dtype) -> None:
+        """`cache_dtype`: the model's, or int8."""
         weight = model.embed_tokens.weight
         self.model, self.config = model, model.config
         self.device, self.dtype = weight.device, weight.dtype
-        self.name = name
+        self.name, self.cache_dtype = name, cache_dtype
         self.cache: LatentCache | None = None
 
     def cache_bytes_per_token(self, layout: CacheLayout) -> int:
-        return bytes_per_token(self.config, layout, self.dtype)
+        return bytes_per_token(self.config, layout, self.cache_dtype)
 
     def free_memory(self) -> int:
         return features.free_memory(self.device)
 
     def make_cache(self, layout: CacheLayout, num_blocks: int, block_size: int) -> LatentCache:
-        allocate = partial(torch.zeros, dtype=self.dtype, device=self.device)
-        self.cache = LatentCache(self.config, layout, num_blocks, block_size, allocate)
+        allocate = partial(torch.zeros, device=self.device)
+        self.cache = LatentCache(self.config, layout, num_blocks, block_size, self.cache_dtype, allocate)
         return self.cache
 
     @torch.inference_mode()

@@ -7,7 +7,9 @@
  * depends on neither the chunks of its prompt nor the rest of the batch, to the bit.
  *
  * Keys are read where they lie in the cache, and so are values, except with tiles (AMX): there PACK_VALUES copies them
- * once for all heads, transposed, and outputs are transposed like the scores.
+ * once for all heads, transposed, and outputs are transposed like the scores. An int8 cache is dequantised first, a KV
+ * tile at a time, into the thread's scratch, where 32 queries meet it: in bfloat16, arranged as such a cache, where
+ * products are of bfloat16, else in float32.
  */
 #include "attention.h"
 #include "tiles.h"
@@ -38,6 +40,9 @@ INLINE int in_tiles(const struct attention *a) {
     return HAS_TILES && a->dtype == BFLOAT16 && a->block_size % PACKED == 0;
 }
 
+/* What keys and values are multiplied as: those of int8 are dequantised to it. */
+INLINE int operands_bf16(int form) { return is_int8(form) ? uses_vnni(rows_bf16(form)) : rows_bf16(form); }
+
 /* Numbers of 4 bytes in a query: float32, or pairs of bfloat16. */
 INLINE int64_t query_units(int is_bf16, const struct attention *a) {
     return uses_vnni(is_bf16) ? a->key_width / 2 : a->key_width;
@@ -47,6 +52,7 @@ INLINE int64_t query_units(int is_bf16, const struct attention *a) {
 struct scratch {
     char *queries; /* [query_units, QUERIES] */
     char *scores;  /* float32 [TOKENS, QUERIES]; then weights, bfloat16 VNNI [TOKENS / 2, QUERIES, 2] or float32 */
+    char *tile;    /* of an int8 cache: keys of TOKENS tokens, dequantised, then their values */
     float *out;    /* [QUERIES, value_width], transposed with tiles; before, queries as they lie */
     float *peaks;  /* [QUERIES]: maxima */
     float *sums;   /* [QUERIES]: of weights */
@@ -61,30 +67,66 @@ INLINE int64_t out_bytes(const struct attention *a) {
     return 4 * (QUERIES + SPARE) * max_i64(a->key_width, a->value_width);
 }
 
+INLINE int64_t tile_bytes(const struct attention *a) {
+    if (a->cache_dtype != INT8) return 0;
+    int form = a->dtype == BFLOAT16 ? FORM_BF16_INT8 : FORM_F32_INT8;
+    return number_bytes(operands_bf16(form)) * TOKENS * max_i64(a->key_width, a->value_width);
+}
+
 int64_t attention_prompt_scratch(const struct attention *a) {
-    return queries_bytes(a) + SCORES_BYTES + out_bytes(a) + 3 * ROW;
+    return queries_bytes(a) + SCORES_BYTES + tile_bytes(a) + out_bytes(a) + 3 * ROW;
 }
 
 INLINE struct scratch scratch_at(const struct attention *a, char *memory) {
-    char *scores = memory + queries_bytes(a), *out = scores + SCORES_BYTES;
+    char *scores = memory + queries_bytes(a), *tile = scores + SCORES_BYTES, *out = tile + tile_bytes(a);
     float *rest = (float *)(out + out_bytes(a));
-    return (struct scratch){memory, scores, (float *)out, rest, rest + QUERIES, rest + 2 * QUERIES};
+    return (struct scratch){memory, scores, tile, (float *)out, rest, rest + QUERIES, rest + 2 * QUERIES};
 }
 
 int64_t attention_prompt_items(const struct attention *a) { return a->num_query_tiles * a->heads; }
 
 /* ---- the cache ---- */
 
-INLINE void write_row(int is_bf16, const struct attention *a, int64_t i) {
+INLINE void write_row(int form, const struct attention *a, int64_t i) {
     int64_t slot = a->prompt_slots[i];
-    write_token(is_bf16, a, a->rows + i, a->prompt_positions[i], slot / a->block_size, slot % a->block_size);
+    write_token(form, a, a->rows + i, a->prompt_positions[i], slot / a->block_size, slot % a->block_size);
 }
 
 void cache_write_row(const struct attention *a, int64_t row) {
-    if (a->dtype == BFLOAT16)
-        write_row(1, a, row);
-    else
-        write_row(0, a, row);
+    FOR_FORM(a, write_row(FORM, a, row));
+}
+
+/* 16 numbers of an int8 cache. */
+INLINE f32x16 dequantized(const char *codes, bf16 scale) {
+    return load_i8((const int8_t *)codes) * splat_f32(widen_bf16(scale));
+}
+
+/* A text's tokens begin to begin + count: their keys of a head, from an int8 cache into the tile. */
+INLINE void dequantize_keys(int is_bf16, const struct attention *a, const int64_t *table, int64_t head, int64_t begin,
+                            int64_t count, char *tile) {
+    int64_t size = a->block_size, width = a->key_width;
+    for (int64_t t = 0; t < count; t++) {
+        int64_t block = table[(begin + t) / size], offset = (begin + t) % size;
+        const char *codes = keys_of(FORM_F32_INT8, a, block, head) + offset * width;
+        bf16 scale = key_scales_of(a, block, head)[offset];
+        for (int64_t d = 0; d < width; d += LANES) store_as(is_bf16, tile, t * width + d, dequantized(codes + d, scale));
+    }
+}
+
+/* The same of values: in bfloat16 in VNNI layout, with zeros beside the last one if it is alone. */
+INLINE void dequantize_values(int is_bf16, const struct attention *a, const int64_t *table, int64_t head,
+                              int64_t begin, int64_t count, char *tile) {
+    int64_t size = a->block_size, width = a->value_width;
+    for (int64_t t = 0; t < count; t += is_bf16 ? 2 : 1, tile += 4 * width) {
+        int64_t block = table[(begin + t) / size], offset = (begin + t) % size;
+        const char *codes = values_of(FORM_F32_INT8, a, block, head) + offset * width;
+        const bf16 *scales = value_scales_of(a, block, head) + offset;
+        for (int64_t d = 0; d < width; d += LANES) {
+            f32x16 value = dequantized(codes + d, scales[0]), next = splat_f32(0);
+            if (is_bf16 && t + 1 < count) next = dequantized(codes + width + d, scales[1]);
+            store_u32(tile + 4 * d, is_bf16 ? pair_bf16(value, next) : (u32x16)value);
+        }
+    }
 }
 
 /* 16 vectors of 16 numbers: in each round, squares of half the size change places. */
@@ -121,25 +163,45 @@ static void transpose_square(const char *from, int64_t from_bytes, char *to, int
     for (int i = 0; i < LANES; i++) store_u32(to + i * to_bytes, rows[i]);
 }
 
+/* Codes of 32 tokens [32, 16], rows `width` bytes apart, become bfloat16 columns of `to`. */
+static void transpose_codes(const char *codes, int64_t width, const bf16 *scales, char *to, int64_t to_bytes) {
+    u32x16 rows[LANES];
+    for (int i = 0; i < LANES; i++, codes += 2 * width, scales += 2)
+        rows[i] = pair_bf16(dequantized(codes, scales[0]), dequantized(codes + width, scales[1]));
+    transpose(rows);
+    for (int i = 0; i < LANES; i++) store_u32(to + i * to_bytes, rows[i]);
+}
+
 /* A block's values as rows of 32 tokens: packed_values is [value_heads * value_width / 16, packed_value_tiles, 16,
  * PACKED], with zeros behind a text's last token. */
-void pack_values_block(const struct attention *a, int64_t block) {
-    if (!in_tiles(a)) return;
+INLINE void pack_block(int form, const struct attention *a, int64_t block) {
     const int64_t *span = a->spans + SPAN_FIELDS * a->block_spans[block];
     int64_t place = block - span[5], start = place * a->block_size, width = a->value_width;
     int64_t count = min_i64(a->block_size, span[1] + span[2] - start), column = span[4] + start;
     for (int64_t h = 0; h < a->value_heads; h++) {
-        const char *values = values_of(1, a, a->prompt_tables[span[3] + place], h);
+        const char *values = values_of(form, a, a->prompt_tables[span[3] + place], h);
+        const bf16 *scales = is_int8(form) ? value_scales_of(a, a->prompt_tables[span[3] + place], h) : 0;
         for (int64_t t = 0; t < count; t += PACKED)
             for (int64_t d = 0; d < width; d += LANES) {
                 int64_t panel = (h * width + d) / LANES;
                 bf16 *to = (bf16 *)a->packed_values +
                            LANES * PACKED * (panel * a->packed_value_tiles + (column + t) / PACKED);
-                transpose_square(values + 2 * t * width + 4 * d, 4 * width, (char *)to, 2 * PACKED);
+                if (is_int8(form))
+                    transpose_codes(values + t * width + d, width, scales + t, (char *)to, 2 * PACKED);
+                else
+                    transpose_square(values + 2 * t * width + 4 * d, 4 * width, (char *)to, 2 * PACKED);
                 for (int64_t i = count - t; i < PACKED; i++)
                     for (int64_t r = 0; r < LANES; r++) to[r * PACKED + i] = 0;
             }
     }
+}
+
+void pack_values_block(const struct attention *a, int64_t block) {
+    if (!in_tiles(a)) return;
+    if (a->cache_dtype == INT8)
+        pack_block(FORM_BF16_INT8, a, block);
+    else
+        pack_block(FORM_BF16, a, block);
 }
 
 /* ---- scores and weights, a query in each column ---- */
@@ -202,14 +264,17 @@ INLINE void score_tile(int is_bf16, int num_keys, int num_vectors, const char *c
 }
 
 /* A text's tokens begin to begin + count: their keys of a head times the queries. */
-INLINE void score(int is_bf16, const struct attention *a, const int64_t *table, int64_t key_head, int64_t begin,
+INLINE void score(int form, const struct attention *a, const int64_t *table, int64_t key_head, int64_t begin,
                   int64_t count, int vectors, struct scratch s) {
+    int is_bf16 = operands_bf16(form);
     int64_t key_bytes = number_bytes(is_bf16) * a->key_width, units = query_units(is_bf16, a);
     for (int64_t t = 0; t < count; t += KEYS) {
         const char *keys[KEYS];
         for (int k = 0; k < KEYS; k++) {
-            int64_t at = begin + min_i64(t + k, count - 1);
-            keys[k] = keys_of(is_bf16, a, table[at / a->block_size], key_head) + at % a->block_size * key_bytes;
+            int64_t i = min_i64(t + k, count - 1), at = begin + i;
+            keys[k] = is_int8(form) ? s.tile + i * key_bytes
+                                    : keys_of(form, a, table[at / a->block_size], key_head) +
+                                          at % a->block_size * key_bytes;
         }
         for (int v = 0; v < vectors; v += KEY_VECTORS)
             score_tile(is_bf16, KEYS, KEY_VECTORS, keys, units, s.queries + 64 * v, s.scores + ROW * t + 64 * v);
@@ -333,15 +398,20 @@ INLINE void pv_rows(int is_bf16, int64_t queries, const char *weights, const cha
 }
 
 /* out += weights . values of the tokens begin to begin + count of a text, in the blocks of its table. */
-INLINE void pv_product(int is_bf16, const struct attention *a, const int64_t *table, int64_t value_head, int64_t begin,
+INLINE void pv_product(int form, const struct attention *a, const int64_t *table, int64_t value_head, int64_t begin,
                        int64_t count, int64_t queries, struct scratch s) {
+    int is_bf16 = operands_bf16(form);
     int64_t size = a->block_size, width = a->value_width, step_bytes = uses_vnni(is_bf16) ? ROW / 2 : ROW;
     for (int64_t column = 0; column < width; column += LANES)
         for (int64_t t = 0; t < count;) {
             int64_t offset = (begin + t) % size, some = min_i64(size - offset, count - t);
-            const char *values = values_of(is_bf16, a, table[(begin + t) / size], value_head);
-            pv_rows(is_bf16, queries, s.scores + t * step_bytes,
-                    values + number_bytes(is_bf16) * offset * width + 4 * column, some, width, s.out + column);
+            const char *values = s.tile;
+            if (is_int8(form))
+                some = count;
+            else
+                values = values_of(form, a, table[(begin + t) / size], value_head) +
+                         number_bytes(is_bf16) * offset * width;
+            pv_rows(is_bf16, queries, s.scores + t * step_bytes, values + 4 * column, some, width, s.out + column);
             t += some;
         }
 }
@@ -386,9 +456,11 @@ static void score_in_tiles(const struct attention *a, const int64_t *table, int6
                            int64_t count, struct scratch s) {
     int64_t key_bytes = 2 * a->key_width;
     for (int64_t t = 0; t < count; t += PACKED) {
-        const char *keys = keys_of(1, a, table[(begin + t) / a->block_size], key_head);
-        multiply_tiles(keys + (begin + t) % a->block_size * key_bytes, key_bytes, 64, 16 * key_bytes,
-                       a->key_width / 32, 0, s.queries, s.scores + ROW * t);
+        const char *keys = s.tile + t * key_bytes;
+        if (a->cache_dtype != INT8)
+            keys = keys_of(FORM_BF16, a, table[(begin + t) / a->block_size], key_head) +
+                   (begin + t) % a->block_size * key_bytes;
+        multiply_tiles(keys, key_bytes, 64, 16 * key_bytes, a->key_width / 32, 0, s.queries, s.scores + ROW * t);
     }
 }
 
@@ -455,8 +527,9 @@ INLINE void write_rows(int is_bf16, const struct attention *a, int64_t row, int6
 }
 
 /* Up to QUERIES queries of a head, from row `first` of a text's new ones on. */
-INLINE void attend_tile(int is_bf16, const struct attention *a, const int64_t *span, int64_t head, int64_t first,
+INLINE void attend_tile(int form, const struct attention *a, const int64_t *span, int64_t head, int64_t first,
                         struct scratch s) {
+    int is_bf16 = operands_bf16(form);
     int64_t context = span[1], queries = min_i64(QUERIES, span[2] - first), width = a->value_width;
     int64_t row = span[0] + first, end = context + first + queries;
     const int64_t *table = a->prompt_tables + span[3];
@@ -464,15 +537,16 @@ INLINE void attend_tile(int is_bf16, const struct attention *a, const int64_t *s
     int tiles = is_bf16 && in_tiles(a), vectors = queries > LANES || KEY_VECTORS == 2 || tiles ? 2 : 1;
     int64_t whole = tiles ? PACKED : is_bf16 ? 2 : 1;
     float power = (float)a->scale * LOG2_E;
-    take_queries(is_bf16, a, row, queries, head, s);
+    take_queries(rows_bf16(form), a, row, queries, head, s);
     if (!tiles) __builtin_memset(s.out, 0, (uint64_t)out_bytes(a));
     for (int i = 0; i < QUERIES; i++) s.peaks[i] = FIRST, s.sums[i] = 0;
     for (int64_t begin = 0; begin < end; begin += TOKENS) {
         int64_t count = min_i64(TOKENS, end - begin);
+        if (is_int8(form)) dequantize_keys(is_bf16, a, table, key_head, begin, count, s.tile);
         if (tiles)
             score_in_tiles(a, table, key_head, begin, count, s);
         else
-            score(is_bf16, a, table, key_head, begin, count, vectors, s);
+            score(form, a, table, key_head, begin, count, vectors, s);
         mask_later(context + first - begin, count, vectors, s.scores);
         if (a->shared_ends) mask_branches(a, row, queries, begin, count, s.scores);
         int raised = 0;
@@ -483,26 +557,24 @@ INLINE void attend_tile(int is_bf16, const struct attention *a, const int64_t *s
             else
                 rescale_rows(queries, width, s);
         }
+        if (is_int8(form) && !tiles) dequantize_values(is_bf16, a, table, value_head, begin, count, s.tile);
         if (tiles)
             pv_product_in_tiles(a, span, value_head, begin, count, s);
         else
-            pv_product(is_bf16, a, table, value_head, begin, count, queries, s);
+            pv_product(form, a, table, value_head, begin, count, queries, s);
     }
     if (tiles)
         write_columns(a, row, queries, head, s);
     else
-        write_rows(is_bf16, a, row, queries, head, s);
+        write_rows(rows_bf16(form), a, row, queries, head, s);
 }
 
-INLINE void attend(int is_bf16, const struct attention *a, int64_t item, struct scratch s) {
+INLINE void attend(int form, const struct attention *a, int64_t item, struct scratch s) {
     const int64_t *place = a->query_tiles + 2 * (item / a->heads), *span = a->spans + SPAN_FIELDS * place[0];
     int64_t first = place[1] * QUERIES, end = min_i64(first + ITEM_TILES * QUERIES, span[2]);
-    for (; first < end; first += QUERIES) attend_tile(is_bf16, a, span, item % a->heads, first, s);
+    for (; first < end; first += QUERIES) attend_tile(form, a, span, item % a->heads, first, s);
 }
 
 void attention_prompt_item(const struct attention *a, int64_t item, void *scratch) {
-    if (a->dtype == BFLOAT16)
-        attend(1, a, item, scratch_at(a, scratch));
-    else
-        attend(0, a, item, scratch_at(a, scratch));
+    FOR_FORM(a, attend(FORM, a, item, scratch_at(a, scratch)));
 }

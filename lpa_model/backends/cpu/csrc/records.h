@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-/* INT8 and INT4 are of weights alone: see quantized.h. */
+/* INT4 is of weights alone, INT8 of weights and of the cache. */
 enum dtype { FLOAT32, BFLOAT16, INT8, INT4 };
 
 enum op_kind {
@@ -64,14 +64,18 @@ struct op_list {
     int64_t *counters; /* [1 + 2 * num_ops], zeros: threads that got scratch; items taken and done of each op */
 };
 
-/* A layer's attention over a paged cache, in the ops from ATTENTION_DECODE on. Numbers are as `dtype` says. */
+/* A layer's attention over a paged cache, in the ops from ATTENTION_DECODE on. Numbers are as `dtype` says, those of the
+ * cache as `cache_dtype` does. */
 struct attention {
     int64_t dtype;
+    int64_t cache_dtype;    /* of keys and values: dtype, or INT8 */
     const void *q;          /* [decode rows and prompt rows, heads, key_width] */
     const void *new_keys;   /* [.., key_heads, key_width], rows key_stride apart: the step's own tokens */
     const void *new_values; /* [.., value_heads, value_width], rows value_stride apart */
     void *keys;             /* [blocks, key_heads, block_size, key_width] */
     void *values;           /* [blocks, value_heads, block_size, value_width]; bfloat16: [.., block_size / 2, .., 2] */
+    void *key_scales;       /* INT8: bfloat16 [blocks, key_heads, block_size] */
+    void *value_scales;     /* INT8: bfloat16 [blocks, value_heads, block_size] */
     void *out;              /* [.., heads, value_width] */
     const float *rope;      /* [positions, key_width / 2, 2]: cos and sin; 0: positions are not rotary */
     /* decode rows: one query each, in front of the prompt rows */

@@ -224,6 +224,13 @@ INLINE void store_i8(void *p, i32x16 v) {
     __builtin_memcpy(p, &narrow, sizeof narrow);
 }
 
+/* 16 codes as numbers. */
+INLINE f32x16 load_i8(const int8_t *p) {
+    i8x16 v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(__builtin_convertvector(v, i32x16), f32x16);
+}
+
 /* acc + the products of four bytes of x and of w in each lane, plainly. */
 INLINE i32x16 dot_bytes(i32x16 acc, i32x16 x, u32x16 w, int w_is_signed) {
     for (int byte = 0; byte < 4; byte++) {
