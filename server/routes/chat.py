@@ -66,6 +66,7 @@ class _Call:
 async def _accept(engine: AsyncEngine, settings: Settings, body: ChatCompletionRequest, request_id: str) -> _Call:
     """The conversation as a prompt, and what the model cannot do refused."""
     check_sampling(body, settings)
+    body.take_all(engine.tokenizer.vocab_size)
     check_messages(body.messages, settings)
     check_sequences(1, body.n, settings)
     tokenizer = engine.tokenizer

@@ -50,6 +50,7 @@ DOCUMENTS = {
     "conversion": _of_server("conversion", "Conversion"),
     "scoring": _of_server("scoring", "Scoring"),
     "api": _of_server("api", "API"),
+    "clients": _of_server("clients", "Clients"),
     "operations": _of_server("operations", "Operations"),
     "benchmarks": _of_server("benchmarks", "Benchmarks"),
     "lpa": Document("LPA", "lpa_model", "README.md"),

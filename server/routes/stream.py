@@ -39,8 +39,11 @@ class Stream(Response):
         media_type: str,
         frame: Callable[[Any], Iterable[bytes]],
         receive: Receive | None = None,
+        *,
+        tells_errors: bool = True,
     ) -> None:
-        """`frame` makes bytes of a piece, or of an error's text; `receive` takes the place of the request's own."""
+        """`frame` makes bytes of a piece, or of an error's text; `receive` takes the place of the request's own. What
+        can tell no error is cut off by one, so that its reader sees it."""
         self.status_code = 200
         self.background = None
         self.media_type = media_type
@@ -49,6 +52,7 @@ class Stream(Response):
         self._pieces = pieces
         self._frame = frame
         self._receive = receive
+        self._tells_errors = tells_errors
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,6 +88,9 @@ class Stream(Response):
         await send_pieces(send, self._frame(piece))
 
     async def _send_last(self, send: Send, error: UserError) -> None:
+        if not self._tells_errors:
+            logger.warning("a stream is cut off: %s", error.message)
+            return
         await self._send(send, json.dumps(error.body()))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
