@@ -74,12 +74,24 @@ class Span(NamedTuple):
         return self.context, self.length, self.branches if self.is_branched else ()
 
 
+class Measured(NamedTuple):
+    """What is wanted of a row's whole distribution, beside the log-probability of its target."""
+
+    entropy: bool = False
+    mass_of: Ints | None = None  # ids of tokens whose common probability is wanted
+    rows: bool = False  # the log-probabilities of all tokens, by id
+
+
+NOT_MEASURED = Measured()
+
+
 class ScoredRows(NamedTuple):
     """Rows whose next token's log-probability is wanted."""
 
     rows: Ints  # [n], of the batch
     targets: Ints  # [n] token ids
     top: Ints  # [n]: how many of the most probable tokens are wanted beside it
+    measured: Sequence[tuple[int, Measured]] = ()  # runs of scored rows, each with the one after its last; or none
 
 
 NO_SCORES = ScoredRows(NO_INTS, NO_INTS, NO_INTS)

@@ -28,10 +28,12 @@ from pydantic import ValidationError
 from lpa_model.perplexity import Convention, Method, Tally
 from server.engine.engine import Engine, EngineOptions, StepFailed, build_engine
 from server.engine.request import (
+    NO_MORE,
     Completion,
     FinishReason,
     GrammarSpec,
     Logprobs,
+    Measures,
     Request,
     RequestOutput,
     SamplingParams,
@@ -92,6 +94,7 @@ class Scores:
     convention: Convention
     texts: list[TextScores]
     sums: Tally  # of all texts
+    digest: str  # of model, backend, convention and log-probabilities, by which others can check them
 
 
 @dataclass(frozen=True)
@@ -241,7 +244,7 @@ class LLM:
             tokenize(self.tokenizer, convention, where, check_input(value, where))
             for where, value in ((entry_loc("texts", i, len(values)), value) for i, value in enumerate(values))
         )
-        corpus, found = Corpus(convention), list[TextScores]()
+        corpus, found = Corpus(convention, self.engine.identity), list[TextScores]()
         logprobs: list[float | None] = []
         ranks: list[int | None] = []
         for piece, scores in self.score_pieces(tokenized, convention):
@@ -252,7 +255,7 @@ class LLM:
                 found.append(TextScores(list(piece.text.token_ids), logprobs, ranks, sums))
                 logprobs, ranks = [], []
         corpus.check("texts")
-        return Scores(convention, found, corpus.tally)
+        return Scores(convention, found, corpus.tally, corpus.digest)
 
     def convention(
         self,
@@ -265,7 +268,9 @@ class LLM:
         """The arguments of `score` with the model's own for those that are None. Raises InvalidRequest."""
         return convention_of(self.tokenizer, self.max_model_len, method, max_length, stride, add_bos)
 
-    def score_pieces(self, texts: Iterable[Text], convention: Convention) -> Iterator[tuple[Piece, Logprobs]]:
+    def score_pieces(
+        self, texts: Iterable[Text], convention: Convention, measures: Measures = NO_MORE
+    ) -> Iterator[tuple[Piece, Logprobs]]:
         """Scores of a corpus of any size: its pieces in order, each as soon as it is there.
 
         `texts` is read as far ahead as the engine scores at once. Raises what `score` raises, and what `texts` does.
@@ -274,10 +279,11 @@ class LLM:
         def work() -> Iterator[tuple[Piece, Request | None]]:
             for text in texts:
                 for piece in pieces(text, convention, self.max_model_len):
-                    if (window := piece.window) is None:
+                    if piece.window is None:
                         yield piece, None
                     else:
-                        yield piece, scoring_request(self._id(), window.tokens(text.token_ids), window.first_index)
+                        ids, first = piece.sequence(beyond=measures.mass_of is not None)
+                        yield piece, scoring_request(self._id(), ids, first, measures)
 
         for piece, completion in self._run(work()):
             yield piece, completion.prompt_logprobs or Logprobs()
@@ -417,8 +423,8 @@ def _checked(params: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
         raise InvalidRequest(f"max_tokens: {params.max_tokens} is less than 0", param="max_tokens")
     if params.max_tokens == 0 and params.prompt_logprobs is None:
         raise InvalidRequest("max_tokens: 0 needs prompt_logprobs; there is nothing to answer", param="max_tokens")
-    if params.logprobs is not None and not 0 <= params.logprobs <= MAX_LOGPROBS:
-        raise InvalidRequest(f"logprobs: {params.logprobs} is not between 0 and {MAX_LOGPROBS}", param="logprobs")
+    if params.logprobs is not None and not -1 <= params.logprobs <= MAX_LOGPROBS:
+        raise InvalidRequest(f"logprobs: {params.logprobs} is not between -1 and {MAX_LOGPROBS}", param="logprobs")
     for word in params.bad_words:
         tokenizer.check(word, "bad_words")
     given: dict[str, Any] = {}
@@ -431,8 +437,10 @@ def _checked(params: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
         first = invalid.errors()[0]
         name = str((*first["loc"], *first.get("ctx", {}).get("loc", ()))[0])
         raise InvalidRequest(f"{name}: {first['msg'][:1].lower()}{first['msg'][1:]}", param=name) from None
-    checked = body.sampling_params(tokenizer, params.max_tokens, params.logprobs, params.prompt_logprobs, {})
-    return replace(params, **{name: getattr(checked, name) for name in given})
+    body.take_all(tokenizer.vocab_size)
+    logprobs = tokenizer.vocab_size if params.logprobs == -1 else params.logprobs
+    checked = body.sampling_params(tokenizer, params.max_tokens, logprobs, body.prompt_logprobs, {})
+    return replace(params, **{name: getattr(checked, name) for name in (*given, "logprobs")})
 
 
 def _alternative(pair: tuple[Prompt, Prompt], where: str) -> Alternative:

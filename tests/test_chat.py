@@ -198,7 +198,7 @@ def test_the_official_client(client: openai.OpenAI) -> None:
         ({"max_tokens": 128}, "max_tokens"),
         ({"max_completion_tokens": 128}, "max_completion_tokens"),
         ({"top_logprobs": 2}, "top_logprobs"),
-        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 257}, "top_logprobs"),
         ({"logprobs": 2}, "logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),

@@ -171,7 +171,7 @@ COMPLETIONS, PERPLEXITY = "/v1/completions", "/v1/perplexity"
         (COMPLETIONS, {"prompt": "x", "top_k": -2}, "top_k"),
         (COMPLETIONS, {"prompt": "x", "n": 0}, "n"),
         (COMPLETIONS, {"prompt": "x", "n": 129}, "n"),
-        (COMPLETIONS, {"prompt": "x", "logprobs": 21}, "logprobs"),
+        (COMPLETIONS, {"prompt": "x", "logprobs": 257}, "logprobs"),
         (COMPLETIONS, {"prompt": "x", "logprobs": True}, "logprobs"),
         (COMPLETIONS, {"prompt": "x", "stop": list("abcdefghijklmnopq")}, "stop"),
         (COMPLETIONS, {"prompt": "x", "stop": ["a", 1]}, "stop[1]"),

@@ -223,7 +223,7 @@ def test_every_token_is_written(
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["id"] for row in rows] == ids
     assert {(row["file"], row["line"]) for row in rows} == {(str(path), 2)}
-    assert set(rows[0]) == {"file", "line", "id", "text", "offset", "logprob", "rank"}
+    assert set(rows[0]) == {"file", "line", "id", "text", "offset", "logprob", "surprisal", "entropy", "rank"}
     assert (rows[0]["logprob"], rows[0]["rank"], rows[0]["offset"]) == (None, None, 0)
     for i, row in enumerate(rows[1:], 1):
         own = distributions[i - 1, ids[i]]

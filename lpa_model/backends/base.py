@@ -56,6 +56,10 @@ class Scores(NamedTuple):
     ranks: list[int]  # from 1, by logit, then by id
     top_ids: list[list[int]]  # the most probable tokens, best first, equal ones by id
     top_logprobs: list[list[float]]
+    # of `Measured`, empty where no row of the step wants any of them:
+    entropies: list[float]  # NaN where not wanted
+    masses: list[float]  # log-probability that the token is one of `mass_of`; NaN where not wanted
+    rows: list[Floats | None]  # [vocab]: of all tokens, by id; None where not wanted
 
 
 @dataclass
@@ -67,7 +71,9 @@ class StepResult:
     broken: set[int] = field(default_factory=set)  # indices into `tokens`: a logit is not finite
     broken_prompt: set[int] = field(default_factory=set)  # indices into the batch's scored rows: likewise
     scores: dict[int, Scores] = field(default_factory=dict)  # of the sampled token, by index into `tokens`
-    prompt_scores: Scores = field(default_factory=lambda: Scores([], [], [], []))  # of the batch's scored rows
+    prompt_scores: Scores = field(
+        default_factory=lambda: Scores([], [], [], [], [], [], [])
+    )  # of the batch's scored rows
     hidden: dict[int, Floats] = field(default_factory=dict)  # [n, d] by layer: of the batch's `hidden`
 
 

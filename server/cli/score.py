@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     Texts: TypeAlias = Iterator[tuple[Source, str]]
 
 Method = Literal["full", "sliding", "rolling", "chunks"]
+Unit = Literal["word", "region"]
+SEPARATOR = "|"
+TOKEN_FIELDS = ("id", "text", "offset", "logprob", "surprisal", "entropy", "rank")
 Size: TypeAlias = int | None  # bytes of all files, where it is known
 
 
@@ -84,8 +88,30 @@ def score(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON, with every measure, instead of a table.")
     ] = False,
+    as_csv: Annotated[
+        bool, typer.Option("--csv", help="Print a row of CSV for each text, or with --unit for each word or region.")
+    ] = False,
+    unit: Annotated[
+        Unit | None,
+        typer.Option(help="Surprisal in bits of each word or each region; with --csv or --json."),
+    ] = None,
+    boundary_correction: Annotated[
+        bool,
+        typer.Option(
+            "--boundary-correction/--no-boundary-correction",
+            help="The probability of the space before a word belongs to the word before it.",
+        ),
+    ] = True,
+    region_separator: Annotated[
+        str | None, typer.Option(help="What stands between regions; it is taken out before scoring.", show_default="|")
+    ] = None,
+    digest: Annotated[bool, typer.Option("--digest", help="Add a hash by which others can check the numbers.")] = False,
     tokens: Annotated[
-        Path | None, typer.Option(help="Write a line of JSON for every token: its log-probability and rank.")
+        Path | None,
+        typer.Option(
+            help="Write a line of JSON for every token, or of CSV if the name ends in .csv: its log-probability, "
+            "surprisal, entropy and rank."
+        ),
     ] = None,
 ) -> None:
     """Perplexity and bits per byte of texts, each scored by itself, and of all together.
@@ -99,7 +125,10 @@ def score(
     with user_errors(), ExitStack() as stack:
         cached: dict[str, object] = {"kv-cache-dtype": kv_cache_dtype}
         _check_together("url", url, compare=compare, dtype=dtype, weights=weights, threads=threads, **cached)
-        _check_together("compare", compare, model=model, tokens=tokens, **cached)
+        of_one: dict[str, object] = {"unit": unit, "digest": digest or None, "csv": as_csv or None}
+        _check_together("compare", compare, model=model, tokens=tokens, **of_one, **cached)
+        _check_together("json", as_json or None, csv=as_csv or None)
+        _check_unit(unit, as_json or as_csv, boundary_correction, region_separator)
         found = find_files(files, field)
         texts, size = read_texts(found, field), total_size(found)
         if compare is not None:
@@ -113,27 +142,39 @@ def score(
             return
         on_tokens = None
         if tokens is not None:
-            on_tokens = _writer(stack.enter_context(tokens.open("w", encoding="utf-8")))
+            file = stack.enter_context(tokens.open("w", encoding="utf-8", newline=""))
+            on_tokens = (_csv_writer if tokens.suffix.lower() == ".csv" else _writer)(file)
         if url is not None:
             from server.scoring import remote
 
             key = None if api_key is None else api_key.partition(",")[0]  # a server's variable may list several
-            start: Start = partial(remote.score_texts, url, key, {"model": model, **asked}, texts)
+            asked |= {"model": model, "digest": digest}
+            if unit is not None:
+                asked |= {"unit": unit, "boundary_correction": boundary_correction}
+                asked |= {"region_separator": region_separator}
+            start: Start = partial(remote.score_texts, url, key, asked, texts)
             extra: dict[str, Any] = {}
         else:
             available(model)
             from server.llm import LLM, Options
             from server.scoring import local
+            from server.scoring.units import Units
 
             with ends_at_once():
                 options: Options = {"dtype": dtype, "weights": weights, "threads": threads}
                 options["kv_cache_dtype"] = kv_cache_dtype
                 llm = stack.enter_context(LLM(model, **options))
-            start = partial(local.score_texts, llm, llm.convention(**asked), texts)
+            units = None
+            if unit is not None:
+                units = Units(name=unit, correction=boundary_correction, separator=region_separator or SEPARATOR)
+            start = partial(local.score_texts, llm, llm.convention(**asked), texts, units=units, digest=digest)
             extra = {"dtype": llm.dtype}
         lines = _lines(start, on_tokens, size)
         if as_json:
             report.print_json(lines, extra, sys.stdout)
+        elif as_csv:
+            if (found_digest := report.print_csv(lines, sys.stdout)) is not None:
+                typer.echo(f"digest {found_digest}", err=True)
         else:
             report.print_table(lines, extra)
 
@@ -142,6 +183,17 @@ def _check_together(name: str, value: object, **others: object) -> None:
     for other, given in others.items():
         if value is not None and given is not None:
             raise ValueError(f"--{other}: cannot be combined with --{name}")
+
+
+def _check_unit(unit: str | None, is_shown: bool, correction: bool, separator: str | None) -> None:
+    if unit is not None and not is_shown:
+        raise ValueError("--unit: needs --csv or --json")
+    if unit is None and not correction:
+        raise ValueError("--no-boundary-correction: has no meaning without --unit")
+    if unit != "region" and separator is not None:
+        raise ValueError("--region-separator: has no meaning without --unit region")
+    if separator == "":
+        raise ValueError("--region-separator: is empty")
 
 
 def _compare(
@@ -191,7 +243,17 @@ def _progress(size: Size) -> Iterator[Advance]:
 def _writer(file: IO[str]) -> OnTokens:
     def write(source: Source, entries: list[dict[str, Any]]) -> None:
         for entry in entries:
-            line = source.fields() | {name: entry[name] for name in ("id", "text", "offset", "logprob", "rank")}
+            line = source.fields() | {name: entry[name] for name in TOKEN_FIELDS}
             file.write(json.dumps(line) + "\n")
+
+    return write
+
+
+def _csv_writer(file: IO[str]) -> OnTokens:
+    table = csv.DictWriter(file, ("file", "line", *TOKEN_FIELDS), extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+
+    def write(source: Source, entries: list[dict[str, Any]]) -> None:
+        table.writerows(source.fields() | entry for entry in entries)
 
     return write

@@ -19,6 +19,7 @@ from dataclasses import replace
 from lpa_model.config import LPAConfig
 from server.engine.block_manager import BlockManager
 from server.engine.engine import BackendInfo, Engine, StepFailed
+from server.engine.fingerprint import Identity
 from server.engine.request import BACKGROUND, EngineStats, FinishReason, GrammarSpec, Request, RequestOutput
 from server.engine.tokenizer import Tokenizer
 from server.engine.work import Places, Work, work_of_request
@@ -132,6 +133,11 @@ class AsyncEngine:
     def fingerprint(self) -> str:
         """What must be equal for a seed to give the same text."""
         return self._engine.fingerprint
+
+    @property
+    def identity(self) -> Identity:
+        """What scores depend on, beside the texts and how they are cut."""
+        return self._engine.identity
 
     @property
     def model_config(self) -> LPAConfig:

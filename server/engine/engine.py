@@ -19,7 +19,7 @@ from lpa_model.checkpoint import load_config, stored_weights, weights_hash
 from lpa_model.config import LPAConfig
 from server.engine.block_manager import BlockManager
 from server.engine.detokenizer import Detokenizer, unfinished_bytes
-from server.engine.fingerprint import fingerprint
+from server.engine.fingerprint import Identity, fingerprint
 from server.engine.generation_config import load_generation_config
 from server.engine.grammar import GrammarCompiler
 from server.engine.memory import release_freed_memory, retain_freed_memory
@@ -101,15 +101,16 @@ class Engine:
         runner: ModelRunner,
         scheduler: Scheduler,
         tokenizer: Tokenizer,
+        identity: Identity,
         sampling_defaults: Mapping[str, float] | None = None,
-        fingerprint: str = "lpa",
         backend: BackendInfo = BackendInfo(),
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
         self.tokenizer = tokenizer
         self.sampling_defaults = dict(sampling_defaults or {})
-        self.fingerprint = fingerprint
+        self.identity = identity
+        self.fingerprint = fingerprint(identity.weights, identity.backend)
         self.backend = backend
         self._requests: dict[str, tuple[Request, Detokenizer]] = {}
         self._report = EngineStats()
@@ -381,8 +382,8 @@ def _build_engine(model_dir: Path, options: EngineOptions, hashing: Executor) ->
         ModelRunner(backend, cache, GrammarCompiler(tokenizer)),
         scheduler,
         tokenizer,
+        Identity(weights.result(), tokenizer.hash, backend.name),
         load_generation_config(model_dir).defaults(options.generation_config),
-        fingerprint(weights.result(), backend.name),
         BackendInfo(
             backend.name,
             choice.types,

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import re
 from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
+
+
+class Identity(NamedTuple):
+    """What scores depend on, beside the texts and how they are cut."""
+
+    weights: str  # hash of config.json and the weights
+    tokenizer: str  # hash of its description
+    backend: str  # its name
 
 
 def fingerprint(weights: str, backend: str) -> str:

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from lpa_model.backends.base import Backend, Floats, Mask, SamplingRow
-from lpa_model.batch import Batch, Ints, ScoredRows, Span
+from lpa_model.batch import NOT_MEASURED, Batch, Ints, Measured, ScoredRows, Span
 from lpa_model.cache import LatentCache
 from server.engine.grammar import GrammarCompiler, GrammarState, failure_of
 from server.engine.request import Logprobs, Request
@@ -119,6 +119,7 @@ class ModelRunner:
         targets: list[int] = []
         tops: list[int] = []
         runs = []
+        measured: list[tuple[int, Measured]] = []
         at = 0
         for item in items:
             request, start = item.request, at - item.request.num_computed_tokens
@@ -129,12 +130,18 @@ class ModelRunner:
                 targets += [ids[target] for _, target in scored]
                 tops += [top] * len(scored)
                 runs.append((request, first, len(rows), top))
+                _add_run(measured, len(rows), _measured(request))
         filled = {block for item in items for block in _filled_blocks(item, block_size)}
         batch = Batch.build(
             [token for item in items for token in _input_ids(item)],
             spans,
             block_size,
-            scored=ScoredRows(*(np.array(column, dtype=np.int64) for column in (rows, targets, tops))),
+            scored=ScoredRows(
+                np.array(rows, dtype=np.int64),
+                np.array(targets, dtype=np.int64),
+                np.array(tops, dtype=np.int64),
+                measured if any(wanted is not NOT_MEASURED for _, wanted in measured) else (),
+            ),
             zero_blocks=[block for block in scheduled.new_blocks if block not in filled],
             hidden=_hidden_rows(items),
         )
@@ -231,6 +238,23 @@ class ModelRunner:
         if request not in self._states:
             self._states[request] = SamplingState(request, self.compiler.eos_token_ids)
         return self._states[request]
+
+
+def _measured(request: Request) -> Measured:
+    params = request.params
+    if not (params.prompt_entropies or params.prompt_rows or params.prompt_mass_of is not None):
+        return NOT_MEASURED
+    return Measured(params.prompt_entropies, params.prompt_mass_of, params.prompt_rows)
+
+
+def _add_run(runs: list[tuple[int, Measured]], end: int, wanted: Measured) -> None:
+    """Scored rows up to `end`; they join the run before them if the same is wanted of both."""
+    if runs:
+        last = runs[-1][1]
+        if (last.entropy, last.rows) == (wanted.entropy, wanted.rows) and last.mass_of is wanted.mass_of:
+            runs.pop()
+            wanted = last
+    runs.append((end, wanted))
 
 
 def _nothing_left(request: Request) -> InvalidRequest:

@@ -8,6 +8,9 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from server.engine.hidden_states import Floats, HiddenSpec, HiddenStates
 
 
@@ -49,6 +52,10 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # alternatives per generated token; None: no log-probabilities
     prompt_logprobs: int | None = None  # alternatives per prompt token; None: no log-probabilities
+    # with prompt_logprobs:
+    prompt_entropies: bool = False
+    prompt_mass_of: NDArray[np.int64] | None = field(default=None, compare=False)  # ids: how probable any of them was
+    prompt_rows: bool = False  # the log-probabilities of all tokens, by id
     first_logit_position: int = 0  # prompt tokens after this position are scored; earlier ones may come from the cache
 
     def without_prompt_logprobs(self) -> SamplingParams:
@@ -78,13 +85,18 @@ class Logprobs:
     """Log-probabilities of a run of tokens, in columns: entry i belongs to token i of the run.
 
     Natural logarithms of the model's own distribution (before temperature and filters), from float32 logits.
-    `top_ids` and `top_logprobs` list the most probable tokens, best first; `rank` counts from 1.
+    `top_ids` and `top_logprobs` list the most probable tokens, best first; `rank` counts from 1. The other columns are
+    empty unless they were wanted: entropies in nats; the log-probability that the token is one of a set; and those of
+    all tokens by id, float32 [vocab].
     """
 
     logprobs: list[float] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
     top_ids: list[list[int]] = field(default_factory=list)
     top_logprobs: list[list[float]] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+    masses: list[float] = field(default_factory=list)
+    rows: list[NDArray[np.float32] | None] = field(default_factory=list)
 
     def extend(self, other: Logprobs) -> None:
         """Append the columns of a later run."""
@@ -92,6 +104,9 @@ class Logprobs:
         self.ranks += other.ranks
         self.top_ids += other.top_ids
         self.top_logprobs += other.top_logprobs
+        self.entropies += other.entropies
+        self.masses += other.masses
+        self.rows += other.rows
 
     def part(self, start: int, end: int, top: int) -> Logprobs:
         """Entries `start` to `end`, with the `top` most probable tokens of each."""
@@ -100,6 +115,9 @@ class Logprobs:
             self.ranks[start:end],
             [ids[:top] for ids in self.top_ids[start:end]],
             [logprobs[:top] for logprobs in self.top_logprobs[start:end]],
+            self.entropies[start:end],
+            self.masses[start:end],
+            self.rows[start:end],
         )
 
 
@@ -317,21 +335,46 @@ class Request:
         return max(0, min(computed + num_tokens, self.num_prompt_tokens - 1) - first)
 
 
+@dataclass(frozen=True)
+class Measures:
+    """What is wanted of each scored token beside its log-probability and rank."""
+
+    top: int = 0  # the most probable tokens
+    entropy: bool = False
+    mass_of: NDArray[np.int64] | None = None  # as `SamplingParams.prompt_mass_of`
+    rows: bool = False  # the log-probabilities of all tokens, by id
+
+
+NO_MORE = Measures()
+
+
 def scoring_request(
     request_id: str,
     token_ids: list[int],
     first: int,
-    top: int = 0,
+    measures: Measures = NO_MORE,
     branches: tuple[int, ...] = (),
     group: str | None = None,
+    *,
+    priority: int = 0,
+    cache_salt: str = "",
 ) -> Request:
-    """A request for the log-probabilities of token_ids[first:], first at least 1, with `top` alternatives for each.
+    """A request for the log-probabilities of token_ids[first:], first at least 1, and what else is to be measured.
 
-    `branches` and `group` are those of `Request`. With branches, `first` is branches[0], and the first tokens of all
+    The other arguments are those of `Request`. With branches, `first` is branches[0], and the first tokens of all
     branches come first.
     """
-    params = SamplingParams(max_tokens=0, prompt_logprobs=top, first_logit_position=first - 1)
-    return Request(request_id, token_ids, params, branches=branches, group=group)
+    params = SamplingParams(
+        max_tokens=0,
+        prompt_logprobs=measures.top,
+        prompt_entropies=measures.entropy,
+        prompt_mass_of=measures.mass_of,
+        prompt_rows=measures.rows,
+        first_logit_position=first - 1,
+    )
+    return Request(
+        request_id, token_ids, params, branches=branches, group=group, priority=priority, cache_salt=cache_salt
+    )
 
 
 def hidden_request(request_id: str, token_ids: list[int], spec: HiddenSpec, group: str | None = None) -> Request:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 
 from lpa_model import checkpoint
 from lpa_model.config import LPAConfig
@@ -87,6 +91,7 @@ class Tokenizer:
         description = json.loads(backend.to_str())
         if _spare_spaces(description["post_processor"]):
             self.backend = tokenizers.Tokenizer.from_str(json.dumps(description))
+        self.hash = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
         self.drops_first_space = _drops_first_space(description["decoder"])
         self._words_are_apart = _words_are_apart(description)
         to_bytes = _token_to_bytes(description["decoder"])
@@ -97,6 +102,12 @@ class Tokenizer:
                 self._bytes[token_id] = token.encode() if token_id in added else to_bytes(token)
             else:
                 self._lacking[token_id] = token
+
+    @cached_property
+    def word_beginnings(self) -> NDArray[np.int64]:
+        """The tokens that begin with a space, ascending, but for those that were added to the vocabulary."""
+        added = self.backend.get_added_tokens_decoder()
+        return np.array([i for i, raw in enumerate(self._bytes) if raw.startswith(b" ") and i not in added], np.int64)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids; special tokens written out in the text become their ids.

@@ -159,7 +159,7 @@ class ChatCompletionRequest(SamplingBody):
     max_tokens: int | None = Field(None, ge=1, description="The older name of max_completion_tokens, which wins.")
     logprobs: bool = Field(False, description="Log-probabilities of the tokens.")
     top_logprobs: int | None = Field(
-        None, ge=0, le=MAX_LOGPROBS, description="Alternatives for each token; needs `logprobs`."
+        None, ge=-1, le=MAX_LOGPROBS, description="Alternatives for each token, -1: all tokens; needs `logprobs`."
     )
     add_generation_prompt: bool | None = Field(
         None, description="End the prompt with what begins an answer (default: yes, unless continue_final_message)."

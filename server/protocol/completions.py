@@ -41,9 +41,9 @@ class CompletionRequest(SamplingBody):
     )
     logprobs: int | None = Field(
         None,
-        ge=0,
+        ge=-1,
         le=MAX_LOGPROBS,
-        description="Log-probabilities of the tokens, with this many alternatives for each.",
+        description="Log-probabilities of the tokens, with this many alternatives for each; -1: all tokens.",
     )
     echo: bool = Field(False, description="Begin the answer with the prompt.")
     add_special_tokens: bool = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar, Literal, Self
@@ -17,7 +18,10 @@ from server.protocol.body import HARMLESS, RequestBody
 from server.protocol.inputs import MODEL, Inputs, check_input
 from server.protocol.json_size import check_num_values
 from server.protocol.logprobs import LOWEST_LOGPROB
-from server.protocol.sampling import FINGERPRINT
+from server.protocol.safetensors import SAFETENSORS
+from server.protocol.sampling import FINGERPRINT, MAX_LOGPROBS
+
+UnitName = Literal["word", "region"]
 
 
 class PerplexityParameters(RequestBody):
@@ -49,7 +53,29 @@ class PerplexityParameters(RequestBody):
     )
     return_tokens: bool = Field(False, description="Add `tokens`: every token of a text with its log-probability.")
     top_logprobs: int = Field(
-        0, ge=0, le=20, description="With return_tokens: this many most probable tokens at each place."
+        0,
+        ge=-1,
+        le=MAX_LOGPROBS,
+        description="With return_tokens, or in a safetensors file: this many most probable tokens; -1: all.",
+    )
+    unit: UnitName | None = Field(
+        None,
+        description="Add `units`: the surprisal of each word (what stands between white space) or region in bits.",
+    )
+    boundary_correction: bool = Field(
+        True,
+        description="With unit: the probability of the space before a word belongs to the word before it (Pimentel and "
+        "Meister 2024; Oh and Schuler 2024). false: sums of the tokens' surprisals.",
+    )
+    region_separator: str = Field(
+        "|",
+        min_length=1,
+        max_length=16,
+        description="With unit region: what stands between regions in each text; it is taken out before scoring.",
+    )
+    digest: bool = Field(
+        False,
+        description="Add `digest`: a short hash of weights, tokenizer, convention, backend and log-probabilities.",
     )
     stream: bool = Field(
         False, description="Answer in lines (application/x-ndjson): one per text as it is done, then the aggregate."
@@ -64,8 +90,9 @@ class PerplexityParameters(RequestBody):
     def _check_together(self) -> Self:
         if self.stream_progress and not self.stream:
             raise InvalidRequest("stream_progress: needs stream to be true", param="stream_progress")
-        if self.top_logprobs and not self.return_tokens:
-            raise InvalidRequest("top_logprobs: needs return_tokens to be true", param="top_logprobs")
+        for name, other in (("boundary_correction", "unit"), ("region_separator", "unit")):
+            if name in self.model_fields_set and self.unit is None:
+                raise InvalidRequest(f"{name}: has no meaning without {other}", param=name)
         return self
 
 
@@ -95,8 +122,19 @@ class ScoredToken(BaseModel):
     bytes: list[int]
     offset: int = Field(description="Where it begins in the text, in characters (code points).")
     logprob: float | None = Field(description="Natural logarithm.")
+    surprisal: float | None = Field(description="Bits: -logprob / ln 2.")
+    entropy: float | None = Field(description="Bits, of the distribution over all tokens in this place.")
     rank: int | None = Field(description="1 for the most probable token.")
     top_logprobs: list[Alternative] | None = Field(description="The most probable tokens, best first.")
+
+
+class ScoredUnit(BaseModel):
+    """A word or a region of a text."""
+
+    text: str
+    offset: int = Field(description="Where it begins in the text, in characters (code points).")
+    num_tokens: int
+    surprisal: float | None = Field(description="Bits; null where one of its tokens is not scored.")
 
 
 class Metrics(BaseModel):
@@ -122,6 +160,7 @@ class TextMetrics(Metrics):
     object: Literal["perplexity.text"]
     index: int
     tokens: list[ScoredToken] | None = Field(None, description="With return_tokens.")
+    units: list[ScoredUnit] | None = Field(None, description="With unit.")
 
 
 class CorpusMetrics(Metrics):
@@ -154,8 +193,10 @@ class PerplexityResponse(BaseModel):
     data: list[TextMetrics]
     aggregate: CorpusMetrics
     usage: ScoringUsage
+    digest: str | None = Field(None, description="With digest: 16 hexadecimal digits.")
 
 
+LN2 = math.log(2)
 _LINES = {
     "type": "string",
     "description": "A corpus of any size, read as it comes: each line is a text in JSON, its token ids, or an object "
@@ -170,7 +211,14 @@ LINES_OPENAPI: dict[str, Any] = {
                 "application/x-ndjson": {
                     "schema": {"type": "string"},
                     "example": '{"object":"perplexity.text","index":0}\n{"object":"perplexity"}\n',
-                }
+                },
+                SAFETENSORS: {
+                    "schema": {
+                        "type": "string",
+                        "format": "binary",
+                        "description": "If the Accept header names it: a file for each text, one after another.",
+                    }
+                },
             }
         }
     },
@@ -202,9 +250,10 @@ def token_entries(
     for i, (token_id, offset) in enumerate(zip(token_ids, offsets, strict=True)):
         entry = {**_token(tokenizer, token_id), "offset": offset}
         if scores is None:
-            entry |= {"logprob": None, "rank": None, "top_logprobs": None}
+            entry |= dict.fromkeys(("logprob", "surprisal", "entropy", "rank", "top_logprobs"))
         else:
-            entry |= {"logprob": scores.logprobs[i], "rank": scores.ranks[i]}
+            entry |= {"logprob": scores.logprobs[i], "surprisal": 0.0 - scores.logprobs[i] / LN2}
+            entry |= {"entropy": scores.entropies[i] / LN2, "rank": scores.ranks[i]}
             entry["top_logprobs"] = [
                 {**_token(tokenizer, top_id), "logprob": max(logprob, LOWEST_LOGPROB)}
                 for top_id, logprob in zip(scores.top_ids[i], scores.top_logprobs[i], strict=True)

@@ -17,7 +17,7 @@ from server.protocol.structured import ResponseFormat, StructuredOutputs, gramma
 GREEDY_BELOW = 1e-6  # a temperature that would drown float32 logits is greedy
 LEAST_TOP_P = 1e-9  # OpenAI allows a top_p of 0: the most probable token alone
 INT64 = 2**63
-MAX_LOGPROBS = 20
+MAX_LOGPROBS = 256
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 
@@ -146,9 +146,10 @@ class SamplingBody(RequestBody):
     structured_outputs: StructuredOutputs | None = Field(None, description="Form of the text, as vLLM has it.")
     prompt_logprobs: int | None = Field(
         None,
-        ge=0,
+        ge=-1,
         le=MAX_LOGPROBS,
-        description="Log-probabilities of the prompt's tokens, with so many alternatives for each; not with `stream`.",
+        description="Log-probabilities of the prompt's tokens, with so many alternatives for each, -1: all tokens; not "
+        "with `stream`.",
     )
     truncate_prompt_tokens: int | None = Field(
         None,
@@ -177,6 +178,12 @@ class SamplingBody(RequestBody):
         if self.truncate_prompt_tokens == 0:
             raise InvalidRequest("truncate_prompt_tokens: must be -1 or at least 1", param="truncate_prompt_tokens")
         grammar_of(self.response_format, self.structured_outputs)
+
+    def take_all(self, vocab_size: int) -> None:
+        """Write the -1 of alternatives, which is for all tokens, as their number."""
+        for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
+            if getattr(self, name, None) == -1:
+                setattr(self, name, vocab_size)
 
     def sampling_params(
         self,

@@ -77,6 +77,7 @@ class ChatCall:
 async def accept(engine: AsyncEngine, settings: Settings, body: ChatCompletionRequest, request_id: str) -> ChatCall:
     """The conversation as a prompt, and what the model cannot do refused."""
     check_sampling(body, settings)
+    body.take_all(engine.tokenizer.vocab_size)
     check_messages(body.messages, settings)
     check_sequences(1, body.n, settings)
     tokenizer = engine.tokenizer

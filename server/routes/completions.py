@@ -13,9 +13,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from lpa_model.perplexity import Convention, Tally
 from server.engine.async_engine import AsyncEngine
 from server.engine.detokenizer import unfinished_bytes
 from server.engine.request import Completion, Logprobs, RequestOutput
+from server.errors import InvalidRequest
 from server.protocol.completions import CompletionRequest, CompletionResponse, completion_choice, completion_envelope
 from server.protocol.logprobs import (
     Columns,
@@ -34,8 +36,10 @@ from server.routes.limits import check_sampling, check_sequences
 from server.routes.prompts import check_model, start_of_document, tokenize, truncate
 from server.routes.respond import TEXT, large_json, large_json_response, to_json, while_connected, with_text
 from server.routes.responses import WITH_ENGINE, responses
+from server.routes.safetensors import safetensors_stream, wants_safetensors
 from server.routes.stream import DONE, event_stream
 from server.routes.waiting import with_comments
+from server.scoring.perplexity import Text
 from server.settings import Settings
 
 
@@ -50,6 +54,8 @@ def completions_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         check_model(body.model, settings)
+        if wants_safetensors(request.headers):
+            return await _files(engine, settings, body, request)
         call = await _accept(engine, settings, body, request.state.request_id)
         if not body.stream:
             return await while_connected(request.receive, _answer(call))
@@ -102,9 +108,50 @@ class _Call:
         return columns(self.name, token_ids, scores, taken, self.body.logprobs)
 
 
+async def _files(engine: AsyncEngine, settings: Settings, body: CompletionRequest, request: Request) -> Response:
+    """The log-probabilities of the prompts' tokens, as /v1/perplexity gives those of texts by method full."""
+    if body.max_tokens or body.prompt_logprobs is None:
+        name = "max_tokens" if body.max_tokens else "prompt_logprobs"
+        raise InvalidRequest(f"{name}: a safetensors answer needs max_tokens 0 and prompt_logprobs", param=name)
+    for name in ("echo", "logprobs", "stream", "return_token_ids", "return_tokens_as_token_ids"):
+        if getattr(body, name) not in (None, False):
+            raise InvalidRequest(f"{name}: does not go with a safetensors answer", param=name)
+    check_sampling(body, settings)
+    check_sequences(1 if body.prompt is None else len(body.prompt), 1, settings)
+    if body.prompt is None:
+        prompts = [start_of_document(engine)]
+    else:
+        prompts = await tokenize(engine, "prompt", body.prompt, add_special_tokens=body.add_special_tokens)
+    most = engine.max_model_len
+    prompts = [truncate(prompt, body.truncate_prompt_tokens, most, body.truncation_side) for prompt in prompts]
+
+    def validate() -> None:
+        for prompt in prompts:
+            engine.validate(prompt.token_ids, 0, prompt.where, "max_tokens")
+
+    await asyncio.to_thread(validate)
+
+    async def texts() -> AsyncGenerator[Text]:
+        for prompt in prompts:
+            yield Text(prompt.where, "", prompt.token_ids, (), Tally())
+
+    return safetensors_stream(
+        texts(),
+        engine,
+        settings,
+        request,
+        Convention("full", most, None, add_bos=False, prefix_token_id=None),
+        body.prompt_logprobs,
+        "prompt_logprobs",
+        priority=body.priority,
+        cache_salt=body.cache_salt or "",
+    )
+
+
 async def _accept(engine: AsyncEngine, settings: Settings, body: CompletionRequest, request_id: str) -> _Call:
     """Tokenize the prompts and refuse what the model cannot do."""
     check_sampling(body, settings)
+    body.take_all(engine.tokenizer.vocab_size)
     check_sequences(1 if body.prompt is None else len(body.prompt), body.width, settings)
     if body.prompt is None:
         prompts = [start_of_document(engine)]

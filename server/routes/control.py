@@ -12,7 +12,7 @@ from server.protocol.answers import LogLevelResponse, ResetResponse
 from server.protocol.control import LogLevelRequest
 from server.routes.body import JsonRoute
 from server.routes.requests import CONTROL
-from server.routes.responses import responses
+from server.routes.responses import WITH_BODY, responses
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def control_router(engine: AsyncEngine, keys: Keys) -> APIRouter:
         keys.check_admin(request.state.role)
         return ResetResponse(freed_blocks=await engine.reset_prefix_cache())
 
-    @router.post("/log_level", summary="Change the log level", responses=responses(LogLevelResponse, 400, 403, 413))
+    @router.post("/log_level", summary="Change the log level", responses=responses(LogLevelResponse, 403, *WITH_BODY))
     async def log_level(body: LogLevelRequest, request: Request) -> LogLevelResponse:
         """Log from this level on, as --log-level does, until the server ends."""
         keys.check_admin(request.state.role)

@@ -13,6 +13,7 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.detokenizer import unfinished_bytes
 from server.engine.request import Choices, Completion, Logprobs, Request, RequestOutput, SamplingParams
 from server.protocol.sampling import SamplingBody, usage
+from server.routes.limits import check_alternatives
 from server.routes.prompts import LONG_TEXT, MANY, Prompt
 from server.routes.respond import deadline_of
 from server.settings import Settings
@@ -127,8 +128,10 @@ async def begin(
     """Refuse what the model cannot do; `limit_field` says how many tokens may be generated.
 
     Raises:
-        ContextLength, InvalidRequest: as `AsyncEngine.validate`, or the grammar cannot be compiled.
+        ContextLength, InvalidRequest: as `AsyncEngine.validate`, or the grammar cannot be compiled, or the answer would
+            have too many alternatives.
     """
+    check_alternatives([len(prompt.token_ids) for prompt in prompts], width, params, limit_field)
 
     def validate() -> None:
         for prompt in prompts:

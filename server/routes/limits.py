@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from server.engine.request import SamplingParams
 from server.errors import InvalidRequest
 from server.protocol.chat import Message
 from server.protocol.sampling import SamplingBody
 from server.settings import Settings
+
+FEW = 20  # alternatives of a token, whose number is not limited
+MAX_ALTERNATIVES = 1 << 20  # about 100 MB of JSON
 
 
 def check_sampling(body: SamplingBody, settings: Settings) -> None:
@@ -36,6 +40,32 @@ def check_count(field: str, what: str, count: int, limit: int, setting: str) -> 
     """Raises InvalidRequest that names the field, the limit and the setting."""
     if count > limit:
         raise InvalidRequest(f"{field}: {count} {what} are more than {limit}, the server's {setting}", param=field)
+
+
+def check_alternatives(prompt_tokens: Sequence[int], width: int, params: SamplingParams, limit_field: str) -> None:
+    """Raises InvalidRequest if an answer may have more alternatives than MAX_ALTERNATIVES, where a token has more than
+    FEW of them.
+
+    Args:
+        prompt_tokens: of each prompt.
+        width: sequences of a prompt.
+        limit_field: what says how many tokens may be generated.
+    """
+    top, of_prompt = params.logprobs or 0, params.prompt_logprobs or 0
+    if of_prompt > FEW and (count := sum(prompt_tokens) * of_prompt) > MAX_ALTERNATIVES:
+        raise InvalidRequest(
+            f"prompt_logprobs: {of_prompt} alternatives for {sum(prompt_tokens)} tokens are {count}, more than "
+            f"{MAX_ALTERNATIVES}, the most in one answer; /v1/completions and /v1/perplexity stream any number of them "
+            "as safetensors",
+            param="prompt_logprobs",
+        )
+    tokens = len(prompt_tokens) * width * params.max_tokens
+    if top > FEW and (count := tokens * top) > MAX_ALTERNATIVES:
+        raise InvalidRequest(
+            f"{limit_field}: {top} alternatives for each of {tokens} tokens are {count}, more than {MAX_ALTERNATIVES}, "
+            "the most in one answer",
+            param=limit_field,
+        )
 
 
 def _num_bytes(texts: Sequence[str]) -> int:

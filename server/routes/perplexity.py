@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from lpa_model.perplexity import Convention
 from server.engine.async_engine import AsyncEngine
-from server.engine.request import Logprobs
+from server.engine.request import Logprobs, Measures
 from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidRequest, UserError
 from server.protocol.inputs import entry_loc
@@ -28,13 +28,16 @@ from server.protocol.perplexity import (
     progress_fields,
 )
 from server.routes.body import JsonRoute
+from server.routes.limits import FEW
 from server.routes.ndjson import LineBody, has_lines
 from server.routes.prompts import check_model
 from server.routes.respond import JsonPieces, deadline_of, in_pieces, to_json, while_connected
 from server.routes.responses import WITH_ENGINE, responses
+from server.routes.safetensors import safetensors_stream, wants_safetensors
 from server.routes.scoring import Scorer
 from server.routes.stream import Line, line_stream
-from server.scoring.perplexity import Corpus, Piece, Text, convention_of, entries, pieces, tokenize
+from server.scoring.perplexity import Corpus, Piece, Text, convention_of, entries, pieces
+from server.scoring.units import TextUnits, Units, tokenize_units
 from server.settings import Settings
 
 BATCH = 1 << 16  # characters of texts that are tokenized together
@@ -49,14 +52,27 @@ def perplexity_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
 
     async def answer(request: Request, asked: PerplexityParameters, inputs: Inputs, body: LineBody | None) -> Response:
         check_model(asked.model, settings)
+        binary = wants_safetensors(request.headers)
+        _check_form(asked, binary)
         receive = request.receive if body is None else body.receive
         convention = convention_of(
             engine.tokenizer, engine.max_model_len, asked.method, asked.max_length, asked.stride, asked.add_bos
         )
-        scorer = Scorer(engine, settings, request.state.request_id)
-        score_jobs = _score_jobs(scorer, _texts(engine.tokenizer, convention, asked, inputs), convention, asked)
-        scored = scorer.in_order(score_jobs, deadline_of(settings))
-        lines = _lines(engine.tokenizer, asked, convention, scored, settings.model_name, engine.fingerprint)
+        tokenizer = engine.tokenizer
+        texts = _texts(tokenizer, convention, asked, inputs)
+        if binary:
+            return safetensors_stream(
+                texts, engine, settings, request, convention, asked.top_logprobs, "top_logprobs", receive=receive
+            )
+        top = tokenizer.vocab_size if asked.top_logprobs == -1 else asked.top_logprobs
+        entries = convention.max_length * top if top > FEW else 0
+        scorer = Scorer(engine, settings, request.state.request_id, entries=entries)
+        measures = Measures(
+            top, entropy=asked.return_tokens, mass_of=None if asked.unit is None else tokenizer.word_beginnings
+        )
+        scored = scorer.in_order(_score_jobs(scorer, texts, convention, asked, measures), deadline_of(settings))
+        corpus = Corpus(convention, engine.identity if asked.digest else None)
+        lines = _lines(tokenizer, asked, corpus, scored, settings.model_name, engine.fingerprint)
         if asked.stream:
             return line_stream(lines, receive)
         return JsonPieces(await while_connected(receive, _whole(lines)))
@@ -115,16 +131,34 @@ async def _inputs_of_lines(body: LineBody, max_values: int) -> Inputs:
             )
 
 
+def _check_form(asked: PerplexityParameters, binary: bool) -> None:
+    """Raises InvalidRequest that names a field which the answer has no place for."""
+    if binary:
+        for name in ("return_tokens", "unit", "digest", "stream", "stream_progress"):
+            if getattr(asked, name):
+                raise InvalidRequest(f"{name}: does not go with a safetensors answer", param=name)
+    elif asked.top_logprobs and not asked.return_tokens:
+        raise InvalidRequest("top_logprobs: needs return_tokens to be true", param="top_logprobs")
+
+
+def _units(asked: PerplexityParameters) -> Units | None:
+    if asked.unit is None:
+        return None
+    return Units(name=asked.unit, correction=asked.boundary_correction, separator=asked.region_separator)
+
+
 async def _texts(
     tokenizer: Tokenizer, convention: Convention, asked: PerplexityParameters, inputs: Inputs
 ) -> AsyncGenerator[Text]:
     """Tokenized texts in order; tokenized beside the event loop."""
+    units = _units(asked)
+    with_offsets = asked.return_tokens or units is not None
 
     def tokenize_all(batch: Iterable[tuple[str, str | list[int]]]) -> list[Text | UserError]:
         found: list[Text | UserError] = []
         try:
             for where, value in batch:
-                found.append(tokenize(tokenizer, convention, where, value, with_offsets=asked.return_tokens))
+                found.append(tokenize_units(tokenizer, convention, where, value, units, with_offsets=with_offsets))
         except UserError as error:
             found.append(error)
         return found
@@ -138,53 +172,73 @@ async def _texts(
 
 
 async def _score_jobs(
-    scorer: Scorer, texts: AsyncGenerator[Text], convention: Convention, asked: PerplexityParameters
+    scorer: Scorer,
+    texts: AsyncGenerator[Text],
+    convention: Convention,
+    asked: PerplexityParameters,
+    measures: Measures,
 ) -> AsyncGenerator[Coroutine[Any, Any, tuple[Piece, Logprobs]]]:
     """The scoring of every piece of every text, in order."""
     entries = 0
+    field = "return_tokens" if asked.return_tokens else "unit"
     async with aclosing(texts):
         async for text in texts:
-            if asked.return_tokens:
-                entries = len(text.token_ids) * (1 + asked.top_logprobs) + (0 if asked.stream else entries)
+            if asked.return_tokens or asked.unit is not None:
+                more = len(text.token_ids) * (1 + measures.top)
+                entries = more + (0 if asked.stream else entries)
                 if entries > MAX_TOKEN_ENTRIES:
                     raise InvalidRequest(
-                        f"return_tokens: {entries} tokens and alternatives up to {text.where} are more than "
+                        f"{field}: {entries} tokens and alternatives up to {text.where} are more than "
                         f"{MAX_TOKEN_ENTRIES}, the most in one {'line' if asked.stream else 'answer'}",
-                        param="return_tokens",
+                        param=field,
                     )
             for piece in pieces(text, convention, scorer.max_model_len):
-                yield _score(scorer, piece, asked.top_logprobs)
+                yield _score(scorer, piece, measures)
 
 
-async def _score(scorer: Scorer, piece: Piece, top: int) -> tuple[Piece, Logprobs]:
+async def _score(scorer: Scorer, piece: Piece, measures: Measures) -> tuple[Piece, Logprobs]:
     if piece.window is None:
         return piece, Logprobs()
-    scores, _ = await scorer.score(piece.window.tokens(piece.text.token_ids), piece.window.first_index, top)
+    scores, _ = await scorer.score(*piece.sequence(beyond=measures.mass_of is not None), measures)
     return piece, scores
 
 
 async def _lines(
     tokenizer: Tokenizer,
     asked: PerplexityParameters,
-    convention: Convention,
+    corpus: Corpus,
     scored: AsyncGenerator[tuple[Piece, Logprobs]],
     model: str,
     fingerprint: str,
 ) -> AsyncGenerator[Line]:
     """JSON of each text, then of the corpus."""
-    corpus = Corpus(convention)
+    units = _units(asked)
+    of_text = None if units is None else TextUnits(tokenizer, units)
     tokens: list[list[bytes]] = []  # JSON of the text's tokens, made beside the event loop
     async with aclosing(scored):
         async for piece, scores in scored:
+            of_units: list[bytes] = []
+            if of_text is not None:
+                scores, of_units = await asyncio.to_thread(_unit_entries, of_text, piece, scores)
             if asked.return_tokens and piece.start < piece.end:
                 tokens.append(await asyncio.to_thread(_tokens, tokenizer, piece, scores))
             if (tally := corpus.add(piece, scores.logprobs)) is not None:
-                line = to_json(corpus.text_fields(tally))
-                yield _with_list(line, "tokens", tokens) if asked.return_tokens else line
+                line: Line = to_json(corpus.text_fields(tally))
+                if asked.return_tokens:
+                    line = _with_list(line, "tokens", tokens)
+                if of_text is not None:
+                    line = _with_list(line, "units", [of_units])
+                yield line
                 tokens = []
             elif asked.stream_progress:
                 yield to_json(progress_fields(corpus.tally.num_texts, piece.end, len(piece.text.token_ids)))
     yield to_json(corpus.fields(model, fingerprint))
+
+
+def _unit_entries(of_text: TextUnits, piece: Piece, scores: Logprobs) -> tuple[Logprobs, list[bytes]]:
+    """A piece's scores without what is beyond its text; and the entries of the text's units, if it is the last."""
+    scores, found = of_text.add(piece, scores)
+    return scores, in_pieces(part for i, entry in enumerate(found) for part in ("," if i else "", to_json(entry)))
 
 
 def _tokens(tokenizer: Tokenizer, piece: Piece, scores: Logprobs) -> list[bytes]:
@@ -201,9 +255,10 @@ async def _whole(lines: AsyncGenerator[Line]) -> list[bytes]:
     return _with_list(corpus, "data", [[text.encode()] if isinstance(text, str) else text for text in texts])
 
 
-def _with_list(entry: str, name: str, items: Iterable[list[bytes]]) -> list[bytes]:
+def _with_list(entry: Line, name: str, items: Iterable[list[bytes]]) -> list[bytes]:
     """A JSON object with one more field, a list of what `items` hold."""
-    pieces = [f'{entry[:-1]},"{name}":['.encode()]
+    *first, last = [entry.encode()] if isinstance(entry, str) else entry
+    pieces = [*first, last[:-1], f',"{name}":['.encode()]
     for i, item in enumerate(items):
         pieces += [b",", *item] if i else item
     return [*pieces, b"]}"]

@@ -11,12 +11,21 @@ from typing import Any, TypeVar
 
 from server.engine.async_engine import AsyncEngine
 from server.engine.hidden_states import Floats, HiddenSpec
-from server.engine.request import Logprobs, Request, RequestOutput, hidden_request, scoring_request
+from server.engine.request import (
+    NO_MORE,
+    Logprobs,
+    Measures,
+    Request,
+    RequestOutput,
+    hidden_request,
+    scoring_request,
+)
 from server.errors import TimedOut
 from server.settings import Settings
 
 T = TypeVar("T")
 
+MAX_ENTRIES = 1 << 21  # numbers in the scores of one HTTP request that are in flight, where they are many
 SLICE = 0.003  # seconds of the event loop at a time
 
 
@@ -27,17 +36,30 @@ class Scorer:
     loop between steps.
     """
 
-    def __init__(self, engine: AsyncEngine, settings: Settings, request_id: str) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        settings: Settings,
+        request_id: str,
+        *,
+        entries: int = 0,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> None:
+        """`entries`: about the numbers in a sequence's scores; of sequences with many, fewer are in flight."""
         self._engine = engine
         self._unique = f"{request_id}-{secrets.token_hex(4)}"  # clients may send an x-request-id twice
         self._session = engine.session()
         self._count = 0
         self.max_in_flight = engine.max_num_seqs + min(engine.max_num_seqs, settings.max_queue)
         self.max_model_len = engine.max_model_len
+        if entries:
+            self.max_in_flight = min(self.max_in_flight, max(2, MAX_ENTRIES // entries))
+        self._priority, self._cache_salt = priority, cache_salt
         self._slots = asyncio.Semaphore(self.max_in_flight)
 
     async def score(
-        self, token_ids: list[int], first: int, top: int = 0, branches: tuple[int, ...] = ()
+        self, token_ids: list[int], first: int, measures: Measures = NO_MORE, branches: tuple[int, ...] = ()
     ) -> tuple[Logprobs, int]:
         """What `scoring_request` asks for: the scores, and how many tokens came from the prefix cache.
 
@@ -45,7 +67,17 @@ class Scorer:
             UserError: as `AsyncEngine.generate`.
         """
         async with self._slots:
-            output = await self._run(scoring_request(self._id(), token_ids, first, top, branches, self._unique))
+            request = scoring_request(
+                self._id(),
+                token_ids,
+                first,
+                measures,
+                branches,
+                self._unique,
+                priority=self._priority,
+                cache_salt=self._cache_salt,
+            )
+            output = await self._run(request)
             assert output.prompt_logprobs is not None and len(output.prompt_logprobs.logprobs) == len(token_ids) - first
             return output.prompt_logprobs, output.num_cached_tokens
 

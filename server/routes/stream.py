@@ -39,20 +39,23 @@ class Stream(Response):
         media_type: str,
         frame: Callable[[Any], Iterable[bytes]],
         receive: Receive | None = None,
+        *,
         length: int | None = None,
+        tells_errors: bool = True,
     ) -> None:
         """`frame` makes bytes of a piece, or of an error's text; `receive` takes the place of the request's own;
-        `length` is the body's, in bytes, where it is known."""
+        `length` is the body's, in bytes, where it is known. What can tell no error, as one of known length, is cut off
+        by one, so that its reader sees it."""
         self.status_code = 200
         self.background = None
         self.media_type = media_type
         # proxies that buffer would turn a stream into one late answer
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         self.init_headers(headers if length is None else {**headers, "content-length": str(length)})
-        self._has_length = length is not None
         self._pieces = pieces
         self._frame = frame
         self._receive = receive
+        self._tells_errors = tells_errors and length is None
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,8 +91,8 @@ class Stream(Response):
         await send_pieces(send, self._frame(piece))
 
     async def _send_last(self, send: Send, error: UserError) -> None:
-        if self._has_length:
-            logger.warning("an answer of known length is cut off: %s", error.message)
+        if not self._tells_errors:
+            logger.warning("a stream is cut off: %s", error.message)
             return
         await self._send(send, json.dumps(error.body()))
         await send({"type": "http.response.body", "body": b"", "more_body": False})

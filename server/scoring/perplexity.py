@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from lpa_model.perplexity import Convention, Method, Tally, Window, adds_bos, own_tokens, resolve_convention, windows
+from server.engine.fingerprint import Identity
 from server.engine.request import Logprobs
 from server.engine.tokenizer import Tokenizer
 from server.errors import ContextLength, EngineError, InvalidRequest
 from server.protocol.logprobs import offsets_of_ids
 from server.protocol.perplexity import corpus_fields, text_fields, token_entries
+from server.scoring.digest import Digest
 
 PART = 1 << 16  # numbers
 
@@ -31,6 +33,7 @@ class Text:
     token_ids: Sequence[int]
     offsets: Sequence[int]  # characters at which tokens begin, if these are to be told
     counts: Tally  # its words and bytes; nothing is scored in it
+    regions: Sequence[tuple[int, int]] | None = None  # (start, end) in characters, if it came divided
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,21 @@ class Piece:
     def is_last(self) -> bool:
         """Whether the text ends with it."""
         return self.end == len(self.text.token_ids)
+
+    def sequence(self, *, beyond: bool = False) -> tuple[list[int], int]:
+        """What its window gives the model, and where the first scored token stands in it.
+
+        With `beyond`, the last window of a text has one token more, of no meaning, so that what may follow the text is
+        measured, too: its scores are the last ones.
+        """
+        assert self.window is not None
+        ids = self.window.tokens(self.text.token_ids)
+        return [*ids, 0] if beyond and self.goes_beyond else ids, self.window.first_index
+
+    @property
+    def goes_beyond(self) -> bool:
+        """Whether its window ends with the text."""
+        return self.window is not None and self.window.end == len(self.text.token_ids)
 
 
 def convention_of(
@@ -139,8 +157,10 @@ def pieces(text: Text, convention: Convention, context: int) -> Iterator[Piece]:
 class Corpus:
     """Sums of texts whose pieces are added in order."""
 
-    def __init__(self, convention: Convention) -> None:
+    def __init__(self, convention: Convention, identity: Identity | None = None) -> None:
+        """With an `identity`, `fields` have a digest."""
         self.convention = convention
+        self._digest = None if identity is None else Digest(identity, convention)
         self.tally = Tally()
         self.prompt_tokens = 0
         self._text: Tally | None = None  # of the text that has begun
@@ -151,6 +171,8 @@ class Corpus:
         Raises:
             EngineError: one is not a finite number.
         """
+        if self._digest is not None:
+            self._digest.add(None if self._text is not None else piece.text.token_ids, logprobs)
         tally = self._text = self._text or copy(piece.text.counts)
         try:
             tally.add_logprobs(logprobs)
@@ -170,7 +192,15 @@ class Corpus:
     def fields(self, model: str, fingerprint: str) -> dict[str, Any]:
         """The answer without its entries. Raises what `check` raises."""
         self.check()
-        return corpus_fields(model, fingerprint, self.convention, self.tally, self.prompt_tokens)
+        digest = {} if self._digest is None else {"digest": self._digest.digits()}
+        found = corpus_fields(model, fingerprint, self.convention, self.tally, self.prompt_tokens)
+        return {**found, **digest}
+
+    @property
+    def digest(self) -> str:
+        """Of what was added; needs an identity."""
+        assert self._digest is not None
+        return self._digest.digits()
 
     def check(self, field: str = "input") -> None:
         """Raises InvalidRequest that names `field` if no token of any text was scored."""

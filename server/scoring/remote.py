@@ -65,6 +65,7 @@ async def _answers(
     complete = False
     try:
         query = {name: json.dumps(value) for name, value in asked.items() if isinstance(value, bool | int)}
+        query |= {name: asked[name] for name in ("unit", "region_separator") if asked.get(name) is not None}
         query |= {"model": asked["model"] or await client.model_name(), "method": asked["method"], "stream": "true"}
         async with aclosing(client.pieces("POST", "/v1/perplexity", query=query, lines=lines())) as pieces:
             async for answer in _lines(pieces):

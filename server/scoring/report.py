@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import heapq
 import json
 import tempfile
@@ -27,6 +28,28 @@ def print_json(lines: Iterable[dict[str, Any]], extra: dict[str, Any], out: IO[s
         while piece := entries.read(1 << 16):
             out.write(piece)
         out.write("\n  ]\n}\n")
+
+
+def print_csv(lines: Iterable[dict[str, Any]], out: IO[str]) -> str | None:
+    """A row for each text, or for each unit of each text if they have units, as they arrive; null is empty.
+
+    Returns the digest, if there is one.
+    """
+    table: csv.DictWriter[str] | None = None
+    digest: str | None = None
+    for line in lines:
+        if line["object"] != "perplexity.text":
+            digest = line.get("digest")
+            continue
+        place = {name: line[name] for name in ("file", "line", "index")}
+        for row in [place | unit for unit in line["units"]] if "units" in line else [line]:
+            if table is None:
+                table = csv.DictWriter(
+                    out, [name for name in row if name != "object"], extrasaction="ignore", lineterminator="\n"
+                )
+                table.writeheader()
+            table.writerow(row)
+    return digest
 
 
 def print_table(lines: Iterable[dict[str, Any]], extra: dict[str, Any]) -> None:
@@ -98,5 +121,6 @@ def _how(found: dict[str, Any], extra: dict[str, Any]) -> str:
     parts = [*([found["model"]] if "model" in found else []), *extra.values()]
     parts += [found["method"], f"max_length {found['max_length']}"]
     parts += [] if found["stride"] is None else [f"stride {found['stride']}"]
+    parts += [f"digest {found['digest']}"] if "digest" in found else []
     bos = "with BOS" if found["add_bos"] else "without BOS" if found["prefix_token_id"] is None else "with EOS"
     return ", ".join(map(str, [*parts, bos]))

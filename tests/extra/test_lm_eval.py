@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +132,12 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=ROOT, stdout=file)
     try:
-        for _ in range(600):
+        for _ in range(6000):
             if found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text()):
                 break
             assert process.poll() is None, "the server ended"
             time.sleep(0.1)
-        assert found, "the server did not start within a minute"
+        assert found, "the server did not start within ten minutes"
         yield found[0]
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
@@ -155,11 +155,12 @@ def tasks(tmp_path_factory: pytest.TempPathFactory, model: LPAForCausalLM) -> Pa
         for i, prompt in enumerate(PROMPTS)
     ]
     documents = {"rolling": [{"text": text} for text in TEXTS], "choice": QUESTIONS, "generation": generations}
+    documents["long"] = [{"context": CORPUS, "choices": [CORPUS[:40], "fire"], "gold": 0}]
     for name, rows in documents.items():
         data = folder / f"{name}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         files = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
-        (folder / f"{name}.yaml").write_text(f"task: {name}\n{files}{TASKS[name]}")
+        (folder / f"{name}.yaml").write_text(f"task: {name}\n{files}{TASKS['choice' if name == 'long' else name]}")
     return folder
 
 
@@ -169,17 +170,25 @@ def run_harness(
     """Its results by task, and each task's responses by document."""
     arguments = {"model": "lpa-tiny", "base_url": f"{url}/v1/completions", "tokenized_requests": True}
     arguments |= {"max_length": MAX_LENGTH, "max_retries": 1, **more}
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--model_args"]
+    command = ["lm_eval", "run", "--model", "local-completions", "--batch_size", str(batch_size)]
+    return run_command(command, arguments, tasks, out, TASKS)
+
+
+def run_command(
+    command: list[str], arguments: dict[str, Any], tasks: Path, out: Path, names: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """The same of any module and model."""
+    command = [sys.executable, "-m", *command, "--model_args"]
     command += [",".join(f"{name}={value}" for name, value in arguments.items())]
-    command += ["--include_path", str(tasks), "--tasks", ",".join(TASKS), "--output_path", str(out), "--log_samples"]
-    command += ["--batch_size", str(batch_size)]
+    command += ["--include_path", str(tasks), "--tasks", ",".join(names), "--output_path", str(out), "--log_samples"]
     offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
     environment = {**os.environ, **offline, "HF_HOME": str(out / "cache"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=out, capture_output=True, text=True, timeout=500, env=environment)
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(command, cwd=out, capture_output=True, text=True, timeout=1800, env=environment)
     assert done.returncode == 0, done.stdout[-5_000:] + done.stderr[-10_000:]
     (results,) = out.rglob("results_*.json")
     samples = {}
-    for name in TASKS:
+    for name in names:
         (path,) = out.rglob(f"samples_{name}_*.jsonl")
         rows = sorted((json.loads(line) for line in path.read_text().splitlines()), key=lambda row: row["doc_id"])
         samples[name] = [row["resps"] for row in rows]
@@ -232,3 +241,61 @@ def test_the_harness_gets_the_numbers_of_plain_loops(
         own = json.load(response)["aggregate"]
     for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
         assert own[name] == pytest.approx(results["rolling"][f"{name},none"], rel=1e-6)
+
+
+def numbers(responses: list[Any]) -> list[Any]:
+    """The harness logs numbers as texts."""
+
+    def read(value: Any) -> Any:
+        if isinstance(value, list):
+            return [read(entry) for entry in value]
+        try:
+            return float(value)
+        except ValueError:
+            return value
+
+    return [read(response) for response in responses]
+
+
+def flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, list):
+        for entry in value:
+            yield from flat(entry)
+    else:
+        yield value
+
+
+def test_the_model_lpa_gets_the_numbers_of_hf(url: str, tasks: Path, model: LPAForCausalLM, tmp_path: Path) -> None:
+    """Prompts that are too long, too, which both cut at their beginning."""
+    export_llama(embedded_checkpoint(), tmp_path / "llama", torch.float32)
+    fed = MAX_LENGTH - 2
+    names = [*TASKS, "long"]
+    own, theirs = tmp_path / "own", tmp_path / "theirs"
+    own.mkdir()
+    theirs.mkdir()
+    command = ["server.lm_eval", "run", "--model", "lpa"]
+    found = run_command(command, {"base_url": url, "max_length": fed}, tasks, own, names)
+    asked = {"pretrained": tmp_path / "llama", "dtype": "float32", "max_length": fed}
+    command = ["lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "2"]
+    wanted = run_command(command, asked, tasks, theirs, names)
+    for name in names:
+        pairs = list(zip(flat(numbers(found[1][name])), flat(numbers(wanted[1][name])), strict=True))
+        assert pairs
+        for mine, their in pairs:
+            assert mine == (pytest.approx(their, rel=1e-4) if isinstance(their, float) else their)
+        for metric, value in wanted[0][name].items():
+            if isinstance(value, float):
+                assert found[0][name][metric] == pytest.approx(value, rel=1e-4), metric
+    sums = [rolling(model, text) for text in TEXTS]
+    size = sum(len(text.encode()) for text in TEXTS)
+    assert found[0]["rolling"]["bits_per_byte,none"] == pytest.approx(-sum(sums) / size / math.log(2), rel=1e-5)
+
+
+def test_the_model_lpa_without_a_limit(url: str, tasks: Path, model: LPAForCausalLM, tmp_path: Path) -> None:
+    command = ["server.lm_eval", "run", "--model", "lpa"]
+    _, responses = run_command(command, {"base_url": url}, tasks, tmp_path, TASKS)
+    for found, expected in zip(responses["choice"], [answer(model, question) for question in QUESTIONS], strict=True):
+        for ((sum_found, greedy),), (total, is_greedy) in zip(found, expected, strict=True):
+            assert float(sum_found) == pytest.approx(total, rel=1e-5)
+            assert str(greedy) == str(is_greedy)
+    assert responses["generation"] == [[[generate(model, prompt)]] for prompt in PROMPTS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from lpa_model.backends.base import Mask, SamplingRow, Scores, StepResult
 from lpa_model.backends.torch.rows import NOTHING
 from lpa_model.backends.torch.sampling import TORCH_ROWS, RowOps, sample, score
-from lpa_model.batch import Batch, Ints
+from lpa_model.batch import NOT_MEASURED, Batch, Ints
 from lpa_model.config import LPAConfig
 
 
@@ -28,6 +29,8 @@ class ComputedStep(NamedTuple):
 
 EXPONENT = np.int16(0x7F80)  # of bfloat16: all ones are NaN and the infinities
 LOGIT_ROWS = 256  # rows of logits held at once, in the head's dtype
+FEW_ROWS = 16  # of which more than MANY numbers are wanted of each
+MANY = 256
 
 
 def step_result(
@@ -70,7 +73,13 @@ def step_result(
 
 def _part(scores: Scores, at: int, top: int) -> Scores:
     return Scores(
-        [scores.logprobs[at]], [scores.ranks[at]], [scores.top_ids[at][:top]], [scores.top_logprobs[at][:top]]
+        [scores.logprobs[at]],
+        [scores.ranks[at]],
+        [scores.top_ids[at][:top]],
+        [scores.top_logprobs[at][:top]],
+        [],
+        [],
+        [],
     )
 
 
@@ -92,15 +101,23 @@ def _score_rows(
     hidden: Tensor, head: Callable[[Tensor], Tensor], batch: Batch, ops: RowOps, result: StepResult
 ) -> None:
     columns = result.prompt_scores
-    rows, targets, tops = batch.scored
-    for at in range(0, len(rows), LOGIT_ROWS):
-        chunk = slice(at, at + LOGIT_ROWS)
-        wanted = _tensor(targets[chunk], hidden)
-        logits = head(hidden[_tensor(rows[chunk], hidden)])
-        result.broken_prompt.update(at + row for row in _broken_rows(logits))
-        found = score(logits, wanted, int(tops[chunk].max()), ops)
-        for column, more in zip(columns, found, strict=True):
-            column += more  # type: ignore[operator]  # each of its own kind
+    rows, targets, tops, measured = batch.scored
+    at = 0
+    for end, wanted in measured or ((len(rows), NOT_MEASURED),):
+        while at < end:
+            size = LOGIT_ROWS
+            if wanted.rows or tops[at : min(at + size, end)].max() > MANY:
+                size = FEW_ROWS
+            chunk = slice(at, min(at + size, end))
+            logits = head(hidden[_tensor(rows[chunk], hidden)])
+            result.broken_prompt.update(at + row for row in _broken_rows(logits))
+            found = score(logits, _tensor(targets[chunk], hidden), int(tops[chunk].max()), ops, wanted)
+            if measured and wanted is NOT_MEASURED:
+                missing = [math.nan] * len(logits)
+                found = found._replace(entropies=missing, masses=missing, rows=[None] * len(logits))
+            for column, more in zip(columns, found, strict=True):
+                column += more  # type: ignore[operator]  # each of its own kind
+            at = chunk.stop
 
 
 def _tensor(ids: Ints, like: Tensor) -> Tensor:

@@ -51,6 +51,25 @@ def row_scores(logits: Tensor, targets: Tensor, top: int) -> RowScores:
     return RowScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
+def entropies(logits: Tensor, peak: Tensor, norm: Tensor) -> Tensor:
+    """Nats of each row [rows, vocab], whose peak and norm are those of `RowScores`: float64 [rows]."""
+    found = []
+    for few, top in zip(logits.split(CACHED_ROWS), peak.split(CACHED_ROWS), strict=True):
+        distance = few.float() - top[:, None]
+        found.append(_block_sums(distance.exp().mul_(distance)).sum(-1))
+    return norm - torch.cat(found) / norm.exp()
+
+
+def log_masses(logits: Tensor, peak: Tensor, ids: Tensor) -> Tensor:
+    """log of the sum of e^(logit - peak) over the tokens `ids` in each row [rows, vocab]: float64 [rows]."""
+    found = []
+    for few, top in zip(logits.split(CACHED_ROWS), peak.split(CACHED_ROWS), strict=True):
+        distance = few.float().index_select(1, ids).sub_(top[:, None])
+        least = distance.amax(-1, keepdim=True)  # what is far below the peak counts, too
+        found.append(_block_sums(distance.sub_(least).exp_()).sum(-1).log() + least[:, 0])
+    return torch.cat(found)
+
+
 def copy_allowed(logits: Tensor, masks: Sequence[Mask | None]) -> Tensor:
     """logits [rows, vocab] -> float32 copy, -inf where a row's mask has 0."""
     out = logits.to(torch.float32, copy=True)

@@ -15,17 +15,18 @@ changes what is drawn. A row's result depends on its own logits and parameters a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lpa_model.backends.base import Mask, SamplingRow, Scores
+from lpa_model.backends.base import Floats, Mask, SamplingRow, Scores
 from lpa_model.backends.torch import rows as torch_rows
 from lpa_model.backends.torch.rows import UNDECIDED, RowScores
-from lpa_model.batch import Ints
+from lpa_model.batch import NOT_MEASURED, Ints, Measured
 
 
 class RowOps(NamedTuple):
@@ -125,8 +126,11 @@ def _flat_index(ids: Sequence[tuple[int, Ints]], logits: Tensor) -> Tensor:
     return torch.from_numpy(np.concatenate([row * logits.shape[1] + tokens for row, tokens in ids])).to(logits.device)
 
 
-def score(logits: Tensor, targets: Tensor, top: int, ops: RowOps = TORCH_ROWS) -> Scores:
-    """Log-probabilities of `targets` (int64 [rows]) under logits [rows, vocab], with the `top` best tokens.
+def score(
+    logits: Tensor, targets: Tensor, top: int, ops: RowOps = TORCH_ROWS, measured: Measured = NOT_MEASURED
+) -> Scores:
+    """Log-probabilities of `targets` (int64 [rows]) under logits [rows, vocab], with the `top` best tokens and what
+    else is to be measured.
 
     Logits that are not float32 are taken as such, a few rows at a time. The target's number is the very one in the
     list of the best when it is among them, and does not depend on `top`. Ties are broken towards the lower id, in
@@ -141,7 +145,26 @@ def score(logits: Tensor, targets: Tensor, top: int, ops: RowOps = TORCH_ROWS) -
         found.rank.tolist(),
         found.top_ids.tolist(),
         _logprobs(found.top_logits, found).tolist(),
+        *_measure(logits, found, measured),
     )
+
+
+def _measure(
+    logits: Tensor, found: RowScores, wanted: Measured
+) -> tuple[list[float], list[float], list[Floats | None]]:
+    """The last columns of `Scores`, all empty if nothing is wanted."""
+    if not (wanted.entropy or wanted.rows or wanted.mass_of is not None):
+        return [], [], []
+    missing = [math.nan] * len(logits)
+    entropies, masses, rows = missing, missing, cast(list[Floats | None], [None] * len(logits))
+    if wanted.entropy:
+        entropies = torch_rows.entropies(logits, found.peak, found.norm).tolist()
+    if wanted.mass_of is not None:
+        ids = torch.from_numpy(wanted.mass_of).to(logits.device)
+        masses = (torch_rows.log_masses(logits, found.peak, ids) - found.norm).tolist()
+    if wanted.rows:
+        rows = list(_logprobs(logits, found).cpu().numpy())
+    return entropies, masses, rows
 
 
 def _logprobs(logits: Tensor, rows: RowScores) -> Tensor:
