@@ -133,7 +133,7 @@ def test_help_is_as_wide_as_the_terminal() -> None:
     ("typed", "expected"),
     [
         (["ser"], ["serve"]),
-        (["serve", "--kv"], ["--kv-cache-layout", "--kv-cache-memory"]),
+        (["serve", "--kv"], ["--kv-cache-layout", "--kv-cache-dtype", "--kv-cache-memory"]),
         (["serve", "--kv-cache-layout", "m"], ["mixed"]),
         (["train", "lpa-tiny", "--mu"], ["--muon-learning-rate"]),
         (["bench", "score", "--api", "e"], ["echo"]),
