@@ -438,11 +438,11 @@ def test_convert_official_passes_its_options_on(tmp_path: Path) -> None:
 def test_info_shows_a_preset_beside_its_dense_twin() -> None:
     text = succeed("info", "lpa-370m")
     rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in text.splitlines()]
-    # 24 layers of 2r = 640, d + r = 1344 and 2d = 2048 numbers
-    assert ["latent (default)", "15,360", "30,720", "61,440", "3.20x"] in rows
-    assert ["mixed", "32,256", "64,512", "129,024", "1.52x"] in rows
-    assert ["full", "49,152", "98,304", "196,608", "1.00x"] in rows
-    assert ["dense twin", "49,152", "98,304", "196,608", "1.00x"] in rows
+    # 24 layers of 2r = 640, d + r = 1344 and 2d = 2048 numbers, in int8 with 2, 9 and 16 scales of 2 bytes
+    assert ["latent (default)", "15,360", "15,456", "30,720", "61,440", "3.20x"] in rows
+    assert ["mixed", "32,256", "32,688", "64,512", "129,024", "1.52x"] in rows
+    assert ["full", "49,152", "49,920", "98,304", "196,608", "1.00x"] in rows
+    assert ["dense twin", "49,152", "49,920", "98,304", "196,608", "1.00x"] in rows
     assert ["attention_rank", "320"] in rows
     assert ["ffn_rank", "dense"] in rows
     assert not any("format_version" in row for row in rows)

@@ -76,8 +76,8 @@ def info(
     for backend, reason in choice.refused:
         facts.add_row(f"not {backend}", reason)
 
-    cache = Table(title="cache per token")
-    for column in ("layout", "numbers", "int8 bytes", "bfloat16 bytes", "float32 bytes", "twin / this"):
+    cache = Table(title="cache per token: numbers, and bytes by type")
+    for column in ("layout", "numbers", "int8", "bfloat16", "float32", "twin / this"):
         cache.add_column(column, justify="left" if column == "layout" else "right")
     dense_elements = dense.cache_elements_per_token("full")
     for layout in get_args(CacheLayout):
