@@ -154,7 +154,7 @@ def test_statuses_are_the_clients_exceptions(tiny_checkpoints: dict[Architecture
             client.completions.create(model="tiny", prompt="x")
         with openai.OpenAI(base_url=url, api_key="secret", max_retries=0) as client:
             with pytest.raises(openai.NotFoundError):
-                client.embeddings.create(model="tiny", input="x", encoding_format="float")
+                client.moderations.create(model="tiny", input="x")
             with pytest.raises(openai.BadRequestError) as refused:
                 client.chat.completions.create(model="tiny", messages=[])
             assert refused.value.param == "messages"
