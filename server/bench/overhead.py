@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from server.bench.local import local_server
+from server.bench.stopwatch import replaced
 from server.engine.engine import Engine, build_engine
 from server.engine.model_runner import ModelRunner
 from server.engine.request import EngineStats, Request, SamplingParams
@@ -88,11 +89,8 @@ def _timed_metrics() -> Iterator[list[float]]:
         observe(self, stats)
         seconds.append(time.thread_time() - began)
 
-    setattr(Metrics, "observe", timed)  # noqa: B010 (mypy forbids the plain form)
-    try:
+    with replaced(Metrics, "observe", timed):
         yield seconds
-    finally:
-        setattr(Metrics, "observe", observe)  # noqa: B010 (likewise)
 
 
 @contextlib.contextmanager
@@ -107,11 +105,8 @@ def _recording(loop_clock: int) -> Iterator[list[Call]]:
         calls.append(Call(began, time.perf_counter(), decodes, loop_cpu))
         return result
 
-    setattr(ModelRunner, "run", recorded)  # noqa: B010 (mypy forbids the plain form)
-    try:
+    with replaced(ModelRunner, "run", recorded):
         yield calls
-    finally:
-        setattr(ModelRunner, "run", run)  # noqa: B010 (likewise)
 
 
 def drive(url: str, vocab_size: int, streams: int, input_len: int, output_len: int) -> dict[str, Any]:

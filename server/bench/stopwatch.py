@@ -9,6 +9,17 @@ from contextlib import contextmanager
 from typing import Any
 
 
+@contextmanager
+def replaced(owner: Any, name: str, call: Callable[..., Any]) -> Iterator[None]:
+    """Inside the context `owner.name` (an object's or a class's) is `call`."""
+    own = vars(owner).get(name)
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        delattr(owner, name) if own is None else setattr(owner, name, own)
+
+
 class Stopwatch:
     """Seconds and calls by label; `clear` starts anew."""
 
@@ -23,7 +34,6 @@ class Stopwatch:
     @contextmanager
     def watch(self, owner: Any, name: str, label: str) -> Iterator[None]:
         """Time every call of `owner.name` (an object's or a class's) inside the context."""
-        own = vars(owner).get(name)
         call: Callable[..., Any] = getattr(owner, name)
 
         def timed(*args: Any, **keys: Any) -> Any:
@@ -34,8 +44,5 @@ class Stopwatch:
                 self.seconds[label] += time.perf_counter() - started
                 self.calls[label] += 1
 
-        setattr(owner, name, timed)
-        try:
+        with replaced(owner, name, timed):
             yield
-        finally:
-            delattr(owner, name) if own is None else setattr(owner, name, own)
