@@ -19,16 +19,17 @@ Role = Literal["anonymous", "client", "admin"]
 PROBES = frozenset({"/health", "/ready"})
 METRICS = "/metrics"
 ADMIN = "admin"
-"""The owner that sees what all others have."""
+"""The owner of what admin keys have sent; it sees what all others have."""
 INTERNAL = "lpa.internal"
 """Key of an ASGI scope: the request is the server's own, a line of a batch, and comes from no client."""
 
 
 class Caller:
-    """A client's key: its name in metrics and logs, and its limits."""
+    """A client's key: its name in metrics and logs, what its files and batches are owned by, and its limits."""
 
     def __init__(self, key: ClientKey, name: str) -> None:
         self.name = name
+        self.owner = key.digest.hex()[:32]
         self.rate = None if key.requests_per_minute is None else RequestRate(key.requests_per_minute)
         self.sequences = None if key.concurrent_sequences is None else Sequences(key.concurrent_sequences)
 
@@ -54,13 +55,6 @@ class Keys:
         if admin is not None:
             return "admin", None
         return ("anonymous", None) if client is None else ("client", self.callers[client])
-
-    def owner(self, authorization: str) -> str:
-        """Whose a file or a batch is: a name for each client key, ADMIN for all admin keys, "" without keys."""
-        role = self.role(authorization)
-        if role == "client":
-            return _digest(authorization.partition(" ")[2].strip().encode("latin-1")).hex()[:32]
-        return ADMIN if role == "admin" else ""
 
     def check(self, path: str, role: Role) -> None:
         """Raises Unauthorized unless `role` may ask for `path`."""

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.engine.work import Work, work_of_request
 from server.errors import BodyTooLarge, EngineError, HeadersTooLarge, InvalidRequest, UserError
-from server.keys import INTERNAL, METRICS, PROBES, Keys
+from server.keys import ADMIN, INTERNAL, METRICS, PROBES, Keys
 from server.metrics import Metrics
 from server.protocol.body import ignore_unknown_fields
 from server.quota import RequestRate
@@ -200,8 +200,9 @@ class Guard:
         started = False
 
         state["role"], caller = self._keys.identify(headers.get("authorization", ""))
+        state["owner"] = ADMIN if state["role"] == "admin" else ""
         if caller is not None:
-            state["caller"] = caller.name
+            state["caller"], state["owner"] = caller.name, caller.owner
             if (work := work_of_request.get()) is not None:
                 work.places = caller.sequences
             if caller.rate is not None:
@@ -218,7 +219,6 @@ class Guard:
             self._keys.check(scope["path"], state["role"])
             if caller is not None and caller.rate is not None and scope["method"] == "POST":
                 caller.rate.take()
-            state["owner"] = self._keys.owner(headers.get("authorization", ""))
             with self._running.entry(state["request_id"]) as cancelled:
                 state["cancelled"] = cancelled
                 limit = self._max_file if scope["path"] == FILES else self._max_body
