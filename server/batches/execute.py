@@ -1,6 +1,6 @@
 """One line of a batch through the application, as if a client had sent it: same checks, same answers.
 
-It runs in the background: the engine gives it what others leave.
+It runs in the background: the engine gives it idle steps, and a few rows of others.
 """
 
 from __future__ import annotations

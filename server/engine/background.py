@@ -1,8 +1,8 @@
 """How much background work may ride along with the tokens that clients wait for. No tensors.
 
-Background requests (batch jobs) take every step that nobody else wants. Beside streams that decode, a step takes so
-many rows of theirs, one a decode or a prompt token, that it is hardly longer than without: as many as the last steps
-have shown to cost no more than TARGET.
+Background requests (batch jobs) have the steps in which no other request has work. Beside streams that decode, a step
+takes so many rows of theirs, one a decode or a prompt token, that it is hardly longer than without: as many as the last
+steps have shown to cost no more than TARGET.
 """
 
 from __future__ import annotations

@@ -191,7 +191,7 @@ class Choices:
 
 
 BACKGROUND = (1 << 63) - 1
-"""The priority of work that takes only what others leave: batch jobs."""
+"""The priority of work that runs with idle capacity only: batch jobs."""
 
 
 class Request:
@@ -264,7 +264,7 @@ class Request:
 
     @property
     def is_background(self) -> bool:
-        """Whether it takes only what others leave."""
+        """Whether it runs with idle capacity only."""
         return self.priority == BACKGROUND
 
     @property

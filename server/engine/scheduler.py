@@ -132,7 +132,7 @@ class Scheduler:
         return batch
 
     def _background_rows(self) -> int:
-        """The most rows of background work in the next step: any number where nobody waits for another."""
+        """The most rows of background work in the next step: any number while there is no other request."""
         others = [request for request in self.running if not request.is_background]
         first = self.waiting.first((False, True))
         if not others and (first is None or first.is_background):

@@ -40,7 +40,7 @@ class FileDeleted(BaseModel):
 
 
 class BatchRequest(RequestBody):
-    """A file of requests, to be answered in what others leave."""
+    """A file of requests, to be answered with idle capacity."""
 
     input_file_id: str = Field(description="A file with purpose batch.", examples=["file-8d5fae2c1b7a4c90e3f1a2b4"])
     endpoint: Literal["/v1/completions", "/v1/chat/completions", "/v1/perplexity", "/v1/loglikelihood"] = Field(

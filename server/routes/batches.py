@@ -1,4 +1,4 @@
-"""/v1/batches: files of requests that are answered in what others leave."""
+"""/v1/batches: files of requests that are answered with idle capacity."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def batches_router(runner: Runner | None) -> APIRouter:
     @router.post(BATCHES, summary="Start a batch", responses=responses(BatchObject, *WITH_BODY))
     async def start(body: BatchRequest, request: Request) -> BatchObject:
         """Every line of the file is a request; answers come in a file, errors in another, both in the order of the
-        lines. Lines run when nobody waits for other answers, and a few at a time beside streams."""
+        lines. Lines run while the engine has no other request, and a few at a time beside streams."""
         jobs, owner = enabled(runner), request.state.owner
         add = jobs.store.add_batch
         batch_id = await jobs.call(add, owner, body.input_file_id, body.endpoint, body.metadata)
