@@ -239,7 +239,7 @@ def answered(client: OpenAI, batch: Batch) -> int:
 
 
 def test_a_killed_server_loses_no_line_and_repeats_none(folder: Path, tmp_path: Path) -> None:
-    """Killed at three moments of a batch, whose output is that of a run that nobody disturbed."""
+    """Killed at three moments of a batch, whose output is that of an uninterrupted run."""
     wanted = [request(f"r{i}", max_tokens=8, seed=i, temperature=1.0) for i in range(60)]
     with serving(folder, data_dir=tmp_path / "calm") as server, OpenAI(base_url=f"{server.url}/v1", api_key="x") as one:
         calm = content(one, ended(one, start(one, lines(*wanted))).output_file_id)
@@ -305,13 +305,14 @@ def test_long_lines_are_named_and_passed_over(tmp_path: Path) -> None:
     path.write_bytes(lines(request("a"), request("b", prompt="x" * 5000), request("c")))
     found = list(read_lines(path, None, 1000, 100))
     assert [type(entry) for entry in found] == [Line, LineError, Line]
-    assert isinstance(found[1], LineError) and (found[1].line, found[1].code) == (2, "line_too_long")
+    assert isinstance(found[1], LineError) and (found[1].number, found[1].code) == (2, "line_too_long")
     assert isinstance(found[2], Line) and (found[2].number, found[2].custom_id) == (3, "c")
 
 
 def test_a_file_is_answered_on_the_command_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the same answers as a server's, going on where a run that was killed has ended."""
+    """To the same answers as a server's, going on where a run that was killed has ended, and without its batches."""
     monkeypatch.setenv("LPA_SERVED_MODEL_NAME", "tiny")
+    monkeypatch.setenv("LPA_DATA_DIR", str(tmp_path / "data"))
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(lines(*(request(f"r{i}") for i in range(6)), request("wrong", max_tokens=-1)))
     command = ["run-batch", str(source), str(output), "--model", str(folder), "--dtype", "float32"]

@@ -28,16 +28,16 @@ class Line:
 
 @dataclass(frozen=True)
 class LineError:
-    """Why a line is none; in OpenAI's words."""
+    """Why a line, or with the number None a whole batch, is none; in OpenAI's words."""
 
     code: str
     message: str
-    line: int
+    number: int | None
     param: str | None = None
 
     def document(self) -> dict[str, Any]:
         """An entry of a batch's `errors.data`."""
-        return {"code": self.code, "message": self.message, "line": self.line, "param": self.param}
+        return {"code": self.code, "message": self.message, "line": self.number, "param": self.param}
 
 
 def read_lines(path: Path, endpoint: str | None, max_line_bytes: int, max_values: int) -> Iterator[Line | LineError]:

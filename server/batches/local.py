@@ -79,7 +79,7 @@ def check(source: Path, settings: Settings) -> int:
     total, errors = check_file(_lines(source, settings), settings)
     if errors:
         others = f"; {len(errors) - 1} more lines are wrong" if len(errors) > 1 else ""
-        raise ValueError(f"{source}:{errors[0].line}: {errors[0].message}{others}")
+        raise ValueError(f"{source}:{errors[0].number}: {errors[0].message}{others}")
     return total
 
 
@@ -90,6 +90,7 @@ async def run(
 
     What an earlier run of the same files has answered stays; `progress` is told of lines answered and failed.
     """
+    settings = settings.model_copy(update={"data_dir": None})  # its batches are a server's
     app = create_app(AsyncEngine(engine, lambda _: None, max_queue=settings.max_queue), settings, Metrics("batch"))
     part, failed = Part(output), 0
     try:

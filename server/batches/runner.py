@@ -1,4 +1,5 @@
-"""Works batches off, the oldest first: its lines at most `concurrency` at a time, each answer kept as it comes."""
+"""Works batches off, the oldest first: lines side by side in half of the sequences at most, so that other requests find
+slots, each answer kept as it comes."""
 
 from __future__ import annotations
 
@@ -8,7 +9,6 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from server.batches.execute import Answer, execute, unanswered
 from server.batches.lines import MAX_ERRORS, Line, LineError, read_lines
-from server.batches.store import Job, Store
+from server.batches.store import Job, Status, Store
 from server.settings import Settings
 
 T = TypeVar("T")
@@ -76,9 +76,7 @@ class Runner:
                 await self._work(job)
             except Exception as error:
                 logger.exception("batch %s failed", job.id)
-                problem = LineError("server_error", f"{type(error).__name__}: {error}", 0).document() | {"line": None}
-                errors = {"object": "list", "data": [problem]}
-                await self.call(self._store.set_status, job.id, "failed", errors=errors)
+                await self._fail(job, [LineError("server_error", f"{type(error).__name__}: {error}", None)])
 
     async def _work(self, job: Job) -> None:
         status = job.status
@@ -86,31 +84,37 @@ class Runner:
             loop = asyncio.get_running_loop()
             total, errors = await loop.run_in_executor(self._reading, check_file, self._lines(job), self._settings)
             if errors:
-                document = {"object": "list", "data": [error.document() for error in errors]}
-                await self.call(self._store.set_status, job.id, "failed", errors=document)
-                return
+                return await self._fail(job, errors)
             status = await self.call(self._store.status, job.id)
             if status == "validating":
                 await self.call(self._store.set_status, job.id, "in_progress", total=total)
                 status = "in_progress"
-        end = "completed" if status == "finalizing" else "cancelled"
+        end: Status = "completed" if status == "finalizing" else "cancelled"
         if status == "in_progress":
             end = await self._run_lines(job)
-        if end == "completed" and status != "finalizing":
-            await self.call(self._store.set_status, job.id, "finalizing")
+            if end == "completed":
+                await self.call(self._store.set_status, job.id, "finalizing")
         await self.call(self._store.finish, job, end)
         logger.info("batch %s is %s", job.id, end)
+
+    async def _fail(self, job: Job, errors: list[LineError]) -> None:
+        document = {"object": "list", "data": [error.document() for error in errors]}
+        await self.call(self._store.set_status, job.id, "failed", errors=document)
 
     def _lines(self, job: Job) -> Iterator[Line | LineError]:
         settings = self._settings
         path = self._store.path(job.input_file_id)
         return read_lines(path, job.endpoint, settings.max_body_bytes, settings.max_body_values)
 
-    async def _run_lines(self, job: Job) -> Any:
-        """The status in which the lines end: completed, cancelled or expired."""
+    async def _unanswered(self, job: Job) -> Iterator[Line]:
         done = await self.call(self._store.finished_lines, job.id)
-        lines = (line for line in self._lines(job) if isinstance(line, Line) and line.number not in done)
-        answers = answer_all(self._app, lines, self._reading, concurrency(self._settings))
+        return (line for line in self._lines(job) if isinstance(line, Line) and line.number not in done)
+
+    async def _run_lines(self, job: Job) -> Status:
+        """The status in which the lines end: completed, cancelled or expired."""
+        answers = answer_all(
+            self._app, await self._unanswered(job), self._reading, max(1, self._settings.max_num_seqs // 2)
+        )
         working = asyncio.create_task(self._keep(job, answers))
         try:
             while not working.done():
@@ -134,18 +138,16 @@ class Runner:
             await self.call(self._store.add_answers, job.id, [(line.number, answer) for line, answer in found])
 
     async def _expire(self, job: Job) -> None:
-        done = await self.call(self._store.finished_lines, job.id)
-        left = (line for line in self._lines(job) if isinstance(line, Line) and line.number not in done)
-        loop = asyncio.get_running_loop()
-        while some := await loop.run_in_executor(self._reading, lambda: list(itertools.islice(left, READ))):
-            text = "This request could not be executed before the completion window expired."
+        left = await self._unanswered(job)
+        text = "This request could not be executed before the completion window expired."
+        while some := await _next_lines(left, self._reading):
             answers = [(line.number, unanswered(line.custom_id, "batch_expired", text)) for line in some]
             await self.call(self._store.add_answers, job.id, answers)
 
 
-def concurrency(settings: Settings) -> int:
-    """Lines that run at once: half of the sequences, so that the others find slots."""
-    return max(1, settings.max_num_seqs // 2)
+async def _next_lines(lines: Iterator[Line], reading: ThreadPoolExecutor) -> list[Line]:
+    """Up to READ of them; none at their end."""
+    return await asyncio.get_running_loop().run_in_executor(reading, lambda: list(itertools.islice(lines, READ)))
 
 
 async def answer_all(
@@ -155,14 +157,13 @@ async def answer_all(
 
     `lines` is read in the thread of `reading`.
     """
-    loop = asyncio.get_running_loop()
     running: dict[asyncio.Task[Answer], Line] = {}
     waiting: list[Line] = []
     more = True
     try:
         while more or waiting or running:
             if more and len(waiting) < READ:
-                found = await loop.run_in_executor(reading, lambda: list(itertools.islice(lines, READ)))
+                found = await _next_lines(lines, reading)
                 more = bool(found)
                 waiting += found
             while waiting and len(running) < most:
@@ -174,8 +175,7 @@ async def answer_all(
     finally:
         for task in running:
             task.cancel()
-        with suppress(asyncio.CancelledError):
-            await asyncio.gather(*running, return_exceptions=True)
+        await asyncio.gather(*running, return_exceptions=True)
 
 
 def check_file(lines: Iterator[Line | LineError], settings: Settings) -> tuple[int, list[LineError]]:
@@ -192,7 +192,7 @@ def check_file(lines: Iterator[Line | LineError], settings: Settings) -> tuple[i
             seen.add(line.custom_id)
         if total > settings.max_batch_lines:
             text = f"the file has more than {settings.max_batch_lines} lines, the server's max_batch_lines"
-            return total, [LineError("too_many_lines", text, line.number if isinstance(line, Line) else line.line)]
+            return total, [LineError("too_many_lines", text, line.number)]
         if len(errors) >= MAX_ERRORS:
             break
     if not total:

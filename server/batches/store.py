@@ -24,7 +24,7 @@ from server.errors import InvalidRequest, NotFound
 from server.keys import ADMIN
 
 Status = Literal["validating", "in_progress", "finalizing", "completed", "failed", "cancelling", "cancelled", "expired"]
-ACTIVE: tuple[Status, ...] = ("validating", "in_progress", "finalizing", "cancelling")
+IS_ACTIVE = "status IN ('validating', 'in_progress', 'finalizing', 'cancelling')"
 EXPIRES_AFTER = 24 * 3600  # seconds; OpenAI's completion_window "24h" is the only one
 FORMAT = 1  # of the database
 
@@ -125,12 +125,7 @@ class Store:
 
     def file(self, file_id: str, owner: str) -> dict[str, Any]:
         """OpenAI's document of a file. Raises NotFound."""
-        row = self._db.execute(
-            f"SELECT {FILE} FROM files WHERE id = ? AND {OWNED}", (file_id, owner, owner == ADMIN)
-        ).fetchone()
-        if row is None:
-            raise NotFound(f"there is no file {file_id[:64]!r}", param="file_id", code="file_not_found")
-        return _file_document(row)
+        return _file_document(self._find("file", FILE, file_id, owner))
 
     def files(
         self, owner: str, purpose: str | None, after: str | None, limit: int, order: Literal["asc", "desc"]
@@ -145,10 +140,8 @@ class Store:
     def delete_file(self, file_id: str, owner: str) -> None:
         """Raises NotFound, or InvalidRequest while a batch reads it."""
         self.file(file_id, owner)
-        marks = ", ".join("?" for _ in ACTIVE)
         used = self._db.execute(
-            f"SELECT id FROM batches WHERE status IN ({marks}) AND json_extract(document, '$.input_file_id') = ?",
-            (*ACTIVE, file_id),
+            f"SELECT id FROM batches WHERE {IS_ACTIVE} AND json_extract(document, '$.input_file_id') = ?", (file_id,)
         ).fetchone()
         if used:
             raise InvalidRequest(f"file_id: {used[0]} reads this file; cancel it first", param="file_id")
@@ -179,17 +172,22 @@ class Store:
 
     def batch(self, batch_id: str, owner: str) -> dict[str, Any]:
         """OpenAI's document of a batch. Raises NotFound."""
-        row = self._db.execute(
-            f"SELECT {BATCH} FROM batches WHERE id = ? AND {OWNED}", (batch_id, owner, owner == ADMIN)
-        ).fetchone()
-        if row is None:
-            raise NotFound(f"there is no batch {batch_id[:64]!r}", param="batch_id", code="batch_not_found")
-        return _batch_document(row)
+        return _batch_document(self._find("batch", BATCH, batch_id, owner))
 
     def batches(self, owner: str, after: str | None, limit: int) -> tuple[list[dict[str, Any]], bool]:
         """A page of batches, the newest first, and whether there are more. Raises NotFound of `after`."""
         rows, more = self._page("batches", BATCH, OWNED, [owner, owner == ADMIN], after, limit, "desc")
         return [_batch_document(row) for row in rows], more
+
+    def _find(self, kind: Literal["file", "batch"], columns: str, name: str, owner: str) -> Any:
+        """Raises NotFound where an owner has none of this id."""
+        table = "files" if kind == "file" else "batches"
+        row = self._db.execute(
+            f"SELECT {columns} FROM {table} WHERE id = ? AND {OWNED}", (name, owner, owner == ADMIN)
+        ).fetchone()
+        if row is None:
+            raise NotFound(f"there is no {kind} {name[:64]!r}", param=f"{kind}_id", code=f"{kind}_not_found")
+        return row
 
     def _page(
         self, table: str, columns: str, where: str, values: Sequence[Any], after: str | None, limit: int, order: str
@@ -206,9 +204,8 @@ class Store:
 
     def next_job(self) -> Job | None:
         """The oldest batch that is not done."""
-        marks = ", ".join("?" for _ in ACTIVE)
         row = self._db.execute(
-            f"SELECT id, owner, status, document FROM batches WHERE status IN ({marks}) ORDER BY number LIMIT 1", ACTIVE
+            f"SELECT id, owner, status, document FROM batches WHERE {IS_ACTIVE} ORDER BY number LIMIT 1"
         ).fetchone()
         if row is None:
             return None
@@ -217,11 +214,11 @@ class Store:
 
     def status(self, batch_id: str) -> Status:
         """Of a batch that exists."""
-        (found,) = self._db.execute("SELECT status FROM batches WHERE id = ?", (batch_id,)).fetchone()
-        return found  # type: ignore[no-any-return]
+        found: tuple[Status] = self._db.execute("SELECT status FROM batches WHERE id = ?", (batch_id,)).fetchone()
+        return found[0]
 
     def cancel(self, batch_id: str, owner: str) -> dict[str, Any]:
-        """Ask for a job's end. Raises NotFound, or InvalidRequest if it has ended."""
+        """Have a job end. Raises NotFound, or InvalidRequest if it has ended."""
         found = self.batch(batch_id, owner)
         if found["status"] not in ("validating", "in_progress", "cancelling"):
             raise InvalidRequest(f"batch_id: the batch is {found['status']}", param="batch_id")
@@ -229,14 +226,13 @@ class Store:
             self.set_status(batch_id, "cancelling")
         return self.batch(batch_id, owner)
 
-    def set_status(self, batch_id: str, status: Status, **fields: Any) -> None:
-        """Move a job on: its time is noted, and what else its document says from now on."""
-        fields |= {f"{status}_at": int(time.time())}
-        patch = json.dumps({name: value for name, value in fields.items() if name != "total"})
+    def set_status(self, batch_id: str, status: Status, *, total: int | None = None, **fields: Any) -> None:
+        """Move a job on: its time is noted, its number of lines if that is known now, and more for its document."""
+        patch = json.dumps({**fields, f"{status}_at": int(time.time())})
         self._db.execute(
             "UPDATE batches SET status = ?, total = coalesce(?, total), document = json_patch(document, ?) "
             "WHERE id = ?",
-            (status, fields.get("total"), patch, batch_id),
+            (status, total, patch, batch_id),
         )
 
     def finished_lines(self, batch_id: str) -> set[int]:
