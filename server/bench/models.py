@@ -86,21 +86,15 @@ def bench_models(
     rows = []
     for folder in folders:
         progress(f"{folder}: quality")
-        rows.append(_describe(folder) | _quality(folder, texts, pairs, tokens, max_length, options))
+        facts: dict[str, Any] = {"model": str(folder), "parameters": load_config(folder).parameter_count()}
+        rows.append(facts | _quality(folder, texts, pairs, tokens, max_length, options))
     for row in rows:
         _compare(row, rows[0])
     for row in rows:
         for text in row["texts"].values():
             del text["logprobs"]
-    for row, speeds in zip(rows, _speeds(folders, streams, context, steps, rounds, options, progress), strict=True):
-        row["dtype"] = speeds.pop("dtype")
-        row["cache_bytes"] = speeds.pop("cache_bytes")
-        row["speeds"] = speeds
-    return rows
-
-
-def _describe(folder: Path) -> dict[str, Any]:
-    return {"model": str(folder), "parameters": load_config(folder).parameter_count()}
+    speeds = _speeds(folders, streams, context, steps, rounds, options, progress)
+    return [row | of_engine for row, of_engine in zip(rows, speeds, strict=True)]
 
 
 def _quality(
@@ -152,7 +146,8 @@ def _speeds(
     options: dict[str, Any],
     progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Tokens a second of each model: median of the rounds, and the median of their ratios to the first model's."""
+    """Types, bytes of a cached token and speeds of each model: tokens a second in the median of the rounds, and the
+    median of their ratios to the first model's."""
     longest = context + steps + WARM_STEPS
     rates: list[dict[str, list[float]]] = [{} for _ in folders]
     # one thread for all engines: each thread that computes keeps a team of OpenMP threads
@@ -166,14 +161,15 @@ def _speeds(
                     of_model.setdefault(name, []).append(rate)
         found = []
         for engine, of_model in zip(engines, rates, strict=True):
-            speeds: dict[str, Any] = {
-                "dtype": engine.backend.types,
-                "cache_bytes": engine.backend.cache_bytes_per_token,
+            speeds = {
+                name: {
+                    "tokens_per_s": statistics.median(mine),
+                    "ratio": statistics.median(a / b for a, b in zip(mine, rates[0][name], strict=True)),
+                }
+                for name, mine in of_model.items()
             }
-            for name, mine in of_model.items():
-                ratio = statistics.median(a / b for a, b in zip(mine, rates[0][name], strict=True))
-                speeds[name] = {"tokens_per_s": statistics.median(mine), "ratio": ratio}
-            found.append(speeds)
+            backend = engine.backend
+            found.append({"dtype": backend.types, "cache_bytes": backend.cache_bytes_per_token, "speeds": speeds})
             engine.close()
     return found
 
