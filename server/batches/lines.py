@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from server.errors import UserError
+from server.protocol.batches import Endpoint
 from server.routes.body import parse_json
 
-ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/perplexity", "/v1/loglikelihood")
+ENDPOINTS: tuple[str, ...] = get_args(Endpoint)
 MAX_CUSTOM_ID = 512  # characters
 MAX_ERRORS = 100  # that a batch's document lists
 

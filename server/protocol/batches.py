@@ -8,6 +8,9 @@ from pydantic import BaseModel, Field
 
 from server.protocol.body import RequestBody
 
+Endpoint = Literal["/v1/completions", "/v1/chat/completions", "/v1/perplexity", "/v1/loglikelihood"]
+"""Routes that a batch's lines may name."""
+
 
 class FileObject(BaseModel):
     """A file that the server keeps."""
@@ -43,9 +46,7 @@ class BatchRequest(RequestBody):
     """A file of requests, to be answered with idle capacity."""
 
     input_file_id: str = Field(description="A file with purpose batch.", examples=["file-8d5fae2c1b7a4c90e3f1a2b4"])
-    endpoint: Literal["/v1/completions", "/v1/chat/completions", "/v1/perplexity", "/v1/loglikelihood"] = Field(
-        description="What every line's url is."
-    )
+    endpoint: Endpoint = Field(description="What every line's url is.")
     completion_window: Literal["24h"] = Field(description="Lines that have no answer then are in the error file.")
     metadata: dict[str, str] | None = Field(None, max_length=16, description="Kept with the batch.")
 
