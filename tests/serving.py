@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,11 +33,15 @@ class Served:
         content = json.dumps({"model": "tiny", **body})  # ASCII, so that it can hold half a surrogate pair
         return self.client.post(path, content=content, headers={"content-type": "application/json"})
 
-    def complete(self, **body: Any) -> dict[str, Any]:
-        response = self.post("/v1/completions", **body)
+    def answer(self, path: str, **body: Any) -> dict[str, Any]:
+        """The JSON of an answer that is no error."""
+        response = self.post(path, **body)
         assert response.status_code == 200, response.text
         found: dict[str, Any] = response.json()
         return found
+
+    def complete(self, **body: Any) -> dict[str, Any]:
+        return self.answer("/v1/completions", **body)
 
     def stream(self, **body: Any) -> list[dict[str, Any]]:
         """The chunks of a stream that ended as it should."""
@@ -49,6 +55,13 @@ class Served:
     def idle(self) -> bool:
         blocks = self.engine.scheduler.blocks
         return not self.engine.has_work and blocks.num_free + blocks.num_cached == blocks.num_blocks
+
+    def loop_thread(self) -> threading.Thread:
+        """The thread of the event loop."""
+        current: Future[threading.Thread] = Future()
+        assert self.server._loop is not None
+        self.server._loop.call_soon_threadsafe(lambda: current.set_result(threading.current_thread()))
+        return current.result(10)
 
     def metric(self, sample: str) -> float:
         found = re.search(rf"^{re.escape(sample)} (\S+)$", self.client.get("/metrics").text, re.MULTILINE)
@@ -92,3 +105,15 @@ def slow_steps(served: Served, monkeypatch: pytest.MonkeyPatch, seconds: float) 
         return run(batch)
 
     monkeypatch.setattr(served.engine.runner, "run", slowly)
+
+
+def fail_step(served: Served, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let the step of this number fail, counted from 1, from now on."""
+    run, steps = served.engine.runner.run, itertools.count(1)
+
+    def fail(batch: Any) -> Any:
+        if next(steps) == number:
+            raise RuntimeError("no")
+        return run(batch)
+
+    monkeypatch.setattr(served.engine.runner, "run", fail)

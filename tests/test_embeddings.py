@@ -8,7 +8,6 @@ import json
 import random
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from server.protocol.hidden_states import Part, Wanted, parts_of, positions_of
 from server.routes import embeddings as embeddings_route
 from server.routes import hidden_states as route
 from tests.conftest import byte_tokenizer, random_model, tiny_config
-from tests.serving import Served, serving, until
+from tests.serving import Served, fail_step, serving, until
 from tests.test_hidden_states import Rows, naive
 from tests.test_limits import Threads
 
@@ -51,13 +50,6 @@ def unit(vector: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return vector / np.linalg.norm(vector)
 
 
-def ok(served: Served, path: str, **body: Any) -> dict[str, Any]:
-    response = served.post(path, **body)
-    assert response.status_code == 200, response.text
-    found: dict[str, Any] = response.json()
-    return found
-
-
 def vectors(answer: dict[str, Any]) -> Rows:
     assert [entry["index"] for entry in answer["data"]] == list(range(len(answer["data"])))
     return np.array([entry["embedding"] for entry in answer["data"]], dtype=np.float32)
@@ -67,28 +59,29 @@ def test_embeddings_are_pooled_hidden_states(both: tuple[Served, Any]) -> None:
     served, model = both
     states = [naive(model, ids_of(text))[:, -1] for text in TEXTS]
     means, lasts = np.stack([rows.mean(0) for rows in states]), np.stack([rows[-1] for rows in states])
-    answer = ok(served, EMBEDDINGS, input=TEXTS)
+    answer = served.answer(EMBEDDINGS, input=TEXTS)
     np.testing.assert_allclose(vectors(answer), np.apply_along_axis(unit, 1, means), atol=1e-4)
     count = sum(len(ids_of(text)) for text in TEXTS)
     assert answer["usage"] == {"prompt_tokens": count, "total_tokens": count}
     for pooling, expected in (("mean", means), ("last", lasts)):
-        found = vectors(ok(served, EMBEDDINGS, input=TEXTS, pooling=pooling, normalize=False))
+        found = vectors(served.answer(EMBEDDINGS, input=TEXTS, pooling=pooling, normalize=False))
         np.testing.assert_allclose(found, expected, atol=1e-4)
-        found = vectors(ok(served, EMBEDDINGS, input=TEXTS, pooling=pooling, dimensions=5))
+        found = vectors(served.answer(EMBEDDINGS, input=TEXTS, pooling=pooling, dimensions=5))
         np.testing.assert_allclose(found, np.apply_along_axis(unit, 1, expected[:, :5]), atol=1e-4)
 
 
 def test_every_form_of_input_and_encoding_is_the_same_vector(served: Served) -> None:
-    expected = vectors(ok(served, EMBEDDINGS, input=TEXTS))
+    expected = vectors(served.answer(EMBEDDINGS, input=TEXTS))
     ids = [ids_of(text) for text in TEXTS]
-    np.testing.assert_array_equal(vectors(ok(served, EMBEDDINGS, input=ids)), expected)
-    np.testing.assert_array_equal(vectors(ok(served, EMBEDDINGS, input=TEXTS[1])), expected[1:2])
-    np.testing.assert_array_equal(vectors(ok(served, EMBEDDINGS, input=ids[1])), expected[1:2])
-    for i, entry in enumerate(ok(served, EMBEDDINGS, input=TEXTS, encoding_format="base64")["data"]):
+    np.testing.assert_array_equal(vectors(served.answer(EMBEDDINGS, input=ids)), expected)
+    np.testing.assert_array_equal(vectors(served.answer(EMBEDDINGS, input=TEXTS[1])), expected[1:2])
+    np.testing.assert_array_equal(vectors(served.answer(EMBEDDINGS, input=ids[1])), expected[1:2])
+    for i, entry in enumerate(served.answer(EMBEDDINGS, input=TEXTS, encoding_format="base64")["data"]):
         np.testing.assert_array_equal(np.frombuffer(base64.b64decode(entry["embedding"]), dtype="<f4"), expected[i])
     client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none")
-    for kind in ({}, {"encoding_format": "float"}, {"encoding_format": "base64"}):
-        found = client.embeddings.create(model="tiny", input=TEXTS, extra_body={"pooling": "mean"}, **kind)  # type: ignore[call-overload]
+    kinds: list[dict[str, Any]] = [{}, {"encoding_format": "float"}, {"encoding_format": "base64"}]
+    for kind in kinds:
+        found = client.embeddings.create(model="tiny", input=TEXTS, extra_body={"pooling": "mean"}, **kind)
         got = [entry.embedding for entry in found.data]
         if kind.get("encoding_format") == "base64":  # then the client leaves it as it is
             got = [np.frombuffer(base64.b64decode(text), dtype="<f4") for text in got]
@@ -98,9 +91,9 @@ def test_every_form_of_input_and_encoding_is_the_same_vector(served: Served) -> 
 
 def test_many_texts_come_back_in_their_order(served: Served) -> None:
     texts = [f"text {i * 7919 % 1000}" + "a" * (i % 40) for i in range(300)]
-    answer = ok(served, EMBEDDINGS, input=texts)
+    answer = served.answer(EMBEDDINGS, input=texts)
     for i in (0, 17, 150, 299):
-        alone = vectors(ok(served, EMBEDDINGS, input=texts[i]))[0]
+        alone = vectors(served.answer(EMBEDDINGS, input=texts[i]))[0]
         np.testing.assert_array_equal(vectors(answer)[i], alone)
     assert served.idle()
 
@@ -113,10 +106,10 @@ def test_special_tokens_are_the_tokenizers(tiny_checkpoints: dict[Architecture, 
     with_bos().save(str(tmp_path / "tokenizer.json"))
     with serving(tmp_path) as server:
         ids = ids_of("the sea")
-        assert ok(server, HIDDEN, input="the sea")["data"][0]["token_ids"] == [0, *ids]
-        assert ok(server, HIDDEN, input="the sea", add_special_tokens=False)["data"][0]["token_ids"] == ids
-        assert ok(server, EMBEDDINGS, input="the sea")["usage"]["prompt_tokens"] == len(ids) + 1
-        assert ok(server, EMBEDDINGS, input=ids)["usage"]["prompt_tokens"] == len(ids)
+        assert server.answer(HIDDEN, input="the sea")["data"][0]["token_ids"] == [0, *ids]
+        assert server.answer(HIDDEN, input="the sea", add_special_tokens=False)["data"][0]["token_ids"] == ids
+        assert server.answer(EMBEDDINGS, input="the sea")["usage"]["prompt_tokens"] == len(ids) + 1
+        assert server.answer(EMBEDDINGS, input=ids)["usage"]["prompt_tokens"] == len(ids)
 
 
 def numbers(entry: dict[str, Any]) -> Rows:
@@ -146,7 +139,7 @@ def test_hidden_states_in_every_form(
     served, model = both
     texts = TEXTS[:2]
     expected = [naive(model, ids_of(text))[positions][:, layers] for text in texts]
-    whole = ok(served, HIDDEN, input=texts, **asked)
+    whole = served.answer(HIDDEN, input=texts, **asked)
     assert whole["layers"] == layers
     assert [entry["token_ids"] for entry in whole["data"]] == [ids_of(text) for text in texts]
     for entry, rows in zip(whole["data"], expected, strict=True):
@@ -269,25 +262,16 @@ def test_an_answer_that_is_too_large_is_refused(served: Served, monkeypatch: pyt
     assert error["param"] == "input" and "2048 bytes, more than 1000" in error["message"]
     error = served.post(EMBEDDINGS, input=["a"] * 7).json()["error"]
     assert error["param"] == "input" and "7 texts of 32 numbers are more than 100" in error["message"]
-    assert len(ok(served, EMBEDDINGS, input=["a"] * 7, dimensions=14)["data"]) == 7
+    assert len(served.answer(EMBEDDINGS, input=["a"] * 7, dimensions=14)["data"]) == 7
 
 
 def test_an_error_in_the_middle_of_a_file_cuts_it_off(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its length was told; nothing else may stand where numbers should. Before the first number it has its status."""
-    run, steps = served.engine.runner.run, [0]
-
-    def fail(batch: Any) -> Any:
-        steps[0] += 1
-        if steps[0] == failing:
-            raise RuntimeError("no")
-        return run(batch)
-
-    monkeypatch.setattr(served.engine.runner, "run", fail)
     monkeypatch.setattr(route, "PART_BYTES", 4 * 32)
     monkeypatch.setattr(route, "IN_FLIGHT_BYTES", 4 * 32)
-    failing = 1
+    fail_step(served, monkeypatch, 1)
     assert served.post(HIDDEN, input="a" * 40, encoding_format="safetensors").status_code == 500
-    failing, steps[0] = 20, 0
+    fail_step(served, monkeypatch, 20)
     with pytest.raises(Exception, match=r"closed|Incomplete|peer"):
         served.post(HIDDEN, input="a" * 40, encoding_format="safetensors")
     until(served.idle)
@@ -300,12 +284,9 @@ def test_what_grows_with_a_request_is_done_beside_the_event_loop(
     threads.watch(embeddings_route, "embeddings_fields")
     for name in ("_entry", "positions_of", "safetensors_head"):
         threads.watch(route, name)
-    ok(served, EMBEDDINGS, input=["the sea"] * 300)
-    ok(served, HIDDEN, input=["the sea"] * 300, layers=[0, 1, 2])
+    served.answer(EMBEDDINGS, input=["the sea"] * 300)
+    served.answer(HIDDEN, input=["the sea"] * 300, layers=[0, 1, 2])
     assert served.post(HIDDEN, input=["the sea"] * 3, encoding_format="safetensors").status_code == 200
     assert len(threads.found) == 4
-    current: Future[threading.Thread] = Future()
-    assert served.server._loop is not None
-    served.server._loop.call_soon_threadsafe(lambda: current.set_result(threading.current_thread()))
-    loop = current.result(10)
+    loop = served.loop_thread()
     assert all(found and loop not in found for found in threads.found.values())

@@ -7,7 +7,6 @@ import random
 import re
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -170,11 +169,7 @@ def test_large_requests_are_read_and_answered_beside_the_event_loop(
 ) -> None:
     with serving(tiny_checkpoints["setting2"]) as served:
         threads = Threads(monkeypatch)
-        running = served.server._loop
-        assert running is not None
-        current: Future[threading.Thread] = Future()
-        running.call_soon_threadsafe(lambda: current.set_result(threading.current_thread()))
-        loop = current.result(10)
+        loop = served.loop_thread()
         threads.watch(body_module, "parse_json")
         threads.watch(served.engine.tokenizer, "encode")
         threads.watch(served.engine.tokenizer, "decode")

@@ -36,10 +36,7 @@ def served(tiny_checkpoints: dict[Architecture, Path]) -> Iterator[Served]:
 
 
 def ask(served: Served, **body: Any) -> dict[str, Any]:
-    response = served.post(PATH, **body)
-    assert response.status_code == 200, response.text
-    found: dict[str, Any] = response.json()
-    return found
+    return served.answer(PATH, **body)
 
 
 def plain(model: LPAForCausalLM, context: list[int], continuation: list[int]) -> tuple[float, bool]:

@@ -70,10 +70,7 @@ def bos_served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 def ask(served: Served, **body: Any) -> dict[str, Any]:
-    response = served.post(PATH, **body)
-    assert response.status_code == 200, response.text
-    found: dict[str, Any] = response.json()
-    return found
+    return served.answer(PATH, **body)
 
 
 def refused(served: Served, **body: Any) -> dict[str, Any]:

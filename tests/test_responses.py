@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from server.protocol.responses import messages_of
 from server.routes import responses_api as route
 from server.routes.response_store import ResponseStore, Stored
 from tests.conftest import tiny_config, write_checkpoint
-from tests.serving import Served, serving, slow_steps, until
+from tests.serving import Served, fail_step, serving, slow_steps, until
 from tests.test_limits import Threads
 
 PATH = "/v1/responses"
@@ -46,10 +45,7 @@ def client(served: Served) -> Iterator[openai.OpenAI]:
 def chat(served: Served, messages: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
     """The same as a chat: the oracle."""
     body = {"messages": messages, "temperature": 0, "max_tokens": 8, **more}
-    answer = served.post("/v1/chat/completions", **body)
-    assert answer.status_code == 200, answer.text
-    found: dict[str, Any] = answer.json()
-    return found
+    return served.answer("/v1/chat/completions", **body)
 
 
 def text_of(answer: dict[str, Any]) -> str:
@@ -258,18 +254,9 @@ def test_one_that_runs_is_found_and_cancelled(
 
 
 def test_a_failure_in_the_middle_is_told(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, steps = served.engine.runner.run, [0]
-
-    def fail(batch: Any) -> Any:
-        steps[0] += 1
-        if steps[0] == failing:
-            raise RuntimeError("no")
-        return run(batch)
-
-    monkeypatch.setattr(served.engine.runner, "run", fail)
-    failing = 1
+    fail_step(served, monkeypatch, 1)
     assert served.post(PATH, stream=True, **FIXED, input="x").status_code == 500
-    failing, steps[0] = 4, 0
+    fail_step(served, monkeypatch, 4)
     last = check_stream(events_of(served, input="x"))
     assert last["status"] == "failed" and last["error"]["code"] == "engine_error"
     assert last["output"][0]["status"] == "incomplete"
@@ -404,8 +391,5 @@ def test_what_grows_with_a_request_is_done_beside_the_event_loop(
     long = client.responses.create(**FIXED, input="x", metadata={"a": "b" * 500})
     client.responses.retrieve(long.id)
     assert set(threads.found) == {"item_of", "json_parts"}
-    current: Future[threading.Thread] = Future()
-    assert served.server._loop is not None
-    served.server._loop.call_soon_threadsafe(lambda: current.set_result(threading.current_thread()))
-    loop = current.result(10)
+    loop = served.loop_thread()
     assert all(loop not in found for found in threads.found.values())

@@ -71,9 +71,8 @@ def plain(folder: Path) -> Iterator[Served]:
 
 
 def ask(served: Served, **body: Any) -> dict[str, Any]:
-    response = served.post(CHAT, **{"messages": MESSAGES, "tools": TOOLS, "max_tokens": 400, **body})
-    assert response.status_code == 200, response.text
-    found: dict[str, Any] = response.json()["choices"][0]
+    answer = served.answer(CHAT, **{"messages": MESSAGES, "tools": TOOLS, "max_tokens": 400, **body})
+    found: dict[str, Any] = answer["choices"][0]
     return found
 
 

@@ -31,7 +31,7 @@ MAX_FAILURES = 3  # steps in a row
 MAX_COMPILING = 256  # grammars
 
 in_background: ContextVar[bool] = ContextVar("in_background", default=False)
-"""Whether the requests of this context run with idle capacity only, whatever priority they name."""
+"""Whether the requests of this context are background work, whatever priority they name."""
 
 
 class Mailbox:

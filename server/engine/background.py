@@ -1,8 +1,8 @@
-"""How much background work may ride along with the tokens that clients wait for. No tensors.
+"""How much background work a step may have beside interactive requests. No tensors.
 
-Background requests (batch jobs) have the steps in which no other request has work. Beside streams that decode, a step
-takes so many rows of theirs, one a decode or a prompt token, that it is hardly longer than without: as many as the last
-steps have shown to cost no more than TARGET.
+Background requests (batch jobs) have all of a step when no other request is running or ready. Beside other requests'
+decodes a step takes a limited number of their rows, each a decode or a prompt token: as many as keep the step's time
+within TARGET, learned from the last steps.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class BackgroundShare:
         self._since_probe = 0
 
     def rows(self, num_decodes: int) -> int:
-        """The most in a step of so many decodes that somebody waits for."""
+        """The most in a step with so many decodes of other requests."""
         if len(self._alone_ms) < SAMPLES or not self._like_the_known(num_decodes) or self._since_probe >= PROBE_EVERY:
             return 0
         return int(self.limit)
 
     def observe(self, num_decodes: int, rows: int, elapsed_ms: float) -> None:
-        """Learn from a step of decodes and so many background rows, and nothing else."""
+        """Learn from a step with only these: so many decodes of other requests, and background rows."""
         if not rows:
             if not self._like_the_known(num_decodes):
                 self._alone_ms.clear()

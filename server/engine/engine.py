@@ -29,7 +29,6 @@ from server.engine.request import (
     FinishedRequest,
     FinishReason,
     GrammarSpec,
-    Logprobs,
     Request,
     RequestOutput,
     RequestStatus,
@@ -206,7 +205,8 @@ class Engine:
 
     def _advance(self, request: Request, token: int | None, result: BatchResult) -> RequestOutput | None:
         """What a step that ran means for one of its requests; None if its prompt is not through yet."""
-        request.prompt_logprobs.extend(result.prompt_logprobs.get(request.id, Logprobs()))
+        if request.id in result.prompt_logprobs:
+            request.prompt_logprobs.extend(result.prompt_logprobs[request.id])
         if request.hidden is not None and request.id in result.hidden:
             request.hidden.add(result.hidden[request.id])
         _, detokenizer = self._requests[request.id]

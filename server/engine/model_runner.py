@@ -93,7 +93,8 @@ class ModelRunner:
                 result.errors[request.id] = FloatingPointError(NOT_FINITE)
             else:
                 result.prompt_logprobs[request.id] = columns.part(first, end, top)
-        self._take_hidden(scheduled.items, batch, found.hidden, result)
+        if batch.hidden:
+            self._take_hidden(items, batch, found.hidden, result)
         return result
 
     def close(self) -> None:

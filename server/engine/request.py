@@ -191,7 +191,7 @@ class Choices:
 
 
 BACKGROUND = (1 << 63) - 1
-"""The priority of work that runs with idle capacity only: batch jobs."""
+"""The priority of background work, batch jobs: it runs on capacity that no other request uses."""
 
 
 class Request:
@@ -264,7 +264,7 @@ class Request:
 
     @property
     def is_background(self) -> bool:
-        """Whether it runs with idle capacity only."""
+        """Whether it runs only on capacity that no other request uses."""
         return self.priority == BACKGROUND
 
     @property
@@ -430,11 +430,9 @@ class FinishedRequest:
     @property
     def time_per_output_token(self) -> float | None:
         """Mean from one token to the next; None of fewer than two."""
-        return (
-            None
-            if self.decode is None or self.num_generation_tokens < 2
-            else (self.decode / (self.num_generation_tokens - 1))
-        )
+        if self.decode is None or self.num_generation_tokens < 2:
+            return None
+        return self.decode / (self.num_generation_tokens - 1)
 
 
 @dataclass(kw_only=True)

@@ -15,6 +15,7 @@ followers of a leader: they take its prompt over in the very step that completes
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from typing import NamedTuple
 
 from server.engine.background import BackgroundShare
 from server.engine.block_manager import BlockManager, hash_block, hash_root
-from server.engine.request import FinishReason, Logprobs, Request, RequestStatus
+from server.engine.request import BACKGROUND, FinishReason, Logprobs, Request, RequestStatus
 from server.engine.step_cost import PromptBudget, PromptShare, StepCost, Work, work_of
 from server.engine.waiting_queue import Turns, WaitingQueue, by_order, insert, remove
 
@@ -120,24 +121,32 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch:
         """The next step's work; blocks for it are allocated, so it must be run or its requests finished."""
         batch = ScheduledBatch()
-        rows = self._background_rows()
-        for request in list(self.running):
-            if not self._decodes(request, request.num_computed_tokens) or (request.is_background and not rows):
-                continue
-            if self._allocate_blocks(request, 1, batch):
-                batch.items.append(ScheduledRequest(request, 1, True))
-                rows -= request.is_background
+        background = bisect_left(self.running, (BACKGROUND,), key=by_order)  # where those begin
+        of_others, of_background = self.running[:background], self.running[background:]
+        for request in of_others:
+            self._schedule_decode(request, batch)
+        rows = self._background_rows(len(batch.items))
+        for request in of_background:
+            if rows and self._schedule_decode(request, batch):
+                rows -= 1
         if self.waiting or len(batch.items) < len(self.running):
             self._schedule_prompts(batch, rows)
         return batch
 
-    def _background_rows(self) -> int:
-        """The most rows of background work in the next step: any number while there is no other request."""
-        others = [request for request in self.running if not request.is_background]
-        first = self.waiting.first((False, True))
-        if not others and (first is None or first.is_background):
+    def _schedule_decode(self, request: Request, batch: ScheduledBatch) -> bool:
+        """Put a request's next token into the step if it is a generated one; whether it is there."""
+        if not self._decodes(request, request.num_computed_tokens) or not self._allocate_blocks(request, 1, batch):
+            return False
+        batch.items.append(ScheduledRequest(request, 1, True))
+        return True
+
+    def _background_rows(self, num_decodes: int) -> int:
+        """The most rows of background work beside so many other decodes: any number where no other request runs or
+        is ready."""
+        best = (*self.running[:1], self.waiting.first((False, True)))
+        if all(request is None or request.is_background for request in best):
             return self.max_num_batched_tokens
-        return self.background.rows(sum(self._decodes(request, request.num_computed_tokens) for request in others))
+        return self.background.rows(num_decodes)
 
     def _decodes(self, request: Request, computed: int) -> bool:
         """Whether the token after `computed` ones is computed as a generated one, which goes alone."""
@@ -279,16 +288,20 @@ class Scheduler:
     def observe_step(self, batch: ScheduledBatch, elapsed_ms: float) -> None:
         """Learn from a step's time; to be called before `update`, which moves the requests on."""
         num_decodes, work = 0, Work()
-        background = sum(item.num_tokens for item in batch.items if item.request.is_background)
-        others = [item for item in batch.items if not item.request.is_background]
-        if others and all(item.is_decode for item in others):
-            self.background.observe(len(others), background, elapsed_ms)
+        background_rows, background_decodes, other_prompts = 0, 0, False
         for request, num_tokens, is_decode in batch.items:
             if is_decode:
                 num_decodes += 1
             elif num_tokens:
                 more = work_of(request, request.num_computed_tokens, num_tokens)
                 work = Work(*(a + b for a, b in zip(work, more, strict=True)))
+            if request.is_background:
+                background_rows += num_tokens
+                background_decodes += is_decode
+            elif not is_decode:
+                other_prompts = True
+        if num_decodes > background_decodes and not other_prompts:
+            self.background.observe(num_decodes - background_decodes, background_rows, elapsed_ms)
         self.cost.observe(num_decodes, work._replace(passes=float(work.tokens > 0)), elapsed_ms)
 
     def _join(self, item: ScheduledRequest, followers: dict[Request, list[Request]], batch: ScheduledBatch) -> None:

@@ -74,35 +74,35 @@ def lark_source(described: Mapping[str, Any], schemas: Sequence[str], text: str 
     """Lark of what `tool_spec` describes, with the functions' schemas and that of a text, ready to be compiled."""
     syntax, tokens, most = SYNTAXES[described["syntax"]], described["tokens"], described["most"]
     names = [function["name"] for function in described["functions"]]
+    several = most > 1 and syntax.separator is not None
 
     def literal(written: str) -> str:
         pieces = split_at(written, list(tokens))
         return " ".join(f"<[{tokens[piece]}]>" if piece in tokens else json.dumps(piece) for piece in pieces)
 
-    def call(before: str, number: int) -> str:
-        return f"{literal(f'{before}{names[number]}{syntax.middle}')} arguments_{number}"
+    def any_call(before: str) -> str:
+        """A call of any function, with `before` in front of its name, as far as its arguments."""
+        beginnings = (literal(f"{before}{name}{syntax.middle}") for name in names)
+        return " | ".join(f"{beginning} arguments_{number}" for number, beginning in enumerate(beginnings))
 
-    def calls(rule: str, before: str) -> list[str]:
-        """A rule for an answer's calls, the first of which has `before` in front of its name."""
-        first = " | ".join(call(before, number) for number in range(len(names)))
-        more = f" further{{0,{most - 1}}}" if several else ""
-        return [f"{rule}: ({first}){more} {literal(syntax.end)}"]
-
-    lines = [f"arguments_{number}: %json {schema}" for number, schema in enumerate(schemas)]
-    if several := most > 1 and syntax.separator is not None:
-        lines.append(f"further: {' | '.join(call(syntax.between, number) for number in range(len(names)))}")
     prefix = f"<[{tokens[syntax.prefix]}]>? " if syntax.prefix in tokens else ""
+    begin, trigger = syntax.begin, json.dumps(syntax.trigger)
     if not described["auto"]:
-        return "\n".join([f"start: {prefix}calls", *calls("calls", syntax.begin), *lines])
-    if text is not None:
-        return "\n".join([f"start: text | {prefix}calls", f"text: %json {text}", *calls("calls", syntax.begin), *lines])
-    trigger = json.dumps(syntax.trigger)
-    if not syntax.after_text:
-        start = [f"start: TEXT? | {prefix}calls", LARK % f"{trigger} ANY", *calls("calls", syntax.begin)]
-    elif syntax.trigger in tokens:  # no text has a special token; one that has its name would be read as a call
-        start = ["start: TEXT? | TEXT? begin calls", LARK % f"ANY {trigger} ANY", f"begin: {literal(syntax.trigger)}"]
-        start += calls("calls", syntax.begin.removeprefix(syntax.trigger))
+        lines = [f"start: {prefix}calls"]
+    elif text is not None:
+        lines = [f"start: text | {prefix}calls", f"text: %json {text}"]
+    elif not syntax.after_text:
+        lines = [f"start: TEXT? | {prefix}calls", LARK % f"{trigger} ANY"]
     else:
-        start = ["start: TEXT? | begin calls", LARK % f"ANY {trigger} ANY", f"begin[lazy]: ANY {trigger}"]
-        start += calls("calls", syntax.begin.removeprefix(syntax.trigger))
-    return "\n".join([*start, *lines])
+        begin = begin.removeprefix(syntax.trigger)
+        texts = LARK % f"ANY {trigger} ANY"
+        if syntax.trigger in tokens:  # no text has a special token; one that has its name would be read as a call
+            lines = ["start: TEXT? | TEXT? begin calls", texts, f"begin: {literal(syntax.trigger)}"]
+        else:
+            lines = ["start: TEXT? | begin calls", texts, f"begin[lazy]: ANY {trigger}"]
+    further = f" further{{0,{most - 1}}}" if several else ""
+    lines.append(f"calls: ({any_call(begin)}){further} {literal(syntax.end)}")
+    lines += [f"arguments_{number}: %json {schema}" for number, schema in enumerate(schemas)]
+    if several:
+        lines.append(f"further: {any_call(syntax.between)}")
+    return "\n".join(lines)

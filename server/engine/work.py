@@ -50,7 +50,7 @@ class Work:
         self.end = max(self.end or 0.0, finished.end)
 
     def abort(self, sequences: int) -> None:
-        """Sequences that were given up; they report nothing more."""
+        """Sequences that were aborted; they report nothing more."""
         if sequences:
             self.reasons[FinishReason.ABORT.value] += sequences
 

@@ -6,13 +6,12 @@ import base64
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, Field
 
+from server.engine.hidden_states import Floats
 from server.protocol.body import HARMLESS, RequestBody
 from server.protocol.inputs import ADD_SPECIAL_TOKENS, MODEL, Inputs
 
-Floats = npt.NDArray[np.float32]
 Encoding = Literal["float", "base64"]
 
 

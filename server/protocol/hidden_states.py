@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +15,7 @@ from server.errors import InvalidRequest
 from server.protocol.body import HARMLESS, RequestBody
 from server.protocol.embeddings import PromptUsage
 from server.protocol.inputs import ADD_SPECIAL_TOKENS, MODEL, Inputs
+from server.protocol.safetensors import Tensor, header
 from server.protocol.sampling import FINGERPRINT
 
 Positions = Sequence[int]
@@ -171,22 +171,12 @@ def answer_fields(model: str, fingerprint: str, layers: Sequence[int], prompt_to
 def safetensors_head(wanted: Sequence[Wanted], layers: Sequence[int], width: int, metadata: dict[str, str]) -> bytes:
     """A safetensors file up to the first number of `hidden_states.0`: what follows is those of all texts, one after
     another."""
-    header: dict[str, Any] = {"__metadata__": metadata}
+    tensors: dict[str, Tensor] = {}
     columns: list[npt.NDArray[np.int64]] = []
-    at = 0
-
-    def add(name: str, dtype: str, shape: list[int], size: int) -> None:
-        nonlocal at
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
-        at += size
-
     for i, text in enumerate(wanted):
         for name, values in (("token_ids", text.token_ids), ("positions", text.positions)):
+            tensors[f"{name}.{i}"] = ("I64", (len(values),))
             columns.append(np.array(values, dtype="<i8"))
-            add(f"{name}.{i}", "I64", [len(values)], 8 * len(values))
     for i, text in enumerate(wanted):
-        shape = [len(text.positions), len(layers), width]
-        add(f"hidden_states.{i}", "F32", shape, 4 * len(text.positions) * len(layers) * width)
-    written = json.dumps(header, separators=(",", ":")).encode()
-    written += b" " * (-len(written) % 8)
-    return b"".join((len(written).to_bytes(8, "little"), written, *(column.tobytes() for column in columns)))
+        tensors[f"hidden_states.{i}"] = ("F32", (len(text.positions), len(layers), width))
+    return b"".join((header(tensors, metadata), *(column.tobytes() for column in columns)))

@@ -90,9 +90,9 @@ class PerplexityParameters(RequestBody):
     def _check_together(self) -> Self:
         if self.stream_progress and not self.stream:
             raise InvalidRequest("stream_progress: needs stream to be true", param="stream_progress")
-        for name, other in (("boundary_correction", "unit"), ("region_separator", "unit")):
+        for name in ("boundary_correction", "region_separator"):
             if name in self.model_fields_set and self.unit is None:
-                raise InvalidRequest(f"{name}: has no meaning without {other}", param=name)
+                raise InvalidRequest(f"{name}: has no meaning without unit", param=name)
         return self
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 SAFETENSORS = "application/safetensors"
 
-Tensor = tuple[Literal["F32", "U32"], Sequence[int]]
+Tensor = tuple[Literal["F32", "U32", "I64"], Sequence[int]]
 """Type of the numbers, and how many along each axis."""
 
 
@@ -18,9 +18,9 @@ def header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     table: dict[str, object] = {"__metadata__": dict(metadata)}
     at = 0
     for name, (dtype, shape) in tensors.items():
-        end = at + 4 * math.prod(shape)
+        end = at + int(dtype[1:]) // 8 * math.prod(shape)
         table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
         at = end
-    text = json.dumps(table).encode()
+    text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

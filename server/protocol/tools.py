@@ -66,18 +66,18 @@ class AllowedTools(RequestBody):
     tools: list[NamedTool] = Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)
 
 
-class ToolChoiceObject(RequestBody):
-    """One function, which is called; or some of them, of which the model chooses."""
+class Choosing(RequestBody):
+    """Any of the forms of tool_choice; a word is its type."""
 
-    type: Literal["function", "allowed_tools"]
+    type: Literal["none", "auto", "required", "function", "allowed_tools"]
     function: NamedFunction | None = Field(None, description="With type function.")
     allowed_tools: AllowedTools | None = Field(None, description="With type allowed_tools.")
 
 
-class Choosing(ToolChoiceObject):
-    """Any of the forms of tool_choice; a word is its type."""
+class ToolChoiceObject(Choosing):
+    """One function, which is called; or some of them, of which the model chooses."""
 
-    type: Literal["none", "auto", "required", "function", "allowed_tools"]  # type: ignore[assignment]
+    type: Literal["function", "allowed_tools"]
 
 
 def _choice(value: Any) -> Any:

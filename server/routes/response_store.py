@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Item = dict[str, Any]
+from server.protocol.responses import Item
 
 
 @dataclass(frozen=True)

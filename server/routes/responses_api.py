@@ -19,20 +19,14 @@ from server.engine.tool_reader import CallDelta, ToolReader
 from server.errors import Cancelled, InvalidRequest, NotFound, UserError
 from server.protocol.chat import ChatCompletionRequest
 from server.protocol.logprobs import chat_logprobs, namer
-from server.protocol.responses import (
+from server.protocol.response_answers import (
     DeletedResponse,
     InputItemList,
-    Item,
-    ItemReference,
-    ResponsesRequest,
     ResponsesResponse,
-    call_item,
-    item_of,
-    message_item,
-    renamed,
     response_fields,
     usage_fields,
 )
+from server.protocol.responses import Item, ItemReference, ResponsesRequest, call_item, item_of, message_item, renamed
 from server.routes.body import JsonRoute
 from server.routes.chat import ChatCall, accept
 from server.routes.limits import check_count
@@ -399,9 +393,13 @@ async def _texts(events: AsyncGenerator[Event]) -> AsyncGenerator[str]:
             if kind.endswith(".delta"):
                 text = to_json(data)
             else:
-                text = await asyncio.to_thread(lambda data=data: "".join(json_parts(data, LEVELS)))  # type: ignore[misc]
+                text = await asyncio.to_thread(_text, data)
             yield f"{kind}\ndata: {text}"
             number += 1
+
+
+def _text(value: dict[str, Any]) -> str:
+    return "".join(json_parts(value, LEVELS))
 
 
 async def _large(value: dict[str, Any]) -> Response:
