@@ -42,7 +42,7 @@ from server.routes.perplexity import perplexity_router
 from server.routes.playground import PLAYGROUND_PATHS, playground_router
 from server.routes.requests import Running, requests_router
 from server.routes.respond import error_response
-from server.routes.responses_api import responses_router
+from server.routes.responses import responses_router
 from server.routes.tokenize import tokenize_router
 from server.settings import Settings
 from server.version import package_version

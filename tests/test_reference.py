@@ -24,7 +24,7 @@ import pytest
 from lpa_model.config import Architecture
 from server.batches.store import Store
 from server.protocol.body import RequestBody
-from server.routes import responses_api
+from server.routes import responses
 from server.routes.docs import command, recorded
 from server.settings import embedded_checkpoint
 from tests.serving import Served, serving, until
@@ -186,7 +186,7 @@ def run(served: Served, line: str) -> str:
 def store_a_response(served: Served) -> None:
     """One whose ids are as examples have them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(responses_api, "_new_id", "{}_example".format)
+        patch.setattr(responses, "_new_id", "{}_example".format)
         body = {**MODEL, "input": "Tell me a story.", "max_output_tokens": 8, "temperature": 0}
         assert served.client.post("/v1/responses", json=body).json()["id"] == STORED
 

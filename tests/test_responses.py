@@ -16,7 +16,7 @@ from openai.types.responses import Response
 
 from lpa_model.config import Architecture
 from server.protocol.responses import messages_of
-from server.routes import responses_api as route
+from server.routes import responses as route
 from server.routes.response_store import ResponseStore, Stored
 from tests.conftest import tiny_config, write_checkpoint
 from tests.serving import Served, fail_step, serving, slow_steps, until

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Path, Query, Request
 from server.batches.runner import Runner
 from server.protocol.batches import BatchList, BatchObject, BatchRequest
 from server.routes.body import JsonRoute
+from server.routes.described import WITH_BODY, responses
 from server.routes.files import After, enabled, page
-from server.routes.responses import WITH_BODY, responses
 
 BATCHES = "/v1/batches"
 Id = Annotated[str, Path(description="Of a batch.", examples=["batch_1f0d3c5b7a9e2468ace013579"])]

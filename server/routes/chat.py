@@ -22,11 +22,11 @@ from server.protocol.chat import ChatCompletionRequest, ChatCompletionResponse, 
 from server.protocol.logprobs import chat_logprobs, namer, prompt_logprobs
 from server.protocol.tools import delta_entry
 from server.routes.body import JsonRoute
+from server.routes.described import WITH_ENGINE, responses
 from server.routes.generation import Generation, begin
 from server.routes.limits import check_messages, check_sampling, check_sequences
 from server.routes.prompts import check_model, rendered, tokenize, truncate
 from server.routes.respond import TEXT, large_json, large_json_response, to_json, while_connected, with_text
-from server.routes.responses import WITH_ENGINE, responses
 from server.routes.stream import DONE, event_stream
 from server.routes.tools import finish_reason, with_tools
 from server.routes.waiting import with_comments

@@ -31,11 +31,11 @@ from server.protocol.logprobs import (
     prompt_logprobs,
 )
 from server.routes.body import JsonRoute
+from server.routes.described import WITH_ENGINE, responses
 from server.routes.generation import Generation, begin
 from server.routes.limits import check_sampling, check_sequences
 from server.routes.prompts import check_model, start_of_document, tokenize, truncate
 from server.routes.respond import TEXT, large_json, large_json_response, to_json, while_connected, with_text
-from server.routes.responses import WITH_ENGINE, responses
 from server.routes.safetensors import safetensors_stream, wants_safetensors
 from server.routes.stream import DONE, event_stream
 from server.routes.waiting import with_comments

@@ -11,8 +11,8 @@ from server.keys import Keys
 from server.protocol.answers import LogLevelResponse, ResetResponse
 from server.protocol.control import LogLevelRequest
 from server.routes.body import JsonRoute
+from server.routes.described import WITH_BODY, responses
 from server.routes.requests import CONTROL
-from server.routes.responses import WITH_BODY, responses
 
 logger = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from fastapi.responses import Response
 from jinja2 import Template
 from markupsafe import Markup, escape
 
+from server.routes.described import responses
 from server.routes.pages import HEADERS, MEDIA_TYPE, REFERENCE, environment
 from server.routes.requests import CONTROL
 from server.routes.respond import json_response
-from server.routes.responses import responses
 
 LIMITS = {
     "minimum": "≥ {}",

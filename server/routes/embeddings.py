@@ -16,10 +16,10 @@ from server.engine.hidden_states import Floats, HiddenSpec
 from server.errors import InvalidRequest
 from server.protocol.embeddings import EmbeddingsRequest, EmbeddingsResponse, embedding_of, embeddings_fields
 from server.routes.body import JsonRoute
+from server.routes.described import WITH_ENGINE, responses
 from server.routes.limits import check_count
 from server.routes.prompts import Prompt, check_model, tokenize_whole
 from server.routes.respond import deadline_of, large_json_response, while_connected
-from server.routes.responses import WITH_ENGINE, responses
 from server.routes.scoring import Scorer
 from server.settings import Settings
 

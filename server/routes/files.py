@@ -14,7 +14,7 @@ from starlette.datastructures import UploadFile
 from server.batches.runner import Runner
 from server.errors import InvalidRequest, NotFound
 from server.protocol.batches import FileDeleted, FileList, FileObject
-from server.routes.responses import WITH_BODY, responses
+from server.routes.described import WITH_BODY, responses
 
 FILES = "/v1/files"
 MAX_NAME = 512  # characters

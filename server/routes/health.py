@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from server.engine.async_engine import AsyncEngine
 from server.errors import Unavailable
 from server.protocol.answers import HealthResponse, ReadyResponse, RefusedBackend, VersionResponse
-from server.routes.responses import responses
+from server.routes.described import responses
 from server.version import package_version
 
 

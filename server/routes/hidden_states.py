@@ -33,10 +33,10 @@ from server.protocol.hidden_states import (
     safetensors_head,
 )
 from server.routes.body import JsonRoute
+from server.routes.described import WITH_ENGINE, responses
 from server.routes.limits import check_count
 from server.routes.prompts import check_model, tokenize_whole
 from server.routes.respond import JsonPieces, deadline_of, to_json, while_connected
-from server.routes.responses import WITH_ENGINE, responses
 from server.routes.scoring import Scorer
 from server.routes.stream import binary_stream, line_stream
 from server.settings import Settings

@@ -23,9 +23,9 @@ from server.protocol.loglikelihood import (
     set_fields,
 )
 from server.routes.body import JsonRoute
+from server.routes.described import WITH_ENGINE, responses
 from server.routes.prompts import check_model
 from server.routes.respond import deadline_of, large_json_response, while_connected
-from server.routes.responses import WITH_ENGINE, responses
 from server.routes.scoring import Scorer
 from server.scoring.loglikelihood import Pack, Pair, PairTokenizer, Unscorable, packs
 from server.settings import Settings

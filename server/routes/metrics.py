@@ -11,7 +11,7 @@ from fastapi import APIRouter, Header
 from fastapi.responses import Response
 
 from server.metrics import Metrics
-from server.routes.responses import responses
+from server.routes.described import responses
 
 GZIP_LEVEL = 1  # a ninth of the size; the highest level takes three times as long for an eleventh
 TAKES_GZIP = re.compile(r"(^|,)\s*(gzip|\*)\s*(;\s*q=(?!0(\.0*)?\s*(,|$))[^,]*)?\s*(,|$)", re.IGNORECASE)

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Path
 from server.engine.async_engine import AsyncEngine
 from server.model_card import description
 from server.protocol.answers import ModelCard, ModelList
+from server.routes.described import responses
 from server.routes.prompts import check_model
-from server.routes.responses import responses
 from server.settings import Settings
 
 

@@ -28,11 +28,11 @@ from server.protocol.perplexity import (
     progress_fields,
 )
 from server.routes.body import JsonRoute
+from server.routes.described import WITH_ENGINE, responses
 from server.routes.limits import FEW
 from server.routes.ndjson import LineBody, has_lines
 from server.routes.prompts import check_model
 from server.routes.respond import JsonPieces, deadline_of, in_pieces, to_json, while_connected
-from server.routes.responses import WITH_ENGINE, responses
 from server.routes.safetensors import safetensors_stream, wants_safetensors
 from server.routes.scoring import Scorer
 from server.routes.stream import Line, line_stream

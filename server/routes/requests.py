@@ -11,7 +11,7 @@ from fastapi import APIRouter, Path, Request
 from server.errors import NotFound
 from server.keys import Keys
 from server.protocol.answers import CancelResponse
-from server.routes.responses import responses
+from server.routes.described import responses
 
 CONTROL = "Control"  # the tag of routes that need an admin key
 PREFIXES = ("cmpl-", "chatcmpl-")  # of the ids in answers

@@ -17,10 +17,10 @@ from server.protocol.tokenize import (
     TokenizerInfo,
 )
 from server.routes.body import JsonRoute
+from server.routes.described import WITH_BODY, responses
 from server.routes.limits import check_messages
 from server.routes.prompts import check_model, rendered
 from server.routes.respond import SMALL, json_response, large_json_response
-from server.routes.responses import WITH_BODY, responses
 from server.settings import Settings
 
 
