@@ -284,13 +284,13 @@ FFNRank = Annotated[
 
 def with_ranks(config: LPAConfig, attention_rank: str | None, ffn_rank: str | None) -> LPAConfig:
     """The config with other ranks, where they are given; ValueError for one that is neither a number nor `dense`."""
-    changes: dict[str, int | None] = {}
+    changes: dict[str, Any] = {}
     for key, given in (("attention_rank", attention_rank), ("ffn_rank", ffn_rank)):
         if given is not None:
             if given != "dense" and not given.isdecimal():
                 raise ValueError(f"{key}: {given!r} is neither a number nor dense")
             changes[key] = None if given == "dense" else int(given)
-    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]  # mypy takes a value for any field
+    return dataclasses.replace(config, **changes)
 
 
 def config_of(name: str) -> LPAConfig:
