@@ -214,7 +214,7 @@ def distil(
         windows: token ids int64 [windows, T]; which one a step takes follows from its number alone.
         teacher: the dense model's states before its head, [windows, T, d] float32.
         held_out: such a pair that is not trained on.
-        stopping: asked after every step; then the state is written and the iterator ends.
+        stopping: called after every step; once it is true, the state is written and the iterator ends.
     """
     model.requires_grad_(False)
     for module in (module for module in model.modules() if isinstance(module, LowRankLinear)):
