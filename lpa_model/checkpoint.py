@@ -64,11 +64,11 @@ def save_checkpoint(
 
 def write_texts(folder: Path, config: LPAConfig, tokenizer: Tokenizer, tokenizer_files: Path | None) -> None:
     """The files beside the weights; what the folder `tokenizer_files` has of TOKENIZER_FILES comes along."""
-    _replace(folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
-    _replace(folder / "tokenizer.json", tokenizer.to_str())
+    replace_text(folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+    replace_text(folder / "tokenizer.json", tokenizer.to_str())
     for source in [tokenizer_files / name for name in TOKENIZER_FILES] if tokenizer_files is not None else []:
         if source.is_file():
-            _replace(folder / source.name, source.read_text(encoding="utf-8-sig"))
+            replace_text(folder / source.name, source.read_text(encoding="utf-8-sig"))
 
 
 def write_weights(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
@@ -80,7 +80,8 @@ def write_weights(path: Path, tensors: dict[str, torch.Tensor], **metadata: str)
     path.chmod(mode)
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Write a file as a whole: a reader never sees a half."""
     new = path.with_name(path.name + ".new")
     new.write_text(text, encoding="utf-8")
     os.replace(new, path)

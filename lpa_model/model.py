@@ -81,7 +81,7 @@ class LPAForCausalLM(nn.Module):
         ids: Tensor,
         positions: Tensor | None = None,
         attend: Attend | None = None,
-        see: Callable[[int, Tensor], None] | None = None,
+        on_layer: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """Hidden states before the output head.
 
@@ -90,7 +90,7 @@ class LPAForCausalLM(nn.Module):
                 tested against. With `attend`, [rows] of a flat batch.
             positions: int64 [rows] of a flat batch.
             attend: a backend's attention over its cache, for one step.
-            see: is called with the number of each layer, from 0, and the residual stream that it reads [..., d].
+            on_layer: called with each layer's number, from 0, and its input, the residual stream [..., d].
 
         Returns:
             [..., d]; in the weights' dtype in setting 2 (the final norm's output), float32 in setting 1.
@@ -101,8 +101,8 @@ class LPAForCausalLM(nn.Module):
                 positions = torch.arange(ids.shape[-1], device=ids.device)
             x = x + self.embed_positions(positions).float()
         for number, layer in enumerate(self.layers):
-            if see is not None:
-                see(number, x)
+            if on_layer is not None:
+                on_layer(number, x)
             x = layer(x, self.rotary, attend)
         return x if self.norm is None else self.norm(x)
 

@@ -120,7 +120,7 @@ class QuantizedLinear(nn.Linear):
         self.in_features, self.out_features, self.bits = in_features, len(weight.codes), weight.bits
         self.register_buffer("codes", weight.codes)
         self.register_buffer("scales", weight.scales)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]  # as torch has it
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     @property
     def quantized(self) -> Quantized:
@@ -128,7 +128,7 @@ class QuantizedLinear(nn.Linear):
         return Quantized(self.codes, self.scales, self.bits)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]  # not stored, so no Parameter
+    def weight(self) -> Tensor:  # type: ignore[override]  # torch's can be assigned, this one is computed
         """float32 [out, in], exact; made of codes and scales whenever it is read."""
         return self.quantized.dequantized()[:, : self.in_features]
 

@@ -17,7 +17,7 @@ from lpa_model.convert.hub_name import check_available, unreachable
 from tests.hub_cache import hub_cache
 
 
-def test_what_is_in_the_cache_or_a_path_is_not_asked_for(
+def test_what_is_in_the_cache_or_a_path_needs_no_hub(
     tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

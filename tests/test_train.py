@@ -50,13 +50,15 @@ def corpus() -> Tokens:
     return Tokens(ids, num_bytes=len(CORPUS.encode()), documents=1, end_of_text=0)
 
 
-def run(out: Path, config: TrainConfig, *, stop: int | None = None, model: LPAConfig | None = None) -> list[Progress]:
+def run(
+    out: Path, config: TrainConfig, *, stop: int | None = None, model: LPAConfig | None = None, **options: Any
+) -> list[Progress]:
     """Train on the few sentences of conftest; `stop` leaves the loop after so many steps, as an interruption does."""
     out.mkdir(exist_ok=True)
     tokenizer = byte_tokenizer()
     tokens = encode(tokenizer, CORPUS)
-    model = model or tiny_config()
-    steps = train(model, config, tokenizer, tokens, corpus(), out, validate_every=5, checkpoint_every=4)
+    options = {"validate_every": 5, "checkpoint_every": 4} | options
+    steps = train(model or tiny_config(), config, tokenizer, tokens, corpus(), out, **options)
     return list(itertools.islice(steps, stop))
 
 
@@ -106,21 +108,7 @@ def test_the_written_folder_loads_and_scores_as_reported(tmp_path: Path) -> None
 def test_reports_may_be_rare(tmp_path: Path) -> None:
     """They come with validations and states besides, and change nothing."""
     every = run(tmp_path / "every", CONFIG)
-    out = tmp_path / "rare"
-    out.mkdir()
-    tokenizer = byte_tokenizer()
-    steps = train(
-        tiny_config(),
-        CONFIG,
-        tokenizer,
-        encode(tokenizer, CORPUS),
-        corpus(),
-        out,
-        report_every=7,
-        validate_every=5,
-        checkpoint_every=6,
-    )
-    rare = list(steps)
+    rare = run(tmp_path / "rare", CONFIG, report_every=7, checkpoint_every=6)
     assert [progress.step for progress in rare] == [5, 6, 7, 10, 12]
     assert [progress.loss for progress in rare] == [every[progress.step - 1].loss for progress in rare]
     assert [progress.step for progress in rare if progress.validation is not None] == [5, 10, 12]
@@ -283,17 +271,10 @@ def test_hyperparameters_out_of_range_are_refused(change: dict[str, Any], messag
         dataclasses.replace(CONFIG, **change)
 
 
-KILLED = CONFIG
-
-
 def keep_all(out: Path) -> None:
     """In a process of its own: train with a state after every second step, so that much of the time is writing."""
     torch.set_num_threads(1)
-    out.mkdir(exist_ok=True)
-    tokenizer = byte_tokenizer()
-    tokens = encode(tokenizer, CORPUS)
-    for _ in train(tiny_config(), KILLED, tokenizer, tokens, corpus(), out, validate_every=3, checkpoint_every=2):
-        pass
+    run(out, CONFIG, validate_every=3, checkpoint_every=2)
 
 
 def test_a_run_that_is_killed_at_any_moment_ends_the_same(tmp_path: Path) -> None:
@@ -327,7 +308,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_the_same(tmp_path: Path) -> Non
     for name, tensor in expected.items():
         assert torch.equal(ours[name], tensor), name
     found, wanted = (read_metrics(tmp_path / name / "metrics.csv") for name in ("killed", "whole"))
-    assert [row.step for row in wanted] == list(range(1, KILLED.steps + 1))
+    assert [row.step for row in wanted] == list(range(1, STEPS + 1))
     assert [dataclasses.replace(row, tokens_per_second=0) for row in found] == [
         dataclasses.replace(row, tokens_per_second=0) for row in wanted
     ]

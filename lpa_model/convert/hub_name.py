@@ -29,10 +29,11 @@ def hub_name(name: str) -> str | None:
 
 def check_available(name: str) -> None:
     """ValueError for a name that is no path, if it is not in the hub's cache and the hub cannot be reached."""
+    if (repository := hub_name(name)) is None:
+        return
     from huggingface_hub import constants
 
-    repository = hub_name(name)
-    if repository is None or (Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}").is_dir():
+    if (Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}").is_dir():
         return
     if constants.HF_HUB_OFFLINE:
         raise ValueError(no_model(repository, "HF_HUB_OFFLINE is set, and it is not in the cache"))
@@ -55,7 +56,7 @@ def unreachable(url: str) -> str | None:
     if parts.hostname is None or parts.scheme in getproxies() or "all" in getproxies():
         return None
     seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or REACHED)
-    address = (parts.hostname, parts.port or {"http": 80}.get(parts.scheme, 443))
+    address = (parts.hostname, parts.port or (80 if parts.scheme == "http" else 443))
     found: list[str | None] = []
 
     def connect() -> None:

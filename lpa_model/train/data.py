@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from lpa_model.checkpoint import load_tokenizer
+from lpa_model.checkpoint import load_tokenizer, replace_text
 from lpa_model.train.config import TrainConfig
 from lpa_model.train.text import is_jsonl, pieces
 from lpa_model.train.tokenizer import END_OF_TEXT, TokenIds, train_tokenizer
@@ -60,15 +60,10 @@ def tokenize(
     elif tokenizer.token_to_id(end_of_text) is None:
         raise ValueError(f"end_of_text: the tokenizer has no token {end_of_text!r}")
     text = pieces(sources, end_of_text, field, lambda read: report("tokenizing", read))
-    _save(tokenizer, folder / "tokenizer.json")
+    replace_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     return tokenizer, write_tokens(
         folder / TOKENS, tokenizer, text, end_of_text, tuple(source_of(path) for path in sources)
     )
-
-
-def _save(tokenizer: Tokenizer, path: Path) -> None:
-    tokenizer.save(str(new := path.with_name(path.name + ".new")))
-    new.replace(path)
 
 
 def check_field(sources: Sequence[Path], field: str) -> None:
@@ -94,7 +89,7 @@ def prepare(data: Path, valid: Path, out: Path, vocab_size: int, field: str = "t
         train = read_tokens(data / TOKENS, tokenizer)
         if kept.exists() and tokenizer_hash(load_tokenizer(out)) != tokenizer_hash(tokenizer):
             raise ValueError(f"{out}: an earlier start had another tokenizer than {data}: give another --out")
-        _save(tokenizer, kept)
+        replace_text(kept, tokenizer.to_str(pretty=True))
     elif (out / TOKENS).exists():
         tokenizer = load_tokenizer(out)
         train = read_tokens(out / TOKENS, tokenizer)

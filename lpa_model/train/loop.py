@@ -1,6 +1,6 @@
 """The plain loop behind `lpa train`.
 
-AdamW (Muon for the matrices of the blocks, if asked), linear warm-up and cosine decay, clipping, checkpoints and
+AdamW (optionally Muon for the matrices of the blocks), linear warm-up and cosine decay, clipping, checkpoints and
 exact resume: the batch of a step follows from (seed, step) alone, so a run that was interrupted and resumed ends
 with the same weights as one that was not.
 """
@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from lpa_model.backends.features import has_bfloat16, resolve_device
-from lpa_model.checkpoint import save_checkpoint
+from lpa_model.checkpoint import replace_text, save_checkpoint
 from lpa_model.config import LPAConfig
 from lpa_model.init import initialize
 from lpa_model.model import LPAForCausalLM
@@ -70,8 +70,8 @@ def train(
 
     The float32 weights, optimizer state and step are in `out/state.pt`; at the end (and at every validation) the
     bfloat16 model folder is written to `out/model`. `out/metrics.csv` has a line for every step that `report_every`
-    divides or that was validated. `stopping` is asked after every step; then state and model are written, and the
-    iterator ends.
+    divides or that was validated. `stopping` is called after every step; once it is true, state and model are
+    written, and the iterator ends.
 
     Raises:
         ValueError: as `check_lengths`; what is in `out` is of another model or of another run that still writes; a
@@ -111,7 +111,7 @@ def train(
         loss_of = torch.compile(loss_of, dynamic=False)
     kept = f"the state of step {step} is kept" if step else "no state was written yet"
     with closing(Metrics(out / METRICS, written)) as metrics:
-        (out / "train.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+        replace_text(out / "train.json", json.dumps(asdict(config), indent=1) + "\n")
         started, reported = time.perf_counter(), step
         while step < config.steps:
             for optimizer in opts:
@@ -145,7 +145,6 @@ def train(
             if validates or stopped:
                 save_checkpoint(out / "model", model, tokenizer, torch.bfloat16, tokenizer_files=out)
             if reports or validates:
-                nats_per_bit = math.log(2) * valid.num_bytes / len(valid.ids)
                 metrics.add(
                     Row(
                         step=step,
@@ -153,7 +152,7 @@ def train(
                         loss=nats,
                         learning_rate=config.learning_rate * config.rate(step - 1),
                         grad_norm=length,
-                        validation_loss=None if bits is None else bits * nats_per_bit,
+                        validation_loss=None if bits is None else bits * valid.nats_per_bit,
                         bits_per_byte=bits,
                         tokens_per_second=speed,
                     )

@@ -84,8 +84,11 @@ def read_metrics(path: Path) -> list[Row]:
             raise ValueError(f"{path}: has not the columns {', '.join(COLUMNS)}")
         for line in lines:
             try:
-                step, tokens, *numbers = line
-                rows.append(Row(int(step), int(tokens), *(float(text) if text else None for text in numbers)))  # type: ignore[arg-type]
-            except (ValueError, TypeError) as error:
+                step, tokens, loss, rate, norm, nats, bits, speed = line
+                validation = (float(nats) if nats else None, float(bits) if bits else None)
+                rows.append(
+                    Row(int(step), int(tokens), float(loss), float(rate), float(norm), *validation, float(speed))
+                )
+            except ValueError as error:
                 raise ValueError(f"{path}, line {lines.line_num}: not a line of metrics") from error
     return rows

@@ -7,8 +7,7 @@ parameters are, which is two orders of magnitude slower than float32 on a proces
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]  # never called with a closure
+    def step(self) -> None:  # type: ignore[override]  # torch's also takes a closure, whose loss it returns
         """One update of all matrices; those of one shape are orthogonalised together."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,6 +33,11 @@ class Tokens:
     documents: int
     end_of_text: int
     sources: tuple[str, ...] = ()
+
+    @property
+    def nats_per_bit(self) -> float:
+        """Nats per token of what is one bit per byte of this text."""
+        return math.log(2) * self.num_bytes / len(self.ids)
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:

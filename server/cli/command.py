@@ -86,15 +86,22 @@ def ends_at_once() -> Iterator[None]:
         os.write(2, f"lpa: ended by {signal.Signals(number).name} before the model was loaded\n".encode())
         os._exit(128 + number)
 
+    with _handled((signal.SIGINT, signal.SIGTERM), end):
+        yield
+
+
+@contextmanager
+def _handled(signals: Sequence[signal.Signals], handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Give signals to a handler, and to their earlier ones afterwards; no effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():  # where handlers cannot be set
         yield
         return
-    earlier = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    earlier = {one: signal.signal(one, handler) for one in signals}
     try:
         yield
     finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+        for one, before in earlier.items():
+            signal.signal(one, before)
 
 
 @contextmanager
@@ -103,23 +110,16 @@ def interruptible(signals: Sequence[signal.Signals], message: str = "") -> Itera
     written to stderr. A second signal is handled as it was before."""
     came: list[int] = []
 
+    earlier = {one: signal.getsignal(one) for one in signals}
+
     def note(number: int, _: object) -> None:
         came.append(number)
-        restore()
-        os.write(2, message.encode())  # what is buffered may be in the middle of a write
-
-    def restore() -> None:
         for one, handler in earlier.items():
             signal.signal(one, handler)
+        os.write(2, message.encode())  # what is buffered may be in the middle of a write
 
-    if threading.current_thread() is not threading.main_thread():  # where handlers cannot be set
+    with _handled(signals, note):
         yield came
-        return
-    earlier = {one: signal.signal(one, note) for one in signals}
-    try:
-        yield came
-    finally:
-        restore()
 
 
 @contextmanager
@@ -129,14 +129,8 @@ def sigterm_unwinds() -> Iterator[None]:
     def end(number: int, _: object) -> NoReturn:
         raise SystemExit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():  # where handlers cannot be set
+    with _handled((signal.SIGTERM,), end):
         yield
-        return
-    earlier = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, earlier)
 
 
 def in_thread(work: Callable[[], T]) -> T:
@@ -284,13 +278,13 @@ FFNRank = Annotated[
 
 def with_ranks(config: LPAConfig, attention_rank: str | None, ffn_rank: str | None) -> LPAConfig:
     """The config with other ranks, where they are given; ValueError for one that is neither a number nor `dense`."""
-    changes: dict[str, int | None] = {}
+    changes: dict[str, Any] = {}
     for key, given in (("attention_rank", attention_rank), ("ffn_rank", ffn_rank)):
         if given is not None:
             if given != "dense" and not given.isdecimal():
                 raise ValueError(f"{key}: {given!r} is neither a number nor dense")
             changes[key] = None if given == "dense" else int(given)
-    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]  # mypy takes a value for any field
+    return dataclasses.replace(config, **changes)
 
 
 def config_of(name: str) -> LPAConfig:

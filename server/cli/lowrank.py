@@ -98,7 +98,7 @@ class LowRank:
     repair: int | None
 
     def budget(self) -> Budget | None:
-        """What the options ask for; None without one of keep, cache_ratio and rank.
+        """The budget that the options give; None without one of keep, cache_ratio and rank.
 
         Raises:
             ValueError: they contradict one another, or only make sense beside one of the three.

@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from server.cli.command import bytes_bar, check_new, in_thread, sigterm_unwinds, user_errors
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 def tokenize(
@@ -26,7 +29,6 @@ def tokenize(
 ) -> None:
     """Make a folder of tokens, which `lpa train` maps into memory, of texts of any size."""
     from lpa_model.checkpoint import read_tokenizer
-    from lpa_model.train.data import check_field
     from lpa_model.train.data import tokenize as run
     from lpa_model.train.tokenizer import END_OF_TEXT
 
@@ -37,14 +39,10 @@ def tokenize(
         if end_of_text is not None and tokenizer is None:
             raise ValueError(f"end_of_text: a tokenizer that is trained has {END_OF_TEXT}")
         check_new(folder)
-        check_field(sources, field)
         total = sum(source.stat().st_size for source in sources)
-        taken: int = vocab_size or 0
-        used = (
-            taken
-            if tokenizer is None
-            else read_tokenizer(tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer)
-        )
+        used: Tokenizer | int = vocab_size or 0
+        if tokenizer is not None:
+            used = read_tokenizer(tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:

@@ -53,7 +53,7 @@ def _parameters() -> list[tuple[inspect.Parameter, object]]:
     found: list[tuple[inspect.Parameter, object]] = []
 
     def add(name: str, kind: type, text: str, metavar: str | None = None) -> None:
-        default = defaults[name] if name in LOOP else None
+        default = defaults.get(name)
         found.append((flag(name, kind, text, default, metavar), default))
 
     preset = typer.Argument(None, metavar="PRESET|CONFIG.json", help="Shape of the model.")
@@ -178,8 +178,8 @@ def _train(given: dict[str, Any]) -> None:
     if step is None or validation is None:
         typer.echo(f"{out} has all of its {config.steps} steps already; the model is in {out / 'model'}")
         return
-    nats = validation * math.log(2) * data.valid.num_bytes / len(data.valid.ids)
-    typer.echo(f"validation: {validation:.4f} bits per byte, perplexity {math.exp(nats):.3f}; {out / 'model'}")
+    perplexity = math.exp(validation * data.valid.nats_per_bit)
+    typer.echo(f"validation: {validation:.4f} bits per byte, perplexity {perplexity:.3f}; {out / 'model'}")
 
 
 def _data(given: dict[str, Any], out: Path, vocab_size: int) -> Data:

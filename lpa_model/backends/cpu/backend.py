@@ -19,13 +19,15 @@ from lpa_model.cache import LatentCache, bytes_per_token
 from lpa_model.config import CacheLayout
 from lpa_model.model import LPAForCausalLM
 
+MOST_ROWS = 512  # of one run of the op list: so many stay in the cores' caches from one operation to the next
+
 
 class Plan(Protocol):
     """A model's layers and head as op lists over its cache."""
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Mapping[int, Tensor]]:
-        """Hidden states of the batch's rows, which the next step may overwrite; and those that layers have read, of
-        the batch's `hidden` rows."""
+        """Hidden states of the batch's rows, at most MOST_ROWS, which the next call may overwrite; and those that
+        layers have read, of the batch's `hidden` rows."""
         ...
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -78,7 +80,11 @@ class CpuBackend:
         assert self._cache is not None and self._plan is not None
         if len(batch.zero_blocks):
             self._cache.zero(torch.from_numpy(batch.zero_blocks))
-        return ComputedStep(batch, sampling, *self._plan(batch))
+        if batch.num_rows <= MOST_ROWS:
+            return ComputedStep(batch, sampling, *self._plan(batch))
+        parts = [(hidden.clone(), inner) for hidden, inner in map(self._plan, batch.cut(MOST_ROWS))]
+        inner = {layer: torch.cat([states[layer] for _, states in parts]) for layer in parts[0][1]}
+        return ComputedStep(batch, sampling, torch.cat([hidden for hidden, _ in parts]), inner)
 
     def wait(self, handle: ComputedStep) -> None:
         """`submit` has computed it."""

@@ -28,7 +28,6 @@ from lpa_model.layers import LayerNorm, LowRankLinear, ReluFFN, RMSNorm, SwiGLU
 from lpa_model.model import LPAForCausalLM, PostNormBlock, PreNormBlock
 from lpa_model.quantization import Quantized, QuantizedLinear, quantize
 
-MOST_ROWS = 512  # of one run of the op list: so many stay in the cores' caches from one operation to the next
 WIDTH_UNIT = 32  # numbers that the cache's widths are padded to multiples of
 
 Matrix = tuple[Weight, Tensor | None]
@@ -249,21 +248,10 @@ class StepPlan:
         self.capacity = 0
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Mapping[int, Tensor]]:
-        """The batch's rows -> hidden states [rows, d], padded, in the weights' dtype; the next step overwrites them.
+        """The batch's rows -> hidden states [rows, d], padded, in the weights' dtype; the next call overwrites them.
 
         And what layers have read, float32 [n, d], padded, of the batch's `hidden` rows.
         """
-        if batch.num_rows <= MOST_ROWS:
-            return self._run(batch)
-        parts = [(hidden.clone(), inner) for hidden, inner in map(self._run, batch.cut(MOST_ROWS))]
-        inner = {layer: torch.cat([states[layer] for _, states in parts]) for layer in parts[0][1]}
-        return torch.cat([hidden for hidden, _ in parts]), inner
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """hidden [rows, d], padded -> logits [rows, vocab] in the weights' dtype."""
-        return gemm(self.kernels, hidden, self.output, self.vocab_size)
-
-    def _run(self, batch: Batch) -> tuple[Tensor, dict[int, Tensor]]:
         rows = batch.num_rows
         if rows > self.capacity:
             self._write(max(8, 1 << (rows - 1).bit_length()))
@@ -279,6 +267,10 @@ class StepPlan:
             inner[layer] = self.stream[torch.from_numpy(batch.hidden[layer])]
         del alive
         return self.normed[:rows], inner
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """hidden [rows, d], padded -> logits [rows, vocab] in the weights' dtype."""
+        return gemm(self.kernels, hidden, self.output, self.vocab_size)
 
     def _set(self, fields_and_owners: tuple[Mapping[str, int | np.ndarray], object]) -> object:
         fields, owners = fields_and_owners

@@ -55,11 +55,11 @@ class TorchBackend:
         ids = F.pad(torch.from_numpy(batch.ids), (0, padding)).to(self.device)
         inner: dict[int, Tensor] = {}
 
-        def see(layer: int, stream: Tensor) -> None:
+        def keep(layer: int, stream: Tensor) -> None:
             if (rows := batch.hidden.get(layer)) is not None:
                 inner[layer] = stream[torch.from_numpy(rows).to(self.device)].float()
 
-        return ComputedStep(batch, sampling, self.model(ids, attend.positions, attend, see), inner)
+        return ComputedStep(batch, sampling, self.model(ids, attend.positions, attend, keep), inner)
 
     def wait(self, handle: ComputedStep) -> None:
         if self.device.type == "cuda":

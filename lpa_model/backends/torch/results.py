@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from lpa_model.backends.base import Mask, SamplingRow, Scores, StepResult
 from lpa_model.backends.torch.rows import NOTHING
 from lpa_model.backends.torch.sampling import TORCH_ROWS, RowOps, sample, score
-from lpa_model.batch import NOT_MEASURED, Batch, Ints
+from lpa_model.batch import Batch, Ints
 from lpa_model.config import LPAConfig
 
 
@@ -100,23 +99,22 @@ def _broken_rows(logits: Tensor) -> set[int]:
 def _score_rows(
     hidden: Tensor, head: Callable[[Tensor], Tensor], batch: Batch, ops: RowOps, result: StepResult
 ) -> None:
-    columns = result.prompt_scores
+    columns: tuple[list[Any], ...] = result.prompt_scores
     rows, targets, tops, measured = batch.scored
     at = 0
-    for end, wanted in measured or ((len(rows), NOT_MEASURED),):
+    for end, wanted in measured or ((len(rows), None),):
         while at < end:
             size = LOGIT_ROWS
-            if wanted.rows or tops[at : min(at + size, end)].max() > MANY:
+            if (wanted is not None and wanted.rows) or tops[at : min(at + size, end)].max() > MANY:
                 size = FEW_ROWS
             chunk = slice(at, min(at + size, end))
             logits = head(hidden[_tensor(rows[chunk], hidden)])
             result.broken_prompt.update(at + row for row in _broken_rows(logits))
-            found = score(logits, _tensor(targets[chunk], hidden), int(tops[chunk].max()), ops, wanted)
-            if measured and wanted is NOT_MEASURED:
-                missing = [math.nan] * len(logits)
-                found = found._replace(entropies=missing, masses=missing, rows=[None] * len(logits))
+            found: tuple[list[Any], ...] = score(
+                logits, _tensor(targets[chunk], hidden), int(tops[chunk].max()), ops, wanted
+            )
             for column, more in zip(columns, found, strict=True):
-                column += more  # type: ignore[operator]  # each of its own kind
+                column.extend(more)
             at = chunk.stop
 
 

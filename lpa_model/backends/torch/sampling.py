@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 from lpa_model.backends.base import Floats, Mask, SamplingRow, Scores
 from lpa_model.backends.torch import rows as torch_rows
 from lpa_model.backends.torch.rows import UNDECIDED, RowScores
-from lpa_model.batch import NOT_MEASURED, Ints, Measured
+from lpa_model.batch import Ints, Measured
 
 
 class RowOps(NamedTuple):
@@ -127,7 +127,7 @@ def _flat_index(ids: Sequence[tuple[int, Ints]], logits: Tensor) -> Tensor:
 
 
 def score(
-    logits: Tensor, targets: Tensor, top: int, ops: RowOps = TORCH_ROWS, measured: Measured = NOT_MEASURED
+    logits: Tensor, targets: Tensor, top: int, ops: RowOps = TORCH_ROWS, measured: Measured | None = None
 ) -> Scores:
     """Log-probabilities of `targets` (int64 [rows]) under logits [rows, vocab], with the `top` best tokens and what
     else is to be measured.
@@ -150,13 +150,13 @@ def score(
 
 
 def _measure(
-    logits: Tensor, found: RowScores, wanted: Measured
+    logits: Tensor, found: RowScores, wanted: Measured | None
 ) -> tuple[list[float], list[float], list[Floats | None]]:
-    """The last columns of `Scores`, all empty if nothing is wanted."""
-    if not (wanted.entropy or wanted.rows or wanted.mass_of is not None):
+    """The last columns of `Scores`; all empty for None."""
+    if wanted is None:
         return [], [], []
-    missing = [math.nan] * len(logits)
-    entropies, masses, rows = missing, missing, cast(list[Floats | None], [None] * len(logits))
+    entropies = masses = [math.nan] * len(logits)
+    rows: list[Floats | None] = [None] * len(logits)
     if wanted.entropy:
         entropies = torch_rows.entropies(logits, found.peak, found.norm).tolist()
     if wanted.mass_of is not None:

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lpa_model.checkpoint import load_model, load_tokenizer, save_checkpoint, weights_hash
+from lpa_model.checkpoint import load_model, load_tokenizer, replace_text, save_checkpoint, weights_hash
 from lpa_model.convert.lowrank.calibrate import SINKS, push
 from lpa_model.convert.lowrank.convert import Budget, Row, factorise
 from lpa_model.layers import LowRankLinear
@@ -96,8 +96,7 @@ def prepare(
     save_checkpoint(work / "model", model, load_tokenizer(source), torch.float32, tokenizer_files=source)
     shutil.rmtree(work / "cut")
     written = {"facts": facts, "rows": [dataclasses.asdict(row) for row in rows]}
-    (work / "start.new").write_text(json.dumps(written) + "\n", encoding="utf-8")
-    (work / "start.new").replace(start)
+    replace_text(start, json.dumps(written) + "\n")
     return rows
 
 
@@ -215,7 +214,7 @@ def distil(
         windows: token ids int64 [windows, T]; which one a step takes follows from its number alone.
         teacher: the dense model's states before its head, [windows, T, d] float32.
         held_out: such a pair that is not trained on.
-        stopping: asked after every step; then the state is written and the iterator ends.
+        stopping: called after every step; once it is true, the state is written and the iterator ends.
     """
     model.requires_grad_(False)
     for module in (module for module in model.modules() if isinstance(module, LowRankLinear)):

@@ -28,25 +28,26 @@ INLINE int rows_bf16(int form) { return form == FORM_BF16 || form == FORM_BF16_I
 
 INLINE int is_int8(int form) { return form == FORM_F32_INT8 || form == FORM_BF16_INT8; }
 
-/* Runs `call` with the constant FORM that a record asks for. */
-#define FOR_FORM(a, call)                                   \
-    do {                                                    \
-        if ((a)->cache_dtype == INT8) {                     \
-            if ((a)->dtype == BFLOAT16) {                   \
-                enum { FORM = FORM_BF16_INT8 };             \
-                call;                                       \
-            } else {                                        \
-                enum { FORM = FORM_F32_INT8 };              \
-                call;                                       \
-            }                                               \
-        } else if ((a)->dtype == BFLOAT16) {                \
-            enum { FORM = FORM_BF16 };                      \
-            call;                                           \
-        } else {                                            \
-            enum { FORM = FORM_F32 };                       \
-            call;                                           \
-        }                                                   \
-    } while (0)
+INLINE int form_of(const struct attention *a) {
+    if (a->cache_dtype == INT8) return a->dtype == BFLOAT16 ? FORM_BF16_INT8 : FORM_F32_INT8;
+    return a->dtype == BFLOAT16 ? FORM_BF16 : FORM_F32;
+}
+
+#define FORM_CASE(form, call)  \
+    case form: {               \
+        enum { FORM = form };  \
+        call;                  \
+        break;                 \
+    }
+
+/* Runs `call` with a record's form as the constant FORM. */
+#define FOR_FORM(a, call)               \
+    switch (form_of(a)) {               \
+        FORM_CASE(FORM_F32, call)       \
+        FORM_CASE(FORM_BF16, call)      \
+        FORM_CASE(FORM_F32_INT8, call)  \
+        FORM_CASE(FORM_BF16_INT8, call) \
+    }
 
 INLINE int64_t number_bytes(int is_bf16) { return is_bf16 ? 2 : 4; }
 

@@ -68,8 +68,8 @@ INLINE int64_t out_bytes(const struct attention *a) {
 }
 
 INLINE int64_t tile_bytes(const struct attention *a) {
-    if (a->cache_dtype != INT8) return 0;
-    int form = a->dtype == BFLOAT16 ? FORM_BF16_INT8 : FORM_F32_INT8;
+    int form = form_of(a);
+    if (!is_int8(form)) return 0;
     return number_bytes(operands_bf16(form)) * TOKENS * max_i64(a->key_width, a->value_width);
 }
 

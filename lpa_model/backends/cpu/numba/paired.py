@@ -76,7 +76,7 @@ def _rows(size: int | None) -> Any:
     (x, stride, step, left, right, parts, count, fresh, out, out_stride, ahead), all addresses and numbers but `fresh`:
     out float32 [count, 32] += x bfloat16 [count, 32 * parts] . columns, for 1 to ROWS rows; `fresh`: out is
     overwritten instead. Rows lie `stride` bytes apart, and 32 numbers of a row `step`. What lies `ahead` bytes behind
-    the columns of strips is asked for.
+    the columns of strips is prefetched.
     """
 
     @intrinsic
@@ -117,7 +117,7 @@ _of_values = _rows(None)
 @compiled
 def multiply_strips(x, stride, weight, depth, count, ahead, found):
     """float32 [count, 32] at `found` from x [count, 32 * depth] and two strips of weights, as `programs.tiled` lays
-    them out; the strips `ahead` bytes behind them are asked for."""
+    them out; the strips `ahead` bytes behind them are prefetched."""
     left, right = weight, weight + 1024 * depth
     for r in range(0, count, ROWS):
         some = min(ROWS, count - r)

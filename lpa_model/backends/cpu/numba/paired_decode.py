@@ -86,7 +86,7 @@ def _lines(size, pieces):
 @compiled
 def _score(call, queries, keys, tokens, at, room, ahead, values):
     """Queries . keys of a block, both addresses -> room.scores[:, at : at + tokens], 16 keys at a time: some behind the
-    last one too. What lies at `ahead`, as much as a head's keys, is asked for, and the block's `values`."""
+    last one too. What lies at `ahead`, as much as a head's keys, is prefetched, and the block's `values`."""
     group, size, parts = call.heads // call.key_heads, 2 * call.key_width, call.key_width // 32
     side, line = singles.SIDE, room.scores.strides[0]
     lots = -(-tokens // 16)
@@ -164,7 +164,7 @@ def _mix(call, head, steps, room, out):
 def _attend(call, item, room, like, tiled):
     """One item: its maximum, sum and weighted values, not normalised, go to `stats` and `partial`.
 
-    Returns its row, and the item that is taken next: what is read next is asked for ahead, since the processor's own
+    Returns its row, and the item that is taken next: what is read next is prefetched, since the processor's own
     guesses end at every page.
     """
     heads, block_size = call.heads, call.block_size

@@ -24,8 +24,6 @@ from lpa_model.config import LPAConfig
 from lpa_model.layers import LayerNorm, LowRankLinear, RMSNorm, SwiGLU
 from lpa_model.model import LPAForCausalLM, PostNormBlock, PreNormBlock
 
-MOST_ROWS = 512  # of one run of the op list: so many stay in the cores' caches from one operation to the next
-
 
 def unsupported(config: LPAConfig, block_size: int) -> str | None:
     """What of a model or its cache has no operation in an op list, with the remedy; None if there is nothing."""
@@ -195,24 +193,13 @@ class FusedStep:
         self.capacity = 0
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Mapping[int, Tensor]]:
-        """The batch's rows -> hidden states [rows, d] before the head; may be overwritten by the next step.
+        """The batch's rows -> hidden states [rows, d] before the head; may be overwritten by the next call.
 
         And what layers have read, float32 [n, d], of the batch's `hidden` rows.
         """
         x: Tensor = self.embed_tokens(torch.from_numpy(batch.ids)).float()
         if self.embed_positions is not None:
             x = x + self.embed_positions(torch.from_numpy(batch.positions)).float()
-        if len(x) <= MOST_ROWS:
-            return self._run(x, batch)
-        parts, row = [], 0
-        for part in batch.cut(MOST_ROWS):
-            hidden, inner = self._run(x[row : row + part.num_rows], part)
-            parts.append((hidden.clone(), inner))
-            row += part.num_rows
-        inner = {layer: torch.cat([states[layer] for _, states in parts]) for layer in parts[0][1]}
-        return torch.cat([hidden for hidden, _ in parts]), inner
-
-    def _run(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[int, Tensor]]:
         rows = len(x)
         if rows > self.capacity:
             self._write(max(8, 1 << (rows - 1).bit_length()))

@@ -17,7 +17,7 @@ CHUNK = 256  # rows of one item: what stays in a core's second-level cache with 
 GROUP = 8  # pairs of strips of one item, where there are many: threads that write side by side hinder each other
 STRIP = 16  # outputs side by side in a tile
 PAIR = 2 * STRIP
-AHEAD = 4096  # bytes of a strip asked for ahead of the product
+AHEAD = 4096  # bytes of a strip prefetched ahead of the product
 
 
 @compiled
@@ -80,7 +80,7 @@ def work(op, rows, item, room, like, tiled):
 def _multiply(x, stride, weight, depth, found, op, row, pair, before, ahead, lines, like):
     """x [32, 32 * depth] times two strips at `weight` -> float32 [32, 32] at `found`; meanwhile `before`, the sums of
     another block, are finished, if that is not 0: tiles and vectors are worked on side by side. Of the strips that come
-    next, `lines` lines at `ahead` are asked for with each tile, if that is not 0.
+    next, `lines` lines at `ahead` are prefetched with each tile, if that is not 0.
 
     The strips are met again and again, and stay in the first-level cache if the rows do not pass through it.
     """

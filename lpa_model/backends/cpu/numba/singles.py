@@ -59,7 +59,7 @@ def score_square(
     typing: Any, queries: Any, keys: Any, stride: Any, parts: Any, out: Any, out_stride: Any, ahead: Any
 ) -> Any:
     """out float32 [SIDE, SIDE], rows `out_stride` bytes apart: SIDE queries bfloat16 [32 * parts] . as many keys; both
-    lie `stride` bytes apart. Two such rows at `ahead` are asked for."""
+    lie `stride` bytes apart. Two such rows at `ahead` are prefetched."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         queries, keys, stride, parts, out, out_stride, ahead = arguments

@@ -141,7 +141,7 @@ def multiply_columns(rows, stride, step, strip, parts, fresh, columns, out):
 @compiled
 def score(queries, keys, width, found, ahead, also, lines):
     """found float32 [TOKENS, 16] from TOKENS rows of keys [width] and queries [width / 2, 16, 2], two dimensions side
-    by side; all addresses. As many rows at `ahead` are asked for, and with every 32 of the width `lines` bytes of what
+    by side; all addresses. As many rows at `ahead` are prefetched, and with every 32 of the width `lines` bytes of what
     is at `also`."""
     stride = 2 * width
     zero_square()
