@@ -337,11 +337,12 @@ def test_what_train_advises_for_a_small_text_works(run: list[object], tmp_path: 
     refused = lpa(*asked)
     assert_one_line(refused, r"data: the text gives a tokenizer of \d+ entries.*: give --vocab-size \d+, or more text")
     advised = re.findall(r"--vocab-size \d+", refused.stderr)[0].split()
-    assert_one_line(lpa(*asked), rf"out: the earlier start in .*: give {' '.join(advised)}, or another --out")
+    assert lpa(*asked).stderr == refused.stderr
     refused = lpa(*asked, *advised)
     assert_one_line(refused, "sequence_length: 64 is too long .*: give more text, or a sequence_length below")
     below = int(re.findall(r"below (\d+)", refused.stderr)[0])
     assert "validation: " in succeed(*asked, *advised, "--sequence-length", below - 1)
+    assert_one_line(lpa(*asked), rf"out: the earlier start in .*: give {' '.join(advised)}, or another --out")
     (tmp_path / "valid.txt").write_text("")
     assert_one_line(lpa(*asked, *advised, "--sequence-length", 4, "--steps", 2), "valid.txt: has no text")
 

@@ -209,9 +209,9 @@ def test_runs_on_folders_of_tokens(tmp_path: Path) -> None:
     assert np.array_equal(prepare(folders["train"], tmp_path / "valid.txt", out, 300).valid.ids, found.valid.ids)
     with pytest.raises(ValueError, match="holds tokens of another tokenizer"):
         prepare(folders["train"], folders["other"], out, 300)
+    (out / "state.pt").touch()
     with pytest.raises(ValueError, match="an earlier start had another tokenizer"):
         prepare(folders["other"], folders["valid"], out, 300)
-    (out / "state.pt").touch()
     with pytest.raises(ValueError, match="an earlier start was on a folder of tokens"):
         prepare(tmp_path / "train.txt", folders["valid"], out, 300)
 
@@ -221,9 +221,24 @@ def test_another_text_in_the_same_run_is_refused(tmp_path: Path) -> None:
     out.mkdir()
     data.write_text(CORPUS)
     prepare(data, data, out, 270)
+    (out / "state.pt").touch()
     data.write_text(CORPUS + " More.")
     with pytest.raises(ValueError, match=r"an earlier start was on a\.txt \(\d+ bytes\), and data is a\.txt"):
         prepare(data, data, out, 270)
+
+
+def test_a_start_without_a_state_binds_nothing(tmp_path: Path) -> None:
+    out, data, valid = tmp_path / "run", tmp_path / "a.txt", tmp_path / "b.txt"
+    out.mkdir()
+    valid.write_text(CORPUS)
+    for text, entries in ((CORPUS, 270), (CORPUS, 280), (CORPUS + " More.", 280)):
+        data.write_text(text)
+        found = prepare(data, valid, out, entries)
+        assert found.tokenizer.get_vocab_size() == entries
+        assert found.tokenizer.decode(found.train.ids.tolist()) == text
+    kept = (out / "tokens.safetensors").stat().st_mtime_ns
+    prepare(data, valid, out, 280)
+    assert (out / "tokens.safetensors").stat().st_mtime_ns == kept
 
 
 def test_options_without_effect_are_refused(tmp_path: Path) -> None:

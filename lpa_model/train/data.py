@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from lpa_model.checkpoint import load_tokenizer, replace_text
 from lpa_model.train.config import TrainConfig
+from lpa_model.train.state import STATE
 from lpa_model.train.text import is_jsonl, pieces
 from lpa_model.train.tokenizer import END_OF_TEXT, TokenIds, train_tokenizer
 from lpa_model.train.tokens import Tokens, read_tokens, source_of, tokenizer_hash, write_tokens
@@ -76,21 +77,23 @@ def prepare(data: Path, valid: Path, out: Path, vocab_size: int, field: str = "t
     """The tokenizer, the training and the validation tokens of a run in the folder `out`.
 
     `data` is a folder of `lpa tokenize`, or text on which a tokenizer is trained; its tokens are kept in `out` for the
-    next start. `valid` is such a folder or text, too, and is tokenized at every start.
+    next start. `valid` is such a folder or text, too, and is tokenized at every start. What an earlier start has left
+    in `out` binds this one once it has kept a state; before that, tokens of other data or of a tokenizer of another
+    size are made again.
 
     Raises:
         ValueError: as `tokenize` and `read_tokens`; `out` is of a start with other data.
         OSError: a file cannot be read or written.
     """
     check_field([data, valid], field)
-    kept = out / "tokenizer.json"
+    kept, started = out / "tokenizer.json", (out / STATE).exists()
     if data.is_dir():
         tokenizer = load_tokenizer(data)
         train = read_tokens(data / TOKENS, tokenizer)
-        if kept.exists() and tokenizer_hash(load_tokenizer(out)) != tokenizer_hash(tokenizer):
+        if started and tokenizer_hash(load_tokenizer(out)) != tokenizer_hash(tokenizer):
             raise ValueError(f"{out}: an earlier start had another tokenizer than {data}: give another --out")
         replace_text(kept, tokenizer.to_str(pretty=True))
-    elif (out / TOKENS).exists():
+    elif (out / TOKENS).exists() and (started or _fits(out, data, vocab_size)):
         tokenizer = load_tokenizer(out)
         train = read_tokens(out / TOKENS, tokenizer)
         if data.exists() and (source_of(data),) != train.sources:
@@ -98,7 +101,7 @@ def prepare(data: Path, valid: Path, out: Path, vocab_size: int, field: str = "t
                 f"{out}: an earlier start was on {', '.join(train.sources)}, and data is {source_of(data)} now: give "
                 "another --out"
             )
-    elif (out / "state.pt").exists():
+    elif started:
         raise ValueError(f"{out}: an earlier start was on a folder of tokens: give that as data, or another --out")
     else:
         tokenizer, train = tokenize(
@@ -110,6 +113,13 @@ def prepare(data: Path, valid: Path, out: Path, vocab_size: int, field: str = "t
     assert end is not None
     text = pieces([valid], end, field, lambda read: report("tokenizing the validation text", read))
     return Data(tokenizer, train, write_tokens(out / VALID, tokenizer, text, end))
+
+
+def _fits(out: Path, data: Path, vocab_size: int) -> bool:
+    """Whether the tokens in `out` are those that a first start would make."""
+    tokenizer = load_tokenizer(out)
+    train = read_tokens(out / TOKENS, tokenizer)
+    return tokenizer.get_vocab_size() == vocab_size and (not data.exists() or (source_of(data),) == train.sources)
 
 
 def check_lengths(config: TrainConfig, num_tokens: int, num_valid_tokens: int) -> None:

@@ -29,11 +29,11 @@ from lpa_model.train.data import batch, check_lengths
 from lpa_model.train.loss import accumulate, bits_per_byte, make_loss
 from lpa_model.train.metrics import Metrics, Row
 from lpa_model.train.optimizer import optimizers
-from lpa_model.train.state import read_state, write_state
+from lpa_model.train.state import STATE, read_state, write_state
 from lpa_model.train.tokenizer import TokenIds
 from lpa_model.train.tokens import Tokens
 
-STATE, METRICS = "state.pt", "metrics.csv"
+METRICS = "metrics.csv"
 VALIDATED = 65536
 """Tokens that a validation on the way takes; the last one takes the whole text."""
 

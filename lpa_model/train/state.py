@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+STATE = "state.pt"
+"""Its name in the folder of a run."""
+
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
     """What a run goes on from; the file is replaced whole, and on the disk before it is."""

@@ -188,10 +188,10 @@ def _data(given: dict[str, Any], out: Path, vocab_size: int) -> Data:
     Raises:
         ValueError: it has not, or as `prepare`.
     """
-    from lpa_model.train.data import TOKENS, prepare
+    from lpa_model.train.data import prepare
+    from lpa_model.train.state import STATE
 
     source, valid = given["data"], given["valid"]
-    fresh = not (out / TOKENS).exists()
     size = max(path.stat().st_size if path.is_file() else 0 for path in (source, valid))
     try:
         with bytes_bar(size) as report:
@@ -206,7 +206,7 @@ def _data(given: dict[str, Any], out: Path, vocab_size: int) -> Data:
         other = "more text"
         if source.is_dir():
             which, other = f"data: {source} has a tokenizer of {entries} entries", "other --data"
-        elif not fresh:
+        elif (out / STATE).exists():
             which, other = f"out: the earlier start in {out} gives a tokenizer of {entries} entries", "another --out"
         raise ValueError(f"{which}, the model's vocab_size is {vocab_size}: give --vocab-size {entries}, or {other}")
     return data
