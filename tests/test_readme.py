@@ -26,7 +26,7 @@ from tests.documents import DOCUMENTS, ROOT, Block, Command, blocks, commands, n
 RUN = ("sh", "console", "python")
 SERVES = re.compile(r"^(?:\w+=\S* )*(?:make|lpa) serve\b(?!.*--help)")
 READY = re.compile(r"http://127\.0\.0\.1:(\d+)/")
-LIMIT = 600  # seconds; to end what hangs
+LIMIT = 3600  # seconds; to end what hangs, on a loaded machine too
 MARK = "\x1e"
 
 NOT_RUN = {
