@@ -192,7 +192,9 @@ def _connect(settings: Settings) -> tuple[int, bool]:
     port, own_cluster = settings.port, False
     try:
         ray.init("auto")
-    except ConnectionError:
+    except ConnectionError as error:
+        if address := os.environ.get("RAY_ADDRESS"):
+            raise ValueError(f"RAY_ADDRESS: there is no cluster at {address}: {error}") from None
         own_cluster = True
         load_config(settings.model)  # said now, not by each replica
         taken = listeners(settings.host, port)  # Ray would only log that the port is not free
@@ -217,8 +219,11 @@ def _serve(settings: Settings, port: int) -> int:
         if APP not in serve.status().applications:
             logger.error("the application is gone from the cluster")
             return 1
-    waiting = handle.broadcast("answer", "", "drain")
-    cut_off = waiting.results(timeout_s=settings.drain_timeout + END_MARGIN, return_exceptions=True)
+    draining = handle.broadcast("answer", "", "drain")
+    try:
+        cut_off = draining.results(timeout_s=settings.drain_timeout + END_MARGIN, return_exceptions=True)
+    except TimeoutError:
+        cut_off = ["a replica does not answer"]
     serve.delete(APP)
     return 0 if all(number == 0 for number in cut_off) else 1
 

@@ -17,8 +17,8 @@ BATCHES_ARE_OFF = (
     "started with --data-dir and without --ray-replicas, or use `lpa run-batch`"
 )
 NOTHING_IS_KEPT = (
-    "this server has replicas (--ray-replicas) and keeps no responses: send the conversation as `input`, or ask a server "
-    "without --ray-replicas"
+    "this server has replicas (--ray-replicas) and keeps no responses: send the conversation as `input`, or ask a "
+    "server without --ray-replicas"
 )
 
 
