@@ -169,14 +169,16 @@ def _share(replicas: int) -> int:
 
 
 def serve_replicas(settings: Settings) -> int:
-    """Serve on the cluster that RAY_ADDRESS names or that runs on this machine, or else on one of its own, until a
-    signal comes or the application is gone; returns the process's exit status.
+    """Serve on the cluster that RAY_ADDRESS names, or else on one of its own, until a signal comes or the application
+    is gone; returns the process's exit status.
 
     Raises:
         ValueError: a setting cannot be used, or no replica has started; the message says why.
     """
     check_replicated(settings)
     configure_logging(settings)
+    for line in settings.given():
+        logger.info("setting: %s", line)
     port, own_cluster = _connect(settings)
     try:
         return _serve(settings, port)
@@ -189,19 +191,20 @@ def serve_replicas(settings: Settings) -> int:
 def _connect(settings: Settings) -> tuple[int, bool]:
     """Start Serve; its port, and whether the cluster ends with this process."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    port, own_cluster = settings.port, False
-    try:
-        ray.init("auto")
-    except ConnectionError as error:
-        if address := os.environ.get("RAY_ADDRESS"):
-            raise ValueError(f"RAY_ADDRESS: there is no cluster at {address}: {error}") from None
-        own_cluster = True
-        load_config(settings.model)  # said now, not by each replica
+    address, port = os.environ.get("RAY_ADDRESS", ""), settings.port
+    own_cluster = address in ("", "local")
+    if own_cluster:
+        load_config(settings.model)  # a mistake is told now, and not by each replica
         taken = listeners(settings.host, port)  # Ray would only log that the port is not free
         port = taken[0].getsockname()[1]
         for listener in taken:
             listener.close()
         ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE)
+    else:
+        try:
+            ray.init(address)
+        except ConnectionError as error:
+            raise ValueError(f"RAY_ADDRESS: there is no cluster at {address}: {error}") from None
     keep_alive = math.ceil(settings.keep_alive_timeout)
     serve.start(http_options={"host": settings.host, "port": port, "keep_alive_timeout_s": keep_alive})
     return port, own_cluster
@@ -211,7 +214,9 @@ def _serve(settings: Settings, port: int) -> int:
     try:
         handle = serve.run(application(settings), name=APP)
     except RuntimeError:  # its own message has nothing of what the replicas have met
-        raise ValueError(_failure()) from None
+        reason = _failure()
+        serve.delete(APP)
+        raise ValueError(reason) from None
     ended = threading.Event()
     _on_signals(ended)
     print(greeting(settings, port), flush=True)
@@ -243,7 +248,7 @@ def _on_signals(ended: threading.Event) -> None:
 
 def _failure() -> str:
     """Why no replica has started: the last line of what Ray tells of it, the end of a traceback."""
-    application = serve.status().applications[APP]
-    told = [application.message, *(deployment.message for deployment in application.deployments.values())]
+    found = serve.status().applications.get(APP)
+    told = [] if found is None else [found.message, *(deployment.message for deployment in found.deployments.values())]
     lines = [line.strip() for line in "\n".join(told).splitlines() if line.strip()]
     return re.sub(r"^[\w.]*Error: ", "", lines[-1]) if lines else "no replica has started; Ray's logs say why"
