@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ import yaml
 
 from server.settings import embedded_checkpoint
 from tests.documents import ROOT, blocks
+from tests.extra.test_prometheus import free_port, prometheus, query
 
 OPERATIONS = ROOT / "server/docs/operations.md"
 PATIENCE = 300.0  # seconds for anything that a slow machine may do slowly
@@ -32,6 +32,28 @@ FIXED: dict[str, Any] = {"model": "lpa-tiny", "prompt": "Once upon a time", "ext
 LONG: dict[str, Any] = {"model": "lpa-tiny", "prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True}
 METRIC = re.compile(r"^lpa:(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 RETRIABLE = (openai.APIConnectionError, openai.InternalServerError, httpx.TransportError)
+
+# a replica whose engine fails at every step once it is told to
+BROKEN = """
+import sys, time
+from ray import serve
+from server import ray_serve
+from server.settings import load_settings
+
+class Breaking(ray_serve.Replica):
+    async def break_engine(self):
+        def fail(batch):
+            raise RuntimeError("no")
+        self._engine._engine.runner.run = fail
+
+ray_serve.Replica = Breaking
+settings = load_settings(ray_replicas="1", threads=1, kv_cache_memory=1 << 26, port=int(sys.argv[1]))
+ray_serve._connect(settings)
+handle = serve.run(ray_serve.application(settings), name=ray_serve.APP)
+handle.broadcast("break_engine").results()
+while True:
+    time.sleep(1)
+"""
 
 
 class Cluster:
@@ -85,18 +107,10 @@ class Cluster:
         return [pid for pid in found if ours(pid)]
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
-
-
 @contextmanager
 def started(folder: Path, port: int, *command: str) -> Iterator[Cluster]:
     log = folder / "log"
-    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    environment.pop("RAY_ADDRESS", None)
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, *command], cwd=ROOT, env=environment, stdout=output, stderr=output, text=True
@@ -157,6 +171,16 @@ def test_streams_of_the_official_client_are_whole_and_each_replica_counts_its_ow
     assert len(counts) == 2 and all(count > 0 for count in counts.values()), counts
     generated = cluster.metric("generation_tokens_total")
     assert all(count > 0 for count in generated.values()) and len(generated) == 2
+
+
+def test_prometheus_tells_the_replicas_apart(cluster: Cluster, tmp_path: Path) -> None:
+    in_parallel(16, lambda _: cluster.client.post("/v1/completions", json={**LONG, "max_tokens": 8}))
+    counts = cluster.answered()
+    expression = 'sum by (replica) (lpa:http_requests_total{handler="/v1/completions", status="200"})'
+    with prometheus(cluster.url.removeprefix("http://"), tmp_path) as client:
+        cluster.until(lambda: sorted(query(client, expression)) == sorted(counts.values()))
+        assert query(client, 'up{job="lpa"}') == [1]
+    assert len(counts) == 2
 
 
 def test_a_seed_gives_the_same_text_from_either_replica(cluster: Cluster) -> None:
@@ -298,6 +322,23 @@ def test_a_signal_drains_all_replicas(cluster: Cluster) -> None:
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
     assert int(refused.headers["retry-after"]) > 0
     assert not cluster.replicas()
+
+
+def test_a_replica_whose_engine_dies_is_replaced(tmp_path: Path) -> None:
+    port = free_port()
+    with started(tmp_path, port, "-c", BROKEN, str(port)) as found:
+        (broken,) = found.metric("build_info")
+        answers: list[int] = []
+
+        def complete() -> int:
+            answers.append(found.client.post("/v1/completions", json={**LONG, "max_tokens": 1}).status_code)
+            return answers[-1]
+
+        found.until(lambda: complete() == 500)  # the engine fails
+        found.until(lambda: complete() == 503)  # it has given up
+        found.until(lambda: complete() == 200)
+        assert broken not in found.metric("build_info")
+        assert set(answers) <= {200, 500, 503}
 
 
 def test_a_mistake_is_one_line(tmp_path: Path) -> None:
