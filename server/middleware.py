@@ -53,9 +53,16 @@ class RequestLog:
     body the HTTP server keeps back."""
 
     def __init__(
-        self, app: ASGIApp, enabled: bool, max_headers: HeaderLimits, metrics: Metrics, tracing: Tracing | None
+        self,
+        app: ASGIApp,
+        enabled: bool,
+        max_headers: HeaderLimits,
+        metrics: Metrics,
+        tracing: Tracing | None,
+        behind_ray: bool,
     ) -> None:
         self._app = app
+        self._behind_ray = behind_ray
         self._enabled = enabled
         self._max_headers = max_headers
         self._metrics = metrics
@@ -77,7 +84,8 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                if not self._behind_ray:  # its proxy sends the same id, beside any that the answer has
+                    MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
         routed = {**scope, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}

@@ -116,9 +116,7 @@ class Server(uvicorn.Server):
             await self.lifespan.shutdown()
             raise ValueError(explain(error, self._settings.host, self._settings.port)) from None
         if self.started and self._owns_process:
-            release_code()
-            sys.setswitchinterval(SWITCH_INTERVAL)
-            _spare_collections()
+            own_process()
             print(greeting(self._settings, self.port), flush=True)
 
     async def on_tick(self, counter: int) -> bool:
@@ -204,9 +202,14 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _spare_collections() -> None:
-    """Have the garbage collector pass over what lives as long as the process: modules, tables and the model. A full
-    collection of them would hold every thread for a quarter of a second. Of the others it makes fewer, too."""
+def own_process() -> None:
+    """What a process does that has loaded its model and does nothing but serve it.
+
+    The garbage collector passes over what lives as long as the process: modules, tables and the model. A full
+    collection of them would hold every thread for a quarter of a second. Of the others it makes fewer, too.
+    """
+    release_code()
+    sys.setswitchinterval(SWITCH_INTERVAL)
     gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG, *gc.get_threshold()[1:])

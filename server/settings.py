@@ -66,6 +66,14 @@ def _check_threads(threads: int | None) -> int | None:
     return threads
 
 
+def _check_replicas(value: Any) -> str:
+    """ "2" or "1:4"."""
+    found = re.fullmatch(r"(\d{1,6})(?::(\d{1,6}))?", str(value))
+    if found is None or not 1 <= int(found[1]) <= int(found[2] or found[1]):
+        raise ValueError("must be a number of replicas, or the fewest and the most as 1:4")
+    return found[0]
+
+
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
 
@@ -245,6 +253,11 @@ class Settings(BaseSettings):
     )
     max_file_bytes: int = Field(200 << 20, ge=1, description="Largest file of /v1/files in bytes; else a 413.")
     max_batch_lines: int = Field(50_000, ge=1, description="Most lines of a batch's input file.")
+    ray_replicas: Annotated[str | None, BeforeValidator(_check_replicas)] = Field(
+        None,
+        description="Replicas of the server on a Ray cluster, or the fewest and the most as 1:4, between which Ray "
+        "chooses by the load; needs the extra ray (default: one server, without Ray).",
+    )
     api_key: Keys = Field(
         (),
         description="Keys of which clients must send one as 'Authorization: Bearer KEY', with commas between them or "
@@ -287,6 +300,17 @@ class Settings(BaseSettings):
         return [f"{name} = {shown[name]} ({origin})" for name, origin in self._origins.items()]
 
     @property
+    def origins(self) -> Mapping[str, str]:
+        """Where each setting that was given comes from, by its name."""
+        return self._origins
+
+    @property
+    def replicas(self) -> tuple[int, int]:
+        """The fewest and the most of them."""
+        fewest, _, most = (self.ray_replicas or "1").partition(":")
+        return int(fewest), int(most or fewest)
+
+    @property
     def model_names(self) -> tuple[str, ...]:
         """All of the model's names in the API, at least one."""
         return self.served_model_name or (self.model.resolve().name,)
@@ -315,6 +339,7 @@ GROUPS = {
     "max_model_len": "Steps and cache",
     "max_queue": "Limits and times",
     "data_dir": "Batches",
+    "ray_replicas": "Replicas",
     "api_key": "Keys and origins",
     "log_format": "Log, metrics and traces",
 }

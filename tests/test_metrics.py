@@ -13,14 +13,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lpa_model.config import Architecture
 from server.engine.request import EngineStats, FinishedRequest, FinishReason
-from server.metrics import Histogram, Metrics
+from server.metrics import Histogram, Metrics, render
 from tests.serving import Served, serving, slow_steps, until
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     """The page as Prometheus' own parser reads it, without the label model_name, which every lpa: sample must have."""
     found = {}
-    for family in text_string_to_metric_families(metrics.render()[0].decode()):
+    for family in text_string_to_metric_families(render(metrics.registry)[0].decode()):
         for sample in family.samples:
             labels = dict(sample.labels)
             if sample.name.startswith("lpa:"):
@@ -172,7 +172,7 @@ def test_with_the_prefix_vllm_names_are_vllms_and_no_others() -> None:
     metrics = Metrics("tiny", "vllm")
     metrics.observe(stats(prefix_cache_queries=8, prefix_cache_hits=2, kv_cache_usage=0.5))
     metrics.observe_http("/v1/completions", "POST", 404, 0.1)
-    page = metrics.render()[0].decode()
+    page = render(metrics.registry)[0].decode()
     parts = {f"{name}{part}" for name in VLLM_HISTOGRAMS for part in ("_bucket", "_count", "_sum")}
     found = {sample.name: sample for family in text_string_to_metric_families(page) for sample in family.samples}
     assert {f"vllm:{name}" for name in parts | VLLM - {"cache_config_info"}} <= set(found)
@@ -187,7 +187,9 @@ def test_openmetrics_says_the_same_as_the_text_format() -> None:
     metrics = Metrics("tiny")
     metrics.observe(stats(generation_tokens=5, time_to_first_token=[0.3], finished=[ended()]))
     metrics.observe_http("/v1/completions", "POST", 200, 0.1)
-    page, content_type = metrics.render("application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4")
+    page, content_type = render(
+        metrics.registry, "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4"
+    )
     assert content_type == "application/openmetrics-text; version=1.0.0; charset=utf-8"
     assert page.endswith(b"# EOF\n")
 
@@ -199,7 +201,7 @@ def test_openmetrics_says_the_same_as_the_text_format() -> None:
             if sample.name.startswith("lpa:")
         }
 
-    text, plain_type = metrics.render("text/plain")
+    text, plain_type = render(metrics.registry, "text/plain")
     assert plain_type == "text/plain; version=0.0.4; charset=utf-8"
     expected = ours(text_string_to_metric_families(text.decode()))
     assert len(expected) > 300

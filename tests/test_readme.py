@@ -47,6 +47,8 @@ NOT_RUN = {
     ("server/docs/models.md", "needs the Hugging Face hub"),
     ("server/docs/models.md", "trains for minutes on a GPU"),
     ("server/docs/operations.md", "needs docker"),
+    ("server/docs/operations.md", "needs several machines"),
+    ("server/docs/operations.md", "needs the extra ray"),
     ("server/docs/operations.md", "takes minutes"),
     ("server/docs/quickstart.md", "needs the address of your copy"),
     ("server/docs/scoring.md", "needs lm-evaluation-harness and its tasks from a hub"),

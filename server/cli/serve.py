@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import typer
 
 from server.cli.command import command_of, ends_at_once, flag, user_errors
+
+if TYPE_CHECKING:  # help must not wait for pydantic
+    from server.settings import Settings
 
 
 def serve() -> None:
@@ -54,7 +57,23 @@ def _serve(given: dict[str, Any]) -> None:
         settings = load_settings(**given)
 
     with user_errors(), ends_at_once():  # the server's own handlers take over when it has started
-        from server.serve import serve as serve_http
-
-        status = serve_http(settings)
+        status = _serve_replicas(settings) if settings.ray_replicas is not None else _serve_here(settings)
     raise typer.Exit(status)
+
+
+def _serve_here(settings: Settings) -> int:
+    from server.serve import serve
+
+    return serve(settings)
+
+
+def _serve_replicas(settings: Settings) -> int:
+    from server.replicas import check_replicated
+
+    check_replicated(settings)
+    try:
+        from server.ray_serve import serve_replicas
+    except ModuleNotFoundError as error:
+        missing = f"{error.name} is not installed; pip install 'lpa-server[ray]' brings it"
+        raise ValueError(f"--ray-replicas (LPA_RAY_REPLICAS): {missing}") from None
+    return serve_replicas(settings)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gzip
 import re
 from concurrent.futures import ThreadPoolExecutor
 
 from fastapi import APIRouter, Header
 from fastapi.responses import Response
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
-from server.metrics import Metrics
+from server.metrics import Metrics, render
+from server.replicas import Merged, Replicas, labelled
 from server.routes.described import responses
 
 GZIP_LEVEL = 1  # a ninth of the size; the highest level takes three times as long for an eleventh
 TAKES_GZIP = re.compile(r"(^|,)\s*(gzip|\*)\s*(;\s*q=(?!0(\.0*)?\s*(,|$))[^,]*)?\s*(,|$)", re.IGNORECASE)
 
 
-def metrics_router(metrics: Metrics) -> APIRouter:
-    """The route over one server's metrics."""
+def metrics_router(metrics: Metrics, replicas: Replicas | None) -> APIRouter:
+    """The route over one server's metrics, or those of all replicas."""
     router = APIRouter(tags=["Operations"])
 
     renderer = ThreadPoolExecutor(1, "metrics")  # its own: a scrape must not wait for texts that are tokenized
@@ -33,16 +37,29 @@ def metrics_router(metrics: Metrics) -> APIRouter:
         accept: str = Header("", description="application/openmetrics-text is answered in that format."),
         accept_encoding: str = Header("", description="With gzip, the page is compressed."),
     ) -> Response:
-        """Counts, gauges and histograms, times in seconds. Needs no key unless the server has --metrics-key."""
+        """Counts, gauges and histograms, times in seconds. Needs no key unless the server has --metrics-key.
+
+        With --ray-replicas, of all replicas, by the label `replica`."""
         compressed = TAKES_GZIP.search(accept_encoding) is not None
         loop = asyncio.get_running_loop()
-        content, media_type = await loop.run_in_executor(renderer, _render, metrics, accept, compressed)
+        if replicas is None:
+            work = functools.partial(_render, metrics.registry, accept, compressed)
+        else:
+            others = await replicas.others("metrics")
+            work = functools.partial(_render_all, replicas.name, metrics.registry, others, accept, compressed)
+        content, media_type = await loop.run_in_executor(renderer, work)
         headers = {"vary": "accept, accept-encoding"} | ({"content-encoding": "gzip"} if compressed else {})
         return Response(content, media_type=media_type, headers=headers)
 
     return router
 
 
-def _render(metrics: Metrics, accept: str, compressed: bool) -> tuple[bytes, str]:
-    content, media_type = metrics.render(accept)
+def _render_all(
+    name: str, own: Collector, others: list[list[Metric]], accept: str, compressed: bool
+) -> tuple[bytes, str]:
+    return _render(Merged([labelled(name, own.collect()), *others]), accept, compressed)
+
+
+def _render(collector: Collector, accept: str, compressed: bool) -> tuple[bytes, str]:
+    content, media_type = render(collector, accept)
     return gzip.compress(content, GZIP_LEVEL) if compressed else content, media_type

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Path, Request
 from server.errors import NotFound
 from server.keys import Keys
 from server.protocol.answers import CancelResponse
+from server.replicas import Others
 from server.routes.described import responses
 
 CONTROL = "Control"  # the tag of routes that need an admin key
@@ -35,7 +36,7 @@ class Running:
             if not self._entries[request_id]:
                 del self._entries[request_id]
 
-    def cancel(self, request_id: str, *, but: asyncio.Future[None]) -> int:
+    def cancel(self, request_id: str, *, but: asyncio.Future[None] | None = None) -> int:
         """End the requests of an id, as clients or as answers write it, all but one; their number."""
         for name in (request_id, *(request_id.removeprefix(p) for p in PREFIXES if request_id.startswith(p))):
             found = [entry for entry in self._entries.get(name, ()) if entry is not but and not entry.done()]
@@ -46,8 +47,8 @@ class Running:
         return 0
 
 
-def requests_router(running: Running, keys: Keys) -> APIRouter:
-    """The route over one server's requests."""
+def requests_router(running: Running, keys: Keys, others: Others) -> APIRouter:
+    """The route over one server's requests, and those of its other replicas."""
     router = APIRouter(tags=[CONTROL])
 
     @router.post(
@@ -64,6 +65,7 @@ def requests_router(running: Running, keys: Keys) -> APIRouter:
         """
         keys.check_admin(request.state.role)
         number = running.cancel(request_id, but=request.state.cancelled)
+        number += sum(await others("cancel", request_id))
         if not number:
             raise NotFound(f"no request {request_id!r} is running", param="id", code="request_not_found")
         return CancelResponse(id=request_id, cancelled=number)

@@ -31,6 +31,7 @@ from server.routes.body import JsonRoute
 from server.routes.chat import ChatCall, accept
 from server.routes.described import WITH_ENGINE, responses
 from server.routes.limits import check_count
+from server.routes.one_place import check_stateless
 from server.routes.prompts import check_model
 from server.routes.respond import JsonPieces, in_pieces, json_parts, json_response, to_json, while_connected
 from server.routes.response_store import ResponseStore, Stored
@@ -218,6 +219,8 @@ class _Responses:
     async def begin(self, body: ResponsesRequest, request_id: str) -> _Run:
         """Refuse what the model cannot do, or what is not there."""
         check_model(body.model, self._settings)
+        if self._settings.ray_replicas is not None:
+            check_stateless(body)
         before: list[Item] = []
         if body.previous_response_id is not None:
             if (stored := self.store.get(body.previous_response_id)) is None:
