@@ -19,6 +19,7 @@ from server.engine.request import Logprobs, Measures
 from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidRequest, UserError
 from server.protocol.inputs import entry_loc
+from server.protocol.json_text import WIDE
 from server.protocol.perplexity import (
     LINES_OPENAPI,
     PerplexityParameters,
@@ -32,7 +33,7 @@ from server.routes.described import WITH_ENGINE, responses
 from server.routes.limits import FEW
 from server.routes.ndjson import LineBody, has_lines
 from server.routes.prompts import check_model
-from server.routes.respond import JsonPieces, deadline_of, in_pieces, to_json, while_connected
+from server.routes.respond import JsonPieces, deadline_of, in_pieces, json_parts, to_json, while_connected
 from server.routes.safetensors import safetensors_stream, wants_safetensors
 from server.routes.scoring import Scorer
 from server.routes.stream import Line, line_stream
@@ -243,8 +244,9 @@ def _unit_entries(of_text: TextUnits, piece: Piece, scores: Logprobs) -> tuple[L
 
 def _tokens(tokenizer: Tokenizer, piece: Piece, scores: Logprobs) -> list[bytes]:
     """The entries of a piece's tokens, with commas between them."""
+    levels = int(bool(scores.top_ids) and len(scores.top_ids[0]) > WIDE)
     found = entries(tokenizer, piece, scores)
-    return in_pieces(part for i, entry in enumerate(found) for part in ("," if i else "", to_json(entry)))
+    return in_pieces(part for i, entry in enumerate(found) for part in ("," if i else "", *json_parts(entry, levels)))
 
 
 async def _whole(lines: AsyncGenerator[Line]) -> list[bytes]:
