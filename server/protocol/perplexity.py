@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -17,8 +16,7 @@ from server.engine.request import Logprobs
 from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidRequest
 from server.protocol.body import HARMLESS, RequestBody
-from server.protocol.inputs import MODEL, Inputs, check_input
-from server.protocol.json_size import check_num_values
+from server.protocol.inputs import MODEL, Inputs, check_input, value_of_line
 from server.protocol.json_text import WIDE, JsonText, listed
 from server.protocol.logprobs import LOWEST_LOGPROB, byte_list
 from server.protocol.safetensors import SAFETENSORS
@@ -231,13 +229,7 @@ LINES_OPENAPI: dict[str, Any] = {
 
 def input_of_line(line: bytes, where: str, max_values: int) -> str | list[int]:
     """The text or token ids of a line of a body; InvalidRequest names the line."""
-    check_num_values(line, max_values, where)
-    try:
-        value = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"{where}: is not UTF-8 at byte {error.start}", param=where) from None
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{where}: is not valid JSON: {error}", param=where) from None
+    value = value_of_line(line, where, max_values)
     if isinstance(value, dict):
         if len(value.keys() & {"text", "input"}) != 1:
             raise InvalidRequest(f'{where}: the object must have either "text" or "input"', param=where)
