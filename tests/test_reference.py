@@ -88,7 +88,14 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         },
     ],
     "POST /v1/loglikelihood": [
-        {"body": {**MODEL, "context": "The sun was shining and the sky was", "continuations": [" blue.", " table."]}}
+        {"body": {**MODEL, "context": "The sun was shining and the sky was", "continuations": [" blue.", " table."]}},
+        {
+            "query": {**MODEL, "stream": "true"},
+            "lines": [
+                {"context": "The sun was", "continuations": [" bright.", " a table."]},
+                {"context": "The sea was", "continuations": [" calm.", " a chair."]},
+            ],
+        },
     ],
     "POST /v1/files": [{"file": [LINE]}],
     "GET /v1/files": [{"query": {"limit": 1}}],
