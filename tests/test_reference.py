@@ -288,7 +288,7 @@ def test_the_examples_carry_the_name_of_the_model_that_is_served(tiny_checkpoint
     with serving(tiny_checkpoints["setting2"], served_model_name="mine") as other:
         found = Examples(other.client.get(PAGE).text)
     assert (
-        sum('"model": "mine"' in line or "model=mine" in line or "models/mine" in line for line in found.commands) == 12
+        sum('"model": "mine"' in line or "model=mine" in line or "models/mine" in line for line in found.commands) == 13
     )
     assert not any("lpa-tiny" in line for line in found.commands)
 

@@ -7,27 +7,31 @@ from __future__ import annotations
 
 import asyncio
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 os.environ |= {"AUTOGEN_USE_DOCKER": "0", "HAYSTACK_TELEMETRY_ENABLED": "False"}
 
-import autogen
 import pytest
-from autogen_agentchat.agents import AssistantAgent
-from autogen_core.models import ModelFamily, UserMessage
-from autogen_core.tools import FunctionTool
-from autogen_ext.models.openai import OpenAIChatCompletionClient
-from haystack.components.agents import Agent
-from haystack.components.generators.chat import OpenAIChatGenerator
-from haystack.dataclasses import ChatMessage, StreamingChunk
-from haystack.tools import create_tool_from_function
-from haystack.utils import Secret
 from pydantic import BaseModel
 
 from tests.extra.test_smollm2 import folder, source  # noqa: F401 (fixtures)
 from tests.serving import serving
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of what they import
+    import autogen
+    from autogen_agentchat.agents import AssistantAgent
+    from autogen_core.models import ModelFamily, UserMessage
+    from autogen_core.tools import FunctionTool
+    from autogen_ext.models.openai import OpenAIChatCompletionClient
+    from haystack.components.agents import Agent
+    from haystack.components.generators.chat import OpenAIChatGenerator
+    from haystack.dataclasses import ChatMessage, StreamingChunk
+    from haystack.tools import create_tool_from_function
+    from haystack.utils import Secret
 
 pytestmark = pytest.mark.filterwarnings("default")  # the clients' own
 NAME = "SmolLM2"
