@@ -104,7 +104,7 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics, replic
         app.include_router(one_place_router())
     app.include_router(completions_router(engine, settings))
     app.include_router(chat_router(engine, settings))
-    app.include_router(responses_router(engine, settings))
+    app.include_router(responses_router(engine, settings, running))
     app.include_router(perplexity_router(engine, settings))
     app.include_router(loglikelihood_router(engine, settings))
     app.include_router(files_router(runner))

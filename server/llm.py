@@ -6,9 +6,12 @@
         (story,) = llm.generate("Once upon a time", SamplingParams(max_tokens=64, temperature=0))
         scores = llm.score(["The sun is bright."], method="full")
         likely, unlikely = llm.loglikelihood([("The sun was", " bright."), ("The sun was", " a table.")])
+        (words,) = [text.units for text in llm.score("The sun is bright.", method="rolling", unit="word").texts]
+        calm, quiet = llm.embed(["The sea was calm.", "The ocean was quiet."])
+        (states,) = llm.hidden_states("The sea was calm.", layers=[0, -1])
 
-Where the engine is batch-invariant (its start line says so), texts, log-probabilities and sums are those of the command
-line and of the server, to the bit.
+Where the engine is batch-invariant (its start line says so), texts, log-probabilities, sums and hidden states are those
+of the command line and of the server, to the bit.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from pydantic import ValidationError
 
 from lpa_model.perplexity import Convention, Method, Tally
 from server.engine.engine import Engine, EngineOptions, StepFailed, build_engine
+from server.engine.hidden_states import Floats, HiddenSpec
 from server.engine.request import (
     NO_MORE,
     Completion,
@@ -37,18 +41,34 @@ from server.engine.request import (
     Request,
     RequestOutput,
     SamplingParams,
+    hidden_request,
     scoring_request,
 )
 from server.engine.tokenizer import Tokenizer
 from server.errors import EngineError, InvalidRequest
+from server.protocol.embeddings import embedding_of
+from server.protocol.hidden_states import Positions, layers_of, positions_of
 from server.protocol.inputs import check_input, entry_loc
 from server.protocol.loglikelihood import Alternative, continuation_fields
+from server.protocol.perplexity import UnitName
 from server.protocol.sampling import MAX_LOGPROBS, SamplingBody
 from server.scoring.loglikelihood import Pair, PairTokenizer, Unscorable, packs
-from server.scoring.perplexity import Corpus, Piece, Text, convention_of, pieces, runs, tokenize
+from server.scoring.perplexity import Corpus, Piece, Text, convention_of, pieces, runs
+from server.scoring.units import TextUnits, Units, tokenize_units
 from server.settings import load_settings
 
-__all__ = ["LLM", "Completion", "GrammarSpec", "Likelihood", "Logprobs", "SamplingParams", "Scores", "TextScores"]
+__all__ = [
+    "LLM",
+    "Completion",
+    "GrammarSpec",
+    "Likelihood",
+    "Logprobs",
+    "SamplingParams",
+    "Scores",
+    "States",
+    "TextScores",
+    "Unit",
+]
 
 Prompt = str | list[int]
 """A text or its token ids."""
@@ -78,13 +98,24 @@ class Options(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
+class Unit:
+    """A word or a region of a text."""
+
+    text: str
+    offset: int  # where it begins in the text, in characters
+    num_tokens: int
+    surprisal: float | None  # bits; None where one of its tokens is not scored
+
+
+@dataclass(frozen=True)
 class TextScores:
-    """A scored text. Entry i of the lists belongs to token i; None where a token is not scored."""
+    """A scored text. Entry i of the lists but `units` belongs to token i; None where a token is not scored."""
 
     token_ids: list[int]
     logprobs: list[float | None]  # natural logarithms
     ranks: list[int | None]  # 1 for the most probable token
     sums: Tally
+    units: list[Unit]  # empty where no unit was asked for
 
 
 @dataclass(frozen=True)
@@ -105,6 +136,16 @@ class Likelihood:
     is_greedy: bool  # whether every token was the most probable one in its place
     num_tokens: int
     num_bytes: int  # of the continuation as it was given, in UTF-8
+
+
+@dataclass(frozen=True, eq=False)
+class States:
+    """Hidden states of a text."""
+
+    token_ids: list[int]  # all of the text's
+    layers: tuple[int, ...]  # counted from 0, the embeddings
+    positions: Positions  # of the tokens
+    values: Floats  # float32 [positions, layers, hidden_size]
 
 
 class LLM:
@@ -223,6 +264,9 @@ class LLM:
         max_length: int | None = None,
         stride: int | None = None,
         add_bos: bool | None = None,
+        unit: UnitName | None = None,
+        boundary_correction: bool = True,
+        region_separator: str = "|",
     ) -> Scores:
         """Log-probabilities of the tokens of each text, and what they come to; `lpa_model/perplexity.py` says how.
 
@@ -232,27 +276,42 @@ class LLM:
             max_length: tokens of a window, context included (default: `max_model_len`).
             stride: tokens between the beginnings of sliding windows (default: half of max_length).
             add_bos: whether BOS stands before a text (default: the tokenizer's own setting).
+            unit: the surprisal of each "word" or "region" of a text, too; `server/scoring/units.py` says how.
+            boundary_correction: with unit: the probability of the space before a word belongs to the word before it.
+            region_separator: what stands between regions; it is taken out before scoring.
 
         Raises:
-            InvalidRequest: an argument does not fit the model, or a text the method; or no token can be scored.
+            InvalidRequest: an argument does not fit the model, or a text the method; or no token can be scored; or
+                token ids are to be divided into regions.
             ContextLength: a text is too long for "full".
             EngineError: a step of the engine failed, or the model gave a number that is not finite.
         """
         values = _as_list(texts)
         convention = self.convention(method, max_length=max_length, stride=stride, add_bos=add_bos)
+        units = None
+        if unit is not None:
+            units = Units(name=unit, correction=boundary_correction, separator=region_separator)
         tokenized = (
-            tokenize(self.tokenizer, convention, where, check_input(value, where))
+            tokenize_units(
+                self.tokenizer, convention, where, check_input(value, where), units, with_offsets=units is not None
+            )
             for where, value in ((entry_loc("texts", i, len(values)), value) for i, value in enumerate(values))
         )
         corpus, found = Corpus(convention, self.engine.identity), list[TextScores]()
         logprobs: list[float | None] = []
         ranks: list[int | None] = []
-        for piece, scores in self.score_pieces(tokenized, convention):
+        of_units: list[dict[str, Any]] = []
+        of_text = None if units is None else TextUnits(self.tokenizer, units)
+        measures = NO_MORE if units is None else Measures(mass_of=self.tokenizer.word_beginnings)
+        for piece, scores in self.score_pieces(tokenized, convention, measures):
+            if of_text is not None:
+                scores, of_units = of_text.add(piece, scores)
             for start, end, of_run in runs(piece, scores):
                 logprobs += [None] * (end - start) if of_run is None else of_run.logprobs
                 ranks += [None] * (end - start) if of_run is None else of_run.ranks
             if (sums := corpus.add(piece, scores.logprobs)) is not None:
-                found.append(TextScores(list(piece.text.token_ids), logprobs, ranks, sums))
+                units_found = [Unit(**entry) for entry in of_units]
+                found.append(TextScores(list(piece.text.token_ids), logprobs, ranks, sums, units_found))
                 logprobs, ranks = [], []
         corpus.check("texts")
         return Scores(convention, found, corpus.tally, corpus.digest)
@@ -320,6 +379,101 @@ class LLM:
                     entry["logprob"], entry["is_greedy"], entry["num_tokens"], entry["num_bytes"]
                 )
         return [found[i] for i in range(len(tokenized))]
+
+    def embed(
+        self,
+        texts: Prompt | Sequence[Prompt],
+        *,
+        pooling: Literal["mean", "last"] = "mean",
+        dimensions: int | None = None,
+        normalize: bool = True,
+        add_special_tokens: bool = True,
+    ) -> list[Floats]:
+        """A vector for each text, float32 [dimensions]: hidden states after the final norm. No embedder was trained.
+
+        Args:
+            texts: a text, its token ids, or a list of either.
+            pooling: the mean over the tokens, or the last token's.
+            dimensions: only the first ones (default: all).
+            normalize: whether a vector has length 1.
+            add_special_tokens: whether the tokenizer adds its own, such as BOS, to texts.
+
+        Raises:
+            InvalidRequest: a text is empty or has a token id outside the vocabulary, or dimensions are out of range.
+            ContextLength: a text is longer than `max_model_len`.
+            EngineError: as `score`.
+        """
+        width = self.engine.model_config.hidden_size
+        if dimensions is not None and not 1 <= dimensions <= width:
+            raise InvalidRequest(f"dimensions: {dimensions} is not between 1 and {width}", param="dimensions")
+        if pooling not in ("mean", "last"):
+            raise InvalidRequest(f"pooling: {pooling!r} is neither 'mean' nor 'last'", param="pooling")
+
+        def spec(ids: list[int]) -> HiddenSpec:
+            positions = range(0 if pooling == "mean" else len(ids) - 1, len(ids))
+            return HiddenSpec(layers=self._layers([-1]), positions=positions, mean=pooling == "mean")
+
+        hidden = self._hidden([(ids, spec(ids)) for _, ids in self._ids(texts, add_special_tokens)])
+        return [embedding_of(values[0, 0], dimensions, normalize=normalize) for values in hidden]
+
+    def hidden_states(
+        self,
+        texts: Prompt | Sequence[Prompt],
+        layers: Sequence[int] = (-1,),
+        positions: Sequence[int] | None = None,
+        *,
+        add_special_tokens: bool = True,
+    ) -> list[States]:
+        """The residual stream of each text at chosen layers and positions.
+
+        Args:
+            texts: a text, its token ids, or a list of either.
+            layers: as `output_hidden_states` of transformers: 0 for the embeddings, i for what layer i leaves, and the
+                number of layers for what the output head reads; negative ones count from the end.
+            positions: ascending, of every text; negative ones count from the end (default: all).
+            add_special_tokens: whether the tokenizer adds its own, such as BOS, to texts.
+
+        Raises:
+            InvalidRequest: a text is empty or has a token id outside the vocabulary; there is no such layer or
+                position, or it is given twice.
+            ContextLength: a text is longer than `max_model_len`.
+            EngineError: as `score`.
+        """
+        for name, given in (("layers", layers), ("positions", positions)):
+            if given is not None and not len(given):
+                raise InvalidRequest(f"{name}: is empty", param=name)
+        numbers = self._layers(layers)
+        wanted = [
+            (ids, HiddenSpec(layers=numbers, positions=positions_of(positions, len(ids), where)))
+            for where, ids in self._ids(texts, add_special_tokens)
+        ]
+        return [
+            States(ids, numbers, spec.positions, values)
+            for (ids, spec), values in zip(wanted, self._hidden(wanted), strict=True)
+        ]
+
+    def _layers(self, layers: Sequence[int]) -> tuple[int, ...]:
+        return layers_of(layers, self.engine.model_config.num_hidden_layers)
+
+    def _ids(self, texts: Prompt | Sequence[Prompt], add_special_tokens: bool) -> list[tuple[str, list[int]]]:
+        """(name, token ids) of each text, checked."""
+        values, found = _as_list(texts), []
+        for i, value in enumerate(values):
+            where = entry_loc("texts", i, len(values))
+            value = check_input(value, where)
+            ids = (
+                self.tokenizer.encode(value, add_special_tokens=add_special_tokens) if isinstance(value, str) else value
+            )
+            self.engine.validate(ids, 0, where)
+            found.append((where, ids))
+        return found
+
+    def _hidden(self, wanted: Sequence[tuple[list[int], HiddenSpec]]) -> Iterator[Floats]:
+        """Each sequence's hidden states [positions, layers, hidden_size]."""
+        work = ((None, hidden_request(self._id(), ids, spec)) for ids, spec in wanted)
+        for _, completion in self._run(work):
+            assert completion.hidden is not None
+            yield completion.hidden
 
     # --- requests --------------------------------------------------------------------------------------------------
 

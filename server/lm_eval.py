@@ -2,15 +2,17 @@
 
     python -m server.lm_eval run --model lpa --model_args base_url=http://127.0.0.1:8000 --tasks TASK
 
-Rolling log-likelihoods go to /v1/perplexity through one connection, alternatives of one context together to
-/v1/loglikelihood, generations to /v1/completions. The server tokenizes. Numbers are those of the harness' `hf` on the
-same weights with the same max_length.
+Rolling log-likelihoods go to /v1/perplexity through one connection, the alternatives of each context as a line to
+/v1/loglikelihood through another, generations to /v1/completions. The server tokenizes. Numbers are those of the
+harness' `hf` on the same weights with the same max_length.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import aclosing
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -21,14 +23,14 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from server.client import Client
-from server.scoring.remote import score_texts
+from server.client import Client, RequestFailed
+from server.scoring.remote import lines_of, score_texts
 from server.scoring.texts import Source
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-PER_REQUEST = 256  # alternatives or prompts
+PER_REQUEST = 256  # prompts
 IN_FLIGHT = 2  # requests: one is computed while another is sent or read
 GENERATED = 256  # tokens, where a task does not say: as the harness' own models
 
@@ -85,7 +87,8 @@ class ServedLM(LM):  # type: ignore[misc]  # the harness has no types
         """(sum of log-probabilities, whether greedy decoding gives it) of each continuation."""
         pairs = [request.args for request in requests]
         sets = [[pair for _, pair in same] for _, same in groupby(enumerate(pairs), key=lambda entry: entry[1][0])]
-        found = self._in_batches(_batches(sets, len), self._score_sets, "loglikelihood", len(pairs), disable_tqdm)
+        with tqdm(total=len(pairs), disable=disable_tqdm, desc="loglikelihood") as bar:
+            found = self._run(lambda client: self._score_sets(client, sets, bar.update))
         for request, answer in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
         return found
@@ -155,7 +158,9 @@ class ServedLM(LM):  # type: ignore[misc]  # the harness has no types
         with tqdm(total=total, disable=quiet, desc=name) as bar:
             return self._run(all_of_them)
 
-    async def _score_sets(self, client: Client, sets: list[list[tuple[str, str]]]) -> list[tuple[float, bool]]:
+    async def _score_sets(
+        self, client: Client, sets: list[list[tuple[str, str]]], advance: Callable[[int], object]
+    ) -> list[tuple[float, bool]]:
         """The answers to pairs of context and continuation, which share their context in each set."""
         asked: list[dict[str, Any]] = []
         for pairs in sets:
@@ -163,19 +168,31 @@ class ServedLM(LM):  # type: ignore[misc]  # the harness has no types
                 asked += [await self._cut(client, *pair) for pair in pairs]
             else:
                 asked.append({"context": pairs[0][0], "continuations": [continuation for _, continuation in pairs]})
-        found = await self._loglikelihood(client, asked)
+        found = await self._loglikelihood(client, asked, advance)
         flat = [pair for pairs in sets for pair in pairs]
         for i, entry in enumerate(found):
             if "error" in entry and entry["error"]["code"] == "context_length_exceeded":
-                (found[i],) = await self._loglikelihood(client, [await self._cut(client, *flat[i])])
+                (found[i],) = await self._loglikelihood(client, [await self._cut(client, *flat[i])], int)
             if "error" in found[i]:
                 raise ValueError(found[i]["error"]["message"])
         return [(entry["logprob"], entry["is_greedy"]) for entry in found]
 
-    async def _loglikelihood(self, client: Client, sets: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        body = {"model": self._model, "sets": sets, "add_bos": self._add_bos}
-        answer = await client.json("POST", "/v1/loglikelihood", body)
-        return [entry for of_set in answer["data"] for entry in of_set["continuations"]]
+    async def _loglikelihood(
+        self, client: Client, sets: list[dict[str, Any]], advance: Callable[[int], object]
+    ) -> list[dict[str, Any]]:
+        """The answers' continuations; `advance` is told how many have come."""
+        query = {"model": self._model, "add_bos": json.dumps(self._add_bos), "stream": "true"}
+        lines = (json.dumps(of_set).encode() + b"\n" for of_set in sets)
+        found: list[dict[str, Any]] = []
+        answer = client.pieces("POST", "/v1/loglikelihood", query=query, lines=lines)
+        async with aclosing(lines_of(answer)) as answers:
+            async for line in answers:
+                entry = json.loads(line)
+                if "error" in entry:
+                    raise RequestFailed(entry["error"]["message"], entry["error"]["message"])
+                found += (continuations := entry.get("continuations", ()))
+                advance(len(continuations))
+        return found
 
     async def _cut(self, client: Client, context: str, continuation: str) -> dict[str, Any]:
         """A pair as token ids, from whose beginning so much is cut that it fits, as the harness does."""
@@ -213,24 +230,6 @@ class ServedLM(LM):  # type: ignore[misc]  # the harness has no types
         }
         choices: list[dict[str, Any]] = (await client.json("POST", "/v1/completions", body))["choices"]
         return [choice["text"] for choice in sorted(choices, key=lambda choice: choice["index"])]
-
-
-def _batches(items: Iterable[T], size: Callable[[T], int]) -> list[list[T]]:
-    """Runs of items of PER_REQUEST together, or of one that has more."""
-
-    def cut() -> Iterator[list[T]]:
-        batch: list[T] = []
-        count = 0
-        for item in items:
-            if batch and count + size(item) > PER_REQUEST:
-                yield batch
-                batch, count = [], 0
-            batch.append(item)
-            count += size(item)
-        if batch:
-            yield batch
-
-    return list(cut())
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import itertools
 import json
@@ -337,3 +338,69 @@ def test_a_closed_model_is_gone(tiny_checkpoint: Path) -> None:
     for use in (lambda: llm.generate("a"), lambda: next(begun), lambda: llm.score("the sea")):
         with pytest.raises(RuntimeError, match="the model is closed"):
             use()
+
+
+# --- words, regions, hidden states ------------------------------------------------------------------------------------
+
+TEXTS = ["The robot | liked the sound| of the waves.", CORPUS[:150], "a"]
+
+
+@pytest.mark.parametrize("unit", ["word", "region"])
+@pytest.mark.parametrize("correction", [True, False])
+def test_units_are_the_servers(llm: LLM, served: Served, unit: Any, correction: bool) -> None:
+    asked: dict[str, Any] = {"method": "rolling", "max_length": 40, "unit": unit, "boundary_correction": correction}
+    there = served.answer("/v1/perplexity", input=TEXTS, **asked)["data"]
+    here = llm.score(TEXTS, **asked)
+    for text, entry in zip(here.texts, there, strict=True):
+        assert [dataclasses.asdict(one) for one in text.units] == entry["units"]
+        assert len(text.logprobs) == len(text.ranks) == len(text.token_ids)
+    plain = llm.score([text.replace("|", "") if unit == "region" else text for text in TEXTS], "rolling", max_length=40)
+    assert [text.logprobs for text in plain.texts] == [text.logprobs for text in here.texts]
+    assert not any(text.units for text in plain.texts) and idle(llm)
+
+
+def test_regions_of_token_ids_are_refused(llm: LLM) -> None:
+    with pytest.raises(InvalidRequest, match="texts: unit 'region' needs a text"):
+        llm.score([5, 6, 7], unit="region")
+
+
+@pytest.mark.parametrize(
+    "asked", [{}, {"pooling": "last"}, {"dimensions": 5}, {"normalize": False}, {"add_special_tokens": False}]
+)
+def test_embeddings_are_the_servers(llm: LLM, served: Served, asked: dict[str, Any]) -> None:
+    there = served.answer("/v1/embeddings", input=TEXTS, encoding_format="base64", **asked)["data"]
+    here = llm.embed(TEXTS, **asked)
+    assert [vector.astype("<f4").tobytes() for vector in here] == [base64.b64decode(e["embedding"]) for e in there]
+    assert (llm.embed(TEXTS[0], **asked)[0] == here[0]).all() and idle(llm)
+
+
+def test_hidden_states_are_the_servers(llm: LLM, served: Served) -> None:
+    for asked in ({}, {"layers": [0, 1, -1]}, {"layers": [0], "positions": [0, -1]}):
+        texts = TEXTS[:2]
+        there = served.answer("/v1/hidden_states", input=texts, **asked)
+        for states, entry in zip(llm.hidden_states(texts, **asked), there["data"], strict=True):
+            assert (states.token_ids, list(states.layers)) == (entry["token_ids"], there["layers"])
+            assert (list(states.positions), list(states.values.shape)) == (entry["positions"], entry["shape"])
+            assert states.values.astype("<f4").tobytes() == base64.b64decode(entry["data"])
+    assert idle(llm)
+
+
+@pytest.mark.parametrize(
+    ("ask", "says"),
+    [
+        (lambda llm: llm.embed(""), "texts: is empty"),
+        (lambda llm: llm.embed(["a", []]), "texts[1]: is empty"),
+        (lambda llm: llm.embed("a", dimensions=0), "dimensions: 0 is not between 1 and "),
+        (lambda llm: llm.embed("a", dimensions=99999), "dimensions: 99999 is not between 1 and "),
+        (lambda llm: llm.embed("a", pooling="max"), "pooling: 'max' is neither"),
+        (lambda llm: llm.embed([1] * 4000), "texts: 4000 tokens"),
+        (lambda llm: llm.hidden_states("a", layers=[7]), "layers[0]: 7 is not between"),
+        (lambda llm: llm.hidden_states("a", layers=[]), "layers: is empty"),
+        (lambda llm: llm.hidden_states("a", positions=[9]), "positions[0]: 9 is no position of texts"),
+        (lambda llm: llm.hidden_states("a", positions=[]), "positions: is empty"),
+    ],
+)
+def test_what_has_no_hidden_states_is_refused_by_name(llm: LLM, ask: Any, says: str) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        ask(llm)
+    assert raised.value.message.startswith(says) and idle(llm)

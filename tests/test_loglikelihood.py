@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import random
@@ -317,3 +318,87 @@ def test_a_step_that_fails_fails_its_request(
         assert (response.status_code, response.json()["error"]["code"]) == (500, "engine_error")
         assert ask(server, context="The sea", continuations=[" was", " said", "."])["data"]
         until(server.idle)
+
+
+def lines(served: Served, body: bytes, **query: Any) -> list[dict[str, Any]]:
+    response = served.client.post(
+        PATH, params={"model": "tiny", **query}, content=body, headers={"content-type": "application/x-ndjson"}
+    )
+    assert response.status_code == 200, response.text
+    return [json.loads(line) for line in response.text.splitlines()]
+
+
+def asked(sets: list[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(of_set).encode() + b"\n" for of_set in sets)
+
+
+def some_sets(count: int) -> list[dict[str, Any]]:
+    return [
+        {"context": CORPUS[10 * i : 10 * i + 30], "continuations": [" of the", "", " waves and more", [7, i + 1]]}
+        for i in range(count)
+    ]
+
+
+def test_sets_come_and_go_as_lines(served: Served) -> None:
+    sets = some_sets(150)
+    whole = ask(served, sets=sets)
+    *of_lines, last = lines(served, asked(sets), stream="true")
+    (answer,) = lines(served, asked(sets))  # without stream: one object
+    assert [{"object": "loglikelihood.set", **entry} for entry in answer["data"]] == of_lines
+    for number, (entry, of_body) in enumerate(zip(of_lines, whole["data"], strict=True), 1):
+        error = entry["continuations"][1].pop("error")
+        assert error["message"] == f"line {number}.continuations[1]: is empty; there is nothing to score"
+        del of_body["continuations"][1]["error"]
+        assert entry == {"object": "loglikelihood.set", **of_body}
+    assert last["object"] == "loglikelihood" and "data" not in last
+    assert last["usage"]["prompt_tokens"] == whole["usage"]["prompt_tokens"] and answer["object"] == "loglikelihood"
+    streamed = served.post(PATH, sets=sets[:3], stream=True)
+    assert streamed.headers["content-type"] == "application/x-ndjson"
+    assert [json.loads(line)["best"] for line in streamed.text.splitlines()[:-1]] == [e["best"] for e in of_lines[:3]]
+    until(served.idle)
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (b"{", "line 3: is not valid JSON"),
+        (b'["a", "b"]', "line 3: must be an object with context and continuations"),
+        (b'{"context": "a"}', "line 3.continuations: must be a list that is not empty"),
+        (b'{"context": "a", "continuations": ["b"], "colour": 1}', "line 3.colour: is unknown"),
+        (b'{"context": "a", "continuations": ["b", 3]}', "line 3.continuations[1]: must be a text or a list"),
+    ],
+)
+def test_a_bad_line_comes_after_the_sets_before_it(served: Served, bad: bytes, says: str) -> None:
+    good = asked(some_sets(1))
+    first, second, error = lines(served, good + good + bad + b"\n" + good, stream="true")
+    assert (first["index"], second["index"]) == (0, 1) and first["continuations"][0] == second["continuations"][0]
+    assert error["error"]["message"].startswith(says)
+    until(served.idle)
+
+
+def test_parameters_beside_sets_in_lines_are_checked(served: Served) -> None:
+    for query, param in (({"add_bos": "red"}, "add_bos"), ({"colour": "red"}, "colour"), ({"sets": "[]"}, "sets")):
+        response = served.client.post(
+            PATH, params=query, content=asked(some_sets(1)), headers={"content-type": "application/x-ndjson"}
+        )
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+def test_an_answer_comes_before_the_next_set_is_sent(served: Served) -> None:
+    host = served.url.removeprefix("http://")
+    connection = http.client.HTTPConnection(host, timeout=20)
+    connection.putrequest("POST", f"{PATH}?model=tiny&stream=true")
+    connection.putheader("content-type", "application/x-ndjson")
+    connection.putheader("transfer-encoding", "chunked")
+    connection.putheader("connection", "close")
+    connection.endheaders()
+    line = asked(some_sets(1))
+    connection.send(b"%x\r\n%s\r\n" % (len(line), line))
+    answer = connection.sock.makefile("rb")
+    while answer.readline() not in (b"\r\n", b""):
+        pass
+    size = int(answer.readline(), 16)
+    assert json.loads(answer.read(size))["object"] == "loglikelihood.set"
+    connection.send(b"0\r\n\r\n")
+    assert b'"object":"loglikelihood"' in answer.read()
+    connection.close()

@@ -88,7 +88,14 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         },
     ],
     "POST /v1/loglikelihood": [
-        {"body": {**MODEL, "context": "The sun was shining and the sky was", "continuations": [" blue.", " table."]}}
+        {"body": {**MODEL, "context": "The sun was shining and the sky was", "continuations": [" blue.", " table."]}},
+        {
+            "query": {**MODEL, "stream": "true"},
+            "lines": [
+                {"context": "The sun was", "continuations": [" bright.", " a table."]},
+                {"context": "The sea was", "continuations": [" calm.", " a chair."]},
+            ],
+        },
     ],
     "POST /v1/files": [{"file": [LINE]}],
     "GET /v1/files": [{"query": {"limit": 1}}],
@@ -281,7 +288,7 @@ def test_the_examples_carry_the_name_of_the_model_that_is_served(tiny_checkpoint
     with serving(tiny_checkpoints["setting2"], served_model_name="mine") as other:
         found = Examples(other.client.get(PAGE).text)
     assert (
-        sum('"model": "mine"' in line or "model=mine" in line or "models/mine" in line for line in found.commands) == 12
+        sum('"model": "mine"' in line or "model=mine" in line or "models/mine" in line for line in found.commands) == 13
     )
     assert not any("lpa-tiny" in line for line in found.commands)
 

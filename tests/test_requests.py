@@ -108,3 +108,21 @@ def test_an_id_may_look_like_an_answers(served: Served, monkeypatch: pytest.Monk
     assert cancel(served, "cmpl-cmpl-mine").status_code == 200
     assert asked.result().status_code == 499
     until(served.idle)
+
+
+def test_a_response_is_cancelled_by_its_id(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_steps(served, monkeypatch, 0.05)
+    body = {"model": "tiny", "input": "x", "max_output_tokens": 90, "stream": True}
+    with httpx.stream("POST", f"{served.url}/v1/responses", json=body, timeout=20) as stream:
+        events = (json.loads(line.removeprefix("data: ")) for line in stream.iter_lines() if line.startswith("data: "))
+        response_id = next(events)["response"]["id"]
+        assert cancel(served, response_id).json() == {
+            "id": response_id,
+            "object": "request.cancelled",
+            "cancelled": 1,
+        }
+        *_, last = events
+    assert (last["type"], last["response"]["status"]) == ("response.failed", "cancelled")
+    assert served.client.get(f"/v1/responses/{response_id}").json()["status"] == "cancelled"
+    assert cancel(served, response_id).status_code == 404
+    until(served.idle)

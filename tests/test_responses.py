@@ -233,8 +233,11 @@ def test_one_that_runs_is_found_and_cancelled(
     last = list(stream)[-1]
     assert last.type == "response.failed" and last.response.status == "cancelled"
     assert client.responses.retrieve(response_id).status == "cancelled"
-    with pytest.raises(openai.BadRequestError, match="the response is cancelled"):
-        client.responses.cancel(response_id)
+    again = client.responses.cancel(response_id)  # as OpenAI's, which answers with the response as it ended
+    assert again == client.responses.retrieve(response_id)
+    whole_answer = client.responses.create(**FIXED, input="x")
+    with pytest.raises(openai.BadRequestError, match="the response is incomplete; only one that is in progress"):
+        client.responses.cancel(whole_answer.id)
     with pytest.raises(openai.NotFoundError):
         client.responses.cancel("resp_x")
     until(served.idle)

@@ -159,6 +159,7 @@ class Completion:
     token_ids: list[int] = field(default_factory=list)
     logprobs: Logprobs = field(default_factory=Logprobs)  # of token_ids, where requested
     prompt_logprobs: Logprobs | None = None  # as of RequestOutput
+    hidden: Floats | None = None  # likewise
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None  # None: not finished
     stop_reason: int | str | None = None  # the stop token id or stop string
@@ -171,6 +172,8 @@ class Completion:
             self.logprobs.extend(output.logprobs)
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
+        if output.hidden is not None:
+            self.hidden = output.hidden
         self.num_cached_tokens = output.num_cached_tokens
         self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 from pydantic import Field, PlainValidator, ValidationInfo
 
 from server.errors import InvalidRequest
+from server.protocol.json_size import check_num_values
 
 MODEL: Any = Field(None, description="Name of the model (default: the one that is served).", examples=["lpa-tiny"])
 """The field that every body has."""
@@ -55,6 +57,17 @@ def _parse(value: Any, info: ValidationInfo) -> list[str | list[int]]:
             raise InvalidRequest(f"{where}: a list must hold either only texts or only lists of token ids", param=where)
         check_input(item, where)
     return items
+
+
+def value_of_line(line: bytes, where: str, max_values: int) -> Any:
+    """The JSON of a line of a body; InvalidRequest names the line."""
+    check_num_values(line, max_values, where)
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{where}: is not UTF-8 at byte {error.start}", param=where) from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{where}: is not valid JSON: {error}", param=where) from None
 
 
 def entry_loc(field: str, index: int, count: int) -> str:

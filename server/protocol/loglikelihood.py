@@ -13,7 +13,7 @@ from server.engine.request import Logprobs
 from server.errors import EngineError, InvalidRequest, UserError
 from server.protocol.answers import ErrorBody
 from server.protocol.body import HARMLESS, RequestBody
-from server.protocol.inputs import MODEL, check_input
+from server.protocol.inputs import MODEL, check_input, value_of_line
 from server.protocol.sampling import FINGERPRINT, Usage, usage
 
 TextOrIds = str | list[int]
@@ -24,12 +24,23 @@ def _later(schema: Any) -> PlainValidator:
     return PlainValidator(lambda value: value, json_schema_input_type=schema)
 
 
-class LoglikelihoodRequest(RequestBody):
-    """How probable continuations are after their contexts, in one of three forms."""
+class LoglikelihoodParameters(RequestBody):
+    """Everything but the texts: fields of a JSON body, query parameters beside a body of lines."""
 
     harmless: ClassVar[frozenset[str]] = HARMLESS
 
     model: str | None = MODEL
+    add_bos: bool | None = Field(
+        None, description="Whether BOS stands before a context (default: the tokenizer's own setting)."
+    )
+    stream: bool = Field(
+        False, description="Answer in lines (application/x-ndjson): one per set as it is done, then the usage."
+    )
+
+
+class LoglikelihoodRequest(LoglikelihoodParameters):
+    """How probable continuations are after their contexts, in one of three forms."""
+
     context: Annotated[Any, _later(TextOrIds)] = Field(
         None, description="Text or token ids before every one of `continuations`.", examples=["The sun was"]
     )
@@ -41,9 +52,6 @@ class LoglikelihoodRequest(RequestBody):
     )
     sets: Annotated[Any, _later(list[dict[str, TextOrIds | list[TextOrIds]]])] = Field(
         None, description="Instead: many questions at once, objects with `context` and `continuations` each."
-    )
-    add_bos: bool | None = Field(
-        None, description="Whether BOS stands before a context (default: the tokenizer's own setting)."
     )
 
     @model_validator(mode="after")
@@ -96,6 +104,15 @@ def _check_list(value: Any, where: str) -> list[Any]:
     return value
 
 
+def set_of_line(line: bytes, where: str, max_values: int) -> list[Alternative]:
+    """The set of a line of a body; InvalidRequest names the line."""
+    entry = value_of_line(line, where, max_values)
+    if isinstance(entry, dict) and (unknown := entry.keys() - {"context", "continuations"}):
+        name = f"{where}.{min(unknown)[:64]}"
+        raise InvalidRequest(f"{name}: is unknown; a line has context and continuations", param=name)
+    return _set(entry, where)
+
+
 class ScoredContinuation(BaseModel):
     """One alternative. What cannot be scored has an `error`, and null for its numbers; if nothing of a request can, the
     answer is that error."""
@@ -127,7 +144,10 @@ class ScoredSet(BaseModel):
 
 
 class LoglikelihoodResponse(BaseModel):
-    """The answer; it documents the dicts below and is never built."""
+    """The answer; it documents the dicts below and is never built.
+
+    A stream has a line for each entry of `data`, with the `object` loglikelihood.set, then one with the rest.
+    """
 
     object: Literal["loglikelihood"]
     model: str
@@ -153,6 +173,27 @@ def continuation_fields(index: int, where: str, scores: Logprobs, num_bytes: int
     }
 
 
+_LINES = {
+    "type": "string",
+    "description": "Any number of sets, read as they come: each line is a JSON object with `context` and "
+    "`continuations`; blank lines are skipped. The other fields of a JSON body are query parameters then. Read the "
+    "answer of a stream while you send: the server reads on only as far as its answers are taken.",
+}
+LINES_OPENAPI: dict[str, Any] = {
+    "requestBody": {"content": {"application/x-ndjson": {"schema": _LINES}}},
+    "responses": {
+        "200": {
+            "content": {
+                "application/x-ndjson": {
+                    "schema": {"type": "string"},
+                    "example": '{"object":"loglikelihood.set","index":0}\n{"object":"loglikelihood"}\n',
+                }
+            }
+        }
+    },
+}
+"""What FastAPI cannot know of the route."""
+
 NUMBERS = ("logprob", "num_tokens", "num_bytes", "is_greedy", "logprob_per_token", "logprob_per_byte")
 
 
@@ -174,16 +215,15 @@ def loglikelihood_fields(
     model: str,
     fingerprint: str,
     add_bos: bool,
-    data: Sequence[dict[str, Any]],
     prompt_tokens: int,
     cached_tokens: int,
 ) -> dict[str, Any]:
-    """The answer. A context that continuations share counts once for all that were scored together."""
+    """The answer without `data`, or the last line of a stream. A context that continuations share counts once for all
+    that were scored together."""
     return {
         "object": "loglikelihood",
         "model": model,
         "system_fingerprint": fingerprint,
         "add_bos": add_bos,
-        "data": list(data),
         "usage": usage(prompt_tokens, 0, cached_tokens),
     }

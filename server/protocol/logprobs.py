@@ -5,10 +5,13 @@ from __future__ import annotations
 import codecs
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from json.encoder import encode_basestring
 from typing import Any
 
 from server.engine.request import Logprobs
 from server.engine.tokenizer import Tokenizer
+from server.protocol.json_text import WIDE, JsonText, listed
 
 LOWEST_LOGPROB = -9999.0  # JSON has neither -inf nor NaN; OpenAI's number for "very unlikely"
 
@@ -100,38 +103,73 @@ def join(parts: Sequence[Columns]) -> Columns:
     return {name: [entry for part in parts for entry in part[name]] for name in parts[0]}
 
 
-def _top(name: Name, token_id: int, logprob: float, ids: Sequence[int], values: Sequence[float]) -> dict[str, float]:
+def _top(
+    name: Name, token_id: int, logprob: float, ids: Sequence[int], values: Sequence[float]
+) -> dict[str, float] | JsonText:
+    if len(ids) <= WIDE:
+        return dict(_named(name, token_id, logprob, ids, values))
+
+    def parts() -> Iterator[str]:
+        pairs = _named(name, token_id, logprob, ids, values)
+        return listed("{", (f"{encode_basestring(text)}:{value!r}" for text, value in pairs), "}")
+
+    return JsonText(parts)
+
+
+def _named(
+    name: Name, token_id: int, logprob: float, ids: Sequence[int], values: Sequence[float]
+) -> Iterator[tuple[str, float]]:
     """Best first; of two tokens with one text the better keeps it, and the other is called token_id:N."""
-    entries = list(zip(ids, values, strict=True))
-    if token_id not in ids:
-        entries.append((token_id, logprob))
-    found: dict[str, float] = {}
-    for i, value in entries:
+    texts: set[str] = set()
+    for i, value in zip(ids, values, strict=True):
         text = name(i)
+        if text in texts:
+            text = f"token_id:{i}"
+        texts.add(text)
         # the token's own number is the same float in both places: clients compare them to see if it was the best
-        found[f"token_id:{i}" if text in found else text] = logprob if i == token_id else _clamp(value)
-    return found
+        yield text, logprob if i == token_id else _clamp(value)
+    if token_id not in ids:
+        text = name(token_id)
+        yield f"token_id:{token_id}" if text in texts else text, logprob
 
 
 def prompt_logprobs(
     tokenizer: Tokenizer, token_ids: Sequence[int], scores: Logprobs, top: int
-) -> list[dict[str, Any] | None]:
+) -> list[dict[str, Any] | JsonText | None]:
     """vLLM's form: null for the first token, then for each the token itself and the `top` best, by token id."""
+
+    def entry(place: tuple[int, float, int]) -> dict[str, Any]:
+        i, value, rank = place
+        return {"logprob": _clamp(value), "rank": rank, "decoded_token": tokenizer.token_text(i)}
+
+    def text(place: tuple[int, float, int]) -> str:
+        i, value, rank = place
+        decoded = encode_basestring(tokenizer.token_text(i))
+        return f'"{i}":{{"logprob":{_clamp(value)!r},"rank":{rank},"decoded_token":{decoded}}}'
+
+    def parts(*row: Any) -> Iterator[str]:
+        return listed("{", map(text, _ranked(*row)), "}")
+
     rows = zip(token_ids[1:], scores.logprobs, scores.ranks, scores.top_ids, scores.top_logprobs, strict=True)
     return [
         None,
         *(
-            {
-                str(i): {"logprob": _clamp(value), "rank": place, "decoded_token": tokenizer.token_text(i)}
-                for i, value, place in ((token, logprob, rank), *_ranked(ids[:top], values))
-            }
+            JsonText(partial(parts, token, logprob, rank, ids[:top], values))
+            if min(len(ids), top) > WIDE
+            else {str(place[0]): entry(place) for place in _ranked(token, logprob, rank, ids[:top], values)}
             for token, logprob, rank, ids, values in rows
         ),
     ]
 
 
-def _ranked(ids: Sequence[int], values: Sequence[float]) -> Iterator[tuple[int, float, int]]:
-    return ((i, value, rank) for rank, (i, value) in enumerate(zip(ids, values, strict=False), 1))
+def _ranked(
+    token_id: int, logprob: float, rank: int, ids: Sequence[int], values: Sequence[float]
+) -> Iterator[tuple[int, float, int]]:
+    """(id, log-probability, rank) of a token, then of the best ones but for it."""
+    yield token_id, logprob, rank
+    for place, (i, value) in enumerate(zip(ids, values, strict=False), 1):
+        if i != token_id:
+            yield i, value, place
 
 
 def chat_logprobs(
@@ -143,15 +181,31 @@ def chat_logprobs(
         raw = tokenizer.token_bytes(token_id)
         return {"token": name(token_id), "logprob": _clamp(logprob), "bytes": list(raw)}
 
+    def text(place: tuple[int, float]) -> str:
+        i, logprob = place
+        own = encode_basestring(name(i))
+        return f'{{"token":{own},"logprob":{_clamp(logprob)!r},"bytes":[{byte_list(tokenizer.token_bytes(i))}]}}'
+
+    def parts(token_id: int, logprob: float, ids: Sequence[int], values: Sequence[float]) -> Iterator[str]:
+        top_entries = map(text, zip(ids, values, strict=False))
+        return listed(f'{text((token_id, logprob))[:-1]},"top_logprobs":[', top_entries, "]}")
+
     rows = zip(token_ids, scores.logprobs, scores.top_ids, scores.top_logprobs, strict=True)
     content = [
-        {
+        JsonText(partial(parts, token_id, logprob, ids[:top], values))
+        if min(len(ids), top) > WIDE
+        else {
             **entry(token_id, logprob),
             "top_logprobs": [entry(i, value) for i, value in zip(ids[:top], values, strict=False)],
         }
         for token_id, logprob, ids, values in rows
     ]
     return {"content": content, "refusal": None}
+
+
+def byte_list(raw: bytes) -> str:
+    """The numbers of bytes, with commas between them."""
+    return ",".join(map(str, raw))
 
 
 def _clamp(logprob: float) -> float:

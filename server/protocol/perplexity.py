@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
+from json.encoder import encode_basestring
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
@@ -15,9 +16,9 @@ from server.engine.request import Logprobs
 from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidRequest
 from server.protocol.body import HARMLESS, RequestBody
-from server.protocol.inputs import MODEL, Inputs, check_input
-from server.protocol.json_size import check_num_values
-from server.protocol.logprobs import LOWEST_LOGPROB
+from server.protocol.inputs import MODEL, Inputs, check_input, value_of_line
+from server.protocol.json_text import WIDE, JsonText, listed
+from server.protocol.logprobs import LOWEST_LOGPROB, byte_list
 from server.protocol.safetensors import SAFETENSORS
 from server.protocol.sampling import FINGERPRINT, MAX_LOGPROBS
 
@@ -228,13 +229,7 @@ LINES_OPENAPI: dict[str, Any] = {
 
 def input_of_line(line: bytes, where: str, max_values: int) -> str | list[int]:
     """The text or token ids of a line of a body; InvalidRequest names the line."""
-    check_num_values(line, max_values, where)
-    try:
-        value = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"{where}: is not UTF-8 at byte {error.start}", param=where) from None
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{where}: is not valid JSON: {error}", param=where) from None
+    value = value_of_line(line, where, max_values)
     if isinstance(value, dict):
         if len(value.keys() & {"text", "input"}) != 1:
             raise InvalidRequest(f'{where}: the object must have either "text" or "input"', param=where)
@@ -254,12 +249,25 @@ def token_entries(
         else:
             entry |= {"logprob": scores.logprobs[i], "surprisal": 0.0 - scores.logprobs[i] / LN2}
             entry |= {"entropy": scores.entropies[i] / LN2, "rank": scores.ranks[i]}
-            entry["top_logprobs"] = [
-                {**_token(tokenizer, top_id), "logprob": max(logprob, LOWEST_LOGPROB)}
-                for top_id, logprob in zip(scores.top_ids[i], scores.top_logprobs[i], strict=True)
-            ]
+            entry["top_logprobs"] = _alternatives(tokenizer, scores.top_ids[i], scores.top_logprobs[i])
         entries.append(entry)
     return entries
+
+
+def _alternatives(tokenizer: Tokenizer, ids: list[int], logprobs: list[float]) -> list[dict[str, Any]] | JsonText:
+    pairs = partial(zip, ids, logprobs, strict=True)
+    if len(ids) <= WIDE:
+        return [{**_token(tokenizer, i), "logprob": max(logprob, LOWEST_LOGPROB)} for i, logprob in pairs()]
+
+    def text(place: tuple[int, float]) -> str:
+        i, logprob = place
+        own = f'"text":{encode_basestring(tokenizer.token_text(i))},"id":{i}'
+        return f'{{{own},"bytes":[{byte_list(tokenizer.token_bytes(i))}],"logprob":{max(logprob, LOWEST_LOGPROB)!r}}}'
+
+    def parts() -> Iterator[str]:
+        return listed("[", map(text, pairs()), "]")
+
+    return JsonText(parts)
 
 
 def _token(tokenizer: Tokenizer, token_id: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from server.routes.generation import Generation, begin
 from server.routes.limits import check_messages, check_sampling, check_sequences
 from server.routes.prompts import check_model, rendered, tokenize, truncate
 from server.routes.respond import TEXT, large_json, large_json_response, to_json, while_connected, with_text
-from server.routes.stream import DONE, event_stream
+from server.routes.stream import DONE, Line, event_stream
 from server.routes.tools import finish_reason, with_tools
 from server.routes.waiting import with_comments
 from server.settings import Settings
@@ -155,7 +155,7 @@ def _whole(call: ChatCall, completed: list[Completion]) -> dict[str, Any]:
     return found
 
 
-async def _events(call: ChatCall) -> AsyncGenerator[str]:
+async def _events(call: ChatCall) -> AsyncGenerator[Line]:
     """The answer as events: of each choice its role, a chunk per output and its end; the usage if requested, [DONE]."""
     body, generation = call.body, call.generation
 

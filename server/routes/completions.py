@@ -37,7 +37,7 @@ from server.routes.limits import check_sampling, check_sequences
 from server.routes.prompts import check_model, start_of_document, tokenize, truncate
 from server.routes.respond import TEXT, large_json, large_json_response, to_json, while_connected, with_text
 from server.routes.safetensors import safetensors_stream, wants_safetensors
-from server.routes.stream import DONE, event_stream
+from server.routes.stream import DONE, Line, event_stream
 from server.routes.waiting import with_comments
 from server.scoring.perplexity import Text
 from server.settings import Settings
@@ -226,7 +226,7 @@ def _choice(call: _Call, prompt: int, index: int, completed: Completion) -> dict
     return found
 
 
-async def _events(call: _Call) -> AsyncGenerator[str]:
+async def _events(call: _Call) -> AsyncGenerator[Line]:
     """The answer as events: the prompt first if it is echoed, a chunk per output, the usage if requested, [DONE]."""
     body, generation = call.body, call.generation
 

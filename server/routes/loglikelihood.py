@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 from fastapi import APIRouter
@@ -13,92 +16,161 @@ from starlette.responses import Response
 
 from server.engine.async_engine import AsyncEngine
 from server.engine.request import Logprobs
+from server.errors import UserError
 from server.protocol.loglikelihood import (
+    LINES_OPENAPI,
     Alternative,
+    LoglikelihoodParameters,
     LoglikelihoodRequest,
     LoglikelihoodResponse,
     continuation_fields,
     failed_fields,
     loglikelihood_fields,
     set_fields,
+    set_of_line,
 )
-from server.routes.body import JsonRoute
 from server.routes.described import WITH_ENGINE, responses
+from server.routes.ndjson import LineBody, json_or_lines, query_as
 from server.routes.prompts import check_model
-from server.routes.respond import deadline_of, large_json_response, while_connected
+from server.routes.respond import deadline_of, large_json, large_json_response, to_json, while_connected
 from server.routes.scoring import Scorer
+from server.routes.stream import Line, line_stream
 from server.scoring.loglikelihood import Pack, Pair, PairTokenizer, Unscorable, packs
 from server.settings import Settings
 
-Scored = tuple[int, Pack | Unscorable, Logprobs, int]
-"""Number of a set, a pack of it, its scores, and how many of its tokens came from the prefix cache."""
+BATCH = 64  # sets that are tokenized together, beside the event loop
+
+Sets = AsyncGenerator[Iterable[Sequence[Alternative]]]
+"""Batches of sets; taking one from a batch may raise a UserError."""
+
+Scored = tuple[Pack | Unscorable, Logprobs, int, bool]
+"""A pack of a set, its scores, how many of its tokens came from the prefix cache, and whether it is the set's last."""
 
 
 def loglikelihood_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
     """The route over one engine."""
-    router = APIRouter(tags=["Scoring"], route_class=JsonRoute)
+
+    async def answer(request: Request, asked: LoglikelihoodParameters, sets: Sets, body: LineBody | None) -> Response:
+        check_model(asked.model, settings)
+        receive = request.receive if body is None else body.receive
+        tokenize = PairTokenizer(engine.tokenizer, engine.max_model_len, asked.add_bos)
+        scorer = Scorer(engine, settings, request.state.request_id)
+        found = _Found(scorer.in_order(_score_jobs(scorer, _packs(tokenize, sets)), deadline_of(settings)))
+
+        def rest() -> dict[str, Any]:
+            numbers = (found.prompt_tokens, found.cached_tokens)
+            return loglikelihood_fields(settings.model_name, engine.fingerprint, tokenize.add_bos, *numbers)
+
+        async def lines() -> AsyncGenerator[Line]:
+            async with aclosing(found.sets()) as entries:
+                async for entry in entries:
+                    line = {"object": "loglikelihood.set", **entry}
+                    yield await large_json(8 * len(entry["continuations"]), partial(dict, line))
+            yield to_json(rest())
+
+        async def whole() -> Response:
+            async with aclosing(found.sets()) as entries:
+                data = [entry async for entry in entries]
+            if found.first is not None and not found.prompt_tokens:
+                raise found.first.error
+            size = 8 * sum(len(entry["continuations"]) for entry in data)
+            return await large_json_response(size, lambda: {**rest(), "data": data})
+
+        return line_stream(lines(), receive) if asked.stream else await while_connected(receive, whole())
+
+    async def answer_lines(request: Request) -> Response:
+        asked = query_as(LoglikelihoodParameters, request)
+        body = LineBody(request.receive, settings.max_body_bytes)
+        return await answer(request, asked, _sets_of_lines(body, settings.max_body_values), body)
+
+    router = APIRouter(tags=["Scoring"], route_class=json_or_lines(answer_lines))
 
     @router.post(
         "/v1/loglikelihood",
         summary="Log-likelihood of continuations",
         responses=responses(LoglikelihoodResponse, *WITH_ENGINE),
+        openapi_extra=LINES_OPENAPI,
     )
     async def loglikelihood(body: LoglikelihoodRequest, request: Request) -> Response:
-        check_model(body.model, settings)
-        sets = await asyncio.to_thread(body.alternatives)
-        tokenize = PairTokenizer(engine.tokenizer, engine.max_model_len, body.add_bos)
-        scorer = Scorer(engine, settings, request.state.request_id)
-        score_jobs = _score_jobs(scorer, tokenize, sets)
-        scored = scorer.in_order(score_jobs, deadline_of(settings))
-        return await while_connected(
-            request.receive, _answer(settings.model_name, engine.fingerprint, tokenize.add_bos, len(sets), scored)
-        )
+        return await answer(request, body, _sets_of_body(await asyncio.to_thread(body.alternatives)), None)
 
     return router
 
 
-async def _score_jobs(
-    scorer: Scorer, tokenize: PairTokenizer, sets: Sequence[Sequence[Alternative]]
-) -> AsyncGenerator[Coroutine[Any, Any, Scored]]:
-    """The scoring of every set, pack by pack."""
+async def _sets_of_body(sets: Sequence[Sequence[Alternative]]) -> Sets:
+    for start in range(0, len(sets), BATCH):
+        yield sets[start : start + BATCH]
 
-    def read(alternatives: Sequence[Alternative]) -> list[Pack | Unscorable]:
+
+async def _sets_of_lines(body: LineBody, max_values: int) -> Sets:
+    async with aclosing(body.batches()) as batches:
+        async for batch in batches:
+            remaining = iter(batch)
+            while some := list(islice(remaining, BATCH)):
+                yield (set_of_line(line, f"line {i}", max_values) for i, line in some)
+
+
+async def _packs(tokenize: PairTokenizer, sets: Sets) -> AsyncGenerator[list[Pack | Unscorable]]:
+    """What is scored of each set; read and tokenized beside the event loop."""
+
+    def of_set(alternatives: Sequence[Alternative]) -> list[Pack | Unscorable]:
         pairs = tokenize(alternatives)
         unscorable = [pair for pair in pairs if isinstance(pair, Unscorable)]
         return [*unscorable, *packs((pair for pair in pairs if isinstance(pair, Pair)), tokenize.max_tokens)]
 
-    for number, alternatives in enumerate(sets):
-        for pack in await asyncio.to_thread(read, alternatives):
-            yield _score(scorer, number, pack)
+    def of_batch(batch: Iterable[Sequence[Alternative]]) -> Iterator[list[Pack | Unscorable] | UserError]:
+        try:
+            for alternatives in batch:
+                yield of_set(alternatives)
+        except UserError as error:
+            yield error
+
+    async with aclosing(sets):
+        async for batch in sets:
+            for found in await asyncio.to_thread(list, of_batch(batch)):
+                if isinstance(found, UserError):
+                    raise found
+                yield found
 
 
-async def _score(scorer: Scorer, number: int, pack: Pack | Unscorable) -> Scored:
+async def _score_jobs(
+    scorer: Scorer, sets: AsyncGenerator[list[Pack | Unscorable]]
+) -> AsyncGenerator[Coroutine[Any, Any, Scored]]:
+    """The scoring of every set, pack by pack."""
+    async with aclosing(sets):
+        async for of_set in sets:
+            for i, pack in enumerate(of_set, 1):
+                yield _score(scorer, pack, i == len(of_set))
+
+
+async def _score(scorer: Scorer, pack: Pack | Unscorable, is_last: bool) -> Scored:
     if isinstance(pack, Unscorable):
-        return number, pack, Logprobs(), 0
-    return number, pack, *await scorer.score(pack.token_ids, pack.branches[0], branches=pack.branches)
+        return pack, Logprobs(), 0, is_last
+    return pack, *await scorer.score(pack.token_ids, pack.branches[0], branches=pack.branches), is_last
 
 
-async def _answer(
-    model: str, fingerprint: str, add_bos: bool, num_sets: int, scored: AsyncGenerator[Scored]
-) -> Response:
-    entries: list[list[dict[str, Any]]] = [[] for _ in range(num_sets)]
-    prompt_tokens = cached_tokens = 0
-    first: Unscorable | None = None
-    async with aclosing(scored):
-        async for number, pack, found, num_cached in scored:
-            if isinstance(pack, Unscorable):
-                first = first or pack
-                entries[number].append(failed_fields(pack.index, pack.error))
-                continue
-            for pair, scores in pack.scores(found):
-                entries[number].append(continuation_fields(pair.index, pair.where, scores, pair.num_bytes))
-            prompt_tokens += len(pack.token_ids)
-            cached_tokens += num_cached
-    if first is not None and not prompt_tokens:
-        raise first.error
+@dataclass
+class _Found:
+    """What was scored so far."""
 
-    def whole() -> dict[str, Any]:
-        data = [set_fields(i, sorted(of_set, key=lambda entry: entry["index"])) for i, of_set in enumerate(entries)]
-        return loglikelihood_fields(model, fingerprint, add_bos, data, prompt_tokens, cached_tokens)
+    scored: AsyncGenerator[Scored]
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    first: Unscorable | None = None  # the first that could not be scored
 
-    return await large_json_response(8 * sum(map(len, entries)), whole)
+    async def sets(self) -> AsyncGenerator[dict[str, Any]]:
+        """The entry of each set as soon as it is complete."""
+        index, entries = 0, list[dict[str, Any]]()
+        async with aclosing(self.scored) as scored:
+            async for pack, found, num_cached, is_last in scored:
+                if isinstance(pack, Unscorable):
+                    self.first = self.first or pack
+                    entries.append(failed_fields(pack.index, pack.error))
+                else:
+                    for pair, scores in pack.scores(found):
+                        entries.append(continuation_fields(pair.index, pair.where, scores, pair.num_bytes))
+                    self.prompt_tokens += len(pack.token_ids)
+                    self.cached_tokens += num_cached
+                if is_last:
+                    yield set_fields(index, sorted(entries, key=lambda entry: entry["index"]))
+                    index, entries = index + 1, []

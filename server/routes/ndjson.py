@@ -3,20 +3,52 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from typing import Any, TypeVar
 
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import Message, Receive
 
 from server.errors import BodyTooLarge
+from server.routes.body import JsonRoute
+
+M = TypeVar("M", bound=BaseModel)
 
 NDJSON = "application/x-ndjson"
-PATHS = frozenset({"/v1/perplexity"})  # of routes that read such bodies as they come, and limit each line themselves
+PATHS = frozenset({"/v1/loglikelihood", "/v1/perplexity"})
+"""Of routes that read such bodies as they come, and limit each line themselves."""
 
 
 def has_lines(path: str, headers: Headers) -> bool:
     """Whether a request's body is read line by line."""
     return path in PATHS and headers.get("content-type", "").partition(";")[0].strip().lower() == NDJSON
+
+
+def json_or_lines(answer_lines: Callable[[Request], Coroutine[Any, Any, Response]]) -> type[JsonRoute]:
+    """Routes whose bodies of lines are read by `answer_lines`; FastAPI reads one of JSON whole."""
+
+    class JsonOrLines(JsonRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            answer_json = super().get_route_handler()
+
+            async def handle(request: Request) -> Response:
+                return await (answer_lines if has_lines(request.url.path, request.headers) else answer_json)(request)
+
+            return handle
+
+    return JsonOrLines
+
+
+def query_as(model: type[M], request: Request) -> M:
+    """The query parameters of a request. Raises RequestValidationError."""
+    try:
+        return model.model_validate_strings(dict(request.query_params), strict=False)
+    except ValidationError as invalid:
+        raise RequestValidationError([{**e, "loc": ("query", *e["loc"])} for e in invalid.errors()]) from None
 
 
 class LineBody:

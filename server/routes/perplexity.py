@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Coroutine, Iterable
 from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -19,6 +17,7 @@ from server.engine.request import Logprobs, Measures
 from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidRequest, UserError
 from server.protocol.inputs import entry_loc
+from server.protocol.json_text import WIDE
 from server.protocol.perplexity import (
     LINES_OPENAPI,
     PerplexityParameters,
@@ -27,12 +26,11 @@ from server.protocol.perplexity import (
     input_of_line,
     progress_fields,
 )
-from server.routes.body import JsonRoute
 from server.routes.described import WITH_ENGINE, responses
 from server.routes.limits import FEW
-from server.routes.ndjson import LineBody, has_lines
+from server.routes.ndjson import LineBody, json_or_lines, query_as
 from server.routes.prompts import check_model
-from server.routes.respond import JsonPieces, deadline_of, in_pieces, to_json, while_connected
+from server.routes.respond import JsonPieces, deadline_of, in_pieces, json_parts, to_json, while_connected
 from server.routes.safetensors import safetensors_stream, wants_safetensors
 from server.routes.scoring import Scorer
 from server.routes.stream import Line, line_stream
@@ -78,25 +76,11 @@ def perplexity_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         return JsonPieces(await while_connected(receive, _whole(lines)))
 
     async def answer_lines(request: Request) -> Response:
-        try:
-            asked = PerplexityParameters.model_validate_strings(dict(request.query_params), strict=False)
-        except ValidationError as invalid:
-            raise RequestValidationError([{**e, "loc": ("query", *e["loc"])} for e in invalid.errors()]) from None
+        asked = query_as(PerplexityParameters, request)
         body = LineBody(request.receive, settings.max_body_bytes)
         return await answer(request, asked, _inputs_of_lines(body, settings.max_body_values), body)
 
-    class JsonOrLines(JsonRoute):
-        """FastAPI reads a JSON body whole; one of lines is read as it comes."""
-
-        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-            answer_json = super().get_route_handler()
-
-            async def handle(request: Request) -> Response:
-                return await (answer_lines if has_lines(request.url.path, request.headers) else answer_json)(request)
-
-            return handle
-
-    router = APIRouter(tags=["Scoring"], route_class=JsonOrLines)
+    router = APIRouter(tags=["Scoring"], route_class=json_or_lines(answer_lines))
 
     @router.post(
         "/v1/perplexity",
@@ -243,8 +227,9 @@ def _unit_entries(of_text: TextUnits, piece: Piece, scores: Logprobs) -> tuple[L
 
 def _tokens(tokenizer: Tokenizer, piece: Piece, scores: Logprobs) -> list[bytes]:
     """The entries of a piece's tokens, with commas between them."""
+    levels = int(bool(scores.top_ids) and len(scores.top_ids[0]) > WIDE)
     found = entries(tokenizer, piece, scores)
-    return in_pieces(part for i, entry in enumerate(found) for part in ("," if i else "", to_json(entry)))
+    return in_pieces(part for i, entry in enumerate(found) for part in ("," if i else "", *json_parts(entry, levels)))
 
 
 async def _whole(lines: AsyncGenerator[Line]) -> list[bytes]:

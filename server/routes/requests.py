@@ -19,14 +19,15 @@ PREFIXES = ("cmpl-", "chatcmpl-")  # of the ids in answers
 
 
 class Running:
-    """The HTTP requests in progress, by request id; clients may use one for several at once."""
+    """The HTTP requests in progress, by request id, which clients may use for several at once; and the responses of
+    /v1/responses, by the ids of the answers."""
 
     def __init__(self) -> None:
         self._entries: dict[str, list[asyncio.Future[None]]] = {}
 
     @contextmanager
     def entry(self, request_id: str) -> Iterator[asyncio.Future[None]]:
-        """A future that is done when the request is cancelled."""
+        """A future that is done when the request, or the response, is cancelled."""
         cancelled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._entries.setdefault(request_id, []).append(cancelled)
         try:
@@ -61,7 +62,8 @@ def requests_router(running: Running, keys: Keys, others: Others) -> APIRouter:
     ) -> CancelResponse:
         """End the running requests of this x-request-id (or `id` of an answer), with all of their sequences.
 
-        Their clients get an error with status 499 and the code request_cancelled; in a stream it is the last event.
+        Their clients get an error with status 499 and the code request_cancelled; in a stream it is the last event. By
+        the `id` of an answer of /v1/responses, that response ends as by its own route.
         """
         keys.check_admin(request.state.role)
         number = running.cancel(request_id, but=request.state.cancelled)

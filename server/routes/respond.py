@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.errors import UserError
+from server.protocol.json_text import WIDE, JsonText
 from server.settings import Settings
 
 T = TypeVar("T")
@@ -21,7 +22,7 @@ to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",",
 """Compact JSON of a value; never NaN or infinity."""
 
 
-SMALL = 2000  # values
+SMALL = WIDE  # values; so no answer with a JsonText is small
 RUN = 1 << 13  # numbers or texts
 PIECE = 1 << 18  # characters or bytes, about
 LEVELS = 5  # an answer, its choices, a choice, its log-probabilities, their rows
@@ -77,16 +78,19 @@ async def large_json_response(size: int, make: Callable[[], dict[str, Any]]) -> 
     return JsonPieces(await asyncio.to_thread(lambda: in_pieces(json_parts(make(), LEVELS))))
 
 
-async def large_json(size: int, make: Callable[[], Any]) -> str:
-    """The JSON of what `make` returns, both made beside the event loop unless there are few values: about `size`."""
+async def large_json(size: int, make: Callable[[], Any]) -> str | list[bytes]:
+    """The JSON of what `make` returns, both made beside the event loop unless there are few values: about `size`. Then
+    it comes in pieces."""
     if size <= SMALL:
         return to_json(make())
-    return await asyncio.to_thread(lambda: "".join(json_parts(make(), LEVELS)))
+    return await asyncio.to_thread(lambda: in_pieces(json_parts(make(), LEVELS)))
 
 
 def json_parts(value: Any, levels: int) -> Iterator[str]:
     """`to_json` of a value in parts, since the encoder holds the GIL: so many levels of it are taken apart."""
-    if levels and isinstance(value, dict) and value:
+    if isinstance(value, JsonText):
+        yield from value.parts()
+    elif levels and isinstance(value, dict) and value:
         before = "{"
         for name, entry in value.items():
             yield f"{before}{to_json(name)}:"
@@ -95,7 +99,7 @@ def json_parts(value: Any, levels: int) -> Iterator[str]:
         yield "}"
     elif levels and isinstance(value, list) and value:
         before = "["
-        if any(isinstance(entry, dict | list) for entry in value[:2]):  # the first may be null
+        if any(isinstance(entry, dict | list | JsonText) for entry in value[:2]):  # the first may be null
             for entry in value:
                 yield before
                 yield from json_parts(entry, levels - 1)

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request
@@ -33,7 +33,8 @@ from server.routes.described import WITH_ENGINE, responses
 from server.routes.limits import check_count
 from server.routes.one_place import check_stateless
 from server.routes.prompts import check_model
-from server.routes.respond import JsonPieces, in_pieces, json_parts, json_response, to_json, while_connected
+from server.routes.requests import Running
+from server.routes.respond import JsonPieces, in_pieces, json_parts, to_json, while_connected
 from server.routes.response_store import ResponseStore, Stored
 from server.routes.stream import named_event_stream
 from server.routes.waiting import with_comments
@@ -60,17 +61,19 @@ class _Run:
     response: dict[str, Any]
     history: list[Item]
     own: int  # items of the request itself, at the end of the history
-    cancelled: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def events(self, keep: Callable[[_Run], Awaitable[bool]]) -> AsyncGenerator[Event]:
-        """What happens to the response. An error before the first output is raised, later ones are told.
+    async def events(
+        self, cancelled: asyncio.Future[None], keep: Callable[[_Run], Awaitable[bool]]
+    ) -> AsyncGenerator[Event]:
+        """What happens to the response until it ends or is `cancelled`. An error before the first output is raised,
+        later ones are told.
 
         `keep` stores it before its last event, and says whether it has.
         """
         output, begun, cut = _Output(self), False, False
         status = "completed"
         try:
-            async with aclosing(self._outputs()) as outputs:
+            async with aclosing(self._outputs(cancelled)) as outputs:
                 async for found in outputs:
                     if not begun:
                         begun = True
@@ -100,26 +103,22 @@ class _Run:
         # there is no event of its own for a cancelled response
         yield f"response.{'failed' if status == 'cancelled' else status}", {"response": self.response}
 
-    async def _outputs(self) -> AsyncGenerator[RequestOutput]:
+    async def _outputs(self, cancelled: asyncio.Future[None]) -> AsyncGenerator[RequestOutput]:
         """Raises Cancelled when it is cancelled."""
-        cancelling = asyncio.ensure_future(self.cancelled.wait())
         async with aclosing(self.call.generation.run()) as outputs:
-            try:
-                while True:
-                    taking = asyncio.ensure_future(anext(outputs, None))
-                    try:
-                        await asyncio.wait((taking, cancelling), return_when=asyncio.FIRST_COMPLETED)
-                    finally:
-                        if not taking.done():
-                            taking.cancel()
-                            await asyncio.gather(taking, return_exceptions=True)
-                    if taking.cancelled():
-                        raise Cancelled
-                    if (found := taking.result()) is None:
-                        return
-                    yield found[1]
-            finally:
-                cancelling.cancel()
+            while True:
+                taking = asyncio.ensure_future(anext(outputs, None))
+                try:
+                    await asyncio.wait((taking, cancelled), return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    if not taking.done():
+                        taking.cancel()
+                        await asyncio.gather(taking, return_exceptions=True)
+                if taking.cancelled():
+                    raise Cancelled
+                if (found := taking.result()) is None:
+                    return
+                yield found[1]
 
 
 class _Output:
@@ -211,8 +210,8 @@ class _Output:
 class _Responses:
     """One server's responses: those that run, and those that are kept."""
 
-    def __init__(self, engine: AsyncEngine, settings: Settings) -> None:
-        self._engine, self._settings = engine, settings
+    def __init__(self, engine: AsyncEngine, settings: Settings, requests: Running) -> None:
+        self._engine, self._settings, self._requests = engine, settings, requests
         self.store = ResponseStore(settings.max_stored_responses, settings.max_stored_bytes)
         self.running: dict[str, _Run] = {}
 
@@ -261,9 +260,10 @@ class _Responses:
         """The events of a response, which can be found meanwhile."""
         self.running[run.response["id"]] = run
         try:
-            async with aclosing(run.events(self._keep)) as events:
-                async for event in events:
-                    yield event
+            with self._requests.entry(run.response["id"]) as cancelled:
+                async with aclosing(run.events(cancelled, self._keep)) as events:
+                    async for event in events:
+                        yield event
         finally:
             del self.running[run.response["id"]]
 
@@ -290,10 +290,10 @@ class _Responses:
         return stored
 
 
-def responses_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
+def responses_router(engine: AsyncEngine, settings: Settings, requests: Running) -> APIRouter:
     """The routes over one engine."""
     router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
-    ours = _Responses(engine, settings)
+    ours = _Responses(engine, settings, requests)
     described = responses(ResponsesResponse, *WITH_ENGINE)
     described[200]["content"] = EVENTS
 
@@ -361,14 +361,17 @@ def responses_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         responses=responses(ResponsesResponse, 400, 404),
     )
     async def cancel(response_id: str = ID) -> Response:
-        """End a response that is generated; its stream ends with response.failed, or its request with a 499."""
-        if (run := ours.running.get(response_id)) is None:
-            status = ours.stored(response_id).response["status"]
+        """End a response that is generated; its stream ends with response.failed, or its request with a 499. One that
+        is cancelled already is answered as it is."""
+        if (run := ours.running.get(response_id)) is not None:
+            requests.cancel(response_id)
+            return await _large({**run.response, "status": "cancelled"})
+        response = ours.stored(response_id).response
+        if response["status"] != "cancelled":
             raise InvalidRequest(
-                f"id: the response is {status}; only one that is in progress can be cancelled", param="id"
+                f"id: the response is {response['status']}; only one that is in progress can be cancelled", param="id"
             )
-        run.cancelled.set()
-        return json_response({**run.response, "status": "cancelled"})
+        return await _large(response)
 
     return router
 

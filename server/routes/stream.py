@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 DONE = "[DONE]"
 
 Line = str | list[bytes]
-"""A line of JSON, a long one in pieces."""
+"""JSON of a line or an event, a long one in pieces."""
 
 
 class Stream(Response):
@@ -98,12 +98,14 @@ class Stream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def event_stream(events: AsyncGenerator[str]) -> Stream:
+def event_stream(events: AsyncGenerator[Line]) -> Stream:
     """Server-sent events; a stream that ends as it should ends with DONE."""
     return Stream(events, "text/event-stream", _event)
 
 
-def _event(data: str) -> Iterable[bytes]:
+def _event(data: Line) -> Iterable[bytes]:
+    if not isinstance(data, str):
+        return (b"data: ", *data, b"\n\n")
     return (f"{data if data == COMMENT else f'data: {data}'}\n\n".encode(),)
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import TypeVar
+
+T = TypeVar("T")
 
 COMMENT = ": waiting"
 
 
-async def with_comments(events: AsyncGenerator[str], seconds: float) -> AsyncGenerator[str]:
+async def with_comments(events: AsyncGenerator[T], seconds: float) -> AsyncGenerator[T | str]:
     """`events`, with COMMENT every `seconds` until the first has come. An error before that comes as it is."""
     async with aclosing(events):
         first = asyncio.ensure_future(anext(events))

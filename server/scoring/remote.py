@@ -68,7 +68,7 @@ async def _answers(
         query |= {name: asked[name] for name in ("unit", "region_separator") if asked.get(name) is not None}
         query |= {"model": asked["model"] or await client.model_name(), "method": asked["method"], "stream": "true"}
         async with aclosing(client.pieces("POST", "/v1/perplexity", query=query, lines=lines())) as pieces:
-            async for answer in _lines(pieces):
+            async for answer in lines_of(pieces):
                 line = _parse(answer, url)
                 if "error" in line:
                     raise RequestFailed(line["error"]["message"], line["error"]["message"])
@@ -97,7 +97,8 @@ async def _answers(
         raise RequestFailed(f"{url}: the answer ended before its last line")
 
 
-async def _lines(pieces: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+async def lines_of(pieces: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    """The lines of a body that comes in pieces, each of which ends."""
     begun: list[bytes] = []
     async for piece in pieces:
         first, *others = piece.split(b"\n")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ class RowOps(NamedTuple):
 TORCH_ROWS = RowOps(torch_rows.draw_tokens, torch_rows.row_scores, torch_rows.copy_allowed)
 NUMBERS = 2  # at first; a top_p of 0.9 needs more once in 200 draws
 MORE_NUMBERS = 4  # times as many as were not enough
+LISTED = 1 << 16  # numbers that become a list at once, in about a millisecond
 
 
 def sample(
@@ -143,10 +144,16 @@ def score(
     return Scores(
         _logprobs(found.own[:, None], found)[:, 0].tolist(),
         found.rank.tolist(),
-        found.top_ids.tolist(),
-        _logprobs(found.top_logits, found).tolist(),
+        _lists(found.top_ids),
+        _lists(_logprobs(found.top_logits, found)),
         *_measure(logits, found, measured),
     )
+
+
+def _lists(rows: Tensor) -> list[Any]:
+    """`rows.tolist()`, but other threads run between its parts: a million numbers at once would hold them up."""
+    most = max(1, LISTED // max(1, rows.shape[1]))
+    return [row for few in rows.split(most) for row in few.tolist()]
 
 
 def _measure(
