@@ -36,6 +36,7 @@ def metrics_router(metrics: Metrics) -> APIRouter:
         """Counts, gauges and histograms, times in seconds. Needs no key unless the server has --metrics-key."""
         compressed = TAKES_GZIP.search(accept_encoding) is not None
         loop = asyncio.get_running_loop()
+        metrics.set_tasks(len(asyncio.all_tasks()))
         content, media_type = await loop.run_in_executor(renderer, _render, metrics, accept, compressed)
         headers = {"vary": "accept, accept-encoding"} | ({"content-encoding": "gzip"} if compressed else {})
         return Response(content, media_type=media_type, headers=headers)
