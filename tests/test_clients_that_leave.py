@@ -140,6 +140,20 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_wrong_request(
         until(lambda: f"lpa:http_requests_total{{{labels}}} 1.0" in served.client.get("/metrics").text)
 
 
+def test_a_request_that_is_cancelled_before_its_body_has_come_is_told_so(
+    tiny_checkpoints: dict[Architecture, Path],
+) -> None:
+    with serving(tiny_checkpoints["setting2"], admin_api_key="boss") as served:
+        with socket.create_connection(("127.0.0.1", served.server.port), timeout=20) as client:
+            head = request(b"x" * 1000).partition(b"\r\n\r\n")[0]
+            client.sendall(head + b"\r\nx-request-id: a\r\nExpect: 100-continue\r\n\r\n")
+            assert client.recv(100).startswith(b"HTTP/1.1 100 ")
+            answer = served.client.post("/v1/requests/a/cancel", headers={"authorization": "Bearer boss"})
+            assert answer.json()["cancelled"] == 1
+            refused = b"".join(iter(lambda: client.recv(1 << 12), b""))
+        assert refused.startswith(b"HTTP/1.1 499 ") and b'"code": "request_cancelled"' in refused
+
+
 def test_the_tasks_of_requests_are_counted(
     tiny_checkpoints: dict[Architecture, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

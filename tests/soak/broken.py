@@ -76,7 +76,7 @@ BROKEN = [
     Broken("no model", post(COMPLETIONS, b'{"prompt": "a", "model": "other"}'), 404, COMPLETIONS),
     Broken(
         "lines that are none",
-        post("/v1/perplexity?stream=true", b'"The sea"\n{"text": 3}\n', media="application/x-ndjson"),
+        post("/v1/perplexity?stream=true", b'{"text": 3}\n"The sea"\n', media="application/x-ndjson"),
         400,
         "/v1/perplexity",
     ),

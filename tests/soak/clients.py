@@ -29,8 +29,8 @@ WORDS = re.findall(
 LARGE_TEXTS = 16  # different ones that are scored
 LONGEST_TEXT = 3000  # words
 BURST = 4 * (PLACES + QUEUE)  # requests at once
-STREAMED_LINES = "lines of scores: between two"
-ADMISSION = "lines of scores: until the first is taken"
+STREAMED_LINES = "lines of scores: from one to the next"
+ADMISSION = "lines of scores: to the first"
 
 
 def words(rng: random.Random, least: int, most: int) -> str:
@@ -181,19 +181,15 @@ async def lines(driver: Driver, rng: random.Random) -> str:
             yield json.dumps(large_text(number)).encode() + b"\n"
             await asyncio.sleep(0.01)
 
-    began = time.monotonic()
-    last = 0.0
-    while not last:
+    found: list[dict[str, Any]] = []
+    measure = stopwatch(driver)
+    while not found:
         try:
-            found = []
             async with driver.answer("POST", path, data=body(), headers={"Content-Type": LINES}) as response:
-                last = time.monotonic()
-                driver.measured(ADMISSION, last - began)
                 with driver.connection():
                     async for line in response.content:
+                        measure(STREAMED_LINES if found else ADMISSION)
                         found.append(json.loads(line))
-                        driver.measured(STREAMED_LINES, time.monotonic() - last)
-                        last = time.monotonic()
         except QueueFull:
             await asyncio.sleep(0.1)
     *texts, corpus = found
@@ -202,6 +198,20 @@ async def lines(driver: Driver, rng: random.Random) -> str:
     for number, text in zip(numbers, texts, strict=True):
         driver.same(("large text", number), (text["nll_sum"], text["num_tokens"]))
     return "ok"
+
+
+def stopwatch(driver: Driver) -> Callable[[str], None]:
+    """A function that notes the time since it was made or last called, and what the server computed in it."""
+    clocks = (time.monotonic(), driver.server.processor_seconds())
+
+    def measure(what: str) -> None:
+        nonlocal clocks
+        now = (time.monotonic(), driver.server.processor_seconds())
+        driver.measured(what, now[0] - clocks[0])
+        driver.measured(f"{what}, of processor time", now[1] - clocks[1])
+        clocks = now
+
+    return measure
 
 
 async def loglikelihood(driver: Driver, rng: random.Random) -> str:
@@ -335,7 +345,7 @@ async def leaves_upload(driver: Driver, rng: random.Random) -> str:
         [
             (COMPLETIONS, "application/json", json.dumps({"prompt": words(rng, 5000, 6000)}).encode()),
             (
-                f"{PERPLEXITY}?stream=true",
+                f"{PERPLEXITY}?method=rolling&stream=true",
                 LINES,
                 b"\n".join(json.dumps(large_text(i)).encode() for i in range(4)),
             ),
@@ -365,7 +375,7 @@ def _form(content: bytes) -> bytes:
 async def slow_reader(driver: Driver, rng: random.Random) -> str:
     """Takes its time over a stream that fills the sockets; nothing of it is lost."""
     body = completion(rng, 100, 150, n=4, stream=True, logprobs=20, stream_options={"include_usage": True})
-    received = b""
+    received, sent = b"", time.monotonic()
     async with raw_connection(driver, receive_buffer=4096) as (reader, writer):
         writer.write(post(COMPLETIONS, json.dumps(body).encode()))
         while piece := await reader.read(1 << 13):
@@ -373,7 +383,7 @@ async def slow_reader(driver: Driver, rng: random.Random) -> str:
             await asyncio.sleep(0.02)
     head, _, rest = received.partition(b"\r\n\r\n")
     if not head:
-        raise ServerEnded if driver.is_ending else Fault("a slow reader got no answer")
+        raise ServerEnded if driver.explains(sent) else Fault("a slow reader got no answer")
     status = int(head[9:12])
     driver.count("POST", COMPLETIONS, status)
     if status == 429:
@@ -392,13 +402,15 @@ async def malformed(driver: Driver, rng: random.Random) -> str:
 
 
 async def send_broken(driver: Driver, broken: Broken) -> str:
-    answer = b""
+    answer, sent = b"", time.monotonic()
     async with raw_connection(driver) as (reader, writer):
         writer.write(broken.content)
         while not answer.endswith(b"\r\n\r\n") and (piece := await reader.read(1 << 12)):
             answer += piece
             if b"\r\n\r\n" in answer:
                 break
+    if not answer and driver.explains(sent):
+        raise ServerEnded
     status = int(answer[9:12]) if answer.startswith(b"HTTP/1.1 ") else 0
     if broken.counted is not None and status:
         driver.count(broken.method, broken.counted, status)
@@ -420,7 +432,7 @@ async def cancel(driver: Driver, rng: random.Random) -> str:
         if rng.random() < 0.5:
             async with driver.answer("POST", COMPLETIONS, body, headers=headers, good=(200, 499)) as response:
                 return "cancelled" if response.status == 499 else "was done"
-        async with aclosing(driver.events(COMPLETIONS, body, headers)) as chunks:
+        async with aclosing(driver.events(COMPLETIONS, body, headers, good=(200, 499))) as chunks:
             async for chunk in chunks:
                 if "error" in chunk:
                     if chunk["error"]["code"] != "request_cancelled":

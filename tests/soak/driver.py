@@ -172,11 +172,12 @@ class Driver:
         try:
             yield
         except (aiohttp.ClientError, OSError, EOFError) as error:
-            if self._explained(sent):
+            if self.explains(sent):
                 raise ServerEnded from error
             raise Fault(f"{type(error).__name__}: {error}") from error
 
-    def _explained(self, sent: float) -> bool:
+    def explains(self, sent: float) -> bool:
+        """Whether a signal explains that what was sent at a time has no answer."""
         return self._ending == "kill" or (self._ending == "drain" and sent >= self._ending_since)
 
     @property
@@ -237,11 +238,15 @@ class Driver:
         return found
 
     async def events(
-        self, path: str, body: dict[str, Any], headers: dict[str, str] | None = None
+        self, path: str, body: dict[str, Any], headers: dict[str, str] | None = None, good: tuple[int, ...] = (200,)
     ) -> AsyncGenerator[dict[str, Any]]:
-        """The chunks of a stream, which ends as it should or with an error object; a Fault if it is cut off."""
+        """The chunks of a stream, which ends as it should or with an error object; a Fault if it is cut off. An answer
+        with another of the `good` statuses is its only chunk."""
         done = False
-        async with self.answer("POST", path, {**body, "stream": True}, headers=headers) as response:
+        async with self.answer("POST", path, {**body, "stream": True}, headers=headers, good=good) as response:
+            if response.status != 200:
+                yield await response.json()
+                return
             with self.connection():
                 async for line in response.content:
                     text = line.decode().strip()
