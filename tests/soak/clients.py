@@ -493,9 +493,9 @@ KINDS = [
     Kind("sampled", sampled, clients=2),
     Kind("schema", schema, clients=2),
     Kind("tools", tools),
-    Kind("lines", lines, pause=1),
+    Kind("lines", lines, pause=1, limit=600),
     Kind("loglikelihood", loglikelihood),
-    Kind("batch", batch, pause=1, limit=400),
+    Kind("batch", batch, pause=1, limit=3600),  # it may wait for as long as there is other load
     Kind("leaves stream", leaves_stream, clients=2),
     Kind("leaves upload", leaves_upload, pause=0.5),
     Kind("slow reader", slow_reader, pause=1),
