@@ -81,8 +81,7 @@ async def soak(driver: Driver, folder: Path, seconds: float) -> list[Check]:
 
 async def _loads_and_rests(driver: Driver, prometheus: Prometheus | None, seconds: float) -> list[Check]:
     server, found = driver.server, Found()
-    start = time.monotonic()
-    async with _memory_of(server) as memory:
+    async with _memory_of(driver):
         say("warming up")
         async with driver.load():
             await asyncio.sleep(min(MOST_WARM_UP, WARM_UP * seconds))
@@ -96,7 +95,7 @@ async def _loads_and_rests(driver: Driver, prometheus: Prometheus | None, second
     found.append(await checks.nothing_kept(server, reading, "after the long load"))
     found.extend(await checks.counts(driver, prometheus, "after the long load"))
     found.append(await checks.hard_enough(server, driver))
-    found.append(checks.memory([(at - start, size) for at, size in memory]))
+    found.append(checks.memory(driver.memory))
 
     async with driver.load():
         requests = batch_lines(random.Random(driver.seed), DURABLE)
@@ -158,18 +157,18 @@ async def _batches_end(driver: Driver, batch_id: str, requests: list[dict[str, o
 
 
 @asynccontextmanager
-async def _memory_of(server: ServerProcess) -> AsyncIterator[list[tuple[float, int]]]:
-    """(time, resident bytes) of a process, every second."""
-    found: list[tuple[float, int]] = []
+async def _memory_of(driver: Driver) -> AsyncIterator[None]:
+    """The server's memory is noted every second."""
+    start = time.monotonic()
 
     async def watch() -> None:
         while True:
-            found.append((time.monotonic(), server.resident()))
+            driver.memory.append((time.monotonic() - start, driver.server.resident()))
             await asyncio.sleep(1)
 
     watching = asyncio.create_task(watch())
     try:
-        yield found
+        yield
     finally:
         watching.cancel()
 

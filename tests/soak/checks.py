@@ -94,7 +94,7 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
 
 
 def differences(mine: Counter[Handler], theirs: Counter[Handler]) -> list[str]:
-    """Where two counts of HTTP requests differ. What a client that has left was answered it does not know: any status."""
+    """Where two counts of HTTP requests differ. A client that has left does not know its status: any."""
     unknown: Counter[tuple[str, str]] = Counter()
     for (route, method, status), count in mine.items():
         unknown[route, method] += count * (status == LEFT)

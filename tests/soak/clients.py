@@ -493,7 +493,7 @@ KINDS = [
     Kind("sampled", sampled, clients=2),
     Kind("schema", schema, clients=2),
     Kind("tools", tools),
-    Kind("lines", lines, pause=1, limit=600),
+    Kind("lines", lines, pause=1),
     Kind("loglikelihood", loglikelihood),
     Kind("batch", batch, pause=1, limit=3600),  # it may wait for as long as there is other load
     Kind("leaves stream", leaves_stream, clients=2),

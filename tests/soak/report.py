@@ -40,6 +40,7 @@ def as_json(driver: Driver, checks: Sequence[Check], settings: dict[str, Any]) -
             for name, tally in driver.tallies.items()
         },
         "longest_s": driver.longest,
+        "memory_mb": [(round(at, 1), round(size / 1e6, 1)) for at, size in driver.memory],
         "checks": [check._asdict() for check in checks],
         "faults": driver.faults,
         "hung": driver.hung,
