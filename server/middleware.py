@@ -96,7 +96,10 @@ class RequestLog:
             seconds = time.monotonic() - began
             status = 499 if state.get("client_left") or not status else status  # as nginx
             method, route = scope["method"] if scope["method"] in METHODS else OTHER, _route(routed)
-            self._metrics.observe_http(route, method, status, seconds)
+            if INTERNAL in scope:
+                self._metrics.observe_batch_line(route, status)
+            else:
+                self._metrics.observe_http(route, method, status, seconds)
             if (caller := state.get("caller")) is not None:
                 self._metrics.observe_caller(caller, work.prompt_tokens, work.completion_tokens)
             if self._tracing is not None and not _is_quiet(scope):

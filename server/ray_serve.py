@@ -105,6 +105,7 @@ class Replica:
 
     async def metrics(self) -> list[Metric]:
         """All metrics, with this replica's name."""
+        self._metrics.set_tasks(len(asyncio.all_tasks()))
         return await asyncio.to_thread(lambda: labelled(self._name, self._metrics.registry.collect()))
 
     async def drain(self) -> int:

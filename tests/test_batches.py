@@ -96,6 +96,17 @@ def test_answers_are_those_of_the_endpoint_in_the_order_of_the_lines(client: Ope
     assert client.files.retrieve(str(done.output_file_id)).purpose == "batch_output"
 
 
+def test_lines_are_counted_as_lines_and_not_as_http_requests(client: OpenAI, served: Served) -> None:
+    series = 'handler="/v1/completions"{},model_name="tiny",status="200"'
+    of_lines = "lpa:batch_lines_total{" + series.format("") + "}"
+    of_http = "lpa:http_requests_total{" + series.format(',method="POST"') + "}"
+    served.complete(prompt="x", max_tokens=1)
+    ended(client, start(client, lines(request("cat"))))
+    http_before, lines_before = served.metric(of_http), served.metric(of_lines)
+    ended(client, start(client, lines(request("cat"), request("dog"))))
+    assert (served.metric(of_http), served.metric(of_lines)) == (http_before, lines_before + 2)
+
+
 def test_every_endpoint_that_is_listed_works(client: OpenAI) -> None:
     for url, body in (
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}),

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from lpa_model.config import Architecture
@@ -124,3 +125,44 @@ async def test_waiting_outputs_of_a_sequence_become_one() -> None:
     assert (output.finish_reason, output.stop_reason) == (FinishReason.STOP, "x")
     assert (await mailbox.take()).token_ids == list(range(1000))
     assert len(mailbox) == 0
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_wrong_request(
+    tiny_checkpoints: dict[Architecture, Path],
+) -> None:
+    labels = 'handler="/v1/completions",method="POST",model_name="tiny",status="499"'
+    with serving(tiny_checkpoints["setting2"]) as served:
+        with socket.create_connection(("127.0.0.1", served.server.port), timeout=20) as client:
+            head = request(b"x" * 1000).partition(b"\r\n\r\n")[0] + b"\r\nExpect: 100-continue\r\n\r\n"
+            client.sendall(head)
+            assert client.recv(100).startswith(b"HTTP/1.1 100 ")
+            client.sendall(b'{"prompt": ')
+        until(lambda: f"lpa:http_requests_total{{{labels}}} 1.0" in served.client.get("/metrics").text)
+
+
+def test_a_request_that_is_cancelled_before_its_body_has_come_is_told_so(
+    tiny_checkpoints: dict[Architecture, Path],
+) -> None:
+    with serving(tiny_checkpoints["setting2"], admin_api_key="boss") as served:
+        with socket.create_connection(("127.0.0.1", served.server.port), timeout=20) as client:
+            head = request(b"x" * 1000).partition(b"\r\n\r\n")[0]
+            client.sendall(head + b"\r\nx-request-id: a\r\nExpect: 100-continue\r\n\r\n")
+            assert client.recv(100).startswith(b"HTTP/1.1 100 ")
+            answer = served.client.post("/v1/requests/a/cancel", headers={"authorization": "Bearer boss"})
+            assert answer.json()["cancelled"] == 1
+            refused = b"".join(iter(lambda: client.recv(1 << 12), b""))
+        assert refused.startswith(b"HTTP/1.1 499 ") and b'"code": "request_cancelled"' in refused
+
+
+def test_the_tasks_of_requests_are_counted(
+    tiny_checkpoints: dict[Architecture, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = 'lpa:event_loop_tasks{model_name="tiny"}'
+    with serving(tiny_checkpoints["setting2"]) as served:
+        before = served.metric(name)
+        slow_steps(served, monkeypatch, 0.01)
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 120, "ignore_eos": True, "stream": True}
+        with served.client.stream("POST", "/v1/completions", json=body), httpx.Client(base_url=served.url) as other:
+            page = other.get("/metrics").text
+            assert float(page.partition(f"{name} ")[2].partition("\n")[0]) > before
+        until(lambda: served.metric(name) <= before)

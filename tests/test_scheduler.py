@@ -150,6 +150,24 @@ def test_a_free_place_goes_to_who_waits_alone_before_a_groups_many() -> None:
     drain(scheduler)
 
 
+@pytest.mark.parametrize("scored", [False, True])
+def test_single_requests_that_keep_coming_do_not_hold_back_a_group(scored: bool) -> None:
+    """Four single requests wait at any time; a group of ten has its fifth part of what runs, or more."""
+    params = {"max_tokens": 0, "prompt_logprobs": 0} if scored else {"max_tokens": 3}
+    scheduler = make_scheduler(max_num_seqs=2)
+    many = [of_group("many", f"many{i}", **params) for i in range(10)]
+    for request in many:
+        scheduler.add(request)
+    singles = 0
+    while any(request.status is not RequestStatus.FINISHED for request in many):
+        while len(waiting(scheduler)) - sum(request.status is RequestStatus.WAITING for request in many) < 4:
+            scheduler.add(of_group(f"single{singles}", f"single{singles}", max_tokens=3))
+            singles += 1
+        step(scheduler)
+        assert singles <= 100
+    assert singles >= 10
+
+
 @pytest.mark.parametrize("priority", [0, 1])
 def test_no_place_is_taken_from_a_better_priority_nor_the_only_one_of_a_group(priority: int) -> None:
     scheduler = make_scheduler(64, max_num_seqs=2, max_num_batched_tokens=64)

@@ -257,7 +257,7 @@ class Request:
         self.first_token_time: float | None = None
         self.last_token_time: float | None = None
         # smallest first: priority, turn of the group, arrival, number; the scheduler numbers requests, from 1
-        self.order = (priority, 0, self.arrival, 0)
+        self.order: tuple[int, float, float, int] = (priority, 0.0, self.arrival, 0)
         self.followers: dict[Request, int] = {}  # waiting for this one's whole prompt
         self.waiters: dict[Request, int] = {}  # waiting for this one to have computed so many tokens
 

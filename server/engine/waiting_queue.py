@@ -30,23 +30,28 @@ def remove(requests: list[Request], request: Request) -> None:
 
 class Turns:
     """Round robin over groups: the first request of a group gets the current turn, each further one the
-    turn after. So a single request precedes the many of another group."""
+    turn after. So a single request precedes the many of another group.
+
+    With every request that runs the current turn moves on by its part of a round over the groups that are there, as
+    the virtual time of fair queueing does. Otherwise single requests that keep coming would all get the same turn, and
+    the second request of a group would wait for as long as they come.
+    """
 
     def __init__(self) -> None:
-        self._now = 0
-        self._last: dict[str, int] = {}  # by group, the turn of its latest request
+        self._now = 0.0
+        self._last: dict[str, float] = {}  # by group, the turn of its latest request
         self._count: Counter[str] = Counter()  # by group, its requests that have not finished
 
-    def next(self, group: str, *, again: bool = False) -> int:
+    def next(self, group: str, *, again: bool = False) -> float:
         """The turn of a group's next request, or of one that goes to the end of its group's line `again`."""
         turn = max(self._last.get(group, -1) + 1, self._now)
         self._last[group] = turn
         self._count[group] += not again
         return turn
 
-    def has_run(self, turn: int) -> None:
-        """The queue has come to this turn."""
-        self._now = max(self._now, turn)
+    def has_run(self, turn: float) -> None:
+        """A request of this turn has begun to run."""
+        self._now = max(self._now + 1 / (len(self._count) + 1), turn)
 
     def leave(self, group: str) -> None:
         """A request of a group has finished."""

@@ -42,6 +42,7 @@ def metrics_router(metrics: Metrics, replicas: Replicas | None) -> APIRouter:
         With --ray-replicas, of all replicas, by the label `replica`."""
         compressed = TAKES_GZIP.search(accept_encoding) is not None
         loop = asyncio.get_running_loop()
+        metrics.set_tasks(len(asyncio.all_tasks()))
         if replicas is None:
             work = functools.partial(_render, metrics.registry, accept, compressed)
         else:

@@ -130,10 +130,11 @@ async def in_order(
     async def start_all() -> None:
         end: Exception | None = None
         try:
-            await slots.acquire()
-            async for job in jobs:
-                started.put_nowait(asyncio.create_task(job))
+            async with aclosing(jobs):
                 await slots.acquire()
+                async for job in jobs:
+                    started.put_nowait(asyncio.create_task(job))
+                    await slots.acquire()
         except Exception as error:
             end = error
         started.put_nowait(end)
@@ -160,11 +161,8 @@ async def in_order(
         if item is not None:
             raise item
     finally:
-        starting.cancel()
-        await asyncio.gather(starting, return_exceptions=True)
         left = [item, *(started.get_nowait() for _ in range(started.qsize()))]
         tasks = [task for task in left if isinstance(task, asyncio.Task)]
-        for task in tasks:
+        for task in (starting, *tasks):  # before anything is awaited: the client may leave meanwhile
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await jobs.aclose()
+        await asyncio.gather(starting, *tasks, return_exceptions=True)
