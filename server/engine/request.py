@@ -194,8 +194,8 @@ class Choices:
 
 
 BACKGROUND = 1 << 63
-"""The priority of background work, batch jobs: it runs on capacity that no other request uses. No client can ask for it:
-priorities are 64-bit integers."""
+"""The priority of background work, batch jobs: it runs on capacity that no other request uses. It is beyond the 64-bit
+integers that clients may send."""
 
 
 class Request:
