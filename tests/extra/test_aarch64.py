@@ -1,4 +1,4 @@
-"""The kernels for ARM under qemu: op lists that ran here run again on every instruction set, and are compared bit by bit.
+"""The kernels for ARM under qemu: op lists that ran here run again on every instruction set, and are compared by bits.
 
 No ARM processor is needed, and no speed is measured: qemu's time says nothing of a processor's.
 """
@@ -46,7 +46,7 @@ CASES: list[tuple[torch.dtype, WeightType, torch.dtype]] = [
     (torch.float32, "int4", torch.int8),
     (torch.bfloat16, "int4", torch.bfloat16),
 ]
-BLOCK, STREAMS = 32, 9
+BLOCK, STREAMS, LONG = 32, 9, 160  # tokens of the longest text: two splits of decode attention
 Qemu = Callable[..., "subprocess.CompletedProcess[str]"]
 # (mask, value) of the instructions' 32 bits: sdot of vectors and by element, smmla, bfmlalb and bfmlalt
 INSTRUCTIONS = {
@@ -99,28 +99,32 @@ def steps_of(
 
     Widths are not multiples of 32, so that all is padded, and several groups of 32 follow each other.
     """
-    config = tiny_config(architecture, hidden_size=104, intermediate_size=136, num_attention_heads=4, attention_rank=40)
+    config = tiny_config(
+        architecture, hidden_size=104, intermediate_size=136, attention_rank=40, max_position_embeddings=256
+    )
     model = random_model(config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     held = hold_weights(model, weights)
-    model = model.to(dtype)
     steps: list[SavedStep] = []
     kernels = recording(kernels_here()[instruction_set], steps)
-    cache = LatentCache(config, "mixed", STREAMS + 1, 2 * BLOCK, cache_dtype, width_unit=WIDTH_UNIT)
+    tables = [list(range(LONG // BLOCK)), *([LONG // BLOCK + i] for i in range(STREAMS))]
+    cache = LatentCache(config, "mixed", LONG // BLOCK + STREAMS, BLOCK, cache_dtype, width_unit=WIDTH_UNIT)
     plan = StepPlan(model, cache, kernels, held)
     generator = np.random.default_rng(0)
 
     def step(spans: list[Span]) -> None:
         ids = generator.integers(0, config.vocab_size, sum(span.length for span in spans))
-        hidden, _ = plan(Batch.build(ids, spans, 2 * BLOCK))
+        hidden, _ = plan(Batch.build(ids, spans, BLOCK))
         plan.head(hidden)
 
-    lengths = [37, 1, 2, 3, 5, 8, 13, 4, 6]
-    step([Span(0, length, [i], decode=False) for i, length in enumerate(lengths)])
+    lengths = [LONG - 16, 1, 2, 3, 5, 8, 13, 4, 6]
+    step([Span(0, length, table, decode=False) for length, table in zip(lengths, tables, strict=False)])
     for rows in range(1, STREAMS + 1):
-        step([Span(lengths[i], 1, [i], decode=True) for i in range(rows)])
+        step([Span(lengths[i], 1, tables[i], decode=True) for i in range(rows)])
         lengths[:rows] = [length + 1 for length in lengths[:rows]]
-    branched = Span(0, 11, [STREAMS], decode=False, branches=(4, 7))
-    step([Span(lengths[0], 1, [0], decode=True), Span(lengths[1], 20, [1], decode=False), branched])
+    branched = Span(0, 11, tables[STREAMS], decode=False, branches=(4, 7))
+    step([Span(lengths[0], 1, tables[0], decode=True), Span(lengths[1], 20, tables[1], decode=False), branched])
     return steps
 
 
@@ -192,6 +196,7 @@ def test_every_instruction_set_computes_the_same_bits(
         assert done.returncode == 0, (name, done.returncode, done.stderr)
         memory, at = after.read_bytes(), 0
         for i, step in enumerate(expected):
+            assert step.before != step.after
             found, wanted = step.results(memory[at : at + step.size]), step.results(b"".join(step.after))
             at += step.size
             for address, region in wanted.items():
