@@ -162,6 +162,7 @@ def test_instruction_sets_use_their_instructions(library: Path) -> None:
 def test_the_wheel_for_arm_holds_every_instruction_set(library: Path, tmp_path: Path) -> None:
     path = build_wheel(tmp_path, "-C--build-option=--plat-name=manylinux_2_28_aarch64")
     assert path.name.endswith("-py3-none-manylinux_2_28_aarch64.whl")
+    assert not (tmp_path / "source/lpa_model/backends/cpu/kernels.so").exists()  # where the editable one would be
     with zipfile.ZipFile(path) as archive:
         [name] = [name for name in archive.namelist() if name.endswith(".so")]
         assert name == "lpa_model/backends/cpu/kernels.so" and not any(n.endswith(".o") for n in archive.namelist())

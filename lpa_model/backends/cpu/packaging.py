@@ -51,22 +51,22 @@ class BuildKernels(Command):
         return {}
 
 
-class Build(build):
-    """Python files are gathered once the library is among them."""
+def _is_for_here(command: build) -> bool:
+    return not (isinstance(command, Build) and command.machine)
 
-    sub_commands = [("build_kernels", None), *build.sub_commands]  # noqa: RUF012  # as setuptools has it
-    machine = ""  # another one than this: its library goes into the wheel, and not beside the source
+
+class Build(build):
+    """Python files are gathered once the library is among them; another machine's takes its place in the wheel alone."""
+
+    sub_commands = [("build_kernels", _is_for_here), *build.sub_commands]  # noqa: RUF012  # as setuptools has it
+    machine = ""  # another one than this
 
     def run(self) -> None:
-        if not self.machine:
-            super().run()
-            return
-        self.sub_commands = build.sub_commands
         super().run()
-        library = _build["LIBRARY"]
-        made = _build["build"](_build["objects_of"](library) / f"{self.machine}.so", self.machine)
-        root = Path(__file__).parents[3]
-        shutil.copy(made, Path(self.build_lib) / library.relative_to(root))
+        if self.machine:
+            library: Path = _build["LIBRARY"]
+            made = _build["build"](_build["objects_of"](library) / f"{self.machine}.so", self.machine)
+            shutil.copy(made, Path(self.build_lib) / library.relative_to(Path(__file__).parents[3]))
 
 
 class BuildWheel(bdist_wheel):
@@ -86,7 +86,9 @@ class BuildWheel(bdist_wheel):
             self.machine = tags[self.plat_name]
             self.distribution.has_ext_modules = lambda: True  # type: ignore[method-assign]
             if self.machine != platform.machine():
-                self.distribution.get_command_obj("build").machine = self.machine
+                command = self.distribution.get_command_obj("build")
+                assert isinstance(command, Build)
+                command.machine = self.machine
         super().finalize_options()
 
     def get_tag(self) -> tuple[str, str, str]:
