@@ -56,7 +56,7 @@ def _is_for_here(command: build) -> bool:
 
 
 class Build(build):
-    """Python files are gathered once the library is among them; another machine's takes its place in the wheel alone."""
+    """Python files are gathered once the library is among them; another machine's replaces it in the wheel alone."""
 
     sub_commands = [("build_kernels", _is_for_here), *build.sub_commands]  # noqa: RUF012  # as setuptools has it
     machine = ""  # another one than this
