@@ -42,6 +42,7 @@ class SavedStep:
     regions: list[tuple[int, int]]  # (address, size), apart from each other; the first is the op list's record
     pointers: list[tuple[int, int]]  # (region, offset)
     scratch: list[Part]
+    kinds: set[int]  # of operations
     before: list[bytes]
     after: list[bytes] = field(default_factory=list)
 
@@ -57,7 +58,9 @@ class SavedStep:
         for place in places:
             found = next(i for i, (start, size) in enumerate(regions) if start <= place < start + size)
             pointers.append((found, place - regions[found][0]))
-        return cls(regions, pointers, [part for part in parts if part.scratch], _read(regions))
+        [op_list] = _array(record, OP_LIST, 1)
+        kinds = set(_array(op_list["ops"], OP, op_list["num_ops"])["kind"].tolist())
+        return cls(regions, pointers, [part for part in parts if part.scratch], kinds, _read(regions))
 
     def encoded(self) -> bytes:
         """As replay.c reads it."""

@@ -6,22 +6,25 @@ No ARM processor is needed, and no speed is measured: qemu's time says nothing o
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from lpa_model.backends.cpu.args import OpKind
 from lpa_model.backends.cpu.build import INSTRUCTION_SETS, LIBRARY, SOURCES, build, objects_of
 from lpa_model.backends.cpu.plan import WIDTH_UNIT, StepPlan
 from lpa_model.batch import Batch, Span
 from lpa_model.cache import LatentCache
-from lpa_model.config import Architecture
+from lpa_model.config import Architecture, CacheLayout
 from lpa_model.quantization import WeightType, hold_weights
 from tests.conftest import random_model, tiny_config
 from tests.cpu_kernels import kernels_here
@@ -47,6 +50,12 @@ CASES: list[tuple[torch.dtype, WeightType, torch.dtype]] = [
     (torch.bfloat16, "int4", torch.bfloat16),
 ]
 BLOCK, STREAMS, LONG = 32, 9, 160  # tokens of the longest text: two splits of decode attention
+FFN_RANK = {"gate": [40, None], "up": [40, None], "down": None}
+# layout, and keys of the config: together they have every operation and epilogue
+MODELS: dict[Architecture, tuple[CacheLayout, dict[str, Any]]] = {
+    "setting1": ("latent", {}),
+    "setting2": ("mixed", {"qk_norm": True, "num_key_value_heads": 2, "ffn_rank": FFN_RANK}),
+}
 Qemu = Callable[..., "subprocess.CompletedProcess[str]"]
 # (mask, value) of the instructions' 32 bits: sdot of vectors and by element, smmla, bfmlalb and bfmlalt
 INSTRUCTIONS = {
@@ -66,6 +75,7 @@ def library() -> Path:
 @pytest.fixture(scope="module")
 def qemu(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Qemu:
     """Runs replay.c, linked with the library's own objects, on a processor of qemu's."""
+    assert shutil.which("qemu-aarch64") is not None, "make test-extra installs Debian's package qemu-user"
     program = tmp_path_factory.mktemp("replay") / "replay"
     objects = sorted(objects_of(library).glob("*.o"))
     command = [
@@ -99,9 +109,9 @@ def steps_of(
 
     Widths are not multiples of 32, so that all is padded, and several groups of 32 follow each other.
     """
-    config = tiny_config(
-        architecture, hidden_size=104, intermediate_size=136, attention_rank=40, max_position_embeddings=256
-    )
+    layout, changes = MODELS[architecture]
+    sizes = {"hidden_size": 104, "intermediate_size": 136, "attention_rank": 40, "max_position_embeddings": 2 * LONG}
+    config = tiny_config(architecture, **sizes, **changes)
     model = random_model(config)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -109,7 +119,7 @@ def steps_of(
     steps: list[SavedStep] = []
     kernels = recording(kernels_here()[instruction_set], steps)
     tables = [list(range(LONG // BLOCK)), *([LONG // BLOCK + i] for i in range(STREAMS))]
-    cache = LatentCache(config, "mixed", LONG // BLOCK + STREAMS, BLOCK, cache_dtype, width_unit=WIDTH_UNIT)
+    cache = LatentCache(config, layout, LONG // BLOCK + STREAMS, BLOCK, cache_dtype, width_unit=WIDTH_UNIT)
     plan = StepPlan(model, cache, kernels, held)
     generator = np.random.default_rng(0)
 
@@ -180,7 +190,12 @@ def test_a_wheel_for_another_platform_is_refused(tmp_path: Path) -> None:
         build_wheel(tmp_path, "-C--build-option=--plat-name=manylinux_2_28_riscv64")
 
 
-@pytest.mark.parametrize("architecture", ["setting1", "setting2"])
+def test_the_steps_have_every_operation() -> None:
+    found = [steps_of(architecture, torch.bfloat16, "bfloat16", torch.bfloat16, "avx2") for architecture in MODELS]
+    assert set(OpKind) == {kind for steps in found for step in steps for kind in step.kinds}
+
+
+@pytest.mark.parametrize("architecture", MODELS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(x).removeprefix("torch.") for x in case))
 def test_every_instruction_set_computes_the_same_bits(
     architecture: Architecture, case: tuple[torch.dtype, WeightType, torch.dtype], qemu: Qemu, tmp_path: Path
