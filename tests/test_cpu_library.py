@@ -36,6 +36,7 @@ def test_instruction_sets_are_those_that_linux_reports() -> None:
     v4 = {"avx512f", "avx512dq", "avx512cd", "avx512bw", "avx512vl"}
     needed = {
         "avx2": {"avx2", "fma", "f16c", "bmi1", "bmi2"},
+        "avxvnni": {"avx2", "fma", "avx_vnni"},
         "avx512": {"avx2", "fma"} | v4,
         "avx512bf16": {"avx512_bf16"} | v4,
     }
@@ -150,8 +151,11 @@ def test_no_memory_for_scratch_is_an_error() -> None:
 
 
 def test_emulated_flavours_are_the_real_ones_names() -> None:
-    names = {flavour.name: flavour.defines for flavour in INSTRUCTION_SETS["x86_64"]}
-    assert all(names[flavour.name] == flavour.defines for flavour in EMULATED)
+    """With the same control flow; that of ARM's is without its vectors."""
+    names = {flavour.name: flavour.defines for machine in INSTRUCTION_SETS.values() for flavour in machine}
+    for flavour in EMULATED:
+        assert set(names[flavour.name]) - set(flavour.defines) <= {"-DHAS_NEON=1", "-DHAS_DOT_S8=1"}, flavour
+        assert set(flavour.defines) <= set(names[flavour.name]), flavour
 
 
 def test_kernels_run_without_openmp(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,11 +42,35 @@ EXPECTED = {
         "cpu (avx512, bfloat16, int8 weights)",
         "cpu (avx512, bfloat16, int8 cache)",
     ),
+    "avxvnni": (
+        "cpu (avxvnni, float32)",
+        "cpu (avxvnni, bfloat16)",
+        "cpu (avxvnni, bfloat16, int8 weights)",
+        "cpu (avxvnni, bfloat16, int8 cache)",
+    ),
     "avx2": (
         "cpu (avx2, float32)",
         "cpu (avx2, bfloat16)",
         "cpu (avx2, bfloat16, int8 weights)",
         "cpu (avx2, bfloat16, int8 cache)",
+    ),
+    "neonbf16": (
+        "cpu (neonbf16, float32)",
+        "cpu (neonbf16, bfloat16)",
+        "cpu (neonbf16, bfloat16, int8 weights)",
+        "cpu (neonbf16, bfloat16, int8 cache)",
+    ),
+    "i8mm": (
+        "cpu (i8mm, float32)",
+        "cpu (i8mm, bfloat16)",
+        "cpu (i8mm, bfloat16, int8 weights)",
+        "cpu (i8mm, bfloat16, int8 cache)",
+    ),
+    "dotprod": (
+        "cpu (dotprod, float32)",
+        "cpu (dotprod, bfloat16)",
+        "cpu (dotprod, bfloat16, int8 weights)",
+        "cpu (dotprod, bfloat16, int8 cache)",
     ),
     "neon": (
         "cpu (neon, float32)",
@@ -61,12 +85,14 @@ EXPECTED = {
         "cpu (scalar, bfloat16, int8 cache)",
     ),
 }
-X86 = ("amx", "avx512bf16", "avx512", "avx2", "scalar")
+X86 = ("amx", "avx512bf16", "avx512", "avxvnni", "avx2", "scalar")
+ARM = ("neonbf16", "i8mm", "dotprod", "neon", "scalar")
 LAYOUTS = ("auto", *get_args(CacheLayout))
 
 
 def sets_of(best: str) -> tuple[str, ...]:
-    return X86[X86.index(best) :] if best in X86 else (best, "scalar")
+    family = X86 if best in X86 else ARM
+    return family[family.index(best) :]
 
 
 @pytest.mark.parametrize("best", EXPECTED)

@@ -17,13 +17,13 @@ from lpa_model.backends.cpu.build import LIBRARY, objects_of
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def build_wheel(folder: Path, *options: str) -> Path:
     """Built from a copy, so that nothing left in build/ gets into it, and without a network.
 
     Time limits are there to end what hangs: compiling takes minutes on a busy machine.
     """
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    source, target = folder / "source", folder / "wheel"
+    source.mkdir()
     for name in ("lpa_model", "server", "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", LIBRARY.name))
     objects = objects_of(LIBRARY)
@@ -32,9 +32,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", target]
-    done = subprocess.run([*command, source], capture_output=True, text=True, timeout=900)
+    done = subprocess.run([*command, *options, source], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
-    [path] = target.glob(f"lpa_server-*-py3-none-manylinux_2_28_{platform.machine()}.whl")
+    [path] = target.glob("lpa_server-*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = build_wheel(tmp_path_factory.mktemp("native"))
+    assert path.name.endswith(f"-py3-none-manylinux_2_28_{platform.machine()}.whl")
     return path
 
 

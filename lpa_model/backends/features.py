@@ -13,7 +13,7 @@ import torch
 from lpa_model.backends.cpu import library
 from lpa_model.backends.cpu.build import LIBRARY
 
-AMX, AVX512_BF16 = "amx", "avx512bf16"
+AMX, AVX512_BF16, NEON_BF16 = "amx", "avx512bf16", "neonbf16"
 
 
 @cache
@@ -43,9 +43,7 @@ def has_bfloat16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if platform.system() == "Darwin":
         return platform.machine() == "arm64"
-    if platform.machine() == "aarch64":
-        return "bf16" in _cpu_words()
-    return bool({AMX, AVX512_BF16} & set(instruction_sets()))
+    return bool({AMX, AVX512_BF16, NEON_BF16} & set(instruction_sets()))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -84,11 +82,3 @@ def free_memory(device: torch.device) -> int:
         if limit.is_file() and (text := limit.read_text().strip()).isdigit():
             free = min(free, int(text))
     return free
-
-
-@cache
-def _cpu_words() -> frozenset[str]:
-    try:
-        return frozenset(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return frozenset()

@@ -49,24 +49,34 @@ class InstructionSet:
     defines: tuple[str, ...] = ()
 
 
-DOT, TILES = ("-DHAS_DOT_BF16=1", "-DHAS_DOT_I8=1"), ("-DHAS_TILES=1",)  # who has bfloat16's has VNNI's, too
+WIDE = ("-DVECTORS=32",)  # of 64 bytes
+VNNI = ("-DHAS_DOT_I8=1",)
+DOT, TILES = ("-DHAS_DOT_BF16=1", *VNNI, *WIDE), ("-DHAS_TILES=1",)  # who has bfloat16's has VNNI's, too
+NEON, MATRIX = ("-DHAS_NEON=1",), ("-DHAS_MATRIX_I8=1",)
+SDOT = (*NEON, "-DHAS_DOT_S8=1")
 INSTRUCTION_SETS = {
     "x86_64": [
         InstructionSet("scalar", "x86_64"),
         InstructionSet("avx2", "x86_64_v3"),
+        InstructionSet("avxvnni", "x86_64_v3+avxvnni", VNNI),
         InstructionSet("avx512", "x86_64_v4"),
         InstructionSet("avx512bf16", "x86_64_v4+avx512vnni+avx512bf16", DOT),
         InstructionSet("amx", "x86_64_v4+avx512vnni+avx512bf16+amx_tile+amx_bf16", DOT + TILES),
     ],
     "aarch64": [
         InstructionSet("scalar", "generic"),
-        InstructionSet("neon", "generic"),
+        InstructionSet("neon", "generic", NEON),
+        InstructionSet("dotprod", "generic+dotprod", SDOT),
+        InstructionSet("i8mm", "generic+dotprod+i8mm", SDOT + MATRIX),
+        InstructionSet("neonbf16", "generic+dotprod+i8mm+bf16", ("-DHAS_DOT_BF16=1", *SDOT, *MATRIX)),
     ],
 }
 # the control flow of newer processors' kernels, on any processor with AVX2: their instructions are computed in C
 EMULATED = [
+    InstructionSet("avxvnni", "x86_64_v3", VNNI),
     InstructionSet("avx512bf16", "x86_64_v3", DOT),
     InstructionSet("amx", "x86_64_v3", DOT + TILES),
+    InstructionSet("i8mm", "x86_64_v3", MATRIX),
 ]
 # to be run with the runtime libraries of the sanitizers loaded beforehand
 SANITIZED = [flag for flag in FLAGS if flag not in ("-O3", "-g0", "-fno-sanitize=all")] + [

@@ -2,19 +2,22 @@
 
 Loaded by setuptools alone, from pyproject.toml, without the package around it. A wheel is for any Python, since the
 library is called through ctypes, and for Linux with the glibc that the library asks for. Where there are no kernels the
-wheel is for any platform, and torch computes.
+wheel is for any platform, and torch computes. The compiler knows every processor, so that bdist_wheel's own option
+`--plat-name manylinux_2_28_aarch64` makes a wheel for ARM anywhere.
 """
 
 from __future__ import annotations
 
 import platform
 import runpy
+import shutil
 from pathlib import Path
 from typing import ClassVar
 
 from setuptools import Command
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
+from setuptools.errors import OptionError
 
 _build = runpy.run_path(str(Path(__file__).with_name("build.py")))
 
@@ -48,10 +51,22 @@ class BuildKernels(Command):
         return {}
 
 
-class Build(build):
-    """Python files are gathered once the library is among them."""
+def _is_for_here(command: build) -> bool:
+    return not (isinstance(command, Build) and command.machine)
 
-    sub_commands = [("build_kernels", None), *build.sub_commands]  # noqa: RUF012  # as setuptools has it
+
+class Build(build):
+    """Python files are gathered once the library is among them; another machine's replaces it in the wheel alone."""
+
+    sub_commands = [("build_kernels", _is_for_here), *build.sub_commands]  # noqa: RUF012  # as setuptools has it
+    machine = ""  # another one than this
+
+    def run(self) -> None:
+        super().run()
+        if self.machine:
+            library: Path = _build["LIBRARY"]
+            made = _build["build"](_build["objects_of"](library) / f"{self.machine}.so", self.machine)
+            shutil.copy(made, Path(self.build_lib) / library.relative_to(Path(__file__).parents[3]))
 
 
 class BuildWheel(bdist_wheel):
@@ -59,11 +74,26 @@ class BuildWheel(bdist_wheel):
 
     def initialize_options(self) -> None:
         super().initialize_options()
+        self.machine = platform.machine()
         if _build["compiles_here"]():
             self.distribution.has_ext_modules = lambda: True  # type: ignore[method-assign]  # what is installed belongs to a platform
 
+    def finalize_options(self) -> None:
+        if self.plat_name:
+            tags = {_tag(machine): machine for machine in _build["INSTRUCTION_SETS"]}
+            if self.plat_name not in tags:
+                raise OptionError(f"--plat-name {self.plat_name}: there are kernels for {', '.join(tags)}")
+            self.machine = tags[self.plat_name]
+            self.distribution.has_ext_modules = lambda: True  # type: ignore[method-assign]
+            if self.machine != platform.machine():
+                command = self.distribution.get_command_obj("build")
+                assert isinstance(command, Build)
+                command.machine = self.machine
+        super().finalize_options()
+
     def get_tag(self) -> tuple[str, str, str]:
-        if self.root_is_pure:
-            return super().get_tag()
-        glibc = _build["GLIBC"].replace(".", "_")
-        return "py3", "none", f"manylinux_{glibc}_{platform.machine()}"
+        return super().get_tag() if self.root_is_pure else ("py3", "none", _tag(self.machine))
+
+
+def _tag(machine: str) -> str:
+    return f"manylinux_{_build['GLIBC'].replace('.', '_')}_{machine}"

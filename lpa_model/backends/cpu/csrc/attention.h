@@ -14,12 +14,8 @@
 
 #define LOWEST (-__builtin_inff())
 
-/* Whether register tiles are for 32 registers of 64 bytes; those of emulated instruction sets are, too. */
-#if defined(__AVX512F__) || HAS_DOT_BF16
-#define WIDE_TILES 1
-#else
-#define WIDE_TILES 0
-#endif
+/* Whether register tiles are for 32 registers of 64 bytes. */
+#define WIDE_TILES (VECTORS >= 32)
 
 /* Queries, new keys and values, and outputs are float32 or bfloat16; the cache is the same, or int8. */
 enum form { FORM_F32, FORM_BF16, FORM_F32_INT8, FORM_BF16_INT8 };

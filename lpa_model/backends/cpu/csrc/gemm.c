@@ -12,9 +12,9 @@
 #include "gemm_quantized.h"
 #include "gemm_tiles.h"
 
-#if defined(__AVX512F__) || HAS_DOT_BF16
+#if VECTORS >= 32
 enum { TILE_ROWS = 12, TILE_PANELS = 2 }; /* 24 of 32 registers hold sums */
-#elif defined(__AVX2__) || defined(__aarch64__)
+#elif VECTORS >= 8
 enum { TILE_ROWS = 6, TILE_PANELS = 1 }; /* 12 of 16 registers; of 24 of 32 on NEON */
 #else
 enum { TILE_ROWS = 2, TILE_PANELS = 1 };
@@ -98,13 +98,13 @@ INLINE void multiply_rows(enum operands operands, int64_t rows, const struct til
     switch (rows) {
         CASE(1)
         CASE(2)
-#if defined(__AVX2__) || defined(__aarch64__)
+#if VECTORS >= 8
         CASE(3)
         CASE(4)
         CASE(5)
         CASE(6)
 #endif
-#if defined(__AVX512F__) || HAS_DOT_BF16
+#if VECTORS >= 32
         CASE(7)
         CASE(8)
         CASE(9)

@@ -180,6 +180,7 @@ static int supports(const char *name) {
     int v4 = v3 && f && dq && cd && bw && vl && state_saved(AVX512);
     if (!strcmp(name, "avx512")) return v4;
     if (!__get_cpuid_count(7, 1, &a8, &b8, &c8, &d8)) a8 = 0;
+    if (!strcmp(name, "avxvnni")) return v3 && (a8 >> 4 & 1);
     int vnni = c7 >> 11 & 1, bf16 = v4 && vnni && (a8 >> 5 & 1);
     if (!strcmp(name, "avx512bf16")) return bf16;
     int amx_bf16 = d7 >> 22 & 1, amx_tile = d7 >> 24 & 1;
@@ -187,7 +188,17 @@ static int supports(const char *name) {
     return 0;
 }
 #elif defined(__aarch64__)
-static int supports(const char *name) { return !strcmp(name, "scalar") || !strcmp(name, "neon"); }
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+
+static int supports(const char *name) {
+    uint64_t first = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2);
+    int dotprod = (first & HWCAP_ASIMDDP) != 0, i8mm = dotprod && (second & HWCAP2_I8MM);
+    if (!strcmp(name, "dotprod")) return dotprod;
+    if (!strcmp(name, "i8mm")) return i8mm;
+    if (!strcmp(name, "neonbf16")) return i8mm && (second & HWCAP2_BF16);
+    return !strcmp(name, "scalar") || !strcmp(name, "neon");
+}
 #else
 static int supports(const char *name) { return !strcmp(name, "scalar"); }
 #endif

@@ -2,8 +2,9 @@
  *
  * The compiler maps the type to two ymm registers on AVX2, one zmm on AVX-512, four q registers on NEON and four xmm
  * in the portable build. Every source file is compiled once per instruction set, with ISA as the suffix of its symbols.
- * HAS_DOT_BF16, HAS_DOT_I8 and HAS_TILES say which instructions the flavour may use; where the compiler's target lacks
- * them (the flavour for tests) they are computed in plain C.
+ * HAS_NEON, HAS_DOT_BF16, HAS_DOT_I8 (VNNI), HAS_DOT_S8 (ARM's dotprod), HAS_MATRIX_I8 (I8MM) and HAS_TILES say which
+ * instructions the flavour may use; where the compiler's target lacks them (the flavour for tests) they are computed in
+ * plain C.
  */
 #ifndef LPA_VEC_H
 #define LPA_VEC_H
@@ -12,6 +13,13 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#endif
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#ifndef HAS_NEON
+#define HAS_NEON 0
 #endif
 
 #ifndef HAS_DOT_BF16
@@ -22,6 +30,23 @@
 #endif
 #ifndef HAS_DOT_I8
 #define HAS_DOT_I8 0
+#endif
+#ifndef HAS_DOT_S8
+#define HAS_DOT_S8 0
+#endif
+#ifndef HAS_MATRIX_I8
+#define HAS_MATRIX_I8 0
+#endif
+
+/* Vectors of 16 float32 that the registers hold: register tiles are sized by it. */
+#ifndef VECTORS
+#if defined(__AVX512F__)
+#define VECTORS 32
+#elif defined(__AVX2__) || HAS_NEON
+#define VECTORS 8
+#else
+#define VECTORS 4
+#endif
 #endif
 
 #define JOIN_SUFFIX(name, suffix) name##_##suffix
@@ -43,6 +68,8 @@ typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef int32_t i32x4 __attribute__((vector_size(16)));
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef float f32x4 __attribute__((vector_size(16)));
+typedef uint32_t u32x4 __attribute__((vector_size(16)));
+typedef uint16_t u16x4 __attribute__((vector_size(8)));
 
 /* ---- load and store: no alignment is assumed ---- */
 
@@ -62,6 +89,12 @@ INLINE u32x16 load_u32(const void *p) {
 
 INLINE void store_u32(void *p, u32x16 v) { __builtin_memcpy(p, &v, sizeof v); }
 
+INLINE u32x4 load_u32x4(const void *p) {
+    u32x4 v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
 INLINE f32x16 splat_f32(float x) { return (f32x16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
 INLINE u32x16 splat_u32(uint32_t x) { return (u32x16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
@@ -72,6 +105,14 @@ INLINE i32x16 splat_i32(int32_t x) { return (i32x16)splat_u32((uint32_t)x); }
 
 /* a * b + c, rounded once where the processor can. The build turns contraction off, so that nothing else is fused. */
 INLINE f32x16 fma_f32(f32x16 a, f32x16 b, f32x16 c) {
+#if defined(__FMA__) || defined(__AVX512F__) || defined(__aarch64__)
+    return __builtin_elementwise_fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+INLINE f32x4 fma_f32x4(f32x4 a, f32x4 b, f32x4 c) {
 #if defined(__FMA__) || defined(__AVX512F__) || defined(__aarch64__)
     return __builtin_elementwise_fma(a, b, c);
 #else
@@ -134,6 +175,12 @@ INLINE f32x16 load_bf16(const bf16 *p) {
     return (f32x16)(__builtin_convertvector(v, u32x16) << 16);
 }
 
+INLINE f32x4 load_bf16x4(const bf16 *p) {
+    u16x4 v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return (f32x4)(__builtin_convertvector(v, u32x4) << 16);
+}
+
 /* The bits of bfloat16 in the lower halves, rounded to nearest even; NaN stays NaN. */
 INLINE u32x16 round_bf16(f32x16 v) {
     u32x16 bits = (u32x16)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -141,10 +188,24 @@ INLINE u32x16 round_bf16(f32x16 v) {
     return (rounded & ~nan) | (((bits >> 16) | 0x40) & nan);
 }
 
+/* Whether store_bf16 is an instruction. */
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define CONVERTS_BF16 1
+#else
+#define CONVERTS_BF16 0
+#endif
+
 INLINE void store_bf16(bf16 *p, f32x16 v) {
 #if defined(__AVX512BF16__)
     __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
     __builtin_memcpy(p, &narrow, sizeof narrow);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    float32x4_t quarters[4];
+    bfloat16x8_t narrow[2];
+    __builtin_memcpy(quarters, &v, sizeof v);
+    for (int i = 0; i < 2; i++)
+        narrow[i] = vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(quarters[2 * i]), quarters[2 * i + 1]);
+    __builtin_memcpy(p, narrow, sizeof narrow);
 #else
     u16x16 narrow = __builtin_convertvector(round_bf16(v), u16x16);
     __builtin_memcpy(p, &narrow, sizeof narrow);
@@ -153,7 +214,7 @@ INLINE void store_bf16(bf16 *p, f32x16 v) {
 
 /* v as it is after a store as bfloat16. */
 INLINE f32x16 through_bf16(f32x16 v) {
-#if defined(__AVX512BF16__)
+#if CONVERTS_BF16
     bf16 narrow[LANES];
     store_bf16(narrow, v);
     return load_bf16(narrow);
@@ -169,7 +230,7 @@ INLINE f32x16 high_bf16(u32x16 pairs) { return (f32x16)(pairs & 0xffff0000u); }
 
 /* Both as bfloat16 side by side, `low` in the lower halves. */
 INLINE u32x16 pair_bf16(f32x16 low, f32x16 high) {
-#if defined(__AVX512BF16__)
+#if CONVERTS_BF16
     bf16 both[2][LANES];
     store_bf16(both[0], low);
     store_bf16(both[1], high);
@@ -182,10 +243,20 @@ INLINE u32x16 pair_bf16(f32x16 low, f32x16 high) {
 #endif
 }
 
-/* acc + the products of 32 bfloat16 in x and w, two in each lane. */
+/* acc + the products of 32 bfloat16 in x and w, two in each lane: the lower ones are added before the upper ones. ARM's
+ * BFDOT rounds in a way of its own (to odd, and subnormal numbers to zero); BFMLALB and BFMLALT round as fma_f32 does. */
 INLINE f32x16 dot_bf16_pairs(f32x16 acc, u32x16 x, u32x16 w) {
 #if defined(__AVX512BF16__)
     return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)x, (__m512bh)w);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    float32x4_t sums[4];
+    bfloat16x8_t xs[4], ws[4];
+    __builtin_memcpy(sums, &acc, sizeof acc);
+    __builtin_memcpy(xs, &x, sizeof x);
+    __builtin_memcpy(ws, &w, sizeof w);
+    for (int i = 0; i < 4; i++) sums[i] = vbfmlaltq_f32(vbfmlalbq_f32(sums[i], xs[i], ws[i]), xs[i], ws[i]);
+    __builtin_memcpy(&acc, sums, sizeof acc);
+    return acc;
 #else
     acc = fma_f32(low_bf16(x), low_bf16(w), acc);
     return fma_f32(high_bf16(x), high_bf16(w), acc);
@@ -252,6 +323,36 @@ INLINE u32x16 both_halves(__m256i low, __m256i high) {
 }
 #endif
 
+#if HAS_NEON
+INLINE int32x4_t dot_quarter(int32x4_t acc, int8x16_t x, int8x16_t w) {
+#if HAS_DOT_S8
+    return vdotq_s32(acc, x, w);
+#else /* two products of 127 fit into 16 bits */
+    int16x8_t low = vmull_s8(vget_low_s8(x), vget_low_s8(w)), high = vmull_high_s8(x, w);
+    return vpadalq_s16(acc, vpaddq_s16(low, high));
+#endif
+}
+
+INLINE i32x16 dot_quarters(i32x16 acc, u32x16 x, u32x16 w) {
+    int32x4_t sums[4];
+    int8x16_t xs[4], ws[4];
+    __builtin_memcpy(sums, &acc, sizeof acc);
+    __builtin_memcpy(xs, &x, sizeof x);
+    __builtin_memcpy(ws, &w, sizeof w);
+    for (int i = 0; i < 4; i++) sums[i] = dot_quarter(sums[i], xs[i], ws[i]);
+    __builtin_memcpy(&acc, sums, sizeof acc);
+    return acc;
+}
+#endif
+
+#if defined(__AVXVNNI__)
+INLINE i32x16 dot_halves(i32x16 acc, u32x16 x, u32x16 w) {
+    __m256i sums[2];
+    for (int i = 0; i < 2; i++) sums[i] = _mm256_dpbusd_avx_epi32(half_of((u32x16)acc, i), half_of(w, i), half_of(x, i));
+    return (i32x16)both_halves(sums[0], sums[1]);
+}
+#endif
+
 /* Weights of int8 as dot_i8 takes them, and what it counts too much for each 1 in x: the dot product of VNNI takes one
  * of its two factors unsigned. */
 #if HAS_DOT_I8
@@ -266,6 +367,10 @@ INLINE u32x16 weights_i8(u32x16 w) { return w; }
 INLINE i32x16 dot_i8(i32x16 acc, u32x16 x, u32x16 w) {
 #if defined(__AVX512VNNI__)
     return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
+#elif defined(__AVXVNNI__)
+    return dot_halves(acc, x, w);
+#elif HAS_NEON
+    return dot_quarters(acc, x, w);
 #elif HAS_DOT_I8
     return dot_bytes(acc, (i32x16)x, w, 0);
 #elif defined(__AVX2__)
@@ -287,6 +392,10 @@ INLINE i32x16 dot_i8(i32x16 acc, u32x16 x, u32x16 w) {
 INLINE i32x16 add_u4(i32x16 sums, u32x16 x, u32x16 w) {
 #if defined(__AVX512VNNI__)
     return (i32x16)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, (__m512i)x);
+#elif defined(__AVXVNNI__)
+    return dot_halves(sums, x, w);
+#elif HAS_NEON
+    return dot_quarters(sums, x, w);
 #elif HAS_DOT_I8
     return dot_bytes(sums, (i32x16)x, w, 0);
 #elif defined(__AVX2__)
@@ -308,6 +417,18 @@ INLINE i32x16 total_u4(i32x16 sums) {
     return (i32x16)both_halves(both[0], both[1]);
 #else
     return sums;
+#endif
+}
+
+/* acc [2, 2] + x [2, 8] times w [2, 8] transposed: two rows and two outputs, eight codes of each. */
+INLINE i32x4 dot_matrix(i32x4 acc, u32x4 x, u32x4 w) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    return (i32x4)vmmlaq_s32((int32x4_t)acc, (int8x16_t)x, (int8x16_t)w);
+#else
+    i8x16 xs = (i8x16)x, ws = (i8x16)w;
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 8; k++) acc[i] += xs[i / 2 * 8 + k] * ws[i % 2 * 8 + k];
+    return acc;
 #endif
 }
 
