@@ -22,7 +22,7 @@ from server.engine.async_engine import AsyncEngine
 from server.errors import BodyTooLarge, Cancelled, InvalidRequest, MethodNotAllowed, NotFound, UserError
 from server.keys import keys_of
 from server.metrics import Metrics
-from server.middleware import Cors, Guard, HeaderLimits, IgnoreUnknownFields, RequestLog
+from server.middleware import Cors, Guard, HeaderLimits, IgnoreUnknownFields, RequestLog, RootPath
 from server.openapi import openapi_document
 from server.protocol.body import REFUSED
 from server.routes.batches import batches_router
@@ -116,8 +116,9 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     names = settings.model_names
     app.include_router(
         docs_router(
-            functools.cache(lambda: openapi_document(app, names, keys)),
+            functools.cache(lambda: openapi_document(app, names, keys, settings.root_path)),
             functools.cache(lambda: openapi_document(app, () if keys.client else names, keys)),
+            settings.root_path,
         )
     )
     app.add_exception_handler(UserError, _on_user_error)
@@ -133,6 +134,8 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
         app.add_middleware(IgnoreUnknownFields)
     limits = HeaderLimits(settings.max_header_fields, settings.max_header_bytes)
     app.add_middleware(RequestLog, enabled=settings.log_requests, max_headers=limits, metrics=metrics, tracing=tracing)
+    if settings.root_path:
+        app.add_middleware(RootPath, root_path=settings.root_path)
     return app
 
 
