@@ -94,7 +94,7 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
         openapi_url=None,  # FastAPI's document and pages: the pages load their programs from elsewhere
     )
     app.state.settings = settings
-    runner = None if settings.data_dir is None else Runner(Store(settings.data_dir), app, settings)
+    runner = None if settings.data_dir is None else Runner(Store(settings.data_dir), app, settings, metrics)
     app.state.batches = runner
     app.include_router(completions_router(engine, settings))
     app.include_router(chat_router(engine, settings))
@@ -108,7 +108,7 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics) -> Fas
     app.include_router(models_router(engine, settings))
     app.include_router(tokenize_router(engine, settings))
     app.include_router(health_router(engine))
-    app.include_router(metrics_router(metrics))
+    app.include_router(metrics_router(metrics, runner))
     app.include_router(playground_router())
     app.include_router(pages_router())
     app.include_router(requests_router(running, keys))

@@ -78,6 +78,8 @@ class Metrics(Collector):
         self._load_seconds = 0.0
         self._http = Counter[tuple[str, str, str]]()  # (route, method, status)
         self._http_seconds: dict[tuple[str, str], Histogram] = {}  # by (route, method)
+        self._batches: dict[str, int] = {}  # by status
+        self._batch_lines_waiting = 0
         self._callers: dict[str, Counter[str]] = {}  # by the name of a key
         self._ttft = Histogram(LATENCY_BUCKETS)
         self._inter_token = Histogram(LATENCY_BUCKETS)
@@ -164,6 +166,15 @@ class Metrics(Collector):
         used = self._callers.setdefault(name, Counter())
         used.update(requests=1, prompt_tokens=prompt_tokens, generation_tokens=generation_tokens)
 
+    def count_batch_lines(self, completed: int, failed: int) -> None:
+        """Lines of batches that were answered, and such that failed."""
+        self._sums["lines_completed"] += completed
+        self._sums["lines_failed"] += failed
+
+    def set_batches(self, by_status: dict[str, int], lines_waiting: int) -> None:
+        """What the server keeps: its batches, and the lines of those under way that have no answer yet."""
+        self._batches, self._batch_lines_waiting = by_status, lines_waiting
+
     def observe_loop_lag(self, seconds: float) -> None:
         """How much later than planned the event loop has come to a task."""
         self._loop_lag.observe(seconds)
@@ -244,6 +255,9 @@ class Metrics(Collector):
         yield self._used_by_key("requests", "HTTP requests, by the name of their key.")
         yield self._used_by_key("prompt_tokens", "Prompt tokens, by the name of their request's key.")
         yield self._used_by_key("generation_tokens", "Tokens generated, by the name of their request's key.")
+        yield self._batch_lines()
+        yield self._batches_by_status()
+        yield self._gauge("batch_lines_waiting", "Lines of batches that have no answer yet.", self._batch_lines_waiting)
         yield self._histogram("event_loop_lag_seconds", "How much late the event loop came to a task.", self._loop_lag)
         yield self._counter(
             "out_of_descriptors",
@@ -305,6 +319,24 @@ class Metrics(Collector):
         )
         for reason in FinishReason:
             family.add_metric([*self._labels.values(), reason.value], self._finished[reason])
+        return family
+
+    def _batch_lines(self) -> Metric:
+        family = CounterMetricFamily(
+            f"{self._prefix}:batch_lines",
+            "Lines of batches, by status: completed, or failed (in the error file).",
+            labels=[*self._labels, "status"],
+        )
+        for status in ("completed", "failed"):
+            family.add_metric([*self._labels.values(), status], self._sums[f"lines_{status}"])
+        return family
+
+    def _batches_by_status(self) -> Metric:
+        family = GaugeMetricFamily(
+            f"{self._prefix}:batches", "Batches that the server keeps, by status.", labels=[*self._labels, "status"]
+        )
+        for status, count in self._batches.items():
+            family.add_metric([*self._labels.values(), status], count)
         return family
 
     def _used_by_key(self, what: str, text: str) -> Metric:

@@ -226,7 +226,9 @@ def test_under_a_prefix_paths_come_with_it_and_without_it(folder: Path) -> None:
             document = served.client.get("/lpa/openapi.json", headers={"authorization": "Bearer secret"}).json()
         assert document["servers"] == [{"url": "/lpa"}]
         assert f"open {served.url}/lpa/ in a browser" in greeting(served.server._settings, served.server.port)
-        assert served.metric('lpa:http_requests_total{handler="/health",method="GET",model_name="tiny",status="200"}') == 2
+        assert (
+            served.metric('lpa:http_requests_total{handler="/health",method="GET",model_name="tiny",status="200"}') == 2
+        )
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fastapi import APIRouter, Header
 from fastapi.responses import Response
 
+from server.batches.runner import Runner
 from server.metrics import Metrics
 from server.routes.described import responses
 
@@ -17,8 +18,8 @@ GZIP_LEVEL = 1  # a ninth of the size; the highest level takes three times as lo
 TAKES_GZIP = re.compile(r"(^|,)\s*(gzip|\*)\s*(;\s*q=(?!0(\.0*)?\s*(,|$))[^,]*)?\s*(,|$)", re.IGNORECASE)
 
 
-def metrics_router(metrics: Metrics) -> APIRouter:
-    """The route over one server's metrics."""
+def metrics_router(metrics: Metrics, batches: Runner | None) -> APIRouter:
+    """The route over one server's metrics; those of its batches are read from their store."""
     router = APIRouter(tags=["Operations"])
 
     renderer = ThreadPoolExecutor(1, "metrics")  # its own: a scrape must not wait for texts that are tokenized
@@ -36,6 +37,8 @@ def metrics_router(metrics: Metrics) -> APIRouter:
         """Counts, gauges and histograms, times in seconds. Needs no key unless the server has --metrics-key."""
         compressed = TAKES_GZIP.search(accept_encoding) is not None
         loop = asyncio.get_running_loop()
+        if batches is not None:
+            metrics.set_batches(*await batches.call(batches.store.counts))
         content, media_type = await loop.run_in_executor(renderer, _render, metrics, accept, compressed)
         headers = {"vary": "accept, accept-encoding"} | ({"content-encoding": "gzip"} if compressed else {})
         return Response(content, media_type=media_type, headers=headers)
