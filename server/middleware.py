@@ -139,6 +139,8 @@ class RequestLog:
             "status": status,
             "duration_ms": round(seconds * 1e3, 2),
         }
+        if scope.get("client"):
+            fields["client"] = scope["client"][0]
         if "caller" in scope["state"]:
             fields["key"] = scope["state"]["caller"]
         message = "%(method)s %(path)r %(status)d %(duration_ms).2f ms %(request_id)s"

@@ -241,11 +241,16 @@ def test_under_a_prefix_paths_come_with_it_and_without_it(folder: Path) -> None:
         ({"forwarded_allow_ips": "*"}, "https"),
     ],
 )
-def test_a_trusted_proxys_scheme_is_taken(flags: dict[str, str], scheme: str, folder: Path) -> None:
+def test_a_trusted_proxys_scheme_and_client_are_taken(
+    flags: dict[str, str], scheme: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "server.middleware")
     with serving(folder, **flags) as served:
-        headers = {"x-forwarded-proto": "https", "host": "lpa.example.org"}
+        headers = {"x-forwarded-proto": "https", "x-forwarded-for": "203.0.113.9", "host": "lpa.example.org"}
         page = served.client.get("/docs/reference", headers=headers).text
         assert f"curl {scheme}://lpa.example.org/v1/completions" in page
+    clients = [fields["client"] for record in caplog.records if (fields := getattr(record, "fields", None))]
+    assert clients == ["203.0.113.9" if scheme == "https" else "127.0.0.1"]
 
 
 @pytest.mark.parametrize(
