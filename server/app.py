@@ -22,7 +22,7 @@ from server.engine.async_engine import AsyncEngine
 from server.errors import BodyTooLarge, Cancelled, InvalidRequest, MethodNotAllowed, NotFound, UserError
 from server.keys import keys_of
 from server.metrics import Metrics
-from server.middleware import Cors, Guard, HeaderLimits, IgnoreUnknownFields, RequestLog
+from server.middleware import Cors, Guard, HeaderLimits, IgnoreUnknownFields, RequestLog, RootPath
 from server.openapi import openapi_document
 from server.protocol.body import REFUSED
 from server.replicas import Replicas, no_others
@@ -97,7 +97,7 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics, replic
         openapi_url=None,  # FastAPI's document and pages: the pages load their programs from elsewhere
     )
     app.state.settings = settings
-    runner = None if settings.data_dir is None else Runner(Store(settings.data_dir), app, settings)
+    runner = None if settings.data_dir is None else Runner(Store(settings.data_dir), app, settings, metrics)
     app.state.batches, app.state.running = runner, running
     others = no_others if replicas is None else replicas.others
     if replicas is not None:
@@ -114,7 +114,7 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics, replic
     app.include_router(models_router(engine, settings))
     app.include_router(tokenize_router(engine, settings))
     app.include_router(health_router(engine))
-    app.include_router(metrics_router(metrics, replicas))
+    app.include_router(metrics_router(metrics, runner, replicas))
     app.include_router(playground_router())
     app.include_router(pages_router())
     app.include_router(requests_router(running, keys, others))
@@ -122,8 +122,9 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics, replic
     names = settings.model_names
     app.include_router(
         docs_router(
-            functools.cache(lambda: openapi_document(app, names, keys)),
+            functools.cache(lambda: openapi_document(app, names, keys, settings.root_path)),
             functools.cache(lambda: openapi_document(app, () if keys.client else names, keys)),
+            settings.root_path,
         )
     )
     app.add_exception_handler(UserError, _on_user_error)
@@ -146,6 +147,8 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics, replic
         tracing=tracing,
         behind_ray=replicas is not None,
     )
+    if settings.root_path:
+        app.add_middleware(RootPath, root_path=settings.root_path)
     return app
 
 

@@ -154,6 +154,11 @@ def _reason(error: aiohttp.ClientError) -> str:
         return "the connection ended before an answer"
     if isinstance(error, aiohttp.ClientPayloadError):
         return "the connection ended in the middle of the answer"
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        reason = getattr(error.certificate_error, "verify_message", "")
+        return f"its certificate is not trusted ({reason}); the variable SSL_CERT_FILE names a file with its authority"
+    if isinstance(error, aiohttp.ClientConnectorSSLError):
+        return f"no TLS: {error.strerror or error}"
     if isinstance(error, aiohttp.ClientOSError):
         if (number := error.errno) is not None and number in errno.errorcode:  # asyncio's own text names no reason
             return os.strerror(number)

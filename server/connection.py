@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.errors import HeadersTooLarge, InvalidRequest, RequestTimeout, TooManyConnections, UserError
+from server.middleware import without_prefix
 from server.routes.ndjson import has_lines
 from server.settings import Settings
 
@@ -90,7 +91,8 @@ class Connection(H11Protocol):
             return self._stop_waiting()
         if self.conn.their_state is h11.SEND_BODY:
             self._stop_waiting()
-            if not has_lines(self.scope["path"], Headers(raw=self.headers)):
+            path = without_prefix(self.scope["path"], self.settings.root_path)
+            if not has_lines(path, Headers(raw=self.headers)):
                 self._waiting = self.loop.call_later(self.settings.body_timeout, self._give_up_on_body)
         elif self.conn.their_state is not h11.IDLE or self.timeout_keep_alive_task is not None:
             self._stop_waiting()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
+from pathlib import Path
 from urllib.parse import quote
 
 LOOPBACK = {4: "127.0.0.1", 6: "::1"}
@@ -37,6 +38,33 @@ def listeners(host: str, port: int) -> list[socket.socket]:
     return found
 
 
+def unix_listener(path: Path) -> socket.socket:
+    """A Unix socket that is bound to `path`, and listens at once: so a second server sees that it is taken. A socket
+    that nobody listens on is one that a killed server has left, and is replaced.
+
+    Raises:
+        ValueError: the path is taken or cannot be used; the message names the setting.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.is_socket() and _is_left_over(path):
+            path.unlink()
+        listener.bind(str(path))
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        reason = error.strerror or str(error)
+        if error.errno == errno.EADDRINUSE:
+            reason = "another program listens there" if path.is_socket() else "the file exists and is no socket"
+        raise ValueError(f"--uds (LPA_UDS): cannot listen on {path}: {reason}") from None
+    return listener
+
+
+def _is_left_over(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        return client.connect_ex(str(path)) == errno.ECONNREFUSED
+
+
 def explain(error: OSError, host: str, port: int) -> str:
     """Why the server cannot listen, by the setting that would change it."""
     if error.errno == errno.EADDRINUSE:
@@ -48,11 +76,11 @@ def explain(error: OSError, host: str, port: int) -> str:
     return f"--port (LPA_PORT): {reason}"
 
 
-def url_of(host: str, port: int) -> str:
+def url_of(host: str, port: int, scheme: str = "http") -> str:
     """What a browser on this machine is given for a server that listens on `host`."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:  # a name
-        return f"http://{host}:{port}"
+        return f"{scheme}://{host}:{port}"
     shown = LOOPBACK[address.version] if address.is_unspecified else str(address)
-    return f"http://[{quote(shown, safe=':')}]:{port}" if address.version == 6 else f"http://{shown}:{port}"
+    return f"{scheme}://[{quote(shown, safe=':')}]:{port}" if address.version == 6 else f"{scheme}://{shown}:{port}"

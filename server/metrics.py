@@ -90,7 +90,8 @@ class Metrics(Collector):
         self._tasks = 0
         self._http = Counter[tuple[str, str, str]]()  # (route, method, status)
         self._http_seconds: dict[tuple[str, str], Histogram] = {}  # by (route, method)
-        self._batch_lines = Counter[tuple[str, str]]()  # (route, status)
+        self._batches: dict[str, int] = {}  # by status
+        self._batch_lines_waiting = 0
         self._callers: dict[str, Counter[str]] = {}  # by the name of a key
         self._ttft = Histogram(LATENCY_BUCKETS)
         self._inter_token = Histogram(LATENCY_BUCKETS)
@@ -172,14 +173,19 @@ class Metrics(Collector):
         self._http[route, method, str(status)] += 1
         self._http_seconds.setdefault((route, method), Histogram(LATENCY_BUCKETS)).observe(seconds)
 
-    def observe_batch_line(self, route: str, status: int) -> None:
-        """A line of a batch that has been tried; it is no HTTP request."""
-        self._batch_lines[route, str(status)] += 1
-
     def observe_caller(self, name: str, prompt_tokens: int, generation_tokens: int) -> None:
         """What a request used that came with a key of that name."""
         used = self._callers.setdefault(name, Counter())
         used.update(requests=1, prompt_tokens=prompt_tokens, generation_tokens=generation_tokens)
+
+    def count_batch_lines(self, completed: int, failed: int) -> None:
+        """Lines of batches that were answered, and such that failed."""
+        self._sums["lines_completed"] += completed
+        self._sums["lines_failed"] += failed
+
+    def set_batches(self, by_status: dict[str, int], lines_waiting: int) -> None:
+        """What the server keeps: its batches, and the lines of those under way that have no answer yet."""
+        self._batches, self._batch_lines_waiting = by_status, lines_waiting
 
     def observe_loop_lag(self, seconds: float) -> None:
         """How much later than planned the event loop has come to a task."""
@@ -252,10 +258,12 @@ class Metrics(Collector):
         yield self._gauge("model_load_time_seconds", "From the start until the model was loaded.", self._load_seconds)
         yield self._http_requests()
         yield self._http_latency()
-        yield self._lines_of_batches()
         yield self._used_by_key("requests", "HTTP requests, by the name of their key.")
         yield self._used_by_key("prompt_tokens", "Prompt tokens, by the name of their request's key.")
         yield self._used_by_key("generation_tokens", "Tokens generated, by the name of their request's key.")
+        yield self._batch_lines()
+        yield self._batches_by_status()
+        yield self._gauge("batch_lines_waiting", "Lines of batches that have no answer yet.", self._batch_lines_waiting)
         yield self._histogram("event_loop_lag_seconds", "How much late the event loop came to a task.", self._loop_lag)
         yield self._gauge(
             "event_loop_tasks",
@@ -324,14 +332,22 @@ class Metrics(Collector):
             family.add_metric([*self._labels.values(), reason.value], self._finished[reason])
         return family
 
-    def _lines_of_batches(self) -> Metric:
+    def _batch_lines(self) -> Metric:
         family = CounterMetricFamily(
             f"{self._prefix}:batch_lines",
-            "Lines of batches that were run, by route (handler) and status; each time that one is tried counts.",
-            labels=[*self._labels, "handler", "status"],
+            "Lines of batches, by status: completed, or failed (in the error file).",
+            labels=[*self._labels, "status"],
         )
-        for key, count in list(self._batch_lines.items()):
-            family.add_metric([*self._labels.values(), *key], count)
+        for status in ("completed", "failed"):
+            family.add_metric([*self._labels.values(), status], self._sums[f"lines_{status}"])
+        return family
+
+    def _batches_by_status(self) -> Metric:
+        family = GaugeMetricFamily(
+            f"{self._prefix}:batches", "Batches that the server keeps, by status.", labels=[*self._labels, "status"]
+        )
+        for status, count in self._batches.items():
+            family.add_metric([*self._labels.values(), status], count)
         return family
 
     def _used_by_key(self, what: str, text: str) -> Metric:

@@ -1,6 +1,6 @@
 """What happens around every request. It sees every byte of a stream, so it is plain ASGI.
 
-From the outside: RequestLog, IgnoreUnknownFields and Cors (where settings ask for them), Guard.
+From the outside: RootPath, RequestLog, IgnoreUnknownFields and Cors (where settings ask for them), Guard.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.engine.work import Work, work_of_request
@@ -46,6 +46,27 @@ class HeaderLimits(NamedTuple):
 
     fields: int
     bytes: int
+
+
+class RootPath:
+    """Takes a proxy's prefix off the paths that come with it, since some proxies do so and others do not."""
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self._app = app
+        self._root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            if scope["path"] == self._root_path:  # the page's links are relative
+                await RedirectResponse(f"{self._root_path}/")(scope, receive, send)
+                return
+            scope = {**scope, "path": without_prefix(scope["path"], self._root_path)}
+        await self._app(scope, receive, send)
+
+
+def without_prefix(path: str, prefix: str) -> str:
+    """A path behind `prefix`, if it is there."""
+    return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
 
 
 class RequestLog:
@@ -96,9 +117,7 @@ class RequestLog:
             seconds = time.monotonic() - began
             status = 499 if state.get("client_left") or not status else status  # as nginx
             method, route = scope["method"] if scope["method"] in METHODS else OTHER, _route(routed)
-            if INTERNAL in scope:
-                self._metrics.observe_batch_line(route, status)
-            else:
+            if INTERNAL not in scope:
                 self._metrics.observe_http(route, method, status, seconds)
             if (caller := state.get("caller")) is not None:
                 self._metrics.observe_caller(caller, work.prompt_tokens, work.completion_tokens)
@@ -129,6 +148,8 @@ class RequestLog:
             "status": status,
             "duration_ms": round(seconds * 1e3, 2),
         }
+        if scope.get("client"):
+            fields["client"] = scope["client"][0]
         if "caller" in scope["state"]:
             fields["key"] = scope["state"]["caller"]
         message = "%(method)s %(path)r %(status)d %(duration_ms).2f ms %(request_id)s"

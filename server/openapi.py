@@ -43,7 +43,7 @@ SCHEMES = {
 }
 
 
-def openapi_document(app: FastAPI, names: Sequence[str], keys: Keys) -> dict[str, Any]:
+def openapi_document(app: FastAPI, names: Sequence[str], keys: Keys, root_path: str = "") -> dict[str, Any]:
     """The document of an application whose routes are all there; `names` of the model may be told."""
     document = get_openapi(
         title=app.title,
@@ -53,6 +53,7 @@ def openapi_document(app: FastAPI, names: Sequence[str], keys: Keys) -> dict[str
         license_info={"name": "MIT"},
         tags=TAGS,
         routes=app.routes,
+        servers=[{"url": root_path}] if root_path else None,
     )
     _restore_integers(document)
     schemas: dict[str, Any] = document["components"]["schemas"]

@@ -31,9 +31,14 @@ REFUSED = {
     "data_dir": "files and batches need one server that has their folder",
     "max_stored_responses": NO_STORE,
     "max_stored_bytes": NO_STORE,
-    "header_timeout": "connections are Ray's",
-    "body_timeout": "connections are Ray's",
-    "max_connections": "connections are Ray's",
+    **dict.fromkeys(
+        (
+            *("header_timeout", "body_timeout", "max_connections", "uds"),
+            *("ssl_certfile", "ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs", "ssl_cert_reqs"),
+            *("proxy_headers", "forwarded_allow_ips"),
+        ),
+        "connections are Ray's",
+    ),
 }
 """Settings that do not go with `ray_replicas`, and why."""
 

@@ -8,6 +8,7 @@ import gc
 import json
 import logging
 import os
+import shlex
 import socket
 import sys
 import threading
@@ -20,10 +21,11 @@ from server.connection import connection_class
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import build_engine
 from server.engine.memory import release_code
-from server.listen import explain, listeners, url_of
+from server.listen import explain, listeners, unix_listener, url_of
 from server.logs import configure_logging
 from server.metrics import Metrics
 from server.settings import Settings
+from server.tls import tls_options
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +62,16 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, settings: Settings, *, owns_process: bool = False) -> None:
-        self._listeners = listeners(settings.host, settings.port)
+        self._tls = tls_options(settings)
+        self._listeners = (
+            listeners(settings.host, settings.port) if settings.uds is None else [unix_listener(settings.uds)]
+        )
         self._owns_process = owns_process
         self._descriptors_left = True
         try:
             self._build(settings)
         except BaseException:
+            self._remove_socket(settings)
             for listener in self._listeners:
                 listener.close()
             raise
@@ -91,6 +97,9 @@ class Server(uvicorn.Server):
             http=connection_class(settings),
             h11_max_incomplete_event_size=settings.max_header_bytes,
             ws="none",
+            proxy_headers=settings.proxy_headers,
+            forwarded_allow_ips=list(settings.forwarded_allow_ips) or None,
+            **self._tls,
         )
         super().__init__(config)
         self._settings = settings
@@ -119,6 +128,16 @@ class Server(uvicorn.Server):
             own_process()
             print(greeting(self._settings, self.port), flush=True)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._remove_socket(self._settings)
+        await super().shutdown(sockets)
+
+    @staticmethod
+    def _remove_socket(settings: Settings) -> None:
+        """While it still listens: so it is no other server's, which would have found it taken."""
+        if settings.uds is not None:
+            settings.uds.unlink(missing_ok=True)
+
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second."""
         if counter % 10 == 0:
@@ -143,9 +162,9 @@ class Server(uvicorn.Server):
 
     @property
     def port(self) -> int:
-        """The port that is open; `port` 0 means any free one."""
-        port: int = self.servers[0].sockets[0].getsockname()[1]
-        return port
+        """The port that is open; `port` 0 means any free one. Of a Unix socket 0."""
+        address = self.servers[0].sockets[0].getsockname()
+        return 0 if isinstance(address, str) else int(address[1])
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by the interpreter in the main thread, between any two instructions."""
@@ -217,10 +236,16 @@ def own_process() -> None:
 
 def greeting(settings: Settings, port: int) -> str:
     """What a person who has just started the server wants to know."""
-    url = url_of(settings.host, port)
     key = ' -H "Authorization: Bearer $LPA_API_KEY"' if settings.client_keys else ""
     body = json.dumps({"model": settings.model_name, "prompt": "Once upon a time", "max_tokens": 64})
+    scheme = "http" if settings.ssl_certfile is None else "https"
+    if settings.uds is None:
+        where, option = url_of(settings.host, port, scheme) + settings.root_path, ""
+        place = f"open {where}/ in a browser; {where}/docs/ is the documentation"
+    else:
+        where, option = f"{scheme}://localhost{settings.root_path}", f" --unix-socket {shlex.quote(str(settings.uds))}"
+        place = f"on the Unix socket {settings.uds}"
     return (
-        f"{settings.model_name} is served: open {url}/ in a browser; {url}/docs/ is the documentation. Try:\n\n"
-        f"  curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'\n"
+        f"{settings.model_name} is served: {place}. Try:\n\n"
+        f"  curl{option} {where}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'\n"
     )

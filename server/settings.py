@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
+import ipaddress
 import os
 import re
 import sys
@@ -57,6 +58,24 @@ def _check_keys(path: Path | None) -> Path | None:
 BLOCK_SIZES = {"32": 32, "64": 64, "128": 128}
 BlockSize = Annotated[Literal[32, 64, 128], BeforeValidator(lambda value: BLOCK_SIZES.get(value, value))]
 """Flags and variables are text, which a Literal of numbers does not read."""
+CERT_REQS = {"0": 0, "1": 1, "2": 2}
+CertReqs = Annotated[Literal[0, 1, 2], BeforeValidator(lambda value: CERT_REQS.get(value, value))]
+
+
+def _check_prefix(path: str) -> str:
+    if path and not re.fullmatch(r"(/[\w.~-]+)+", path, re.ASCII):
+        raise ValueError("must begin with / and not end with it, as /lpa")
+    return path
+
+
+def _check_proxies(proxies: tuple[str, ...]) -> tuple[str, ...]:
+    for proxy in proxies:
+        try:
+            if proxy != "*":
+                ipaddress.ip_network(proxy)
+        except ValueError as error:
+            raise ValueError(f"{error}; * trusts all") from None
+    return proxies
 
 
 def _check_threads(threads: int | None) -> int | None:
@@ -109,6 +128,11 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 is every interface.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    uds: Path | None = Field(
+        None,
+        description="Unix socket to listen on, instead of host and port. It is removed at the end; one that a killed "
+        "server has left is replaced.",
+    )
     served_model_name: Names = Field(
         (),
         description="Names of the model in the API, with commas between them or the flag repeated; answers carry the "
@@ -279,6 +303,31 @@ class Settings(BaseSettings):
         description="Origins whose web pages may call the server, as https://example.org, with commas between them or "
         "the flag repeated; * is every origin (default: none).",
     )
+    ssl_certfile: Path | None = Field(
+        None, description="PEM file with the certificate, and the chain behind it; the server then speaks https only."
+    )
+    ssl_keyfile: Path | None = Field(
+        None, description="PEM file with the certificate's key (default: it is in ssl_certfile)."
+    )
+    ssl_keyfile_password: SecretStr | None = Field(None, description="Password of an encrypted key.")
+    ssl_ca_certs: Path | None = Field(
+        None, description="PEM file with the authorities that clients' certificates are checked by."
+    )
+    ssl_cert_reqs: CertReqs = Field(
+        0, description="Clients' certificates: 0 asks for none, 1 checks one that comes, 2 needs one."
+    )
+    root_path: Annotated[str, AfterValidator(_check_prefix)] = Field(
+        "",
+        description="Prefix that a proxy serves the server under, as /lpa; paths are taken with it and without it.",
+    )
+    proxy_headers: bool = Field(
+        True, description="Take scheme and client from X-Forwarded-Proto and X-Forwarded-For of a trusted proxy."
+    )
+    forwarded_allow_ips: Annotated[Names, AfterValidator(_check_proxies)] = Field(
+        (),
+        description="Addresses and networks of trusted proxies, with commas between them or the flag repeated; * is "
+        "every one, and the way to trust one behind a Unix socket (default: 127.0.0.1).",
+    )
     log_format: Literal["text", "json"] = Field("text", description="Log lines as text or as JSON objects.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
     log_requests: bool = Field(True, description="Log a line for every request.")
@@ -341,12 +390,18 @@ GROUPS = {
     "data_dir": "Batches",
     "ray_replicas": "Replicas",
     "api_key": "Keys and origins",
+    "ssl_certfile": "TLS and proxies",
     "log_format": "Log, metrics and traces",
 }
 """Headings of the settings in help and documents, by the first of each group in the order of `Settings`."""
 
 
-SECRET = frozenset({"api_key", "admin_api_key"})
+SECRET = frozenset({"api_key", "admin_api_key", "ssl_keyfile_password"})
+
+
+def named(setting: str) -> str:
+    """A setting as errors name it, by its flag and its variable."""
+    return f"--{setting.replace('_', '-')} ({ENV_PREFIX}{setting.upper()})"
 
 
 def load_settings(**flags: Any) -> Settings:
@@ -440,5 +495,5 @@ def _explain(error: Any, file: str = "") -> str:
     value = "" if name in SECRET else f", not {error['input']!r}"
     message = error["msg"].removeprefix("Value error, ")
     reason = message[:1].lower() + message[1:]
-    where = f"{file}: {name}" if file else f"--{name.replace('_', '-')} ({ENV_PREFIX}{name.upper()})"
+    where = f"{file}: {name}" if file else named(name)
     return f"{where}: {reason}{value}"

@@ -97,9 +97,8 @@ def test_answers_are_those_of_the_endpoint_in_the_order_of_the_lines(client: Ope
 
 
 def test_lines_are_counted_as_lines_and_not_as_http_requests(client: OpenAI, served: Served) -> None:
-    series = 'handler="/v1/completions"{},model_name="tiny",status="200"'
-    of_lines = "lpa:batch_lines_total{" + series.format("") + "}"
-    of_http = "lpa:http_requests_total{" + series.format(',method="POST"') + "}"
+    of_lines = 'lpa:batch_lines_total{model_name="tiny",status="completed"}'
+    of_http = 'lpa:http_requests_total{handler="/v1/completions",method="POST",model_name="tiny",status="200"}'
     served.complete(prompt="x", max_tokens=1)
     ended(client, start(client, lines(request("cat"))))
     http_before, lines_before = served.metric(of_http), served.metric(of_lines)
@@ -110,6 +109,8 @@ def test_lines_are_counted_as_lines_and_not_as_http_requests(client: OpenAI, ser
 def test_every_endpoint_that_is_listed_works(client: OpenAI) -> None:
     for url, body in (
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}),
+        ("/v1/responses", {"input": "Hi", "max_output_tokens": 2, "store": False}),
+        ("/v1/embeddings", {"input": ["The sea.", "The gull."]}),
         ("/v1/perplexity", {"input": ["The sea.", "The gull."]}),
         ("/v1/loglikelihood", {"pairs": [["The", " sea"]]}),
     ):
@@ -117,6 +118,32 @@ def test_every_endpoint_that_is_listed_works(client: OpenAI) -> None:
         assert content(client, done.error_file_id) == []
         [answer] = content(client, done.output_file_id)
         assert answer["response"]["status_code"] == 200
+
+
+def test_a_response_that_would_be_stored_is_refused(client: OpenAI) -> None:
+    done = ended(client, start(client, lines(request("a", "/v1/responses", model="tiny", input="Hi")), "/v1/responses"))
+    assert done.status == "failed" and done.errors is not None and done.errors.data is not None
+    [error] = done.errors.data
+    assert (error.code, error.param) == ("unsupported_store", "body.store")
+
+
+def test_metrics_count_lines_and_batches(folder: Path, tmp_path: Path) -> None:
+    def count(name: str, status: str = "") -> float:
+        return served.metric(f'lpa:{name}{{model_name="tiny"' + (f',status="{status}"}}' if status else "}"))
+
+    with serving(folder, data_dir=tmp_path) as served, OpenAI(base_url=f"{served.url}/v1", api_key="x") as client:
+        assert count("batches", "completed") == count("batch_lines_total", "completed") == 0
+        ended(client, start(client, lines(request("a"), request("b"), request("wrong", max_tokens=-1))))
+        assert (count("batch_lines_total", "completed"), count("batch_lines_total", "failed")) == (2, 1)
+        assert (count("batches", "completed"), count("batches", "in_progress")) == (1, 0)
+        endless = start(client, lines(*(request(str(i), max_tokens=100, ignore_eos=True) for i in range(200))))
+        until(lambda: 0 < count("batch_lines_waiting") <= 200)
+        assert count("batches", "in_progress") == 1
+        client.batches.cancel(endless.id)
+        ended(client, endless)
+        assert (count("batch_lines_waiting"), count("batches", "cancelled")) == (0, 1)
+    with serving(folder, data_dir=tmp_path) as served:  # batches are kept, lines are this process's
+        assert (count("batches", "completed"), count("batch_lines_total", "completed")) == (1, 0)
 
 
 def test_a_file_that_is_wrong_fails_with_its_lines_and_runs_nothing(client: OpenAI) -> None:

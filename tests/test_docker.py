@@ -149,6 +149,7 @@ def test_panels_and_rules_ask_only_for_metrics_that_exist() -> None:
     metrics = Metrics("tiny")
     metrics.set_engine("1", BackendInfo(name="cpu"), BlockManager(1, 32, True))
     metrics.observe_http("/v1/completions", "POST", 200, 0.1)
+    metrics.set_batches({"completed": 1}, 0)
     families = text_string_to_metric_families(render(metrics.registry)[0].decode())
     samples = {sample.name: set(sample.labels) for family in families for sample in family.samples}
     expressions = [target["expr"] for board in dashboards() for panel in board["panels"] for target in panel["targets"]]

@@ -88,4 +88,6 @@ def _read(line: bytes, number: int, endpoint: str | None, max_values: int) -> Li
         return wrong("missing_body", "body: must be a JSON object", "body")
     if body.get("stream"):
         return wrong("unsupported_stream", "body.stream: a batch's lines are answered whole", "body.stream")
+    if url == "/v1/responses" and body.get("store") is not False:  # they would push others' out of the memory
+        return wrong("unsupported_store", "body.store: must be false, the answer is in the output file", "body.store")
     return Line(number, custom_id, url, body)

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 from server.batches.execute import Answer, execute, unanswered
 from server.batches.lines import MAX_ERRORS, Line, LineError, read_lines
 from server.batches.store import Job, Status, Store
+from server.metrics import Metrics
 from server.settings import Settings
 
 T = TypeVar("T")
@@ -30,8 +31,9 @@ POLL = 0.5  # seconds in which a cancelled or expired batch is noticed
 class Runner:
     """The store's thread, and the task that works its jobs off."""
 
-    def __init__(self, store: Store, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, store: Store, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self._store = store
+        self._metrics = metrics
         self._app = app
         self._settings = settings
         self._thread = ThreadPoolExecutor(1, "batches")
@@ -135,14 +137,16 @@ class Runner:
 
     async def _keep(self, job: Job, answers: AsyncGenerator[list[tuple[Line, Answer]]]) -> None:
         async for found in answers:
-            await self.call(self._store.add_answers, job.id, [(line.number, answer) for line, answer in found])
+            await self._add(job, [(line.number, answer) for line, answer in found])
+
+    async def _add(self, job: Job, answers: list[tuple[int, Answer]]) -> None:
+        self._metrics.count_batch_lines(*await self.call(self._store.add_answers, job.id, answers))
 
     async def _expire(self, job: Job) -> None:
         left = await self._unanswered(job)
         text = "This request could not be executed before the completion window expired."
         while some := await _next_lines(left, self._reading):
-            answers = [(line.number, unanswered(line.custom_id, "batch_expired", text)) for line in some]
-            await self.call(self._store.add_answers, job.id, answers)
+            await self._add(job, [(line.number, unanswered(line.custom_id, "batch_expired", text)) for line in some])
 
 
 async def _next_lines(lines: Iterator[Line], reading: ThreadPoolExecutor) -> list[Line]:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from server.batches.execute import Answer
 from server.errors import InvalidRequest, NotFound
@@ -239,16 +239,28 @@ class Store:
         """Numbers of the lines that have their answers."""
         return {number for (number,) in self._db.execute("SELECT line FROM lines WHERE batch = ?", (batch_id,))}
 
-    def add_answers(self, batch_id: str, answers: Iterable[tuple[int, Answer]]) -> None:
-        """Keep the answers of lines; the first answer of a line is the one that stays."""
+    def counts(self) -> tuple[dict[str, int], int]:
+        """Batches by status, and lines of those that are not done which have no answer yet."""
+        statuses = dict(self._db.execute("SELECT status, count(*) FROM batches GROUP BY status").fetchall())
+        (waiting,) = self._db.execute(
+            f"SELECT coalesce(sum(total - completed - failed), 0) FROM batches WHERE {IS_ACTIVE}"
+        ).fetchone()
+        return {status: statuses.get(status, 0) for status in get_args(Status)}, waiting
+
+    def add_answers(self, batch_id: str, answers: Iterable[tuple[int, Answer]]) -> tuple[int, int]:
+        """Keep the answers of lines; the first answer of a line is the one that stays. Returns how many were new: those
+        completed, and those failed."""
+        counts = [0, 0]
         with self._together():
             for number, answer in answers:
                 added = self._db.execute(
                     "INSERT OR IGNORE INTO lines VALUES (?, ?, ?, ?)", (batch_id, number, answer.failed, answer.text)
                 ).rowcount
                 column = "failed" if answer.failed else "completed"
+                counts[answer.failed] += added
                 if added:
                     self._db.execute(f"UPDATE batches SET {column} = {column} + 1 WHERE id = ?", (batch_id,))
+        return counts[0], counts[1]
 
     @contextmanager
     def _together(self) -> Iterator[None]:

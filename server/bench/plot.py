@@ -106,6 +106,32 @@ def plot_steps(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     _save(figure, path)
 
 
+def plot_capacity(
+    points: Sequence[dict[str, float]], fleet: Sequence[dict[str, float]], title: str, path: Path
+) -> None:
+    """What one machine sees as more requests come, and how many machines higher rates take.
+
+    Args:
+        points: as `at_rate` returns them, by ascending rate.
+        fleet: as `replicas` returns them; without any there is no second diagram.
+    """
+    figure = _figure(11 if fleet else 6.5, 4.8)
+    latency, *machines = figure.subplots(1, 2 if fleet else 1, squeeze=False)[0]
+    rates = [point["requests_per_s"] for point in points]
+    values = ([point["inter_token_ms"] for point in points], [1e3 * point["wait_s"] for point in points])
+    for name, series, style in zip(("inter-token latency", "wait in the queue"), values, STYLES, strict=True):
+        latency.plot(rates, series, label=name, color=style["color"], linestyle=style["linestyle"])
+    latency.set_ylim(0, 4 * values[0][0])  # the wait has no bound
+    _describe(latency, "One machine", "requests per second", "milliseconds (mean)")
+    latency.legend(loc="upper left")
+    if fleet:
+        machines[0].plot([row["rate"] for row in fleet], [row["replicas"] for row in fleet], **STYLES[0])
+        machines[0].set_ylim(0, None)
+        _describe(machines[0], "Machines", "requests per second", "machines")
+    figure.suptitle(title)
+    _save(figure, path)
+
+
 def plot_models(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Of models as `bench_models` returns them: the ratio of perplexities on each text against the speed of one stream
     (or of the fewest that were measured), and against the bytes of the cache, both in ratios to the first model's.

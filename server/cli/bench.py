@@ -468,3 +468,52 @@ def health(
         typer.echo(f"The longest silence is {longest:.1f} ms.")
     if limit_ms is not None and longest > limit_ms:
         raise typer.Exit(1)
+
+
+@bench.command()
+def capacity(
+    steps: Annotated[Path, typer.Argument(help="What `lpa bench step --json` has written.")],
+    layout: Annotated[
+        str | None,
+        typer.Option(metavar="latent|mixed|full", help="Cache layout.", show_default="the one that was measured"),
+    ] = None,
+    input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
+    output_len: Annotated[int, typer.Option(min=1, help="Tokens of a completion.")] = 128,
+    slots: Annotated[
+        int | None,
+        typer.Option(min=1, help="Sequences at once, as --max-num-seqs.", show_default="the largest batch measured"),
+    ] = None,
+    max_queue: Annotated[int, typer.Option(min=0, help="Sequences that may wait.")] = 1024,
+    rate: Annotated[
+        list[float] | None,
+        typer.Option(min=1e-6, help="Requests a second that machines are counted for; may be given several times."),
+    ] = None,
+    inter_token_ms: Annotated[float, typer.Option(min=0, help="Most milliseconds between tokens, on average.")] = 100,
+    wait_s: Annotated[float, typer.Option(min=0, help="Most seconds in the queue, on average.")] = 1,
+    price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of a machine, in any currency.")] = None,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """How many requests a machine carries at which latency, and how many machines more take: computed from steps."""
+    from server.bench.capacity import Workload, bench_capacity, print_capacity, rates_to_plot, read_steps
+    from server.bench.plot import plot_capacity
+
+    with user_errors():
+        _check_plot(plot)
+        measured = read_steps(steps, layout, input_len, output_len)
+        workload = Workload(input_len, output_len, slots or measured.batches[-1], max_queue)
+        found = bench_capacity(
+            measured,
+            workload,
+            sorted(rate or []),
+            inter_token_ms=inter_token_ms,
+            wait_s=wait_s,
+            price_per_hour=price_per_hour,
+        )
+        if as_json:
+            typer.echo(json.dumps(found, indent=2))
+        else:
+            print_capacity(found)
+        if plot is not None:
+            title = f"{input_len} tokens in, {output_len} out, {workload.slots} sequences at once"
+            plot_capacity(rates_to_plot(measured, workload), found["replicas"], title, plot)

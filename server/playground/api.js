@@ -22,7 +22,8 @@ export function storeKey(key) {
 }
 
 /**
- * The response to a GET, or to a POST if there is a body; throws ApiError unless it is a success.
+ * The response to a GET, or to a POST if there is a body, which is sent as JSON unless it is a form; throws ApiError
+ * unless it is a success.
  * After a 401, `askForKey(error)` is awaited, and the call made again with the key it stored if it returns true.
  */
 export async function call(path, { body, signal, askForKey } = {}) {
@@ -40,9 +41,11 @@ export async function call(path, { body, signal, askForKey } = {}) {
 async function send(path, key, body, signal) {
   const headers = {};
   if (key) headers.Authorization = `Bearer ${key}`;
-  if (body) headers["Content-Type"] = "application/json";
+  const isForm = body instanceof FormData; // the browser names its type
+  if (body && !isForm) headers["Content-Type"] = "application/json";
   try {
-    return await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
+    const content = isForm ? body : body && JSON.stringify(body);
+    return await fetch(path, { method: body ? "POST" : "GET", headers, body: content, signal });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ApiError("the server cannot be reached", 0);

@@ -37,7 +37,7 @@ function sentence(error, label, remedies) {
   if (status === 401 && error.hadKey) return ["The server does not know this key.", "key"];
   if (status === 0 && error.broken) return ["The connection was lost in the middle of the answer.", "again"];
   if (status in OF_STATUS) return OF_STATUS[status];
-  if (status === 413) return [`The text is larger than this server takes in one request. ${sentenceOf(message)}`, "begin"];
+  if (status === 413) return [`This is larger than the server takes in one request. ${sentenceOf(message)}`, "begin"];
   if (/method 'full' takes at most/.test(message)) return ["The text is longer than one window.", "sliding"];
   if (code === "context_length_exceeded") {
     if ("shorten" in remedies) return ["The prompt takes all that the model can read at once.", "shorten"];

@@ -1,6 +1,7 @@
 // The page: tabs, theme, key, legends, and the parts of it.
 
 import { call, storeKey, storedKey } from "./api.js";
+import { batchesTab } from "./batches.js";
 import { watchTokens } from "./card.js";
 import { chatTab } from "./chat.js";
 import { compareTab } from "./compare.js";
@@ -14,7 +15,7 @@ import { shareDialog } from "./share.js";
 import { textBefore } from "./tokens.js";
 
 const THEMES = { auto: "automatic", light: "light", dark: "dark" };
-const TABS = ["complete", "chat", "score", "compare"];
+const TABS = ["complete", "chat", "score", "compare", "batches"];
 
 /** `shown` has what to do when a tab comes to be seen, by its name. Returns select(name, focus). */
 function tabs(shown) {
@@ -155,7 +156,7 @@ const complete = completeTab(server, (text) => {
   score.open(text);
   select("score", true);
 });
-const [compare, chat] = [compareTab(server), chatTab(server)];
+const [compare, chat, batches] = [compareTab(server), chatTab(server), batchesTab(server)];
 shareDialog({ complete, chat, score, compare });
 for (const map of document.querySelectorAll("#score .tokens, #compare .tokens")) {
   map.addEventListener("branch", ({ target, detail }) => {
@@ -165,7 +166,13 @@ for (const map of document.querySelectorAll("#score .tokens, #compare .tokens"))
   });
 }
 // whoever comes sees a result at once
-const shown = { complete: once(complete.start), chat: () => {}, score: once(score.start), compare: once(compare.start) };
+const shown = {
+  complete: once(complete.start),
+  chat: () => {},
+  score: once(score.start),
+  compare: once(compare.start),
+  batches: batches.start,
+};
 const select = tabs(shown);
 openAddressed(server, select);
 addEventListener("hashchange", () => readFragment(location.hash.slice(1)).entries.length && location.reload());

@@ -8,7 +8,14 @@ from pydantic import BaseModel, Field
 
 from server.protocol.body import RequestBody
 
-Endpoint = Literal["/v1/completions", "/v1/chat/completions", "/v1/perplexity", "/v1/loglikelihood"]
+Endpoint = Literal[
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/embeddings",
+    "/v1/perplexity",
+    "/v1/loglikelihood",
+]
 """Routes that a batch's lines may name."""
 
 

@@ -41,10 +41,12 @@ KEYS = {"ApiKey": "$KEY", "AdminKey": "$ADMIN_KEY"}  # how an example's shell ha
 WIDTH = 100  # characters of a line of an answer
 
 
-def docs_router(document: Callable[[], dict[str, Any]], open_document: Callable[[], dict[str, Any]]) -> APIRouter:
+def docs_router(
+    document: Callable[[], dict[str, Any]], open_document: Callable[[], dict[str, Any]], root_path: str
+) -> APIRouter:
     """The routes of a document that there is once the application has all of its routes.
 
-    `open_document` is what a page that needs no key may say.
+    `open_document` is what a page that needs no key may say, `root_path` a proxy's prefix.
     """
     router = APIRouter(tags=["Operations"])
     described = responses(None, description="A page of HTML.")
@@ -57,7 +59,7 @@ def docs_router(document: Callable[[], dict[str, Any]], open_document: Callable[
     @router.get(f"/docs/{REFERENCE}", summary="This page", response_class=Response, responses=described)
     async def reference(request: Request) -> Response:
         """The OpenAPI document, which is at /openapi.json, as a page."""
-        url = str(request.base_url).rstrip("/")
+        url = str(request.base_url).rstrip("/") + root_path
         document = open_document()
         page = _template().render(
             document=document,

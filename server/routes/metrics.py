@@ -13,6 +13,7 @@ from fastapi.responses import Response
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from server.batches.runner import Runner
 from server.metrics import Metrics, render
 from server.replicas import Merged, Replicas, labelled
 from server.routes.described import responses
@@ -21,8 +22,8 @@ GZIP_LEVEL = 1  # a ninth of the size; the highest level takes three times as lo
 TAKES_GZIP = re.compile(r"(^|,)\s*(gzip|\*)\s*(;\s*q=(?!0(\.0*)?\s*(,|$))[^,]*)?\s*(,|$)", re.IGNORECASE)
 
 
-def metrics_router(metrics: Metrics, replicas: Replicas | None) -> APIRouter:
-    """The route over one server's metrics, or those of all replicas."""
+def metrics_router(metrics: Metrics, batches: Runner | None, replicas: Replicas | None) -> APIRouter:
+    """The route over one server's metrics, those of its batches read from their store; or over all replicas'."""
     router = APIRouter(tags=["Operations"])
 
     renderer = ThreadPoolExecutor(1, "metrics")  # its own: a scrape must not wait for texts that are tokenized
@@ -43,6 +44,8 @@ def metrics_router(metrics: Metrics, replicas: Replicas | None) -> APIRouter:
         compressed = TAKES_GZIP.search(accept_encoding) is not None
         loop = asyncio.get_running_loop()
         metrics.set_tasks(len(asyncio.all_tasks()))
+        if batches is not None:
+            metrics.set_batches(*await batches.call(batches.store.counts))
         if replicas is None:
             work = functools.partial(_render, metrics.registry, accept, compressed)
         else:

@@ -52,6 +52,7 @@ DOCUMENTS = {
     "api": _of_server("api", "API"),
     "clients": _of_server("clients", "Clients"),
     "operations": _of_server("operations", "Operations"),
+    "capacity": _of_server("capacity", "Capacity"),
     "benchmarks": _of_server("benchmarks", "Benchmarks"),
     "lpa": Document("LPA", "lpa_model", "README.md"),
     "kernels": _of_server("kernels", "Kernels"),

@@ -47,6 +47,13 @@ def test_openai_for_node(served: Served) -> None:
     assert (found.stdout, found.returncode) == ("done\n", 0), found.stderr
 
 
+def test_files_and_batches_by_openai_for_node(tiny_checkpoints: dict[Architecture, Path], tmp_path: Path) -> None:
+    with serving(tiny_checkpoints["setting2"], api_key="secret", data_dir=tmp_path) as served:
+        arguments = ["node", HERE / "batches.mjs", f"{served.url}/v1", "secret", sys.prefix]
+        found = subprocess.run(list(map(str, arguments)), capture_output=True, text=True, timeout=300)
+        assert (found.stdout, found.returncode) == ("done\n", 0), found.stderr
+
+
 def lite(served: Served, **fields: Any) -> Any:
     where = {"api_base": f"{served.url}/v1", "api_key": "secret"}
     return litellm.completion(**{**FIXED, "messages": MESSAGES, **where, **fields})

@@ -494,7 +494,7 @@ def test_keyboard_is_enough(open_page: Open) -> None:
     expect(page.locator("#score")).to_be_visible()
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("ArrowLeft")
-    assert page.evaluate(FOCUSED) == "compare-tab"
+    assert page.evaluate(FOCUSED) == "batches-tab"
 
 
 def test_a_server_with_a_key_asks_for_it_once(open_page: Open, tmp_path: Path) -> None:

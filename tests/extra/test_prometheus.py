@@ -154,7 +154,7 @@ def _is_ready(client: httpx.Client) -> bool:
 
 @contextmanager
 def load(served: Served) -> Iterator[None]:
-    """Completions that share a prompt's beginning, and texts to be scored, until the end."""
+    """Completions that share a prompt's beginning, texts to be scored and a batch, until the end."""
     story = "Once upon a time there was a little girl who had a red ball and a small dog. " * 4
     stop = threading.Event()
 
@@ -167,6 +167,14 @@ def load(served: Served) -> Iterator[None]:
         ({"prompt": story + str(i), "max_tokens": 20, "ignore_eos": True}, "/v1/completions") for i in range(3)
     ]
     bodies.append(({"input": story}, "/v1/perplexity"))
+    lines = [
+        json.dumps({"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": {"prompt": f"{i} men"}})
+        for i in range(1000)
+    ]
+    form = {"files": {"file": ("in.jsonl", "\n".join(lines))}, "data": {"purpose": "batch"}}
+    file = served.client.post("/v1/files", **form).raise_for_status().json()
+    batch = {"input_file_id": file["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
+    served.client.post("/v1/batches", json=batch).raise_for_status()
     threads = [threading.Thread(target=run, args=arguments) for arguments in bodies]
     for thread in threads:
         thread.start()
@@ -183,7 +191,7 @@ def test_every_panel_has_data_under_load(tmp_path: Path) -> None:
     panels = [(board["title"], panel) for board in boards for panel in board["panels"]]
     queries = [(title, panel["title"], target["expr"]) for title, panel in panels for target in panel["targets"]]
     with (
-        serving(embedded_checkpoint(), kv_cache_memory=1 << 26) as served,
+        serving(embedded_checkpoint(), kv_cache_memory=1 << 26, data_dir=tmp_path / "data") as served,
         prometheus(served.url.removeprefix("http://"), tmp_path) as client,
         load(served),
     ):
