@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from server.engine.block_manager import BlockManager
 from server.engine.engine import BackendInfo
 from server.keys import METRICS, PROBES
-from server.metrics import Metrics
+from server.metrics import Metrics, render
 from server.serve import EXIT_TIMEOUT, FLUSH_TIMEOUT
 from server.settings import ENV_PREFIX, Settings, load_settings
 from tests.test_docker import argument, image_environment
@@ -106,7 +106,7 @@ def test_the_endpoint_picker_asks_only_for_metrics_that_exist() -> None:
     metrics.set_engine("1", BackendInfo(name="cpu"), BlockManager(7, 32, True))
     samples = {
         sample.name: (family.type, sample.labels)
-        for family in text_string_to_metric_families(metrics.render()[0].decode())
+        for family in text_string_to_metric_families(render(metrics.registry)[0].decode())
         for sample in family.samples
     }
     specs = {name: spec for name, spec in engine.items() if name.endswith("Spec")}

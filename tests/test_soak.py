@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from server.metrics import Metrics
+from server.metrics import Metrics, render
 from tests.soak import checks
 from tests.soak.broken import BROKEN
 from tests.soak.clients import KINDS, send_broken
@@ -65,7 +65,7 @@ def test_a_page_of_metrics_is_read() -> None:
     metrics = Metrics("tiny")
     metrics.observe_http("/v1/completions", "POST", 200, 0.1)
     metrics.observe_http("/v1/completions", "POST", 429, 0.1)
-    page = samples(metrics.render()[0].decode())
+    page = samples(render(metrics.registry)[0].decode())
     assert total(page, "lpa:http_requests_total") == 2
     assert checks.counted(page["lpa:http_requests_total"])[*POST, "429"] == 1
     assert total(page, "lpa:no_such_metric") == 0
