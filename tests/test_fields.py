@@ -175,6 +175,19 @@ def test_a_name_that_means_exactly_one_of_ours_is_that_one(served: Served) -> No
     assert kept["choices"][0]["text"] == "ab"
 
 
+def test_what_a_router_adds_to_every_request_asks_for_nothing(served: Served) -> None:
+    """vLLM's router (vllm-router 0.1.17) writes a request anew with the defaults of SGLang's fields."""
+    both = {"no_stop_trim": False, "ignore_eos": False, "skip_special_tokens": True, "return_hidden_states": False}
+    reasoning = {"separate_reasoning": True, "stream_reasoning": True, "include_reasoning": True}
+    added = dict(
+        zip(TEXTS, ({**both, "echo": False}, {**both, **reasoning, "continue_final_message": False}), strict=True)
+    )
+    for path, fields in added.items():
+        answer = served.post(path, **PATHS[path], **fields)
+        assert answer.status_code == 200, answer.text
+        refused(served, path, "return_hidden_states", return_hidden_states=True)
+
+
 def test_a_prompt_is_cut_on_the_side_that_is_asked_for(served: Served) -> None:
     ids = byte_tokenizer().encode("Once upon a time").ids
     for side, kept in (("left", ids[-4:]), ("right", ids[:4])):

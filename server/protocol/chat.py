@@ -147,6 +147,9 @@ class ChatCompletionRequest(SamplingBody):
         "chat_template": (),
         "echo": (False,),
         "include_reasoning": (True, False),
+        # SGLang's, which vLLM's router adds to every request
+        "separate_reasoning": (True, False),
+        "stream_reasoning": (True, False),
         "best_of": (1,),
     }
 

@@ -62,6 +62,7 @@ class SamplingBody(RequestBody):
         "guided_decoding_backend": (),
         # SGLang's
         "stop_regex": ([],),
+        "return_hidden_states": (False,),
         # llama.cpp's
         "repeat_penalty": (1,),
         "typical_p": (1,),
