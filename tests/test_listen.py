@@ -242,8 +242,13 @@ def test_under_a_prefix_paths_come_with_it_and_without_it(folder: Path) -> None:
     ],
 )
 def test_a_trusted_proxys_scheme_and_client_are_taken(
-    flags: dict[str, str], scheme: str, folder: Path, caplog: pytest.LogCaptureFixture
+    flags: dict[str, str],
+    scheme: str,
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "192.0.2.7")  # uvicorn's own variable, which is no setting
     caplog.set_level("INFO", "server.middleware")
     with serving(folder, **flags) as served:
         headers = {"x-forwarded-proto": "https", "x-forwarded-for": "203.0.113.9", "host": "lpa.example.org"}
@@ -259,6 +264,7 @@ def test_a_trusted_proxys_scheme_and_client_are_taken(
         ("root_path", "lpa", "must begin with / and not end with it, as /lpa"),
         ("root_path", "/lpa/", "must begin with / and not end with it, as /lpa"),
         ("forwarded_allow_ips", "proxy.example.org", "does not appear to be an IPv4 or IPv6 network"),
+        ("forwarded_allow_ips", "*,192.0.2.7", "* trusts all, and stands alone"),
         ("ssl_cert_reqs", "3", "input should be 0, 1 or 2"),
     ],
 )
