@@ -16,6 +16,7 @@ import openai
 import pytest
 
 from lpa_model.config import Architecture
+from server.listen import unix_listener
 from server.serve import Server, greeting
 from server.settings import SettingsError, load_settings
 from tests.serving import serving
@@ -78,6 +79,16 @@ def test_the_socket_of_a_killed_server_is_replaced_and_nothing_else(folder: Path
     with pytest.raises(ValueError, match="the file exists and is no socket"):
         Server(load_settings(model=folder, uds=path))
     assert path.read_text() == "precious"
+
+
+def test_a_socket_whose_server_takes_nobody_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "lpa.sock"
+    with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as waiting:
+        busy.bind(str(path))
+        busy.listen(0)
+        waiting.connect(str(path))  # the backlog is full
+        with pytest.raises(ValueError, match="another program listens there"):
+            unix_listener(path)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +171,14 @@ def test_clients_need_a_certificate_of_a_known_authority(folder: Path, certifica
         (
             {"ssl_certfile": "server.pem", "ssl_keyfile": "locked.key", "ssl_keyfile_password": "battery staple"},
             "(LPA_SSL_KEYFILE_PASSWORD): the key cannot be read with it",
+        ),
+        (
+            {"ssl_certfile": "server.pem", "ssl_keyfile": "other.pem", "ssl_keyfile_password": "battery staple"},
+            "(LPA_SSL_KEYFILE): other.pem has no key in PEM form",
+        ),
+        (
+            {"ssl_certfile": "both.pem", "ssl_keyfile_password": "battery staple"},
+            "(LPA_SSL_KEYFILE_PASSWORD): has no effect: the key is not encrypted",
         ),
         (
             {"ssl_certfile": "both.pem", "ssl_ca_certs": "server.pem"},
