@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import socket
@@ -20,6 +21,7 @@ from server.listen import unix_listener
 from server.serve import Server, greeting
 from server.settings import SettingsError, load_settings
 from tests.serving import serving
+from tests.test_docker import argument
 
 PASSWORD = "correct horse"
 
@@ -125,7 +127,7 @@ def test_the_official_client_over_tls(key: str, folder: Path, certificates: Path
             assert completion(client)
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
             httpx.get(f"{url}/health")
-        with pytest.raises(httpx.RemoteProtocolError):
+        with pytest.raises(httpx.TransportError):
             httpx.get(f"http://127.0.0.1:{served.server.port}/health")
         assert httpx.get(f"{url}/health", verify=trusted).status_code == 200
 
@@ -215,7 +217,7 @@ def test_our_own_clients_speak_https(folder: Path, certificates: Path, tmp_path:
 
         def lpa(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
             command = [sys.executable, "-m", "server.cli", *map(str, arguments)]
-            return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+            return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
         trusting = {"SSL_CERT_FILE": str(certificates / "server.pem"), "PYTHONPATH": ":".join(sys.path)}
         scored = lpa("score", text, "--url", url, **trusting)
@@ -227,6 +229,16 @@ def test_our_own_clients_speak_https(folder: Path, certificates: Path, tmp_path:
         assert refused.returncode != 0
         assert "its certificate is not trusted (self-signed certificate)" in " ".join(refused.stderr.split())
         assert "SSL_CERT_FILE" in refused.stderr
+
+
+def test_dockers_health_check_speaks_https(folder: Path, certificates: Path) -> None:
+    check = json.loads(argument("HEALTHCHECK").partition("CMD ")[2])
+    with serving(folder, ssl_certfile=certificates / "both.pem") as served:
+        environment = {"LPA_PORT": str(served.server.port), "LPA_SSL_CERTFILE": "both.pem"}
+        subprocess.run([sys.executable, *check[1:]], env=environment, check=True)
+        del environment["LPA_SSL_CERTFILE"]
+        plain = subprocess.run([sys.executable, *check[1:]], env=environment, capture_output=True)
+        assert plain.returncode != 0
 
 
 def test_under_a_prefix_paths_come_with_it_and_without_it(folder: Path) -> None:
