@@ -19,12 +19,14 @@ from openai import OpenAI
 from openai.types import Batch
 from typer.testing import CliRunner
 
+from server.batches import execute
 from server.batches.execute import Answer
 from server.batches.lines import Line, LineError, read_lines
 from server.batches.store import Store
 from server.cli import app
 from tests.conftest import tiny_config, write_checkpoint
 from tests.serving import Served, serving, until
+from tests.test_limits import Threads
 
 ENDED = {"completed", "failed", "cancelled", "expired"}
 
@@ -94,6 +96,17 @@ def test_answers_are_those_of_the_endpoint_in_the_order_of_the_lines(client: Ope
     assert wrong["custom_id"] == "wrong" and wrong["response"]["status_code"] == 400
     assert wrong["response"]["body"]["error"]["param"] == "max_tokens"
     assert client.files.retrieve(str(done.output_file_id)).purpose == "batch_output"
+
+
+def test_lines_and_their_answers_are_written_beside_the_event_loop(
+    client: OpenAI, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = Threads(monkeypatch)
+    threads.watch(execute, "_content")
+    threads.watch(execute, "_answer")
+    ended(client, start(client, lines(request("cat"))))
+    for name in ("_content", "_answer"):
+        assert threads.found[name] and served.loop_thread() not in threads.found[name]
 
 
 def test_lines_are_counted_as_lines_and_not_as_http_requests(client: OpenAI, served: Served) -> None:
