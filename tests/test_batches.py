@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from openai import OpenAI
 from openai.types import Batch
 from typer.testing import CliRunner
 
-from server.batches import execute
+from server.batches import execute, runner
 from server.batches.execute import Answer
 from server.batches.lines import Line, LineError, read_lines
 from server.batches.store import Store
@@ -157,6 +158,21 @@ def test_metrics_count_lines_and_batches(folder: Path, tmp_path: Path) -> None:
         assert (count("batch_lines_waiting"), count("batches", "cancelled")) == (0, 1)
     with serving(folder, data_dir=tmp_path) as served:  # batches are kept, lines are this process's
         assert (count("batches", "completed"), count("batch_lines_total", "completed")) == (1, 0)
+
+
+def test_batches_go_on_after_a_disk_was_full(client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = [sqlite3.OperationalError("database or disk is full") for _ in range(2)]  # to go on, and to say so
+    set_status = Store.set_status
+
+    def on_disk(*arguments: Any, **fields: Any) -> None:
+        if errors:
+            raise errors.pop()
+        set_status(*arguments, **fields)
+
+    monkeypatch.setattr(Store, "set_status", on_disk)
+    monkeypatch.setattr(runner, "RETRY", 0.01)
+    assert ended(client, start(client, lines(request("cat")))).status == "completed"
+    assert not errors
 
 
 def test_a_file_that_is_wrong_fails_with_its_lines_and_runs_nothing(client: OpenAI) -> None:
