@@ -62,6 +62,7 @@ def unix_listener(path: Path) -> socket.socket:
 
 def _is_left_over(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.setblocking(False)  # a server whose backlog is full would hold it
         return client.connect_ex(str(path)) == errno.ECONNREFUSED
 
 

@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -64,6 +65,7 @@ class Replica:
             build_engine(settings.model, settings.engine_options()), self._metrics.observe, max_queue=settings.max_queue
         )
         self._app = create_app(self._engine, settings, self._metrics, Replicas(self._name, self._others))
+        self._collecting = ThreadPoolExecutor(1, "collect")  # a scrape must not wait for texts that are tokenized
         own_process()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -106,7 +108,8 @@ class Replica:
     async def metrics(self) -> list[Metric]:
         """All metrics, with this replica's name."""
         self._metrics.set_tasks(len(asyncio.all_tasks()))
-        return await asyncio.to_thread(lambda: labelled(self._name, self._metrics.registry.collect()))
+        loop, registry = asyncio.get_running_loop(), self._metrics.registry
+        return await loop.run_in_executor(self._collecting, lambda: labelled(self._name, registry.collect()))
 
     async def drain(self) -> int:
         """Refuse new requests and give the others `drain_timeout` seconds; the number that were cut off."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from server.settings import ENV_PREFIX, Settings
+from server.settings import Settings, named
 
 Others = Callable[..., Awaitable[list[Any]]]
 """Calls a method, given by its name and arguments, of every other replica; their answers. Raises Unavailable."""
@@ -47,15 +47,11 @@ def check_replicated(settings: Settings) -> None:
     """Raises ValueError where a setting was given that replicas cannot honour; the message names it."""
     for name, reason in REFUSED.items():
         if name in settings.origins:
-            raise ValueError(f"{_flag(name)}: does not go with --ray-replicas: {reason}")
+            raise ValueError(f"{named(name)}: does not go with --ray-replicas: {reason}")
     if settings.device not in ("cpu", "cuda"):
         raise ValueError(
-            f"{_flag('device')}: with --ray-replicas it is cpu or cuda: Ray gives each replica its own GPU"
+            f"{named('device')}: with --ray-replicas it is cpu or cuda: Ray gives each replica its own GPU"
         )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')} ({ENV_PREFIX}{name.upper()})"
 
 
 def labelled(replica: str, families: Iterable[Metric]) -> list[Metric]:

@@ -21,7 +21,7 @@ from server.connection import connection_class
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import build_engine
 from server.engine.memory import release_code
-from server.listen import explain, listeners, unix_listener, url_of
+from server.listen import LOOPBACK, explain, listeners, unix_listener, url_of
 from server.logs import configure_logging
 from server.metrics import Metrics
 from server.settings import Settings
@@ -98,7 +98,7 @@ class Server(uvicorn.Server):
             h11_max_incomplete_event_size=settings.max_header_bytes,
             ws="none",
             proxy_headers=settings.proxy_headers,
-            forwarded_allow_ips=list(settings.forwarded_allow_ips) or None,
+            forwarded_allow_ips=list(settings.forwarded_allow_ips or LOOPBACK.values()),
             **self._tls,
         )
         super().__init__(config)

@@ -75,6 +75,8 @@ def _check_proxies(proxies: tuple[str, ...]) -> tuple[str, ...]:
                 ipaddress.ip_network(proxy)
         except ValueError as error:
             raise ValueError(f"{error}; * trusts all") from None
+    if "*" in proxies and len(proxies) > 1:
+        raise ValueError("* trusts all, and stands alone")
     return proxies
 
 
@@ -326,7 +328,7 @@ class Settings(BaseSettings):
     forwarded_allow_ips: Annotated[Names, AfterValidator(_check_proxies)] = Field(
         (),
         description="Addresses and networks of trusted proxies, with commas between them or the flag repeated; * is "
-        "every one, and the way to trust one behind a Unix socket (default: 127.0.0.1).",
+        "every one, and the way to trust one behind a Unix socket (default: 127.0.0.1 and ::1).",
     )
     log_format: Literal["text", "json"] = Field("text", description="Log lines as text or as JSON objects.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")

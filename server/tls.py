@@ -50,8 +50,11 @@ def _check_key(certificate: Path, key: Path | None, password: str | None) -> Non
     name = "ssl_certfile" if key is None else "ssl_keyfile"
     if key is not None:
         _check_readable(name, key)
+    encrypted = False
 
     def ask() -> str:  # without it OpenSSL asks at the terminal
+        nonlocal encrypted
+        encrypted = True
         if not password:
             raise ValueError(f"{named(name)}: the key is encrypted; --ssl-keyfile-password takes its password")
         return password
@@ -61,9 +64,11 @@ def _check_key(certificate: Path, key: Path | None, password: str | None) -> Non
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
             raise ValueError(f"{named(name)}: the key is not that of the certificate") from None
-        if password is not None:
+        if encrypted:
             raise ValueError(f"{named('ssl_keyfile_password')}: the key cannot be read with it") from None
         raise ValueError(f"{named(name)}: {key or certificate} has no key in PEM form") from None
+    if password and not encrypted:
+        raise ValueError(f"{named('ssl_keyfile_password')}: has no effect: the key is not encrypted")
 
 
 def _check_readable(name: str, path: Path) -> None:

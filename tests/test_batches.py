@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,12 +20,14 @@ from openai import OpenAI
 from openai.types import Batch
 from typer.testing import CliRunner
 
+from server.batches import execute, runner
 from server.batches.execute import Answer
 from server.batches.lines import Line, LineError, read_lines
 from server.batches.store import Store
 from server.cli import app
 from tests.conftest import tiny_config, write_checkpoint
 from tests.serving import Served, serving, until
+from tests.test_limits import Threads
 
 ENDED = {"completed", "failed", "cancelled", "expired"}
 
@@ -96,6 +99,17 @@ def test_answers_are_those_of_the_endpoint_in_the_order_of_the_lines(client: Ope
     assert client.files.retrieve(str(done.output_file_id)).purpose == "batch_output"
 
 
+def test_lines_and_their_answers_are_written_beside_the_event_loop(
+    client: OpenAI, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = Threads(monkeypatch)
+    threads.watch(execute, "_content")
+    threads.watch(execute, "_answer")
+    ended(client, start(client, lines(request("cat"))))
+    for name in ("_content", "_answer"):
+        assert threads.found[name] and served.loop_thread() not in threads.found[name]
+
+
 def test_lines_are_counted_as_lines_and_not_as_http_requests(client: OpenAI, served: Served) -> None:
     of_lines = 'lpa:batch_lines_total{model_name="tiny",status="completed"}'
     of_http = 'lpa:http_requests_total{handler="/v1/completions",method="POST",model_name="tiny",status="200"}'
@@ -144,6 +158,21 @@ def test_metrics_count_lines_and_batches(folder: Path, tmp_path: Path) -> None:
         assert (count("batch_lines_waiting"), count("batches", "cancelled")) == (0, 1)
     with serving(folder, data_dir=tmp_path) as served:  # batches are kept, lines are this process's
         assert (count("batches", "completed"), count("batch_lines_total", "completed")) == (1, 0)
+
+
+def test_batches_go_on_after_a_disk_was_full(client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = [sqlite3.OperationalError("database or disk is full") for _ in range(2)]  # to go on, and to say so
+    set_status = Store.set_status
+
+    def on_disk(*arguments: Any, **fields: Any) -> None:
+        if errors:
+            raise errors.pop()
+        set_status(*arguments, **fields)
+
+    monkeypatch.setattr(Store, "set_status", on_disk)
+    monkeypatch.setattr(runner, "RETRY", 0.01)
+    assert ended(client, start(client, lines(request("cat")))).status == "completed"
+    assert not errors
 
 
 def test_a_file_that_is_wrong_fails_with_its_lines_and_runs_nothing(client: OpenAI) -> None:

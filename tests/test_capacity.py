@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from server.bench.capacity import Steps, Workload, at_concurrency, at_rate, read_steps, replicas
+from server.bench.capacity import MOST_REPLICAS, Steps, Workload, at_concurrency, at_rate, read_steps, replicas
 from server.cli import app
 from tests.conftest import tiny_config, write_checkpoint
 
@@ -31,6 +31,7 @@ def test_a_closed_loop_by_hand() -> None:
     assert found["inter_token_ms"] == pytest.approx(16 + 3 * 50 / 50)
 
 
+@settings(deadline=None)
 @given(load=st.floats(0.05, 0.95))
 def test_one_slot_is_the_simplest_queue(load: float) -> None:
     """M/M/1: of rate x and service rate y, the wait is x / y / (y - x)."""
@@ -100,6 +101,14 @@ def test_replicas_are_the_fewest_that_fit() -> None:
             assert fewer["inter_token_ms"] > 20 or fewer["wait_s"] > 0.5 or fewer["refused"] > 1e-3
     with pytest.raises(ValueError, match="inter-token-ms: a sequence alone takes 10"):
         replicas(measured, workload, 1.0, 5.0, 0.5)
+
+
+def test_more_machines_than_are_looked_at_are_said() -> None:
+    measured, workload = steps({1: 10.0}), Workload(1, 10, 1, 64)  # a machine carries less than ten a second
+    most = replicas(measured, workload, 9.0 * MOST_REPLICAS, 20.0, 1.0)
+    assert MOST_REPLICAS / 2 < most["replicas"] <= MOST_REPLICAS
+    with pytest.raises(ValueError, match=f"take more than {MOST_REPLICAS} machines"):
+        replicas(measured, workload, 10.0 * MOST_REPLICAS, 20.0, 1.0)
 
 
 def lpa(*arguments: object) -> Any:

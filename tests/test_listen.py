@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import socket
@@ -16,9 +17,11 @@ import openai
 import pytest
 
 from lpa_model.config import Architecture
+from server.listen import unix_listener
 from server.serve import Server, greeting
 from server.settings import SettingsError, load_settings
 from tests.serving import serving
+from tests.test_docker import argument
 
 PASSWORD = "correct horse"
 
@@ -80,6 +83,16 @@ def test_the_socket_of_a_killed_server_is_replaced_and_nothing_else(folder: Path
     assert path.read_text() == "precious"
 
 
+def test_a_socket_whose_server_takes_nobody_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "lpa.sock"
+    with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as waiting:
+        busy.bind(str(path))
+        busy.listen(0)
+        waiting.connect(str(path))  # the backlog is full
+        with pytest.raises(ValueError, match="another program listens there"):
+            unix_listener(path)
+
+
 @pytest.mark.parametrize(
     ("name", "reason"), [("none/lpa.sock", "No such file or directory"), ("x" * 120, "path too long")]
 )
@@ -114,7 +127,7 @@ def test_the_official_client_over_tls(key: str, folder: Path, certificates: Path
             assert completion(client)
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
             httpx.get(f"{url}/health")
-        with pytest.raises(httpx.RemoteProtocolError):
+        with pytest.raises(httpx.TransportError):
             httpx.get(f"http://127.0.0.1:{served.server.port}/health")
         assert httpx.get(f"{url}/health", verify=trusted).status_code == 200
 
@@ -162,6 +175,14 @@ def test_clients_need_a_certificate_of_a_known_authority(folder: Path, certifica
             "(LPA_SSL_KEYFILE_PASSWORD): the key cannot be read with it",
         ),
         (
+            {"ssl_certfile": "server.pem", "ssl_keyfile": "other.pem", "ssl_keyfile_password": "battery staple"},
+            "(LPA_SSL_KEYFILE): other.pem has no key in PEM form",
+        ),
+        (
+            {"ssl_certfile": "both.pem", "ssl_keyfile_password": "battery staple"},
+            "(LPA_SSL_KEYFILE_PASSWORD): has no effect: the key is not encrypted",
+        ),
+        (
             {"ssl_certfile": "both.pem", "ssl_ca_certs": "server.pem"},
             "(LPA_SSL_CA_CERTS): has no effect without --ssl-cert-reqs 1 or 2",
         ),
@@ -196,7 +217,7 @@ def test_our_own_clients_speak_https(folder: Path, certificates: Path, tmp_path:
 
         def lpa(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
             command = [sys.executable, "-m", "server.cli", *map(str, arguments)]
-            return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+            return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
         trusting = {"SSL_CERT_FILE": str(certificates / "server.pem"), "PYTHONPATH": ":".join(sys.path)}
         scored = lpa("score", text, "--url", url, **trusting)
@@ -208,6 +229,16 @@ def test_our_own_clients_speak_https(folder: Path, certificates: Path, tmp_path:
         assert refused.returncode != 0
         assert "its certificate is not trusted (self-signed certificate)" in " ".join(refused.stderr.split())
         assert "SSL_CERT_FILE" in refused.stderr
+
+
+def test_dockers_health_check_speaks_https(folder: Path, certificates: Path) -> None:
+    check = json.loads(argument("HEALTHCHECK").partition("CMD ")[2])
+    with serving(folder, ssl_certfile=certificates / "both.pem") as served:
+        environment = {"LPA_PORT": str(served.server.port), "LPA_SSL_CERTFILE": "both.pem"}
+        subprocess.run([sys.executable, *check[1:]], env=environment, check=True)
+        del environment["LPA_SSL_CERTFILE"]
+        plain = subprocess.run([sys.executable, *check[1:]], env=environment, capture_output=True)
+        assert plain.returncode != 0
 
 
 def test_under_a_prefix_paths_come_with_it_and_without_it(folder: Path) -> None:
@@ -242,8 +273,13 @@ def test_under_a_prefix_paths_come_with_it_and_without_it(folder: Path) -> None:
     ],
 )
 def test_a_trusted_proxys_scheme_and_client_are_taken(
-    flags: dict[str, str], scheme: str, folder: Path, caplog: pytest.LogCaptureFixture
+    flags: dict[str, str],
+    scheme: str,
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "192.0.2.7")  # uvicorn's own variable, which is no setting
     caplog.set_level("INFO", "server.middleware")
     with serving(folder, **flags) as served:
         headers = {"x-forwarded-proto": "https", "x-forwarded-for": "203.0.113.9", "host": "lpa.example.org"}
@@ -259,6 +295,7 @@ def test_a_trusted_proxys_scheme_and_client_are_taken(
         ("root_path", "lpa", "must begin with / and not end with it, as /lpa"),
         ("root_path", "/lpa/", "must begin with / and not end with it, as /lpa"),
         ("forwarded_allow_ips", "proxy.example.org", "does not appear to be an IPv4 or IPv6 network"),
+        ("forwarded_allow_ips", "*,192.0.2.7", "* trusts all, and stands alone"),
         ("ssl_cert_reqs", "3", "input should be 0, 1 or 2"),
     ],
 )

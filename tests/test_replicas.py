@@ -184,6 +184,10 @@ def test_other_numbers_of_replicas_are_refused(value: str) -> None:
         {"header_timeout": 5},
         {"body_timeout": 5},
         {"max_connections": 5},
+        {"uds": "lpa.sock"},
+        {"ssl_certfile": "server.pem"},
+        {"proxy_headers": False},
+        {"forwarded_allow_ips": "*"},
         {"device": "cuda:1"},
     ],
 )

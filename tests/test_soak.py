@@ -89,8 +89,11 @@ async def test_every_client_finds_a_healthy_server_without_fault(tmp_path: Path)
         assert idle.passed, idle.found
         for check in await checks.counts(driver, None, ""):
             assert check.passed, check.found
-        kept = await server.reading()
-        assert kept.tasks <= start.tasks
+
+        async def no_task_is_left() -> bool:
+            return (await server.reading()).tasks <= start.tasks
+
+        assert await checks.until(no_task_is_left)
         assert await server.end(signal.SIGTERM, 60) == 0
         assert server.errors() == []
     finally:

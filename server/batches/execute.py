@@ -33,16 +33,26 @@ class Answer:
 async def execute(app: ASGIApp, line: Line) -> Answer:
     """The answer to a line, however often it has to be tried."""
     request_id = f"batch_req_{secrets.token_hex(12)}"
+    content = await asyncio.to_thread(_content, line)  # beside the event loop, as the answer: both may be large
     token = in_background.set(True)
     try:
         while True:
-            status, body = await _call(app, line, request_id)
+            status, pieces = await _call(app, line.endpoint, content, request_id)
             if status not in RETRIED:
                 break
             await asyncio.sleep(RETRY_AFTER)
     finally:
         in_background.reset(token)
-    response = f'{{"status_code":{status},"request_id":{json.dumps(request_id)},"body":{body.decode()}}}'
+    return await asyncio.to_thread(_answer, line, request_id, status, pieces)
+
+
+def _content(line: Line) -> bytes:
+    return json.dumps(line.body).encode()
+
+
+def _answer(line: Line, request_id: str, status: int, pieces: list[bytes]) -> Answer:
+    body = b"".join(pieces).decode()
+    response = f'{{"status_code":{status},"request_id":{json.dumps(request_id)},"body":{body}}}'
     return Answer(status != 200, _document(line.custom_id, request_id, response, None))
 
 
@@ -57,17 +67,16 @@ def _document(custom_id: str, request_id: str, response: str, error: dict[str, A
     return f'{{{names},"response":{response},"error":{json.dumps(error)}}}'
 
 
-async def _call(app: ASGIApp, line: Line, request_id: str) -> tuple[int, bytes]:
-    """Status and body. Cancelling it is what a client's leaving is."""
-    content = json.dumps(line.body).encode()
+async def _call(app: ASGIApp, endpoint: str, content: bytes, request_id: str) -> tuple[int, list[bytes]]:
+    """Status, and the pieces of the body. Cancelling it is what a client's leaving is."""
     scope: Scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
         "http_version": "1.1",
         "method": "POST",
         "scheme": "http",
-        "path": line.endpoint,
-        "raw_path": line.endpoint.encode(),
+        "path": endpoint,
+        "raw_path": endpoint.encode(),
         "query_string": b"",
         "root_path": "",
         "headers": [
@@ -98,4 +107,4 @@ async def _call(app: ASGIApp, line: Line, request_id: str) -> tuple[int, bytes]:
         await app(scope, receive, send)
     finally:
         never.cancel()
-    return status, b"".join(pieces)
+    return status, pieces

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 READ = 64  # lines read together
 POLL = 0.5  # seconds in which a cancelled or expired batch is noticed
+RETRY = 5.0  # seconds
 
 
 class Runner:
@@ -69,16 +70,24 @@ class Runner:
 
     async def _run(self) -> None:
         while True:
-            self._queued.clear()
-            job = await self.call(self._store.next_job)
-            if job is None:
-                await self._queued.wait()
-                continue
             try:
-                await self._work(job)
-            except Exception as error:
-                logger.exception("batch %s failed", job.id)
-                await self._fail(job, [LineError("server_error", f"{type(error).__name__}: {error}", None)])
+                await self._next()
+            except Exception:  # of the store: the disk may be full
+                logger.exception("batches stand still; the next try is in %g seconds", RETRY)
+                await asyncio.sleep(RETRY)
+
+    async def _next(self) -> None:
+        """The oldest job, or else wait for one."""
+        self._queued.clear()
+        job = await self.call(self._store.next_job)
+        if job is None:
+            await self._queued.wait()
+            return
+        try:
+            await self._work(job)
+        except Exception as error:
+            logger.exception("batch %s failed", job.id)
+            await self._fail(job, [LineError("server_error", f"{type(error).__name__}: {error}", None)])
 
     async def _work(self, job: Job) -> None:
         status = job.status

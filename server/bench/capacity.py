@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-MOST_REPLICAS = 10_000
+MOST_REPLICAS = 1 << 13
 MOST_REFUSED = 1e-3  # share of the requests
 
 
