@@ -281,8 +281,8 @@ class LLM:
             region_separator: what stands between regions; it is taken out before scoring.
 
         Raises:
-            InvalidRequest: an argument does not fit the model, or a text the method; or no token can be scored; or
-                token ids are to be divided into regions.
+            InvalidRequest: an argument is wrong or does not fit the model, or a text the method; or no token can be
+                scored; or token ids are to be divided into regions.
             ContextLength: a text is too long for "full".
             EngineError: a step of the engine failed, or the model gave a number that is not finite.
         """

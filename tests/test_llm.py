@@ -359,9 +359,15 @@ def test_units_are_the_servers(llm: LLM, served: Served, unit: Any, correction: 
     assert not any(text.units for text in plain.texts) and idle(llm)
 
 
-def test_regions_of_token_ids_are_refused(llm: LLM) -> None:
+def test_what_cannot_be_divided_is_refused_by_name(llm: LLM) -> None:
     with pytest.raises(InvalidRequest, match="texts: unit 'region' needs a text"):
         llm.score([5, 6, 7], unit="region")
+    wrong: Any = "line"
+    with pytest.raises(InvalidRequest, match="unit: 'line' is neither 'word' nor 'region'"):
+        llm.score("a", unit=wrong)
+    with pytest.raises(InvalidRequest, match="region_separator: is empty"):
+        llm.score("a", unit="region", region_separator="")
+    assert idle(llm)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,10 @@ import torch
 from lpa_model.checkpoint import save_checkpoint
 from lpa_model.config import Architecture
 from lpa_model.model import LPAForCausalLM
+from server.routes import loglikelihood as route
 from tests.conftest import CORPUS, END_OF_TEXT_ID, VOCAB_SIZE, byte_tokenizer, random_model, tiny_config
 from tests.serving import Served, serving, until
+from tests.test_limits import Threads
 
 PATH = "/v1/loglikelihood"
 CONTEXT = 128
@@ -402,3 +404,15 @@ def test_an_answer_comes_before_the_next_set_is_sent(served: Served) -> None:
     connection.send(b"0\r\n\r\n")
     assert b'"object":"loglikelihood"' in answer.read()
     connection.close()
+
+
+def test_what_grows_with_a_set_is_done_beside_the_event_loop(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = Threads(monkeypatch)
+    for name in ("set_of_line", "continuation_fields", "failed_fields", "set_fields"):
+        threads.watch(route, name)
+    sets = [{"context": "The sea", "continuations": ["", *([7 + i % 50, i % 7] for i in range(300))]}]
+    (of_body,), (of_lines,) = ask(served, sets=sets)["data"], lines(served, asked(sets))[0]["data"]
+    streamed = lines(served, asked(sets), stream="true")[0]
+    assert [len(entry["continuations"]) for entry in (of_body, of_lines, streamed)] == [301] * 3
+    loop = served.loop_thread()
+    assert len(threads.found) == 4 and all(loop not in found for found in threads.found.values())

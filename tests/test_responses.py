@@ -17,6 +17,7 @@ from openai.types.responses import Response
 from lpa_model.config import Architecture
 from server.protocol.responses import messages_of
 from server.routes import responses as route
+from server.routes.respond import json_parts
 from server.routes.response_store import ResponseStore, Stored
 from tests.conftest import tiny_config, write_checkpoint
 from tests.serving import Served, fail_step, serving, slow_steps, until
@@ -254,6 +255,37 @@ def test_one_that_runs_is_found_and_cancelled(
     thread.join(30)
     assert codes == [200]
     until(served.idle)  # the client that left ended its response
+
+
+def test_one_that_runs_is_shown_as_it_is_when_it_is_looked_up(
+    served: Served, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long writing it takes: here until it has ended."""
+    slow_steps(served, monkeypatch, 0.05)
+    looked_up, ended = threading.Event(), threading.Event()
+
+    def held(value: Any, levels: int) -> Iterator[str]:
+        if "type" not in value and "status" in value and not ended.is_set():  # no event, nor what is stored
+            looked_up.set()
+            assert ended.wait(60)
+        return json_parts(value, levels)
+
+    monkeypatch.setattr(route, "json_parts", held)
+    stream = iter(client.responses.create(**{**FIXED, "max_output_tokens": 20}, stream=True, input="x"))
+    response_id = next(stream).response.id
+    assert any(event.type == "response.output_text.delta" for event in stream)
+    found: list[Response] = []
+    thread = threading.Thread(target=lambda: found.append(client.responses.retrieve(response_id)))
+    thread.start()
+    assert looked_up.wait(60)
+    last = list(stream)[-1]
+    ended.set()
+    thread.join(60)
+    assert last.type == "response.incomplete" and last.response.id == response_id
+    (response,) = found
+    assert (response.status, response.usage, response.incomplete_details) == ("in_progress", None, None)
+    (item,) = response.output
+    assert item.type == "message" and (item.status, item.content) == ("in_progress", [])
 
 
 def test_a_failure_in_the_middle_is_told(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,6 +239,12 @@ def test_a_start_without_a_state_binds_nothing(tmp_path: Path) -> None:
     kept = (out / "tokens.safetensors").stat().st_mtime_ns
     prepare(data, valid, out, 280)
     assert (out / "tokens.safetensors").stat().st_mtime_ns == kept
+    tokens = out / "tokens.safetensors"
+    earlier = tokens.read_bytes()
+    prepare(data, valid, out, 290)
+    tokens.write_bytes(earlier)  # as if killed between the tokenizer and its tokens
+    found = prepare(data, valid, out, 290)
+    assert found.tokenizer.decode(found.train.ids.tolist()) == data.read_text()
 
 
 def test_options_without_effect_are_refused(tmp_path: Path) -> None:

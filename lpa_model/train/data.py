@@ -116,9 +116,12 @@ def prepare(data: Path, valid: Path, out: Path, vocab_size: int, field: str = "t
 
 
 def _fits(out: Path, data: Path, vocab_size: int) -> bool:
-    """Whether the tokens in `out` are those that a first start would make."""
+    """Whether the tokens in `out` are those that a first start would make. One that was killed may have left half."""
     tokenizer = load_tokenizer(out)
-    train = read_tokens(out / TOKENS, tokenizer)
+    try:
+        train = read_tokens(out / TOKENS, tokenizer)
+    except ValueError:
+        return False
     return tokenizer.get_vocab_size() == vocab_size and (not data.exists() or (source_of(data),) == train.sources)
 
 

@@ -70,6 +70,21 @@ def value_of_line(line: bytes, where: str, max_values: int) -> Any:
         raise InvalidRequest(f"{where}: is not valid JSON: {error}", param=where) from None
 
 
+def lines_openapi(lines: str, example: str, **answers: Any) -> dict[str, Any]:
+    """What FastAPI cannot know of a route whose body and answer may also be lines: `lines` says what those of a body
+    are. `answers` are more media types of the answer."""
+    described = {
+        "type": "string",
+        "description": f"{lines}; blank lines are skipped. The other fields of a JSON body are query parameters then. "
+        "Read the answer of a stream while you send: the server reads on only as far as its answers are taken.",
+    }
+    content = {"application/x-ndjson": {"schema": {"type": "string"}, "example": example}, **answers}
+    return {
+        "requestBody": {"content": {"application/x-ndjson": {"schema": described}}},
+        "responses": {"200": {"content": content}},
+    }
+
+
 def entry_loc(field: str, index: int, count: int) -> str:
     """The name of an entry in messages: the field itself if it is the only one."""
     return field if count == 1 else f"{field}[{index}]"

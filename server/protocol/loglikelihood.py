@@ -13,7 +13,7 @@ from server.engine.request import Logprobs
 from server.errors import EngineError, InvalidRequest, UserError
 from server.protocol.answers import ErrorBody
 from server.protocol.body import HARMLESS, RequestBody
-from server.protocol.inputs import MODEL, check_input, value_of_line
+from server.protocol.inputs import MODEL, check_input, lines_openapi, value_of_line
 from server.protocol.sampling import FINGERPRINT, Usage, usage
 
 TextOrIds = str | list[int]
@@ -173,26 +173,10 @@ def continuation_fields(index: int, where: str, scores: Logprobs, num_bytes: int
     }
 
 
-_LINES = {
-    "type": "string",
-    "description": "Any number of sets, read as they come: each line is a JSON object with `context` and "
-    "`continuations`; blank lines are skipped. The other fields of a JSON body are query parameters then. Read the "
-    "answer of a stream while you send: the server reads on only as far as its answers are taken.",
-}
-LINES_OPENAPI: dict[str, Any] = {
-    "requestBody": {"content": {"application/x-ndjson": {"schema": _LINES}}},
-    "responses": {
-        "200": {
-            "content": {
-                "application/x-ndjson": {
-                    "schema": {"type": "string"},
-                    "example": '{"object":"loglikelihood.set","index":0}\n{"object":"loglikelihood"}\n',
-                }
-            }
-        }
-    },
-}
-"""What FastAPI cannot know of the route."""
+LINES_OPENAPI = lines_openapi(
+    "Any number of sets, read as they come: each line is a JSON object with `context` and `continuations`",
+    '{"object":"loglikelihood.set","index":0}\n{"object":"loglikelihood"}\n',
+)
 
 NUMBERS = ("logprob", "num_tokens", "num_bytes", "is_greedy", "logprob_per_token", "logprob_per_byte")
 

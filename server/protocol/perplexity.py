@@ -16,7 +16,7 @@ from server.engine.request import Logprobs
 from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidRequest
 from server.protocol.body import HARMLESS, RequestBody
-from server.protocol.inputs import MODEL, Inputs, check_input, value_of_line
+from server.protocol.inputs import MODEL, Inputs, check_input, lines_openapi, value_of_line
 from server.protocol.json_text import WIDE, JsonText, listed
 from server.protocol.logprobs import LOWEST_LOGPROB, byte_list
 from server.protocol.safetensors import SAFETENSORS
@@ -198,33 +198,17 @@ class PerplexityResponse(BaseModel):
 
 
 LN2 = math.log(2)
-_LINES = {
+_SAFETENSORS = {
     "type": "string",
-    "description": "A corpus of any size, read as it comes: each line is a text in JSON, its token ids, or an object "
-    'with either as "text" or "input"; blank lines are skipped. The other fields of a JSON body are query parameters '
-    "then. Read the answer of a stream while you send: the server reads on only as far as its answers are taken.",
+    "format": "binary",
+    "description": "If the Accept header names it: a file for each text, one after another.",
 }
-LINES_OPENAPI: dict[str, Any] = {
-    "requestBody": {"content": {"application/x-ndjson": {"schema": _LINES}}},
-    "responses": {
-        "200": {
-            "content": {
-                "application/x-ndjson": {
-                    "schema": {"type": "string"},
-                    "example": '{"object":"perplexity.text","index":0}\n{"object":"perplexity"}\n',
-                },
-                SAFETENSORS: {
-                    "schema": {
-                        "type": "string",
-                        "format": "binary",
-                        "description": "If the Accept header names it: a file for each text, one after another.",
-                    }
-                },
-            }
-        }
-    },
-}
-"""What FastAPI cannot know of the route."""
+LINES_OPENAPI = lines_openapi(
+    "A corpus of any size, read as it comes: each line is a text in JSON, its token ids, or an object with either as "
+    '"text" or "input"',
+    '{"object":"perplexity.text","index":0}\n{"object":"perplexity"}\n',
+    **{SAFETENSORS: {"schema": _SAFETENSORS}},
+)
 
 
 def input_of_line(line: bytes, where: str, max_values: int) -> str | list[int]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from itertools import islice
+from operator import itemgetter
 from typing import Any
 
 from fastapi import APIRouter
@@ -62,19 +62,18 @@ def loglikelihood_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
             return loglikelihood_fields(settings.model_name, engine.fingerprint, tokenize.add_bos, *numbers)
 
         async def lines() -> AsyncGenerator[Line]:
-            async with aclosing(found.sets()) as entries:
-                async for entry in entries:
-                    line = {"object": "loglikelihood.set", **entry}
-                    yield await large_json(8 * len(entry["continuations"]), partial(dict, line))
+            async with aclosing(found.sets()) as sets:
+                async for of_set in sets:
+                    yield await large_json(8 * of_set.count, of_set.line)
             yield to_json(rest())
 
         async def whole() -> Response:
-            async with aclosing(found.sets()) as entries:
-                data = [entry async for entry in entries]
+            async with aclosing(found.sets()) as sets:
+                data = [of_set async for of_set in sets]
             if found.first is not None and not found.prompt_tokens:
                 raise found.first.error
-            size = 8 * sum(len(entry["continuations"]) for entry in data)
-            return await large_json_response(size, lambda: {**rest(), "data": data})
+            size = 8 * sum(of_set.count for of_set in data)
+            return await large_json_response(size, lambda: {**rest(), "data": [of_set.fields() for of_set in data]})
 
         return line_stream(lines(), receive) if asked.stream else await while_connected(receive, whole())
 
@@ -150,6 +149,30 @@ async def _score(scorer: Scorer, pack: Pack | Unscorable, is_last: bool) -> Scor
 
 
 @dataclass
+class _Set:
+    """A set that was scored. Its entry is made where the answer is written: it may have very many continuations."""
+
+    index: int
+    scored: list[tuple[Pack | Unscorable, Logprobs]] = field(default_factory=list)
+    count: int = 0  # continuations
+
+    def fields(self) -> dict[str, Any]:
+        """Its entry of `data`. Raises EngineError for a log-probability that is not finite."""
+        entries = []
+        for pack, found in self.scored:
+            if isinstance(pack, Unscorable):
+                entries.append(failed_fields(pack.index, pack.error))
+                continue
+            for pair, scores in pack.scores(found):
+                entries.append(continuation_fields(pair.index, pair.where, scores, pair.num_bytes))
+        return set_fields(self.index, sorted(entries, key=itemgetter("index")))
+
+    def line(self) -> dict[str, Any]:
+        """Its line of a stream. Raises as `fields`."""
+        return {"object": "loglikelihood.set", **self.fields()}
+
+
+@dataclass
 class _Found:
     """What was scored so far."""
 
@@ -158,19 +181,19 @@ class _Found:
     cached_tokens: int = 0
     first: Unscorable | None = None  # the first that could not be scored
 
-    async def sets(self) -> AsyncGenerator[dict[str, Any]]:
-        """The entry of each set as soon as it is complete."""
-        index, entries = 0, list[dict[str, Any]]()
+    async def sets(self) -> AsyncGenerator[_Set]:
+        """Each set as soon as it is complete."""
+        of_set = _Set(0)
         async with aclosing(self.scored) as scored:
             async for pack, found, num_cached, is_last in scored:
+                of_set.scored.append((pack, found))
                 if isinstance(pack, Unscorable):
                     self.first = self.first or pack
-                    entries.append(failed_fields(pack.index, pack.error))
+                    of_set.count += 1
                 else:
-                    for pair, scores in pack.scores(found):
-                        entries.append(continuation_fields(pair.index, pair.where, scores, pair.num_bytes))
                     self.prompt_tokens += len(pack.token_ids)
                     self.cached_tokens += num_cached
+                    of_set.count += len(pack.pairs)
                 if is_last:
-                    yield set_fields(index, sorted(entries, key=lambda entry: entry["index"]))
-                    index, entries = index + 1, []
+                    yield of_set
+                    of_set = _Set(of_set.index + 1)

@@ -62,6 +62,10 @@ class _Run:
     history: list[Item]
     own: int  # items of the request itself, at the end of the history
 
+    def snapshot(self) -> dict[str, Any]:
+        """The response as it is now. Items are replaced field by field, so that what these hold stays as it is."""
+        return {**self.response, "output": [dict(item) for item in self.response["output"]]}
+
     async def events(
         self, cancelled: asyncio.Future[None], keep: Callable[[_Run], Awaitable[bool]]
     ) -> AsyncGenerator[Event]:
@@ -278,9 +282,9 @@ class _Responses:
         return True
 
     def find(self, response_id: str) -> dict[str, Any]:
-        """A response that runs or is kept. Raises NotFound."""
+        """A response that runs, as it is now, or is kept. Raises NotFound."""
         if (run := self.running.get(response_id)) is not None:
-            return run.response
+            return run.snapshot()
         return self.stored(response_id).response
 
     def stored(self, response_id: str) -> Stored:
@@ -363,11 +367,11 @@ def responses_router(engine: AsyncEngine, settings: Settings, requests: Running)
     async def cancel(response_id: str = ID) -> Response:
         """End a response that is generated; its stream ends with response.failed, or its request with a 499. One that
         is cancelled already is answered as it is."""
-        if (run := ours.running.get(response_id)) is not None:
+        response = ours.find(response_id)
+        if response["status"] == "in_progress":
             requests.cancel(response_id)
-            return await _large({**run.response, "status": "cancelled"})
-        response = ours.stored(response_id).response
-        if response["status"] != "cancelled":
+            response["status"] = "cancelled"
+        elif response["status"] != "cancelled":
             raise InvalidRequest(
                 f"id: the response is {response['status']}; only one that is in progress can be cancelled", param="id"
             )

@@ -19,7 +19,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -38,11 +38,20 @@ class Units:
     """Into what texts are divided.
 
     A region is what stands before, between or after separators, which are no part of the text.
+
+    Raises:
+        InvalidRequest: there is no such unit, or the separator is empty.
     """
 
     name: UnitName
     correction: bool = True
     separator: str = "|"
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(UnitName):
+            raise InvalidRequest(f"unit: {self.name!r} is neither 'word' nor 'region'", param="unit")
+        if not self.separator:
+            raise InvalidRequest("region_separator: is empty", param="region_separator")
 
     def divide(self, value: str | list[int], where: str) -> tuple[str | list[int], list[tuple[int, int]] | None]:
         """The text without separators, and the (start, end) of its regions; None where its words are to be found.

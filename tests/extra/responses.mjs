@@ -38,6 +38,14 @@ assert.deepEqual(Object.keys(JSON.parse(parsed.output_text)), ["city"]);
 await client.responses.delete(second.id);
 await assert.rejects(client.responses.retrieve(second.id), OpenAI.NotFoundError);
 await assert.rejects(client.responses.cancel(first.id), OpenAI.BadRequestError);
+const long = { ...fixed, max_output_tokens: 2000, input: "Tell me a long story." };
+let last;
+for await (const event of await client.responses.create({ ...long, stream: true })) {
+  if (event.type === "response.created") assert.equal((await client.responses.cancel(event.response.id)).status, "cancelled");
+  last = event;
+}
+assert.deepEqual([last.type, last.response.status], ["response.failed", "cancelled"]);
+assert.equal((await client.responses.retrieve(last.response.id)).status, "cancelled");
 
 const vectors = (await client.embeddings.create({ model: "tiny", input: ["the sea", "the king"] })).data;
 const plain = await client.embeddings.create({ model: "tiny", input: ["the sea", "the king"], encoding_format: "float" });

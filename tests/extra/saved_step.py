@@ -107,7 +107,7 @@ def _read(regions: list[tuple[int, int]]) -> list[bytes]:
 
 
 def _merged(parts: list[Part]) -> list[tuple[int, int]]:
-    """Those that share bytes are one region; zeros sizes are left out."""
+    """Those that share bytes are one region; those without an address or bytes are none."""
     regions: list[tuple[int, int]] = []
     for part in sorted((part for part in parts if part.address and part.size), key=lambda part: part.address):
         if regions and part.address < sum(regions[-1]):

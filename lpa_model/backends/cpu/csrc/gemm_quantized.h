@@ -99,10 +99,11 @@ INLINE void multiply_panel(int is_int4, int rows, const struct x_group *x, int64
 #pragma clang loop unroll(full)
             for (int r = 0; r < rows; r++) {
                 const struct x_group *group = &x[r * stride + g];
+                u32x16 four = splat_codes(group, i);
                 if (is_int4)
-                    dots[r] = add_u4(add_u4(dots[r], splat_codes(group, i), low), splat_codes(group, i + INT4_LINES), high);
+                    dots[r] = add_u4(add_u4(dots[r], four, low), splat_codes(group, i + INT4_LINES), high);
                 else
-                    dots[r] = dot_i8(dots[r], splat_codes(group, i), low);
+                    dots[r] = dot_i8(dots[r], four, low);
             }
         }
         f32x16 scale = load_bf16(scales + g * LANES);
@@ -271,7 +272,8 @@ static void quantized_item(const struct op *op, int64_t rows, int64_t item, char
         *kept = (int64_t)(intptr_t)x;
     }
     int64_t panel_bytes = quantized_panel_bytes(is_int4, groups), tiles = ceil_div(count, QUANTIZED_ROWS);
-    int64_t tile = ceil_div(ceil_div(count, tiles), ROWS_TOGETHER) * ROWS_TOGETHER, share = max_i64(1, lines_of(is_int4) / tiles);
+    int64_t tile = ceil_div(ceil_div(count, tiles), ROWS_TOGETHER) * ROWS_TOGETHER;
+    int64_t share = max_i64(1, lines_of(is_int4) / tiles);
     const char *weights = op->weight, *end = weights + op->panels * panel_bytes;
     for (int64_t pair = first; pair < last; pair++) {
         const struct x_group *part = quantized + 2 * pair / op->group_panels * groups;

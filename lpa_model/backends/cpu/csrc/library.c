@@ -192,11 +192,11 @@ static int supports(const char *name) {
 #include <sys/auxv.h>
 
 static int supports(const char *name) {
-    uint64_t first = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2);
-    int dotprod = (first & HWCAP_ASIMDDP) != 0, i8mm = dotprod && (second & HWCAP2_I8MM);
+    uint64_t hwcap = getauxval(AT_HWCAP), hwcap2 = getauxval(AT_HWCAP2);
+    int dotprod = (hwcap & HWCAP_ASIMDDP) != 0, i8mm = dotprod && (hwcap2 & HWCAP2_I8MM);
     if (!strcmp(name, "dotprod")) return dotprod;
     if (!strcmp(name, "i8mm")) return i8mm;
-    if (!strcmp(name, "neonbf16")) return i8mm && (second & HWCAP2_BF16);
+    if (!strcmp(name, "neonbf16")) return i8mm && (hwcap2 & HWCAP2_BF16);
     return !strcmp(name, "scalar") || !strcmp(name, "neon");
 }
 #else

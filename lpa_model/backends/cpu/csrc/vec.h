@@ -243,8 +243,9 @@ INLINE u32x16 pair_bf16(f32x16 low, f32x16 high) {
 #endif
 }
 
-/* acc + the products of 32 bfloat16 in x and w, two in each lane: the lower ones are added before the upper ones. ARM's
- * BFDOT rounds in a way of its own (to odd, and subnormal numbers to zero); BFMLALB and BFMLALT round as fma_f32 does. */
+/* acc + the products of 32 bfloat16 in x and w, two in each lane. In C and on ARM the lower ones are added first, each
+ * rounded as fma_f32 does; VDPBF16PS adds the upper ones first, and subnormal numbers are zeros to it. ARM's BFDOT rounds
+ * in a way of its own (to odd, and subnormal numbers to zero), so BFMLALB and BFMLALT are taken. */
 INLINE f32x16 dot_bf16_pairs(f32x16 acc, u32x16 x, u32x16 w) {
 #if defined(__AVX512BF16__)
     return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)x, (__m512bh)w);
