@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from server.batches.runner import Runner
 from server.batches.store import Store
@@ -207,13 +208,23 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     elif error.status_code == NotFound.status:
         what = NotFound(f"there is no route {request.method} {request.url.path}")
     elif error.status_code == MethodNotAllowed.status:
-        allowed = (error.headers or {}).get("Allow", "")
+        allowed = _allowed(request)
         what = MethodNotAllowed(f"{request.url.path} does not take {request.method}, but {allowed}", allowed=allowed)
     elif error.status_code == BodyTooLarge.status:
         what = BodyTooLarge(error.detail)
     else:
         what = InvalidRequest("the body cannot be read")
     return error_response(what)
+
+
+def _allowed(request: Request) -> str:
+    """The methods that a path takes, of all its routes: Starlette's own header has those of the first."""
+    found = (
+        method
+        for method in ("DELETE", "GET", "POST")
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.routes)
+    )
+    return ", ".join(found)
 
 
 async def _on_invalid_body(_: Request, error: Exception) -> Response:

@@ -173,6 +173,9 @@ def test_only_the_origins_that_were_named_are_let_in(served: Served) -> None:
         ("PATCH", "/v1/models/tiny", 405, "GET"),
         ("PROPFIND", "/health", 405, "GET"),
         ("GET", "/v1/requests/x/cancel", 405, "POST"),
+        ("OPTIONS", "/v1/files", 405, "GET, POST"),
+        ("POST", "/v1/files/file-1", 405, "DELETE, GET"),
+        ("PUT", "/v1/responses/resp_1", 405, "DELETE, GET"),
     ],
 )
 def test_unknown_routes_and_wrong_methods(

@@ -32,9 +32,11 @@ from server.protocol.hidden_states import (
     positions_of,
     safetensors_head,
 )
+from server.protocol.safetensors import SAFETENSORS
 from server.routes.body import JsonRoute
 from server.routes.described import WITH_ENGINE, responses
 from server.routes.limits import check_count
+from server.routes.ndjson import NDJSON
 from server.routes.prompts import check_model, tokenize_whole
 from server.routes.respond import JsonPieces, deadline_of, to_json, while_connected
 from server.routes.scoring import Scorer
@@ -46,6 +48,22 @@ IN_FLIGHT_BYTES = 64 << 20  # of the parts of a request that are computed, or wa
 PIECE = 3 << 16  # bytes that are written or encoded at once; a multiple of 3, so that base64 needs no padding
 
 
+MEDIA_TYPES = {
+    "responses": {
+        "200": {
+            "content": {
+                NDJSON: {
+                    "schema": {"type": "string"},
+                    "example": '{"object":"hidden_states","index":0}\n{"object":"list"}\n',
+                },
+                SAFETENSORS: {"schema": {"type": "string", "format": "binary"}},
+            }
+        }
+    }
+}
+"""Of the answer, with `stream` and with `encoding_format` safetensors, beside JSON."""
+
+
 def hidden_states_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
     """The route over one engine."""
     router = APIRouter(tags=["Scoring"], route_class=JsonRoute)
@@ -54,6 +72,7 @@ def hidden_states_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         "/v1/hidden_states",
         summary="Hidden states of texts",
         responses=responses(HiddenStatesResponse, *WITH_ENGINE),
+        openapi_extra=MEDIA_TYPES,
     )
     async def hidden_states(body: HiddenStatesRequest, request: Request) -> Response:
         """The model's residual stream at chosen layers and positions, float32."""

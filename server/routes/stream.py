@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.errors import Cancelled, EngineError, UserError
+from server.protocol.safetensors import SAFETENSORS
 from server.routes.ndjson import NDJSON
 from server.routes.respond import send_pieces, while_connected
 from server.routes.waiting import COMMENT
@@ -126,8 +127,8 @@ def line_stream(lines: AsyncGenerator[Line], receive: Receive) -> Stream:
 
 
 def binary_stream(pieces: AsyncGenerator[Iterable[bytes]], length: int) -> Stream:
-    """`length` bytes of a file."""
-    return Stream(pieces, "application/octet-stream", lambda piece: piece, length=length)
+    """A safetensors file of `length` bytes."""
+    return Stream(pieces, SAFETENSORS, lambda piece: piece, length=length)
 
 
 def _line(line: Line) -> Iterable[bytes]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import httpx2
 import openai
 import pytest
 import yaml
@@ -31,7 +32,8 @@ BOSS = {"authorization": "Bearer boss"}
 FIXED: dict[str, Any] = {"model": "lpa-tiny", "prompt": "Once upon a time", "extra_body": {"ignore_eos": True}}
 LONG: dict[str, Any] = {"model": "lpa-tiny", "prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True}
 METRIC = re.compile(r"^lpa:(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
-RETRIABLE = (openai.APIConnectionError, openai.InternalServerError, httpx.TransportError)
+# the official client of version 3 hands its transport's errors on, once a stream has begun
+RETRIABLE = (openai.APIConnectionError, openai.InternalServerError, httpx.TransportError, httpx2.TransportError)
 
 # a replica whose engine fails at every step once it is told to
 BROKEN = """
