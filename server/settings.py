@@ -55,11 +55,14 @@ def _check_keys(path: Path | None) -> Path | None:
     return path
 
 
-BLOCK_SIZES = {"32": 32, "64": 64, "128": 128}
-BlockSize = Annotated[Literal[32, 64, 128], BeforeValidator(lambda value: BLOCK_SIZES.get(value, value))]
-"""Flags and variables are text, which a Literal of numbers does not read."""
-CERT_REQS = {"0": 0, "1": 1, "2": 2}
-CertReqs = Annotated[Literal[0, 1, 2], BeforeValidator(lambda value: CERT_REQS.get(value, value))]
+def _number_of(*numbers: int) -> BeforeValidator:
+    """Flags and variables are text, which a Literal of numbers does not read."""
+    texts = {str(number): number for number in numbers}
+    return BeforeValidator(lambda value: texts.get(value, value) if isinstance(value, str) else value)
+
+
+BlockSize = Annotated[Literal[32, 64, 128], _number_of(32, 64, 128)]
+CertReqs = Annotated[Literal[0, 1, 2], _number_of(0, 1, 2)]
 
 
 def _check_prefix(path: str) -> str:

@@ -195,6 +195,7 @@ def test_flags_come_before_variables_before_the_file_before_defaults(
         ("[server]\nport = 1", r"serve\.toml: server is no setting"),
         ('config = "other.toml"', r"serve\.toml: config is no setting"),
         ("port =", r"--config \(LPA_CONFIG\): .*serve\.toml: no TOML: "),
+        ("block_size = [64]", r"serve\.toml: block_size: .*32, 64 or 128, not \[64\]"),
         ("api_key = 3", r"serve\.toml: api_key: must be text, or a list of texts$"),
     ],
 )
