@@ -15,7 +15,6 @@ def tls_options(settings: Settings) -> dict[str, Any]:
     Raises:
         ValueError: a file cannot be used, or a setting has no effect without another; the message names it.
     """
-    password = settings.ssl_keyfile_password
     if settings.ssl_certfile is None:
         for name in ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs", "ssl_cert_reqs"):
             if getattr(settings, name):
@@ -28,11 +27,13 @@ def tls_options(settings: Settings) -> dict[str, Any]:
     _check_certificates("ssl_certfile", settings.ssl_certfile)
     if settings.ssl_ca_certs is not None:
         _check_certificates("ssl_ca_certs", settings.ssl_ca_certs)
-    _check_key(settings.ssl_certfile, settings.ssl_keyfile, None if password is None else password.get_secret_value())
+    secret = settings.ssl_keyfile_password
+    password = None if secret is None else secret.get_secret_value()
+    _check_key(settings.ssl_certfile, settings.ssl_keyfile, password)
     return {
         "ssl_certfile": settings.ssl_certfile,
         "ssl_keyfile": settings.ssl_keyfile,
-        "ssl_keyfile_password": None if password is None else password.get_secret_value(),
+        "ssl_keyfile_password": password,
         "ssl_ca_certs": settings.ssl_ca_certs,
         "ssl_cert_reqs": settings.ssl_cert_reqs,
     }
