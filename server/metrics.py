@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
@@ -204,7 +204,15 @@ class Metrics(Collector):
         state, sums = self._state, self._sums
         yield self._gauge("num_requests_running", "Sequences that are being computed.", state.num_running)
         yield self._gauge("num_requests_waiting", "Sequences in the queue.", state.num_waiting)
-        yield self._waiting_by_reason()
+        ready = state.num_waiting - state.num_deferred
+        yield self._by(
+            GaugeMetricFamily,
+            "num_requests_waiting_by_reason",
+            "Sequences in the queue, by reason: they wait for a place or blocks (capacity), or for a prompt that "
+            "another one is computing (deferred).",
+            "reason",
+            {"capacity": ready, "deferred": state.num_deferred},
+        )
         yield self._gauge(
             "kv_cache_usage_perc", "Share of the cache's blocks in use, from 0 to 1.", state.kv_cache_usage
         )
@@ -225,7 +233,13 @@ class Metrics(Collector):
             "num_preemptions", "Sequences sent back to the queue for want of blocks.", sums["preemptions"]
         )
         yield self._histogram("iteration_tokens_total", "Tokens of a step.", self._step_tokens)
-        yield self._success()
+        yield self._by(
+            CounterMetricFamily,
+            "request_success",
+            "Sequences that ended, by finished_reason.",
+            "finished_reason",
+            {reason.value: self._finished[reason] for reason in FinishReason},
+        )
         yield self._histogram("time_to_first_token_seconds", "Arrival to first token.", self._ttft)
         yield self._histogram("inter_token_latency_seconds", "One token to the next of a sequence.", self._inter_token)
         yield self._histogram(
@@ -261,8 +275,16 @@ class Metrics(Collector):
         yield self._used_by_key("requests", "HTTP requests, by the name of their key.")
         yield self._used_by_key("prompt_tokens", "Prompt tokens, by the name of their request's key.")
         yield self._used_by_key("generation_tokens", "Tokens generated, by the name of their request's key.")
-        yield self._batch_lines()
-        yield self._batches_by_status()
+        yield self._by(
+            CounterMetricFamily,
+            "batch_lines",
+            "Lines of batches, by status: completed, or failed (in the error file).",
+            "status",
+            {status: sums[f"lines_{status}"] for status in ("completed", "failed")},
+        )
+        yield self._by(
+            GaugeMetricFamily, "batches", "Batches that the server keeps, by status.", "status", self._batches
+        )
         yield self._gauge("batch_lines_waiting", "Lines of batches that have no answer yet.", self._batch_lines_waiting)
         yield self._histogram("event_loop_lag_seconds", "How much late the event loop came to a task.", self._loop_lag)
         yield self._gauge(
@@ -311,50 +333,23 @@ class Metrics(Collector):
             family.add_metric(list(known.values()), 1)
         return family
 
-    def _waiting_by_reason(self) -> Metric:
-        family = GaugeMetricFamily(
-            f"{self._prefix}:num_requests_waiting_by_reason",
-            "Sequences in the queue, by reason: they wait for a place or blocks (capacity), or for a prompt that "
-            "another one is computing (deferred).",
-            labels=[*self._labels, "reason"],
-        )
-        ready = self._state.num_waiting - self._state.num_deferred
-        for reason, count in (("capacity", ready), ("deferred", self._state.num_deferred)):
-            family.add_metric([*self._labels.values(), reason], count)
-        return family
-
-    def _success(self) -> Metric:
-        labels = [*self._labels, "finished_reason"]
-        family = CounterMetricFamily(
-            f"{self._prefix}:request_success", "Sequences that ended, by finished_reason.", labels=labels
-        )
-        for reason in FinishReason:
-            family.add_metric([*self._labels.values(), reason.value], self._finished[reason])
-        return family
-
-    def _batch_lines(self) -> Metric:
-        family = CounterMetricFamily(
-            f"{self._prefix}:batch_lines",
-            "Lines of batches, by status: completed, or failed (in the error file).",
-            labels=[*self._labels, "status"],
-        )
-        for status in ("completed", "failed"):
-            family.add_metric([*self._labels.values(), status], self._sums[f"lines_{status}"])
-        return family
-
-    def _batches_by_status(self) -> Metric:
-        family = GaugeMetricFamily(
-            f"{self._prefix}:batches", "Batches that the server keeps, by status.", labels=[*self._labels, "status"]
-        )
-        for status, count in self._batches.items():
-            family.add_metric([*self._labels.values(), status], count)
+    def _by(
+        self,
+        kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
+        name: str,
+        text: str,
+        label: str,
+        values: Mapping[str, float],
+    ) -> Metric:
+        """A gauge or a counter with a sample for each value of one more label."""
+        family = kind(f"{self._prefix}:{name}", text, labels=[*self._labels, label])
+        for value, number in values.items():
+            family.add_metric([*self._labels.values(), value], number)
         return family
 
     def _used_by_key(self, what: str, text: str) -> Metric:
-        family = CounterMetricFamily(f"{self._prefix}:key_{what}", text, labels=[*self._labels, "key"])
-        for name, used in list(self._callers.items()):
-            family.add_metric([*self._labels.values(), name], used[what])
-        return family
+        used = {name: counts[what] for name, counts in list(self._callers.items())}
+        return self._by(CounterMetricFamily, f"key_{what}", text, "key", used)
 
     def _http_name(self, name: str) -> str:
         """vLLM has these from a library, without its prefix."""
