@@ -62,6 +62,7 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, settings: Settings, *, owns_process: bool = False) -> None:
+        self._settings = settings
         self._tls = tls_options(settings)
         self._listeners = (
             listeners(settings.host, settings.port) if settings.uds is None else [unix_listener(settings.uds)]
@@ -71,7 +72,7 @@ class Server(uvicorn.Server):
         try:
             self._build(settings)
         except BaseException:
-            self._remove_socket(settings)
+            self._remove_socket()
             for listener in self._listeners:
                 listener.close()
             raise
@@ -102,7 +103,6 @@ class Server(uvicorn.Server):
             **self._tls,
         )
         super().__init__(config)
-        self._settings = settings
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
 
@@ -129,14 +129,13 @@ class Server(uvicorn.Server):
             print(greeting(self._settings, self.port), flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._remove_socket(self._settings)
+        self._remove_socket()
         await super().shutdown(sockets)
 
-    @staticmethod
-    def _remove_socket(settings: Settings) -> None:
+    def _remove_socket(self) -> None:
         """While it still listens: so it is no other server's, which would have found it taken."""
-        if settings.uds is not None:
-            settings.uds.unlink(missing_ok=True)
+        if self._settings.uds is not None:
+            self._settings.uds.unlink(missing_ok=True)
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second."""
