@@ -2,8 +2,8 @@
 
 import { call } from "./api.js";
 import { save } from "./clipboard.js";
-import { announce, byId, element, failed } from "./dom.js";
-import { runs } from "./run.js";
+import { announce, byId, count, element, failed } from "./dom.js";
+import { retries, runs } from "./run.js";
 
 const SOON = 1000; // ms between looks at batches that run
 const LATER = 10_000; // ms, where none runs
@@ -24,8 +24,6 @@ const STATUS = {
 const CANCELLABLE = ["validating", "in_progress"];
 const ACTIVE = [...CANCELLABLE, "finalizing", "cancelling"];
 const OFF = "batches_are_off";
-
-const count = (number) => number.toLocaleString("en");
 
 /** The endpoint that a file's first line names; the server says what is wrong with a line that names none. */
 async function endpointOf(file) {
@@ -83,7 +81,7 @@ export function batchesTab(server) {
       if (data.some(({ status }) => ACTIVE.includes(status))) wait = SOON;
     } catch (error) {
       if (error.code === OFF) return off();
-      failed("batches-list-error", error, { again: look, key: async () => (await askForKey(error)) && look() });
+      failed("batches-list-error", error, retries(server, error, look));
       if (error.status === 401) return;
     }
     clearTimeout(timer); // of a look that has begun meanwhile
@@ -108,7 +106,9 @@ export function batchesTab(server) {
 
   /** A batch's entry, which is kept while the batch goes on, so that the focus stays where it is. */
   function itemOf(id) {
-    const [name, status, counts] = ["strong", "span", "span"].map((tag) => element(tag));
+    const name = element("strong");
+    const status = element("span", { className: "batch-status" });
+    const counts = element("span", { className: "hint" });
     const bar = element("progress", { max: 1 });
     const wrong = element("ul", { className: "error" });
     const place = element("p", { className: "error", id: `error-${id}`, role: "alert" });
@@ -117,9 +117,8 @@ export function batchesTab(server) {
       made.addEventListener("click", () => act(place.id, action));
       return made;
     };
-    const [output, errors] = ["output", "error"].map((kind) =>
-      button(kind === "output" ? "Save answers" : "Save errors", () => download(shown[`${kind}_file_id`], `${shown.id}_${kind}.jsonl`)),
-    );
+    const output = button("Save answers", () => download(shown.output_file_id, `${id}_output.jsonl`));
+    const errors = button("Save errors", () => download(shown.error_file_id, `${id}_error.jsonl`));
     const cancel = button("Cancel", () => call(`v1/batches/${id}/cancel`, { body: {}, askForKey }).then(look));
     const head = element("div", { className: "batch-head" }, name, status);
     const node = element("li", {}, head, bar, counts, wrong, element("div", { className: "actions" }, output, errors, cancel, place));
@@ -130,7 +129,6 @@ export function batchesTab(server) {
       shown = batch;
       name.textContent = batch.metadata?.filename ?? batch.input_file_id;
       status.textContent = STATUS[batch.status];
-      status.className = "batch-status";
       node.dataset.status = batch.status;
       bar.hidden = !ACTIVE.includes(batch.status);
       bar.ariaLabel = `Lines of ${name.textContent}`;
@@ -139,7 +137,6 @@ export function batchesTab(server) {
       const begun = new Date(1000 * batch.created_at).toLocaleString();
       const lines = total ? `${count(completed)} of ${count(total)} lines answered${bad ? `, ${count(bad)} failed` : ""} · ` : "";
       counts.textContent = `${lines}${batch.endpoint} · ${begun}`;
-      counts.className = "hint";
       output.hidden = !batch.output_file_id;
       errors.hidden = !batch.error_file_id;
       cancel.hidden = !CANCELLABLE.includes(batch.status);
@@ -157,7 +154,7 @@ export function batchesTab(server) {
     try {
       await action();
     } catch (error) {
-      failed(place, error, { again: () => act(place, action), key: async () => (await askForKey(error)) && act(place, action) });
+      failed(place, error, retries(server, error, () => act(place, action)));
     }
   }
 

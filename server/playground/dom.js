@@ -4,6 +4,9 @@ import { explain } from "./errors.js";
 
 export const byId = (id) => document.getElementById(id);
 
+/** A number with its thousands apart. */
+export const count = (number) => number.toLocaleString("en");
+
 /** Tell a screen reader. */
 export const announce = (text) => (byId("announce").textContent = text);
 

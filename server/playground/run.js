@@ -1,6 +1,6 @@
 // A form whose button runs something, and stops it while it runs.
 
-import { announce, failed, isRunKey, toDefault } from "./dom.js";
+import { announce, count, failed, isRunKey, toDefault } from "./dom.js";
 
 const SLOW = 300; // ms, after which progress is shown
 
@@ -49,8 +49,7 @@ export function runs(form, server, { place, work, remedies = () => ({}) }) {
   });
 
   const common = (error) => ({
-    again: start,
-    key: async () => (await server.askForKey(error)) && start(),
+    ...retries(server, error, start),
     reset: (control) => {
       toDefault(control);
       start();
@@ -65,8 +64,10 @@ export function runs(form, server, { place, work, remedies = () => ({}) }) {
   return { start, restart, stop: () => running?.abort() };
 }
 
+/** What can be done about any error: `again()`, or that with another key. */
+export const retries = (server, error, again) => ({ again, key: async () => (await server.askForKey(error)) && again() });
+
 function showProgress(bar, done, all) {
-  const count = (number) => number.toLocaleString("en");
   bar.firstElementChild.value = done / all;
   bar.lastElementChild.textContent = `${count(done)} of ${count(all)} tokens`;
 }
