@@ -179,7 +179,6 @@ def serve_replicas(settings: Settings) -> int:
     Raises:
         ValueError: a setting cannot be used, or no replica has started; the message says why.
     """
-    check_replicated(settings)
     configure_logging(settings)
     for line in settings.given():
         logger.info("setting: %s", line)
