@@ -26,6 +26,11 @@ CompareModel = Annotated[str | None, typer.Option(help="Model of the second.", s
 Pid = Annotated[int | None, typer.Option(help="Process of the first server, stopped while the second is measured.")]
 ComparePid = Annotated[int | None, typer.Option(help="Process of the second server, stopped likewise.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not; 5 or more to compare.")]
+EngineRounds = Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not.")]
+InputLen = Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")]
+OutputLen = Annotated[int, typer.Option(min=1, help="Tokens of a completion.")]
+StreamLen = Annotated[int, typer.Option(min=2, help="Tokens of a completion.")]  # with a time from one to the next
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the matrix products.", show_default="all")]
 Seed = Annotated[int, typer.Option(help="The prompts follow from it.")]
 VocabSize = Annotated[int, typer.Option(min=1, help="Prompt token ids are below this.")]
 ApiKey = Annotated[str | None, typer.Option(help="Sent as a bearer token.", envvar="OPENAI_API_KEY")]
@@ -45,8 +50,8 @@ def _bench() -> None:
 def serve(
     url: Url,
     compare: Compare = None,
-    input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
-    output_len: Annotated[int, typer.Option(min=1, help="Tokens of a completion.")] = 128,
+    input_len: InputLen = 128,
+    output_len: OutputLen = 128,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
     rate: Annotated[
         float | None, typer.Option(min=0.001, help="Requests a second, at random intervals, instead of --concurrency.")
@@ -177,9 +182,7 @@ def step(
         typer.Option(min=1, help="Tokens before; may be given several times.", show_default="256"),
     ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Decode steps timed.")] = 20,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of the matrix products.", show_default="all")
-    ] = None,
+    threads: Threads = None,
     dtype: Dtype = None,
     weights: Weights = None,
     kv_cache_dtype: CacheDtype = None,
@@ -238,10 +241,8 @@ def models(
     ] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of a prompt, and before the decoded ones.")] = 128,
     steps: Annotated[int, typer.Option(min=1, help="Decode steps timed in a round.")] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not.")] = 5,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of the matrix products.", show_default="all")
-    ] = None,
+    rounds: EngineRounds = 5,
+    threads: Threads = None,
     dtype: Dtype = None,
     weights: Weights = None,
     plot: Plot = None,
@@ -283,8 +284,8 @@ def models(
 def overhead(
     model: Model = None,
     streams: Annotated[int, typer.Option(min=1, help="Completions at once.")] = 32,
-    input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
-    output_len: Annotated[int, typer.Option(min=2, help="Tokens of a completion.")] = 128,
+    input_len: InputLen = 128,
+    output_len: StreamLen = 128,
     dtype: Dtype = None,
     weights: Weights = None,
     as_json: AsJson = False,
@@ -314,9 +315,9 @@ def overhead(
 def batches(
     model: Model = None,
     streams: Annotated[int, typer.Option(min=1, help="Completions at once.")] = 8,
-    input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
-    output_len: Annotated[int, typer.Option(min=2, help="Tokens of a completion.")] = 128,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not.")] = 5,
+    input_len: InputLen = 128,
+    output_len: StreamLen = 128,
+    rounds: EngineRounds = 5,
     dtype: Dtype = None,
     weights: Weights = None,
     as_json: AsJson = False,
@@ -355,15 +356,13 @@ def batches(
 def sampling(
     model: Annotated[Path, typer.Argument(help="Model folder.")],
     streams: Annotated[int, typer.Option(min=2, help="Streams that decode together.")] = 32,
-    input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 65,
+    input_len: InputLen = 65,
     steps: Annotated[int, typer.Option(min=1, help="Steps timed per feature and round.")] = 10,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not.")] = 7,
+    rounds: EngineRounds = 7,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"], typer.Option(help="dtype that the model computes in.")
     ] = "auto",
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of the matrix products.", show_default="all")
-    ] = None,
+    threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """The engine's step without HTTP, one sampling feature after another, as a ratio to a greedy step."""
@@ -398,7 +397,7 @@ def loglikelihood(
     context_len: Annotated[int, typer.Option(min=1, help="Tokens of a context.")] = 400,
     continuations: Annotated[int, typer.Option(min=2, help="Continuations of each context.")] = 4,
     continuation_len: Annotated[int, typer.Option(min=1, help="Tokens of a continuation.")] = 10,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not.")] = 5,
+    rounds: EngineRounds = 5,
     dtype: Dtype = None,
     weights: Weights = None,
     as_json: AsJson = False,
@@ -477,8 +476,8 @@ def capacity(
         str | None,
         typer.Option(metavar="latent|mixed|full", help="Cache layout.", show_default="the one that was measured"),
     ] = None,
-    input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
-    output_len: Annotated[int, typer.Option(min=1, help="Tokens of a completion.")] = 128,
+    input_len: InputLen = 128,
+    output_len: OutputLen = 128,
     slots: Annotated[
         int | None,
         typer.Option(min=1, help="Sequences at once, as --max-num-seqs.", show_default="the largest batch measured"),
