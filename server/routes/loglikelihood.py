@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from operator import itemgetter
 from typing import Any
@@ -16,7 +17,6 @@ from starlette.responses import Response
 
 from server.engine.async_engine import AsyncEngine
 from server.engine.request import Logprobs
-from server.errors import UserError
 from server.protocol.loglikelihood import (
     LINES_OPENAPI,
     Alternative,
@@ -33,7 +33,7 @@ from server.routes.described import WITH_ENGINE, responses
 from server.routes.ndjson import LineBody, json_or_lines, query_as
 from server.routes.prompts import check_model
 from server.routes.respond import deadline_of, large_json, large_json_response, to_json, while_connected
-from server.routes.scoring import Scorer
+from server.routes.scoring import Scorer, made_of
 from server.routes.stream import Line, line_stream
 from server.scoring.loglikelihood import Pack, Pair, PairTokenizer, Unscorable, packs
 from server.settings import Settings
@@ -55,7 +55,8 @@ def loglikelihood_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         receive = request.receive if body is None else body.receive
         tokenize = PairTokenizer(engine.tokenizer, engine.max_model_len, asked.add_bos)
         scorer = Scorer(engine, settings, request.state.request_id)
-        found = _Found(scorer.in_order(_score_jobs(scorer, _packs(tokenize, sets)), deadline_of(settings)))
+        scored = made_of(sets, partial(_packs, tokenize))
+        found = _Found(scorer.in_order(_score_jobs(scorer, scored), deadline_of(settings)))
 
         def rest() -> dict[str, Any]:
             numbers = (found.prompt_tokens, found.cached_tokens)
@@ -109,27 +110,11 @@ async def _sets_of_lines(body: LineBody, max_values: int) -> Sets:
                 yield (set_of_line(line, f"line {i}", max_values) for i, line in some)
 
 
-async def _packs(tokenize: PairTokenizer, sets: Sets) -> AsyncGenerator[list[Pack | Unscorable]]:
-    """What is scored of each set; read and tokenized beside the event loop."""
-
-    def of_set(alternatives: Sequence[Alternative]) -> list[Pack | Unscorable]:
-        pairs = tokenize(alternatives)
-        unscorable = [pair for pair in pairs if isinstance(pair, Unscorable)]
-        return [*unscorable, *packs((pair for pair in pairs if isinstance(pair, Pair)), tokenize.max_tokens)]
-
-    def of_batch(batch: Iterable[Sequence[Alternative]]) -> Iterator[list[Pack | Unscorable] | UserError]:
-        try:
-            for alternatives in batch:
-                yield of_set(alternatives)
-        except UserError as error:
-            yield error
-
-    async with aclosing(sets):
-        async for batch in sets:
-            for found in await asyncio.to_thread(list, of_batch(batch)):
-                if isinstance(found, UserError):
-                    raise found
-                yield found
+def _packs(tokenize: PairTokenizer, alternatives: Sequence[Alternative]) -> list[Pack | Unscorable]:
+    """What is scored of a set."""
+    pairs = tokenize(alternatives)
+    unscorable = [pair for pair in pairs if isinstance(pair, Unscorable)]
+    return [*unscorable, *packs((pair for pair in pairs if isinstance(pair, Pair)), tokenize.max_tokens)]
 
 
 async def _score_jobs(

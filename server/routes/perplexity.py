@@ -15,7 +15,7 @@ from lpa_model.perplexity import Convention
 from server.engine.async_engine import AsyncEngine
 from server.engine.request import Logprobs, Measures
 from server.engine.tokenizer import Tokenizer
-from server.errors import InvalidRequest, UserError
+from server.errors import InvalidRequest
 from server.protocol.inputs import entry_loc
 from server.protocol.json_text import WIDE
 from server.protocol.perplexity import (
@@ -32,7 +32,7 @@ from server.routes.ndjson import LineBody, json_or_lines, query_as
 from server.routes.prompts import check_model
 from server.routes.respond import JsonPieces, deadline_of, in_pieces, json_parts, to_json, while_connected
 from server.routes.safetensors import safetensors_stream, wants_safetensors
-from server.routes.scoring import Scorer
+from server.routes.scoring import Scorer, made_of
 from server.routes.stream import Line, line_stream
 from server.scoring.perplexity import Corpus, Piece, Text, convention_of, entries, pieces
 from server.scoring.units import TextUnits, Units, tokenize_units
@@ -57,7 +57,15 @@ def perplexity_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
             engine.tokenizer, engine.max_model_len, asked.method, asked.max_length, asked.stride, asked.add_bos
         )
         tokenizer = engine.tokenizer
-        texts = _texts(tokenizer, convention, asked, inputs)
+        units = None
+        if asked.unit is not None:
+            units = Units(name=asked.unit, correction=asked.boundary_correction, separator=asked.region_separator)
+        with_offsets = asked.return_tokens or units is not None
+
+        def tokenized(given: tuple[str, str | list[int]]) -> Text:
+            return tokenize_units(tokenizer, convention, *given, units, with_offsets=with_offsets)
+
+        texts = made_of(inputs, tokenized)
         if binary:
             return safetensors_stream(
                 texts, engine, settings, request, convention, asked.top_logprobs, "top_logprobs", receive=receive
@@ -70,7 +78,7 @@ def perplexity_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         )
         scored = scorer.in_order(_score_jobs(scorer, texts, convention, asked, measures), deadline_of(settings))
         corpus = Corpus(convention, engine.identity if asked.digest else None)
-        lines = _lines(tokenizer, asked, corpus, scored, settings.model_name, engine.fingerprint)
+        lines = _lines(tokenizer, asked, units, corpus, scored, settings.model_name, engine.fingerprint)
         if asked.stream:
             return line_stream(lines, receive)
         return JsonPieces(await while_connected(receive, _whole(lines)))
@@ -125,36 +133,6 @@ def _check_form(asked: PerplexityParameters, binary: bool) -> None:
         raise InvalidRequest("top_logprobs: needs return_tokens to be true", param="top_logprobs")
 
 
-def _units(asked: PerplexityParameters) -> Units | None:
-    if asked.unit is None:
-        return None
-    return Units(name=asked.unit, correction=asked.boundary_correction, separator=asked.region_separator)
-
-
-async def _texts(
-    tokenizer: Tokenizer, convention: Convention, asked: PerplexityParameters, inputs: Inputs
-) -> AsyncGenerator[Text]:
-    """Tokenized texts in order; tokenized beside the event loop."""
-    units = _units(asked)
-    with_offsets = asked.return_tokens or units is not None
-
-    def tokenize_all(batch: Iterable[tuple[str, str | list[int]]]) -> list[Text | UserError]:
-        found: list[Text | UserError] = []
-        try:
-            for where, value in batch:
-                found.append(tokenize_units(tokenizer, convention, where, value, units, with_offsets=with_offsets))
-        except UserError as error:
-            found.append(error)
-        return found
-
-    async with aclosing(inputs):
-        async for batch in inputs:
-            for item in await asyncio.to_thread(tokenize_all, batch):
-                if isinstance(item, UserError):
-                    raise item
-                yield item
-
-
 async def _score_jobs(
     scorer: Scorer,
     texts: AsyncGenerator[Text],
@@ -190,13 +168,13 @@ async def _score(scorer: Scorer, piece: Piece, measures: Measures) -> tuple[Piec
 async def _lines(
     tokenizer: Tokenizer,
     asked: PerplexityParameters,
+    units: Units | None,
     corpus: Corpus,
     scored: AsyncGenerator[tuple[Piece, Logprobs]],
     model: str,
     fingerprint: str,
 ) -> AsyncGenerator[Line]:
     """JSON of each text, then of the corpus."""
-    units = _units(asked)
     of_text = None if units is None else TextUnits(tokenizer, units)
     tokens: list[list[bytes]] = []  # JSON of the text's tokens, made beside the event loop
     async with aclosing(scored):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -20,9 +20,10 @@ from server.engine.request import (
     hidden_request,
     scoring_request,
 )
-from server.errors import TimedOut
+from server.errors import TimedOut, UserError
 from server.settings import Settings
 
+A = TypeVar("A")
 T = TypeVar("T")
 
 MAX_ENTRIES = 1 << 21  # numbers in the scores of one HTTP request that are in flight, where they are many
@@ -108,6 +109,27 @@ class Scorer:
             async for _, output in outputs:
                 return output
         raise AssertionError("a sequence ended without an output")
+
+
+async def made_of(batches: AsyncGenerator[Iterable[A]], make: Callable[[A], T]) -> AsyncGenerator[T]:
+    """What `make` returns for each item, a batch at a time beside the event loop.
+
+    A UserError, which taking an item from its batch may raise, too, comes after what was made before it.
+    """
+
+    def of_batch(batch: Iterable[A]) -> Iterator[T | UserError]:
+        try:
+            for item in batch:
+                yield make(item)
+        except UserError as error:
+            yield error
+
+    async with aclosing(batches):
+        async for batch in batches:
+            for found in await asyncio.to_thread(list, of_batch(batch)):
+                if isinstance(found, UserError):
+                    raise found
+                yield found
 
 
 async def in_order(
