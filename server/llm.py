@@ -50,7 +50,7 @@ from server.protocol.embeddings import embedding_of
 from server.protocol.hidden_states import Positions, layers_of, positions_of
 from server.protocol.inputs import check_input, entry_loc
 from server.protocol.loglikelihood import Alternative, continuation_fields
-from server.protocol.perplexity import UnitName
+from server.protocol.perplexity import PerplexityParameters, UnitName, check_without_unit
 from server.protocol.sampling import MAX_LOGPROBS, SamplingBody
 from server.scoring.loglikelihood import Pair, PairTokenizer, Unscorable, packs
 from server.scoring.perplexity import Corpus, Piece, Text, convention_of, pieces, runs
@@ -115,7 +115,7 @@ class TextScores:
     logprobs: list[float | None]  # natural logarithms
     ranks: list[int | None]  # 1 for the most probable token
     sums: Tally
-    units: list[Unit]  # empty where no unit was asked for
+    units: list[Unit]  # empty without a unit
 
 
 @dataclass(frozen=True)
@@ -291,6 +291,10 @@ class LLM:
         units = None
         if unit is not None:
             units = Units(name=unit, correction=boundary_correction, separator=region_separator)
+        else:
+            given = {"boundary_correction": boundary_correction, "region_separator": region_separator}
+            defaults = PerplexityParameters.model_fields
+            check_without_unit([name for name, value in given.items() if value != defaults[name].default])
         tokenized = (
             tokenize_units(
                 self.tokenizer, convention, where, check_input(value, where), units, with_offsets=units is not None

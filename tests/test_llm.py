@@ -367,6 +367,11 @@ def test_what_cannot_be_divided_is_refused_by_name(llm: LLM) -> None:
         llm.score("a", unit=wrong)
     with pytest.raises(InvalidRequest, match="region_separator: is empty"):
         llm.score("a", unit="region", region_separator="")
+    for name, value in (("boundary_correction", False), ("region_separator", "/")):
+        given: dict[str, Any] = {name: value}
+        with pytest.raises(InvalidRequest, match=f"{name}: has no meaning without unit") as refused:
+            llm.score("a", **given)
+        assert refused.value.param == name
     assert idle(llm)
 
 

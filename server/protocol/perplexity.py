@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from json.encoder import encode_basestring
@@ -91,10 +91,16 @@ class PerplexityParameters(RequestBody):
     def _check_together(self) -> Self:
         if self.stream_progress and not self.stream:
             raise InvalidRequest("stream_progress: needs stream to be true", param="stream_progress")
-        for name in ("boundary_correction", "region_separator"):
-            if name in self.model_fields_set and self.unit is None:
-                raise InvalidRequest(f"{name}: has no meaning without unit", param=name)
+        if self.unit is None:
+            check_without_unit(self.model_fields_set)
         return self
+
+
+def check_without_unit(given: Container[str]) -> None:
+    """Raises InvalidRequest if one of these fields needs a unit."""
+    for name in ("boundary_correction", "region_separator"):
+        if name in given:
+            raise InvalidRequest(f"{name}: has no meaning without unit", param=name)
 
 
 class PerplexityRequest(PerplexityParameters):
