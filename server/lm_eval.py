@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
 from itertools import groupby
+from operator import itemgetter
 from typing import Any, TypeVar
 
 from lm_eval.__main__ import cli_evaluate
@@ -86,9 +87,9 @@ class ServedLM(LM):  # type: ignore[misc]  # the harness has no types
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(sum of log-probabilities, whether greedy decoding gives it) of each continuation."""
         pairs = [request.args for request in requests]
-        sets = [[pair for _, pair in same] for _, same in groupby(enumerate(pairs), key=lambda entry: entry[1][0])]
+        sets = [list(same) for _, same in groupby(pairs, key=itemgetter(0))]
         with tqdm(total=len(pairs), disable=disable_tqdm, desc="loglikelihood") as bar:
-            found = self._run(lambda client: self._score_sets(client, sets, bar.update))
+            found = self._run(lambda client: self._score_sets(client, sets, bar.update)) if sets else []
         for request, answer in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
         return found

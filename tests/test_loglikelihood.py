@@ -378,6 +378,16 @@ def test_a_bad_line_comes_after_the_sets_before_it(served: Served, bad: bytes, s
     until(served.idle)
 
 
+@pytest.mark.parametrize("body", [b"", b"\n \r\n"])
+@pytest.mark.parametrize("stream", ["true", "false"])
+def test_a_body_without_a_line_is_refused(served: Served, body: bytes, stream: str) -> None:
+    headers = {"content-type": "application/x-ndjson"}
+    for path in (PATH, "/v1/perplexity"):
+        response = served.client.post(path, params={"stream": stream}, content=body, headers=headers)
+        assert (response.status_code, response.json()["error"]["message"]) == (400, "the body has no line")
+    until(served.idle)
+
+
 def test_parameters_beside_sets_in_lines_are_checked(served: Served) -> None:
     for query, param in (({"add_bos": "red"}, "add_bos"), ({"colour": "red"}, "colour"), ({"sets": "[]"}, "sets")):
         response = served.client.post(

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive
 
-from server.errors import BodyTooLarge
+from server.errors import BodyTooLarge, InvalidRequest
 from server.routes.body import JsonRoute
 
 M = TypeVar("M", bound=BaseModel)
@@ -75,8 +75,10 @@ class LineBody:
 
         Raises:
             BodyTooLarge: a line is too long; it is named.
+            InvalidRequest: there is no line that is not blank.
         """
         number, begun, size, more = 1, [], 0, True
+        has_any = False
         while more:
             message = await self._pieces.get()
             more = message.get("more_body", False)
@@ -91,7 +93,10 @@ class LineBody:
             self._check(number, size)
             batch = [(i, line) for i, line in batch if not line.isspace() and line]
             if batch:
+                has_any = True
                 yield batch
+        if not has_any:
+            raise InvalidRequest("the body has no line")
 
     def _check(self, number: int, size: int) -> None:
         if size > self._limit:
