@@ -46,7 +46,7 @@ from server.engine.request import (
 )
 from server.engine.tokenizer import Tokenizer
 from server.errors import EngineError, InvalidRequest
-from server.protocol.embeddings import embedding_of
+from server.protocol.embeddings import Pooling, embedding_of, embedding_spec
 from server.protocol.hidden_states import Positions, layers_of, positions_of
 from server.protocol.inputs import check_input, entry_loc
 from server.protocol.loglikelihood import Alternative, continuation_fields
@@ -388,7 +388,7 @@ class LLM:
         self,
         texts: Prompt | Sequence[Prompt],
         *,
-        pooling: Literal["mean", "last"] = "mean",
+        pooling: Pooling = "mean",
         dimensions: int | None = None,
         normalize: bool = True,
         add_special_tokens: bool = True,
@@ -407,17 +407,19 @@ class LLM:
             ContextLength: a text is longer than `max_model_len`.
             EngineError: as `score`.
         """
-        width = self.engine.model_config.hidden_size
+        config = self.engine.model_config
+        width = config.hidden_size
         if dimensions is not None and not 1 <= dimensions <= width:
             raise InvalidRequest(f"dimensions: {dimensions} is not between 1 and {width}", param="dimensions")
         if pooling not in ("mean", "last"):
             raise InvalidRequest(f"pooling: {pooling!r} is neither 'mean' nor 'last'", param="pooling")
 
-        def spec(ids: list[int]) -> HiddenSpec:
-            positions = range(0 if pooling == "mean" else len(ids) - 1, len(ids))
-            return HiddenSpec(layers=self._layers([-1]), positions=positions, mean=pooling == "mean")
-
-        hidden = self._hidden([(ids, spec(ids)) for _, ids in self._ids(texts, add_special_tokens)])
+        hidden = self._hidden(
+            [
+                (ids, embedding_spec(pooling, len(ids), config.num_hidden_layers))
+                for _, ids in self._ids(texts, add_special_tokens)
+            ]
+        )
         return [embedding_of(values[0, 0], dimensions, normalize=normalize) for values in hidden]
 
     def hidden_states(
@@ -446,7 +448,7 @@ class LLM:
         for name, given in (("layers", layers), ("positions", positions)):
             if given is not None and not len(given):
                 raise InvalidRequest(f"{name}: is empty", param=name)
-        numbers = self._layers(layers)
+        numbers = layers_of(layers, self.engine.model_config.num_hidden_layers)
         wanted = [
             (ids, HiddenSpec(layers=numbers, positions=positions_of(positions, len(ids), where)))
             for where, ids in self._ids(texts, add_special_tokens)
@@ -455,9 +457,6 @@ class LLM:
             States(ids, numbers, spec.positions, values)
             for (ids, spec), values in zip(wanted, self._hidden(wanted), strict=True)
         ]
-
-    def _layers(self, layers: Sequence[int]) -> tuple[int, ...]:
-        return layers_of(layers, self.engine.model_config.num_hidden_layers)
 
     def _ids(self, texts: Prompt | Sequence[Prompt], add_special_tokens: bool) -> list[tuple[str, list[int]]]:
         """(name, token ids) of each text, checked."""

@@ -8,11 +8,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import BaseModel, Field
 
-from server.engine.hidden_states import Floats
+from server.engine.hidden_states import Floats, HiddenSpec
 from server.protocol.body import HARMLESS, RequestBody
 from server.protocol.inputs import ADD_SPECIAL_TOKENS, MODEL, Inputs
 
 Encoding = Literal["float", "base64"]
+Pooling = Literal["mean", "last"]
 
 
 class EmbeddingsRequest(RequestBody):
@@ -30,7 +31,7 @@ class EmbeddingsRequest(RequestBody):
     dimensions: int | None = Field(
         None, ge=1, description="Only so many of the first numbers, at most the model's hidden_size (default: all)."
     )
-    pooling: Literal["mean", "last"] = Field(
+    pooling: Pooling = Field(
         "mean", description="Which hidden state: the mean over the text's tokens, or that of its last token."
     )
     normalize: bool = Field(True, description="Divide by the length, so that a dot product is the cosine.")
@@ -59,6 +60,12 @@ class EmbeddingsResponse(BaseModel):
     model: str
     data: list[Embedding]
     usage: PromptUsage
+
+
+def embedding_spec(pooling: Pooling, num_tokens: int, last_layer: int) -> HiddenSpec:
+    """The hidden state of which a text's vector is made."""
+    first = 0 if pooling == "mean" else num_tokens - 1
+    return HiddenSpec(layers=(last_layer,), positions=range(first, num_tokens), mean=pooling == "mean")
 
 
 def embedding_of(hidden: Floats, dimensions: int | None, *, normalize: bool) -> Floats:

@@ -14,7 +14,13 @@ from starlette.responses import Response
 from server.engine.async_engine import AsyncEngine
 from server.engine.hidden_states import Floats, HiddenSpec
 from server.errors import InvalidRequest
-from server.protocol.embeddings import EmbeddingsRequest, EmbeddingsResponse, embedding_of, embeddings_fields
+from server.protocol.embeddings import (
+    EmbeddingsRequest,
+    EmbeddingsResponse,
+    embedding_of,
+    embedding_spec,
+    embeddings_fields,
+)
 from server.routes.body import JsonRoute
 from server.routes.described import WITH_ENGINE, responses
 from server.routes.limits import check_count
@@ -67,11 +73,7 @@ async def _jobs(
 ) -> AsyncGenerator[Coroutine[Any, Any, Floats]]:
     """The vector of every text, in order."""
     for prompt in prompts:
-        length = len(prompt.token_ids)
-        mean = body.pooling == "mean"
-        positions = range(length) if mean else range(length - 1, length)
-        spec = HiddenSpec(layers=(last_layer,), positions=positions, mean=mean)
-        yield _vector(scorer, body, prompt, spec)
+        yield _vector(scorer, body, prompt, embedding_spec(body.pooling, len(prompt.token_ids), last_layer))
 
 
 async def _vector(scorer: Scorer, body: EmbeddingsRequest, prompt: Prompt, spec: HiddenSpec) -> Floats:
