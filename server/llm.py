@@ -49,7 +49,7 @@ from server.errors import EngineError, InvalidRequest
 from server.protocol.embeddings import Pooling, embedding_of, embedding_spec
 from server.protocol.hidden_states import Positions, layers_of, positions_of
 from server.protocol.inputs import check_input, entry_loc
-from server.protocol.loglikelihood import Alternative, continuation_fields
+from server.protocol.loglikelihood import alternative_of, continuation_fields
 from server.protocol.perplexity import PerplexityParameters, UnitName, check_without_unit
 from server.protocol.sampling import MAX_LOGPROBS, SamplingBody
 from server.scoring.loglikelihood import Pair, PairTokenizer, Unscorable, packs
@@ -367,7 +367,7 @@ class LLM:
         """
         split = PairTokenizer(self.tokenizer, self.max_model_len, add_bos)
         tokenized: list[Pair] = []
-        for pair in split([_alternative(pair, f"pairs[{i}]") for i, pair in enumerate(pairs)]):
+        for pair in split([alternative_of(list(pair), f"pairs[{i}]") for i, pair in enumerate(pairs)]):
             if isinstance(pair, Unscorable):
                 raise pair.error
             tokenized.append(pair)
@@ -598,8 +598,3 @@ def _checked(params: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
     logprobs = tokenizer.vocab_size if params.logprobs == -1 else params.logprobs
     checked = body.sampling_params(tokenizer, params.max_tokens, logprobs, body.prompt_logprobs, {})
     return replace(params, **{name: getattr(checked, name) for name in (*given, "logprobs")})
-
-
-def _alternative(pair: tuple[Prompt, Prompt], where: str) -> Alternative:
-    context, continuation = (check_input(value, f"{where}[{i}]") for i, value in enumerate(pair))
-    return Alternative(f"{where}[1]", context, continuation)

@@ -290,6 +290,9 @@ def test_what_cannot_be_scored_is_named(llm: LLM) -> None:
         llm.score([[300, 1], [1, 2]])
     with pytest.raises(InvalidRequest, match=r"^pairs\[1\]\[1\]: is empty"):
         llm.loglikelihood([("a", "b"), ("a", "")])
+    three: Any = ("a", "b", "c")
+    with pytest.raises(InvalidRequest, match=r"^pairs\[1\]: must be a list of two"):
+        llm.loglikelihood([("a", "b"), three])
     with pytest.raises(InvalidRequest, match=r"^add_bos: the model has no BOS"):
         llm.loglikelihood([("a", "b")], add_bos=True)
     with pytest.raises(ContextLength, match=r"^pairs\[0\]\[1\]: has 130 tokens with its context"):

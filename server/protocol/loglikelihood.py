@@ -65,7 +65,7 @@ class LoglikelihoodRequest(LoglikelihoodParameters):
     def alternatives(self) -> list[list[Alternative]]:
         """The sets, each of alternatives to compare; InvalidRequest names what is no text."""
         if self.pairs is not None:
-            return [[_pair(pair, f"pairs[{i}]") for i, pair in enumerate(_check_list(self.pairs, "pairs"))]]
+            return [[alternative_of(pair, f"pairs[{i}]") for i, pair in enumerate(_check_list(self.pairs, "pairs"))]]
         if self.sets is None:
             return [_set({"context": self.context, "continuations": self.continuations}, "")]
         return [_set(entry, f"sets[{i}]") for i, entry in enumerate(_check_list(self.sets, "sets"))]
@@ -80,7 +80,8 @@ class Alternative:
     continuation: TextOrIds
 
 
-def _pair(pair: Any, where: str) -> Alternative:
+def alternative_of(pair: Any, where: str) -> Alternative:
+    """Of a list of context and continuation; InvalidRequest names what is wrong."""
     if not isinstance(pair, list) or len(pair) != 2:
         raise InvalidRequest(f"{where}: must be a list of two, context and continuation", param=where)
     context, continuation = (check_input(value, f"{where}[{i}]") for i, value in enumerate(pair))
