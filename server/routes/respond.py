@@ -73,9 +73,8 @@ async def send_pieces(send: Send, pieces: Iterable[bytes]) -> None:
 async def large_json_response(size: int, make: Callable[[], dict[str, Any]]) -> Response:
     """200 with the JSON of what `make` returns; both are made beside the event loop unless the answer is small: `size`
     is about the number of its values."""
-    if size <= SMALL:
-        return json_response(make())
-    return JsonPieces(await asyncio.to_thread(lambda: in_pieces(json_parts(make(), LEVELS))))
+    found = await large_json(size, make)
+    return Response(found, media_type="application/json") if isinstance(found, str) else JsonPieces(found)
 
 
 async def large_json(size: int, make: Callable[[], Any]) -> str | list[bytes]:
