@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from itertools import groupby
 from operator import itemgetter
@@ -28,7 +28,6 @@ from server.client import Client, RequestFailed
 from server.scoring.remote import lines_of, score_texts
 from server.scoring.texts import Source
 
-T = TypeVar("T")
 R = TypeVar("R")
 
 PER_REQUEST = 256  # prompts
@@ -114,7 +113,8 @@ class ServedLM(LM):  # type: ignore[misc]  # the harness has no types
         """What follows each prompt."""
         runs = [list(same) for _, same in groupby((request.args for request in requests), key=lambda args: args[1])]
         batches = [run[at : at + PER_REQUEST] for run in runs for at in range(0, len(run), PER_REQUEST)]
-        found = self._in_batches(batches, self._generate, "generate_until", len(requests), disable_tqdm)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until") as bar:
+            found = self._run(lambda client: self._generate_all(client, batches, bar.update))
         for request, answer in zip(requests, found, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, answer)
         return found
@@ -132,32 +132,6 @@ class ServedLM(LM):  # type: ignore[misc]  # the harness has no types
                 await client.close()
 
         return asyncio.run(with_client())
-
-    def _in_batches(
-        self,
-        batches: Sequence[T],
-        answer: Callable[[Client, T], Coroutine[Any, Any, list[R]]],
-        name: str,
-        total: int,
-        quiet: bool,
-    ) -> list[R]:
-        """The answers to all batches in order, IN_FLIGHT at a time."""
-
-        async def all_of_them(client: Client) -> list[R]:
-            slots = asyncio.Semaphore(IN_FLIGHT)
-
-            async def one(batch: T) -> list[R]:
-                async with slots:
-                    found = await answer(client, batch)
-                bar.update(len(found))
-                return found
-
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(batch)) for batch in batches]
-            return [item for task in tasks for item in task.result()]
-
-        with tqdm(total=total, disable=quiet, desc=name) as bar:
-            return self._run(all_of_them)
 
     async def _score_sets(
         self, client: Client, sets: list[list[tuple[str, str]]], advance: Callable[[int], object]
@@ -211,6 +185,22 @@ class ServedLM(LM):  # type: ignore[misc]  # the harness has no types
         body = {"model": self._model, "prompt": text, "add_special_tokens": False}
         ids: list[int] = (await client.json("POST", "/tokenize", body))["tokens"]
         return ids
+
+    async def _generate_all(
+        self, client: Client, batches: list[list[tuple[str, dict[str, Any]]]], advance: Callable[[int], object]
+    ) -> list[str]:
+        """What follows the prompts of all batches in order, IN_FLIGHT batches at a time."""
+        slots = asyncio.Semaphore(IN_FLIGHT)
+
+        async def one(batch: list[tuple[str, dict[str, Any]]]) -> list[str]:
+            async with slots:
+                found = await self._generate(client, batch)
+            advance(len(found))
+            return found
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(batch)) for batch in batches]
+        return [text for task in tasks for text in task.result()]
 
     async def _generate(self, client: Client, requests: list[tuple[str, dict[str, Any]]]) -> list[str]:
         """What follows prompts that are generated alike."""
