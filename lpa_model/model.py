@@ -1,6 +1,6 @@
 """The LPA transformer in both published settings (lpa_model/README.md, "Both settings").
 
-The residual stream is float32 whatever the weights are; norms hand their result to the products in the weights'
+The residual stream is float32 for weights of any dtype; norms hand their result to the products in the weights'
 dtype. Logits are float32.
 """
 

@@ -40,7 +40,7 @@ def listeners(host: str, port: int) -> list[socket.socket]:
 
 def unix_listener(path: Path) -> socket.socket:
     """A Unix socket that is bound to `path`, and listens at once: so a second server sees that it is taken. A socket
-    that nobody listens on is one that a killed server has left, and is replaced.
+    without a listener was left by a killed server, and is replaced.
 
     Raises:
         ValueError: the path is taken or cannot be used; the message names the setting.

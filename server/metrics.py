@@ -218,7 +218,7 @@ class Metrics(Collector):
         )
         yield self._info(
             "cache_config_info",
-            "1; labels: block_size, num_gpu_blocks (blocks on whatever device), enable_prefix_caching.",
+            "1; labels: block_size, num_gpu_blocks (blocks of the cache, on a CPU too), enable_prefix_caching.",
             self._cache,
         )
         yield self._counter(
@@ -301,7 +301,7 @@ class Metrics(Collector):
             yield from self._older_names()
 
     def _older_names(self) -> Iterator[Metric]:
-        """Of vLLM, which older dashboards and routers ask for."""
+        """Of vLLM, for older dashboards and routers."""
         queries, hits = self._sums["prefix_queries"], self._sums["prefix_hits"]
         yield self._gauge("gpu_cache_usage_perc", "kv_cache_usage_perc by its older name.", self._state.kv_cache_usage)
         yield self._counter("gpu_prefix_cache_queries", "prefix_cache_queries by its older name.", queries)

@@ -163,7 +163,7 @@ class Settings(BaseSettings):
     weights: Literal["auto", "float32", "bfloat16", "int8", "int4"] = Field(
         "auto",
         description="Type that weights are held in; fewer bits are faster and less exact. auto: the dtype, if one is "
-        "named, else bfloat16 wherever the backend is fast with it. int4 leaves the output head in int8.",
+        "named, else bfloat16 where the backend is fast with it. int4 leaves the output head in int8.",
     )
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N.")
     threads: Annotated[int | None, AfterValidator(_check_threads)] = Field(
@@ -319,7 +319,7 @@ class Settings(BaseSettings):
         None, description="PEM file with the authorities that clients' certificates are checked by."
     )
     ssl_cert_reqs: CertReqs = Field(
-        0, description="Clients' certificates: 0 asks for none, 1 checks one that comes, 2 needs one."
+        0, description="Clients' certificates: 0 requests none, 1 checks one that is sent, 2 requires one."
     )
     root_path: Annotated[str, AfterValidator(_check_prefix)] = Field(
         "",

@@ -131,7 +131,7 @@ def _open(src: Path) -> list[tuple[Path, GGUFReader]]:
 
 
 class _Values:
-    """The file's metadata by key, of the type that is asked for."""
+    """The file's metadata by key, of a given type."""
 
     def __init__(self, path: Path, opened: tuple[Path, GGUFReader]) -> None:
         self.path = path

@@ -44,7 +44,7 @@ ENDS = frozenset(
         *("<EOT>", "<|eot|>", "<|END_OF_TURN_TOKEN|>"),
     }
 )
-"""Control tokens at which texts end whatever the file says of them, as in llama.cpp."""
+"""Control tokens at which texts end even if the file says otherwise, as in llama.cpp."""
 
 
 def read_tokenizer(path: Path, contents: Contents) -> Tokenizer:

@@ -107,7 +107,7 @@ def config_of(values: Mapping[str, Any]) -> LPAConfig:
             raise ValueError(f"{name}: {value!r} is not supported")
     _check_layers(kind, found)
     if kind == "qwen2":
-        found["attention_bias"] = True  # on q, k and v, whatever the config says
+        found["attention_bias"] = True  # on q, k and v, even if the config says otherwise
     found["qk_norm"] = kind == "qwen3"
     for name in ("bos_token_id", "eos_token_id"):
         if name not in values and isinstance(size := found.get("vocab_size"), int) and found.get(name, 0) >= size:

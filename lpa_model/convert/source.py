@@ -151,7 +151,7 @@ def _rows(tensor: Tensor) -> Iterator[Tensor]:
 
 def without_prefix(tensors: dict[str, Tensor], anchor: str) -> dict[str, Tensor]:
     """The tensors under the names that they have inside the module which holds `anchor`: `module.`, `model.` and
-    whatever else stands before it is taken away.
+    anything else before it are taken away.
 
     Raises:
         CheckpointError: two modules hold it, or a name would be there twice.

@@ -1,7 +1,7 @@
 """Muon: momentum whose steps are orthogonalised, for the matrices of the blocks.
 
-Keller Jordan's method (kellerjordan.github.io/posts/muon). torch.optim.Muon orthogonalises in bfloat16 whatever the
-parameters are, which is two orders of magnitude slower than float32 on a processor without bfloat16 products.
+Keller Jordan's method (kellerjordan.github.io/posts/muon). torch.optim.Muon orthogonalises in bfloat16 for
+parameters of any dtype, which is two orders of magnitude slower than float32 on a processor without bfloat16 products.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Text of files, piece by piece: memory holds a piece, whatever a file's size.
+"""Text of files, piece by piece: memory holds a piece of a file of any size.
 
 A file is UTF-8 text, or JSONL with a document in a field of each line; .gz of both. Pieces are paragraphs, so that
 encoding them one by one gives the tokens of the whole text.

@@ -88,7 +88,7 @@ async def _take_turns(targets: Sequence[Target], workload: Workload, on_done: Ca
 
 @contextlib.contextmanager
 def _stopped(pids: Sequence[int]) -> Iterator[None]:
-    """Stop processes and all below them, and let them go on whatever happens."""
+    """Stop processes and all below them, and continue them in any case."""
     family = [pid for root in pids for pid in (root, *_descendants(root))]
     try:
         for pid in family:

@@ -1,4 +1,4 @@
-"""The `lpa` command: a file per sub-command. Whatever is heavy is imported by the command that needs it, so that
+"""The `lpa` command: a file per sub-command. Heavy modules are imported by the commands that need them, so that
 `lpa --help` is quick.
 
 A mistake of the user ends a command with one line on stderr and exit status 2.

@@ -1,6 +1,6 @@
 """`lpa bench`: a benchmark per sub-command; what each does is in its file in `server/bench`.
 
-A benchmark reports ratios that were measured in one run: absolute figures move with whatever else a machine does.
+A benchmark reports ratios that were measured in one run: absolute figures move with the other load of the machine.
 """
 
 from __future__ import annotations

@@ -212,7 +212,7 @@ class GroupedCommand(TyperCommand):
 
 
 def lazy(make: Callable[[], Any]) -> type[TyperCommand]:
-    """A command that `make` makes when it is run, completed or asked for help: its options are expensive to import."""
+    """A command that `make` makes when it is run or completed or its help is shown: its options take long to import."""
 
     class Lazy(TyperCommand):
         def make_context(self, *args: Any, **kwargs: Any) -> Any:

@@ -31,7 +31,7 @@ MAX_FAILURES = 3  # steps in a row
 MAX_COMPILING = 256  # grammars
 
 in_background: ContextVar[bool] = ContextVar("in_background", default=False)
-"""Whether the requests of this context are background work, whatever priority they name."""
+"""Whether the requests of this context are background work, regardless of their own priority."""
 
 
 class Mailbox:
@@ -243,7 +243,7 @@ class AsyncEngine:
         merged, at most one per sequence waiting.
 
         Args:
-            deadline: when to give up, on the event loop's clock.
+            deadline: when the sequences time out, on the event loop's clock.
             session: of the request that these sequences are part of; without one they are all of it.
 
         Raises:

@@ -6,7 +6,7 @@ step generated tokens go first, one per request; prompt and scoring work then sh
 
 Smaller `priority` goes first, then groups round robin (`Turns`), then earlier arrival: into the step, out of the queue,
 and last to lose its blocks. No group can hold all places while another has none.
-Background requests (batch jobs) come last, give up slots and blocks to others, and get a few rows of a step beside
+Background requests (batch jobs) come last, lose slots and blocks to others, and get a few rows of a step beside
 others' decodes (background.py).
 A request whose next prefix block is being computed by a running one is set aside until it is there, and so are the
 followers of a leader: they take its prompt over in the very step that completes it.
@@ -226,7 +226,7 @@ class Scheduler:
         self, budget: PromptBudget, followers: dict[Request, list[Request]], batch: ScheduledBatch
     ) -> None:
         """Where max_num_seqs run and the group whose turn it is has none, preempt one of the largest group, which is
-        queued behind it. Background work gives up its slots to any other."""
+        queued behind it. Background work loses its slots to any other."""
         first = self.waiting.first(budget.open_kinds)
         if first is None or len(self.running) < self.max_num_seqs:
             return

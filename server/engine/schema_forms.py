@@ -1,6 +1,6 @@
 """What becomes of a client's JSON schema before it is compiled: numbers that end, objects that are closed.
 
-Whatever follows the result follows the schema that was given.
+What fits the result fits the schema that was given.
 """
 
 from __future__ import annotations

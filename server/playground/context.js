@@ -14,7 +14,7 @@ const PAUSE = 300; // ms without typing, after which the prompt is counted
  */
 export function watchContext(server, prompt, onCount) {
   const number = byId("max_tokens");
-  let wanted = number.valueAsNumber; // by the user, whatever fits
+  let wanted = number.valueAsNumber; // by the user, and may be more than fits
   let counted = { text: null, tokens: [], context: 0 };
   let timer = null;
 
@@ -50,7 +50,7 @@ export function watchContext(server, prompt, onCount) {
   });
   prompt.addEventListener("input", () => {
     clearTimeout(timer);
-    // nobody is asked for a key while typing; what else may be wrong is said once the prompt is sent
+    // typing opens no dialog for a key; other errors are shown when the prompt is sent
     timer = setTimeout(() => count({}).catch(() => {}), PAUSE);
   });
 

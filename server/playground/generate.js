@@ -7,7 +7,7 @@ import { assembler, bitsOf, bytesOf, draw, labelOf, pieceOf } from "./tokens.js"
 
 const ENDS = { length: "max tokens reached", stop: "end of text" };
 
-/** The two endpoints: what each is asked for, and where its chunks have text and tokens. */
+/** The two endpoints: fields of a request, and where its chunks have text and tokens. */
 export const COMPLETION = {
   path: "v1/completions",
   asks: { logprobs: RANKED },

@@ -99,7 +99,7 @@ function keyDialog(onKey) {
   return askForKey;
 }
 
-/** What the server says of the model, asked for once; its name is shown, with what the model says of itself. */
+/** What the server says of the model, fetched once; its name is shown, with what the model says of itself. */
 function cardOf(askForKey) {
   let asked = null;
   const ask = async () => {
@@ -165,7 +165,7 @@ for (const map of document.querySelectorAll("#score .tokens, #compare .tokens"))
     complete.branch(textBefore(map, target) + detail);
   });
 }
-// whoever comes sees a result at once
+// the first look at a tab shows a result at once
 const shown = {
   complete: once(complete.start),
   chat: () => {},

@@ -9,7 +9,7 @@ import { assembler, draw, labelOf, roam } from "./tokens.js";
 
 const ALTERNATIVES = 5;
 const MOST_SHOWN = 5000; // tokens; a page of many more elements is no longer smooth
-const LONGEST_DRAWN = 200_000; // characters; a longer text's tokens are not even asked for
+const LONGEST_DRAWN = 200_000; // characters; tokens of a longer text are not requested
 const BEGINNING = 500_000; // characters, of a text that is too large for the server
 const MOST_WORDS = 12;
 

@@ -21,7 +21,7 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """Every error, whatever its status; in a stream that has begun, the last event."""
+    """Every error of any status; in a stream that has begun, the last event."""
 
     error: ErrorBody
 

@@ -271,14 +271,14 @@ class PromptTokensDetails(BaseModel):
 class Usage(BaseModel):
     """Tokens of the request; it documents the dict below and is never built."""
 
-    prompt_tokens: int = Field(description="Each prompt counts once, whatever n is.")
+    prompt_tokens: int = Field(description="Each prompt counts once, for any n.")
     completion_tokens: int = Field(description="Of all completions, those that best_of dropped included.")
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
-    """Tokens of the request: each prompt once, whatever n is; completions summed."""
+    """Tokens of the request: each prompt once, for any n; completions summed."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope
 from server.errors import InvalidRequest
 from server.protocol.json_size import check_num_values
 
-MAX_DEPTH = 64  # objects and arrays within one another; more would only test the recursion of whatever reads them
+MAX_DEPTH = 64  # objects and arrays within one another; more would only test the recursion of the code that reads them
 SMALL = 1 << 14  # bytes; below, a body is read before a thread would have started
 
 

@@ -46,8 +46,8 @@ def json_response(value: Any) -> Response:
 
 
 class JsonPieces(Response):
-    """200 with JSON whose bytes come in pieces, sent one by one: as one text, a hundred megabytes would hold everyone
-    up each time they are copied."""
+    """200 with JSON whose bytes come in pieces, sent one by one: as one text, a hundred megabytes would block
+    the event loop each time they are copied."""
 
     def __init__(self, pieces: list[bytes]) -> None:
         self.status_code = 200

@@ -141,7 +141,7 @@ async def in_order(
     The same when `jobs` itself raises.
 
     Args:
-        deadline: when to give up, on the event loop's clock.
+        deadline: when to raise TimedOut, on the event loop's clock.
 
     Raises:
         TimedOut: the deadline has passed.

@@ -1,4 +1,4 @@
-"""A short hash of scores, by which somebody with the same model and backend can check them."""
+"""A short hash of scores, by which others with the same model and backend can check them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """From logits to tokens and log-probabilities: pure functions of the logits and one row of parameters each.
 
 The order is vLLM's: grammar, allowed tokens, bans (bad words, min_tokens) and logit bias; repetition, then frequency
-and presence penalties; temperature; min_p; top_k; top_p. Whatever is forbidden has the logit -inf from its step on,
+and presence penalties; temperature; min_p; top_k; top_p. A forbidden token has the logit -inf from its step on,
 so that no bias brings it back. If nothing is left, the row has no token. Log-probabilities are scored from the
 untouched logits.
 
@@ -151,7 +151,7 @@ def score(
 
 
 def _lists(rows: Tensor) -> list[Any]:
-    """`rows.tolist()`, but other threads run between its parts: a million numbers at once would hold them up."""
+    """`rows.tolist()`, but other threads run between its parts: a million numbers at once would block them."""
     most = max(1, LISTED // max(1, rows.shape[1]))
     return [row for few in rows.split(most) for row in few.tolist()]
 

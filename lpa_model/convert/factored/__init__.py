@@ -341,7 +341,7 @@ def _stored(src: Path, part: Part) -> Stored:
 def _without_frequencies(config: LPAConfig, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors without rotary frequencies [dh/2], which follow from the config if they are those that it says.
 
-    SVD-LLM's modules have the base 10000 whatever the model's.
+    SVD-LLM's modules have the base 10000, even if the model's is another.
     """
     kept: dict[str, Tensor] = {}
     exponents = torch.arange(0, config.head_size, 2, dtype=torch.float64) / config.head_size

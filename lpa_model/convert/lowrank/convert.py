@@ -146,7 +146,7 @@ def _at_most(options: Sequence[Option], rank: int) -> Option:
 
 
 def with_options(config: LPAConfig, chosen: dict[Key, Option]) -> LPAConfig:
-    """The config with these ranks; whatever has none of its own is dense."""
+    """The config with these ranks; a projection without one is dense."""
 
     def spec(projections: Sequence[Projection]) -> dict[str, list[Rank]] | None:
         layers = range(config.num_hidden_layers)
@@ -238,7 +238,7 @@ def factorise(
 
 
 def check_source(source: Path, budget: Budget) -> LPAConfig:
-    """The config of a folder of which factors within the budget can be made, whatever the text is.
+    """The config of a folder of which factors within the budget can be made; the text does not matter.
 
     Raises:
         CheckpointError: the folder cannot be read, or its weights are quantised.
