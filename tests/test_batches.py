@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-import signal
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +23,7 @@ from server.batches.lines import Line, LineError, read_lines
 from server.batches.store import Store
 from server.cli import app
 from tests.conftest import tiny_config, write_checkpoint
+from tests.processes import lpa_serve
 from tests.serving import Served, serving, until
 from tests.test_limits import Threads
 
@@ -283,20 +281,14 @@ def test_lines_that_are_late_are_said_to_be(folder: Path, tmp_path: Path, monkey
 @contextmanager
 def killed_at_the_end(folder: Path, data: Path) -> Iterator[OpenAI]:
     """A client of a server in a process of its own, that SIGKILL ends."""
-    flags = {"port": 0, "served-model-name": "tiny", "data-dir": data, "dtype": "float32", "weights": "float32"}
+    flags = {"served-model-name": "tiny", "data-dir": data, "dtype": "float32", "weights": "float32"}
     flags |= {"threads": 1, "kv-cache-memory": 1 << 22, "max-num-seqs": 4, "log-level": "warning"}
     arguments = [f"--{name}={value}" for name, value in flags.items()]
-    command = [sys.executable, "-m", "server.cli", "serve", str(folder), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        greeting = next(line for line in process.stdout if " is served" in line)
-        with OpenAI(base_url=f"{greeting.split()[4]}v1", api_key="none") as client:
-            yield client
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+    with (
+        lpa_serve(data.with_suffix(".log"), folder, *arguments) as (url, _),
+        OpenAI(base_url=f"{url}/v1", api_key="none") as client,
+    ):
+        yield client
 
 
 def answered(client: OpenAI, batch: Batch) -> int:

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import pytest
 
 from tests.documents import DOCUMENTS, ROOT, Block, Command, blocks, commands, name
+from tests.processes import free_port
 
 RUN = ("sh", "console", "python")
 SERVES = re.compile(r"^(?:\w+=\S* )*(?:make|lpa) serve\b(?!.*--help)")
@@ -72,7 +72,7 @@ class Clone:
         dropped = ("VIRTUAL_ENV", "PATH", "OPENAI_API_KEY")
         self.environment = {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith("LPA_")}
         self.environment |= {"PATH": os.pathsep.join(places), "COLUMNS": "100"}
-        self.ports = {"8000": _free_port(), "9000": _free_port()}
+        self.ports = {"8000": str(free_port()), "9000": str(free_port())}
 
     def typed(self, text: str) -> str:
         """With free ports in the place of those that another server may have."""
@@ -82,12 +82,6 @@ class Clone:
         return subprocess.run(
             ["bash", "-c", script], cwd=self.folder, env=self.environment, text=True, capture_output=True, timeout=LIMIT
         )
-
-
-def _free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from lpa_model.convert.export import export_llama
 from lpa_model.model import LPAForCausalLM
 from server.settings import embedded_checkpoint
 from tests.conftest import CORPUS
+from tests.processes import lpa_serve
 from tests.test_perplexity import harness_windows
 
 ROOT = Path(__file__).parent.parent.parent
@@ -128,22 +128,10 @@ def generate(model: LPAForCausalLM, prompt: str) -> str:
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`lpa serve` on the embedded model in float32."""
     log = tmp_path_factory.mktemp("serve") / "stdout"
-    command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--dtype", "float32", "--threads", "1"]
-    with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file)
-    try:
-        for _ in range(6000):
-            if found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text()):
-                break
-            assert process.poll() is None, "the server ended"
-            time.sleep(0.1)
-        assert found, "the server did not start within ten minutes"
-        yield found[0]
+    with lpa_serve(log, "--dtype", "float32", "--threads", 1) as (found, process):
+        yield found
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from server.routes.pages import DOCS_PATHS
+from tests.processes import lpa_serve
 from tests.templates import CHATML
 
 ROOT = Path(__file__).parent.parent.parent
@@ -130,24 +131,11 @@ expect.set_options(timeout=60_000)
 @contextmanager
 def serving(folder: Path, *flags: str) -> Iterator[str]:
     """`lpa serve` on a free port; its URL. It must end with status 0 when it is asked to."""
-    log = folder / "stdout"
-    command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--threads", "1", *flags]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LPA_")}
-    with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, env=environment)
-    try:
-        for _ in range(600):
-            if found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text()):
-                break
-            assert process.poll() is None, "the server ended"
-            time.sleep(0.1)
-        assert found, "the server did not start within a minute"
-        yield found[0]
+    with lpa_serve(folder / "stdout", "--threads", 1, *flags, environment=environment) as (found, process):
+        yield found
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="module")

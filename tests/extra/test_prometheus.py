@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -19,6 +18,7 @@ import pytest
 import yaml
 
 from server.settings import embedded_checkpoint
+from tests.processes import free_port
 from tests.serving import Served, serving
 
 ROOT = Path(__file__).parent.parent.parent
@@ -109,13 +109,6 @@ def test_an_alert_fires_on_what_it_is_for_and_on_nothing_less(alert: str, tmp_pa
     tests = [test_of(BAD[alert], [{"exp_labels": labels}]), test_of(GOOD[alert], [])]
     (tmp_path / "tests.yml").write_text(yaml.safe_dump({"rule_files": ["rules.yml"], "tests": tests}))
     promtool("test", "rules", tmp_path / "tests.yml")
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port: int = taken.getsockname()[1]
-        return port
 
 
 @contextmanager

@@ -24,7 +24,8 @@ import yaml
 
 from server.settings import embedded_checkpoint
 from tests.documents import ROOT, blocks
-from tests.extra.test_prometheus import free_port, prometheus, query
+from tests.extra.test_prometheus import prometheus, query
+from tests.processes import free_port
 
 OPERATIONS = ROOT / "server/docs/operations.md"
 PATIENCE = 300.0  # seconds for anything that a slow machine may do slowly
