@@ -1,6 +1,6 @@
 """Agents of AG2, AutoGen and Haystack that call functions, unchanged against SmolLM2, whose template knows no tools.
 
-`tool_choice` is required where a call must come: whether so small a model calls by itself is its own affair.
+`tool_choice` is required where a call must come: so small a model need not call by itself.
 """
 
 from __future__ import annotations
@@ -8,17 +8,13 @@ from __future__ import annotations
 import asyncio
 import os
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 os.environ |= {"AUTOGEN_USE_DOCKER": "0", "HAYSTACK_TELEMETRY_ENABLED": "False"}
 
 import pytest
-from pydantic import BaseModel
 
-from tests.extra.test_smollm2 import folder, source  # noqa: F401 (fixtures)
-from tests.serving import serving
+from tests.extra.function_calls import ASKED, BUSY, NAME, City, folder, source, url
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what they import
@@ -34,22 +30,8 @@ with warnings.catch_warnings():
     from haystack.utils import Secret
 
 pytestmark = pytest.mark.filterwarnings("default")  # the clients' own
-NAME = "SmolLM2"
-ASKED = "What is the weather in Paris?"
+__all__ = ["folder", "source", "url"]  # fixtures
 REQUIRED = {"tool_choice": "required"}
-
-
-class City(BaseModel):
-    """A city."""
-
-    name: str
-    mood: Literal["calm", "busy"]
-
-
-@pytest.fixture(scope="module")
-def url(folder: Path) -> Iterator[str]:  # noqa: F811
-    with serving(folder, kv_cache_memory=1 << 29, served_model_name=NAME, threads=2) as server:
-        yield f"{server.url}/v1"
 
 
 def weather(city: str) -> str:
@@ -77,14 +59,14 @@ def test_ag2s_agents_call_and_answer(url: str, stream: bool) -> None:
     assert call["function"]["name"] == "weather"
     (response,) = answered["tool_responses"]
     assert response["tool_call_id"] == call["id"] and response["content"].startswith("It is sunny in ")
-    assert chat({}, 1)[-1]["role"] == "user"  # its answer, whichever
+    assert chat({}, 1)[-1]["role"] == "user"  # an answer of any text
 
 
 def test_ag2s_structured_output(url: str) -> None:
     config = {"model": NAME, "base_url": url, "api_key": "none", "price": [0, 0], "response_format": City}
     helper = autogen.ConversableAgent("helper", llm_config=autogen.LLMConfig({**config, "max_tokens": 80}))
     user = autogen.ConversableAgent("user", llm_config=False, human_input_mode="NEVER")
-    *_, last = user.initiate_chat(helper, message="Paris is a busy city.", max_turns=1, silent=True).chat_history
+    *_, last = user.initiate_chat(helper, message=BUSY, max_turns=1, silent=True).chat_history
     City.model_validate_json(last["content"])
 
 
@@ -119,8 +101,8 @@ def test_autogens_client(url: str) -> None:
         assert whole.finish_reason == "function_calls"
         (call,) = whole.content
         *_, streamed = [part async for part in client.create_stream([message], tools=[tool], tool_choice="required")]
-        assert not isinstance(call, str) and not isinstance(streamed, str)
-        assert [(c.name, c.arguments) for c in streamed.content] == [(call.name, call.arguments)]  # type: ignore[union-attr]
+        assert not isinstance(call, str) and not isinstance(streamed, str) and not isinstance(streamed.content, str)
+        assert [(c.name, c.arguments) for c in streamed.content] == [(call.name, call.arguments)]
         parsed = await client.create([message], json_output=City)
         assert isinstance(parsed.content, str) and City.model_validate_json(parsed.content)
         await client.close()
@@ -143,9 +125,11 @@ def test_autogens_agents(url: str, stream: bool) -> None:
         await client.close()
         client = autogens(url)
         typed = AssistantAgent("helper", client, output_content_type=City)
-        assert isinstance((await typed.run(task=ASKED)).messages[-1].content, City)  # type: ignore[union-attr]
+        found: Any = await typed.run(task=ASKED)
+        assert isinstance(found.messages[-1].content, City)
         free = AssistantAgent("helper", client, tools=[weather], reflect_on_tool_use=True, model_client_stream=stream)
-        assert (await free.run(task=ASKED)).messages[-1].source == "helper"  # type: ignore[union-attr]
+        found = await free.run(task=ASKED)
+        assert found.messages[-1].source == "helper"
         await client.close()
 
     asyncio.run(ask())

@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +13,13 @@ from typing import Any
 import pytest
 
 from lpa_model.config import Architecture
+from tests.extra.node import run_node
 from tests.serving import Served, serving, slow_steps, until
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it asks GitHub for prices when it is imported
 import litellm
 
 pytestmark = pytest.mark.filterwarnings("default")  # LiteLLM's own
-HERE = Path(__file__).parent
 FIXED: dict[str, Any] = {"model": "openai/tiny", "temperature": 0, "max_tokens": 12, "num_retries": 0}
 MESSAGES = [{"role": "user", "content": "Who is there?"}]
 
@@ -42,16 +40,12 @@ def served(tiny_checkpoints: dict[Architecture, Path]) -> Iterator[Served]:
 
 
 def test_openai_for_node(served: Served) -> None:
-    arguments = ["node", HERE / "client.mjs", f"{served.url}/v1", "secret", sys.prefix]
-    found = subprocess.run(list(map(str, arguments)), capture_output=True, text=True, timeout=300)
-    assert (found.stdout, found.returncode) == ("done\n", 0), found.stderr
+    run_node("client.mjs", f"{served.url}/v1", "secret")
 
 
 def test_files_and_batches_by_openai_for_node(tiny_checkpoints: dict[Architecture, Path], tmp_path: Path) -> None:
     with serving(tiny_checkpoints["setting2"], api_key="secret", data_dir=tmp_path) as served:
-        arguments = ["node", HERE / "batches.mjs", f"{served.url}/v1", "secret", sys.prefix]
-        found = subprocess.run(list(map(str, arguments)), capture_output=True, text=True, timeout=300)
-        assert (found.stdout, found.returncode) == ("done\n", 0), found.stderr
+        run_node("batches.mjs", f"{served.url}/v1", "secret")
 
 
 def lite(served: Served, **fields: Any) -> Any:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from tests.extra.node import run_node
 from tests.extra.test_smollm2 import folder, source  # noqa: F401  # fixtures
 from tests.serving import Served, serving, until
 
@@ -23,7 +22,6 @@ import langchain.agents
 import langchain_openai
 
 pytestmark = pytest.mark.filterwarnings("default")  # theirs
-HERE = Path(__file__).parent
 QUESTION, WEATHER = "What is the capital of France?", "What is the weather in Paris?"
 
 
@@ -42,9 +40,7 @@ def served(folder: Path) -> Iterator[Served]:  # noqa: F811
 
 
 def test_openai_for_node(served: Served) -> None:
-    arguments = ["node", HERE / "responses.mjs", f"{served.url}/v1", "none", sys.prefix]
-    found = subprocess.run(list(map(str, arguments)), capture_output=True, text=True, timeout=300)
-    assert (found.stdout, found.returncode) == ("done\n", 0), found.stderr
+    run_node("responses.mjs", f"{served.url}/v1", "none")
 
 
 def test_openai_for_python_parses(served: Served) -> None:

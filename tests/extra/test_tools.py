@@ -3,11 +3,8 @@ all the same."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import instructor
 import openai
@@ -18,39 +15,18 @@ from langchain_core.tools import tool as langchain_tool
 from langchain_openai import ChatOpenAI
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.openai_like import OpenAILike
-from pydantic import BaseModel, SecretStr
+from pydantic import SecretStr
 from pydantic_ai import Agent
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 from smolagents import OpenAIModel, ToolCallingAgent
 from smolagents import tool as smolagents_tool
 
-from tests.extra.test_smollm2 import folder, source  # noqa: F401 (fixtures)
-from tests.serving import Served, serving
+from tests.extra.function_calls import ASKED, BUSY, NAME, City, folder, source, url
+from tests.extra.node import run_node
 
 pytestmark = pytest.mark.filterwarnings("default")  # the clients' own
-HERE = Path(__file__).parent
-NAME = "SmolLM2"
-BUSY = "Paris is a busy city."
-ASKED = "What is the weather in Paris?"
-
-
-class City(BaseModel):
-    """A city."""
-
-    name: str
-    mood: Literal["calm", "busy"]
-
-
-@pytest.fixture(scope="module")
-def served(folder: Path) -> Iterator[Served]:  # noqa: F811
-    with serving(folder, kv_cache_memory=1 << 29, served_model_name=NAME, threads=2) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def url(served: Served) -> str:
-    return f"{served.url}/v1"
+__all__ = ["folder", "source", "url"]  # fixtures
 
 
 def weather(city: str) -> str:
@@ -142,6 +118,4 @@ def test_llama_index(url: str) -> None:
 
 
 def test_vercels_ai_sdk(url: str) -> None:
-    arguments = ["node", HERE / "tools.mjs", url, NAME, sys.prefix]
-    found = subprocess.run(list(map(str, arguments)), capture_output=True, text=True, timeout=1200)
-    assert (found.stdout, found.returncode) == ("done\n", 0), found.stderr
+    run_node("tools.mjs", url, NAME, timeout=1200)
