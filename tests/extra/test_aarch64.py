@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ import pytest
 import torch
 
 from lpa_model.backends.cpu.args import OpKind
-from lpa_model.backends.cpu.build import INSTRUCTION_SETS, LIBRARY, SOURCES, build, objects_of
+from lpa_model.backends.cpu.build import INSTRUCTION_SETS, LIBRARY, SOURCES, build, objects_of, run_compiler
 from lpa_model.backends.cpu.plan import WIDTH_UNIT, StepPlan
 from lpa_model.batch import Batch, Span
 from lpa_model.cache import LatentCache
@@ -78,22 +77,9 @@ def qemu(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Qemu:
     assert shutil.which("qemu-aarch64") is not None, "make test-extra installs Debian's package qemu-user"
     program = tmp_path_factory.mktemp("replay") / "replay"
     objects = sorted(objects_of(library).glob("*.o"))
-    command = [
-        sys.executable,
-        "-m",
-        "ziglang",
-        "cc",
-        "-target",
-        "aarch64-linux-musl",
-        "-static",
-        "-O1",
-        "-Wall",
-        "-Werror",
-    ]
+    flags = ["-target", "aarch64-linux-musl", "-static", "-O1", "-Wall", "-Werror", f"-I{SOURCES}", "-DISA=none"]
     source = Path(__file__).with_name("replay.c")
-    command += [f"-I{SOURCES}", "-DISA=none", str(source), *map(str, objects), "-o", str(program)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_compiler([*flags, str(source), *map(str, objects), "-o", str(program)])
 
     def run(processor: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         command = ["qemu-aarch64", "-cpu", processor, str(program), *map(str, arguments)]

@@ -141,7 +141,7 @@ def build(
         names = "\n".join(path.name for path in wanted)
         if not (target.exists() and stamp.exists() and stamp.read_text() == names):
             part = target.with_suffix(f".{os.getpid()}.part")
-            _run_compiler([*_target(machine), "-shared", "-o", str(part), *map(str, wanted)])
+            run_compiler([*_target(machine), "-shared", "-o", str(part), *map(str, wanted)])
             part.replace(target)
             stamp.write_text(names)
             for old in set(objects.glob("*.o")) - set(wanted):
@@ -162,11 +162,16 @@ def _target(machine: str) -> list[str]:
 def _compile(output: Path, arguments: list[str]) -> None:
     if not output.exists():
         part = output.with_suffix(f".{os.getpid()}.part")
-        _run_compiler([*arguments, "-o", str(part)])
+        run_compiler([*arguments, "-o", str(part)])
         part.replace(output)
 
 
-def _run_compiler(arguments: list[str]) -> None:
+def run_compiler(arguments: list[str]) -> None:
+    """zig's clang, with its arguments.
+
+    Raises:
+        RuntimeError: the compiler's errors.
+    """
     command = [sys.executable, "-m", "ziglang", "cc", *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
