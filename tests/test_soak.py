@@ -29,6 +29,9 @@ def test_memory_that_grows_is_told_from_memory_that_sways() -> None:
     early = [(t, size + int(1e6 * min(t, 60))) for t, size in sways]  # what settles is no leak
     assert checks.memory(early).passed
     assert "after 50 s" in checks.memory(sways[:101]).name
+    for few in (1, 2):
+        short = checks.memory(sways[:few])
+        assert not short.passed and "too short" in short.found
 
 
 def test_counts_differ_where_one_has_more_than_the_other() -> None:

@@ -126,7 +126,7 @@ async def _loads_and_rests(driver: Driver, prometheus: Prometheus | None, second
 
 
 class Found(list[Check]):
-    """Checks, each told as it comes."""
+    """Checks, each printed as it is added."""
 
     def append(self, check: Check) -> None:
         say(f"{'holds' if check.passed else 'FAILS'}: {check.name}: {check.found}")
@@ -151,7 +151,7 @@ async def _batches_end(driver: Driver, batch_id: str, requests: list[dict[str, o
         await check_batch(driver, await finished_batch(driver, batch_id), requests)
         others = (await driver.get("/v1/batches?limit=100"))["data"]
         ends = [(await finished_batch(driver, other["id"]))["status"] for other in others]
-        driver.generated_at_most += 1 << 40  # of lines that were begun before the last start, nobody knows how many
+        driver.generated_at_most += 1 << 40  # tokens of lines begun before the last start: their number is unknown
     passed = set(ends) <= {"completed", "cancelled"}
     return Check(name, passed, f"{DURABLE} lines once each; {len(ends)} batches are {', '.join(sorted(set(ends)))}")
 

@@ -32,12 +32,11 @@ def post(path: str, body: bytes, *headers: str, media: str = "application/json")
 
 
 def _completion(name: str, **fields: Any) -> Broken:
-    body = json.dumps({"prompt": "The sea", "max_tokens": 4, **fields}).encode()
+    return _body(name, json.dumps({"prompt": "The sea", "max_tokens": 4, **fields}).encode())
+
+
+def _body(name: str, body: bytes) -> Broken:
     return Broken(name, post(COMPLETIONS, body), 400, COMPLETIONS)
-
-
-def _body(name: str, body: bytes, status: int = 400) -> Broken:
-    return Broken(name, post(COMPLETIONS, body), status, COMPLETIONS)
 
 
 BROKEN = [

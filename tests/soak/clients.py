@@ -14,12 +14,11 @@ from typing import Any
 
 import aiohttp
 
-from tests.soak.broken import BROKEN, Broken, post
+from tests.soak.broken import BROKEN, COMPLETIONS, Broken, post
 from tests.soak.driver import LEFT, Driver, Fault, Kind, QueueFull, ServerEnded
-from tests.soak.machine import ADMIN_KEY, PLACES, QUEUE
+from tests.soak.machine import ADMIN_KEY, QUEUE, SLOTS
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-PERPLEXITY, LOGLIKELIHOOD = "/v1/perplexity", "/v1/loglikelihood"
+CHAT, PERPLEXITY, LOGLIKELIHOOD = "/v1/chat/completions", "/v1/perplexity", "/v1/loglikelihood"
 LINES = "application/x-ndjson"
 WORDS = re.findall(
     r"\w+",
@@ -28,7 +27,7 @@ WORDS = re.findall(
 )
 LARGE_TEXTS = 16  # different ones that are scored
 LONGEST_TEXT = 3000  # words
-BURST = 4 * (PLACES + QUEUE)  # requests at once
+BURST = 4 * (SLOTS + QUEUE)  # requests at once
 STREAMED_LINES = "lines of scores: from one to the next"
 ADMISSION = "lines of scores: to the first"
 
@@ -172,7 +171,7 @@ async def tools(driver: Driver, rng: random.Random) -> str:
 
 
 async def lines(driver: Driver, rng: random.Random) -> str:
-    """Large texts through one connection; whoever begins has an answer line after line, however full the queue is."""
+    """Large texts through one connection. Once the first is answered, the others are, however full the queue is."""
     numbers = [rng.randrange(LARGE_TEXTS) for _ in range(rng.randrange(3, 9))]
     path = f"{PERPLEXITY}?method=rolling&stream=true"
 
@@ -405,10 +404,8 @@ async def send_broken(driver: Driver, broken: Broken) -> str:
     answer, sent = b"", time.monotonic()
     async with raw_connection(driver) as (reader, writer):
         writer.write(broken.content)
-        while not answer.endswith(b"\r\n\r\n") and (piece := await reader.read(1 << 12)):
+        while b"\r\n\r\n" not in answer and (piece := await reader.read(1 << 12)):
             answer += piece
-            if b"\r\n\r\n" in answer:
-                break
     if not answer and driver.explains(sent):
         raise ServerEnded
     status = int(answer[9:12]) if answer.startswith(b"HTTP/1.1 ") else 0
@@ -453,7 +450,7 @@ async def cancel(driver: Driver, rng: random.Random) -> str:
 
 
 async def burst(driver: Driver, rng: random.Random) -> str:
-    """Far more requests at once than have a place; each is answered or told to come again."""
+    """Far more requests at once than slots and queue hold; each one is answered, or refused with a 429."""
     bodies = [completion(rng, 4, 24, temperature=1, seed=rng.randrange(1 << 40), logprobs=2) for _ in range(BURST)]
 
     async def ask(body: dict[str, Any]) -> int:

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +15,12 @@ from typing import Any, NamedTuple
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.processes import free_port
+
 ADMIN_KEY = "the operator's"
 START_SECONDS = 120  # of a process
 DRAIN_SECONDS = 180  # the server's drain_timeout
-PLACES, QUEUE = 16, 32  # sequences that run, and that wait
+SLOTS, QUEUE = 16, 32  # sequences that run, and that wait
 CACHE = 10 << 20  # bytes: about as many tokens as the longest prompt and a third more; with bfloat16 twice as many
 
 Samples = dict[str, list[tuple[dict[str, str], float]]]
@@ -32,13 +33,6 @@ class Reading(NamedTuple):
     descriptors: int
     threads: int
     tasks: int
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port: int = taken.getsockname()[1]
-        return port
 
 
 class ServerProcess:
@@ -62,7 +56,7 @@ class ServerProcess:
         flags = {
             "port": self.port,
             "dtype": self._dtype,
-            "max-num-seqs": PLACES,
+            "max-num-seqs": SLOTS,
             "max-queue": QUEUE,
             "kv-cache-memory": CACHE,
             "data-dir": self._folder / "data",
