@@ -17,8 +17,10 @@ from lpa_model.config import Architecture
 from server.engine.async_engine import Mailbox
 from server.engine.request import FinishReason, Logprobs, RequestOutput
 from tests.serving import Served, serving, slow_steps, until
+from tests.soak.broken import COMPLETIONS, post
 
 CLIENTS = 200
+BODY = b"x" * 1000  # announced, and not sent
 
 
 def server_tasks(served: Served) -> set[str]:
@@ -32,11 +34,6 @@ def server_tasks(served: Served) -> set[str]:
         return {getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks() if task is not mine}
 
     return asyncio.run_coroutine_threadsafe(names(), loop).result(10)
-
-
-def request(data: bytes) -> bytes:
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\nConnection: close\r\n"
-    return head.encode() + b"Content-Type: application/json\r\n\r\n" + data
 
 
 async def client(served: Served, number: int, leaves: bool) -> bytes:
@@ -56,7 +53,7 @@ async def client(served: Served, number: int, leaves: bool) -> bytes:
     data = json.dumps(body).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", served.server.port)
     try:
-        writer.write(request(data))
+        writer.write(post(COMPLETIONS, data))
         if leaves:
             await asyncio.sleep(rng.random() * 1.5)
             return b""
@@ -92,7 +89,7 @@ def test_a_reader_that_does_not_keep_up_is_waited_for(
             slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             slow.connect(("127.0.0.1", served.server.port))
             slow.settimeout(20)
-            slow.sendall(request(data))
+            slow.sendall(post(COMPLETIONS, data))
             most = 0
             for _ in range(50):
                 time.sleep(0.02)
@@ -133,8 +130,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_wrong_request(
     labels = 'handler="/v1/completions",method="POST",model_name="tiny",status="499"'
     with serving(tiny_checkpoints["setting2"]) as served:
         with socket.create_connection(("127.0.0.1", served.server.port), timeout=20) as client:
-            head = request(b"x" * 1000).partition(b"\r\n\r\n")[0] + b"\r\nExpect: 100-continue\r\n\r\n"
-            client.sendall(head)
+            client.sendall(post(COMPLETIONS, BODY, "Expect: 100-continue").removesuffix(BODY))
             assert client.recv(100).startswith(b"HTTP/1.1 100 ")
             client.sendall(b'{"prompt": ')
         until(lambda: f"lpa:http_requests_total{{{labels}}} 1.0" in served.client.get("/metrics").text)
@@ -145,8 +141,7 @@ def test_a_request_that_is_cancelled_before_its_body_has_come_is_told_so(
 ) -> None:
     with serving(tiny_checkpoints["setting2"], admin_api_key="boss") as served:
         with socket.create_connection(("127.0.0.1", served.server.port), timeout=20) as client:
-            head = request(b"x" * 1000).partition(b"\r\n\r\n")[0]
-            client.sendall(head + b"\r\nx-request-id: a\r\nExpect: 100-continue\r\n\r\n")
+            client.sendall(post(COMPLETIONS, BODY, "x-request-id: a", "Expect: 100-continue").removesuffix(BODY))
             assert client.recv(100).startswith(b"HTTP/1.1 100 ")
             answer = served.client.post("/v1/requests/a/cancel", headers={"authorization": "Bearer boss"})
             assert answer.json()["cancelled"] == 1
