@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import heapq
+import itertools
 import json
 import random
+import re
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 from server.bench.capacity import MOST_REPLICAS, Steps, Workload, at_concurrency, at_rate, read_steps, replicas
-from server.cli import app
 from tests.conftest import tiny_config, write_checkpoint
+from tests.test_bench import lpa
+from tests.test_cli import assert_one_line
 
 
 def steps(batches: dict[int, float], prompt_ms: float = 0.0) -> Steps:
@@ -60,18 +62,14 @@ def simulated(
 ) -> tuple[float, float]:
     """Mean seconds in the queue, and mean milliseconds between tokens, step by step; lengths are geometric."""
     rng = random.Random(0)
-    at, arrivals = 0.0, list[float]()
-    for _ in range(requests):
-        at += rng.expovariate(rate)
-        arrivals.append(at)
-    heapq.heapify(arrivals)
+    arrivals = deque(itertools.accumulate(rng.expovariate(rate) for _ in range(requests)))
     now, waits, running, spent, tokens = 0.0, 0.0, 0, 0.0, 0
-    waiting: list[float] = []
+    waiting = deque[float]()
     while arrivals or waiting or running:
         while arrivals and arrivals[0] <= now:
-            waiting.append(heapq.heappop(arrivals))
+            waiting.append(arrivals.popleft())
         while waiting and running < slots:
-            waits += now - waiting.pop(0)
+            waits += now - waiting.popleft()
             running += 1
         if not running:
             now = arrivals[0]
@@ -109,10 +107,6 @@ def test_more_machines_than_are_looked_at_are_said() -> None:
     assert MOST_REPLICAS / 2 < most["replicas"] <= MOST_REPLICAS
     with pytest.raises(ValueError, match=f"take more than {MOST_REPLICAS} machines"):
         replicas(measured, workload, 10.0 * MOST_REPLICAS, 20.0, 1.0)
-
-
-def lpa(*arguments: object) -> Any:
-    return CliRunner().invoke(app, ["bench", *map(str, arguments)], env={"COLUMNS": "200"})
 
 
 def test_it_reads_what_step_has_measured(tmp_path: Path) -> None:
@@ -162,6 +156,4 @@ def test_mistakes_are_one_line(content: str | None, options: tuple[Any, ...], me
         content = json.dumps(rows)
     if content is not None:
         path.write_text(content)
-    result = lpa("capacity", path, *options)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert message.format(path=path) in result.stderr and result.stderr.count("\n") == 1
+    assert_one_line(lpa("capacity", path, *options), re.escape(message.format(path=path)))
