@@ -57,7 +57,7 @@ class Connection(H11Protocol):
 
         await self._inner(scope, receive, quick_send)
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # a BaseTransport in asyncio
         super().connection_made(transport)
         self._waiting: asyncio.TimerHandle | None = None
         self._last_used = self.loop.time()

@@ -1,7 +1,7 @@
 """What setuptools does for the C kernels: compiles them into the package, and names the platform in the wheel's tag.
 
 Loaded by setuptools alone, from pyproject.toml, without the package around it. A wheel is for any Python, since the
-library is called through ctypes, and for Linux with the glibc that the library asks for. Where there are no kernels the
+library is called through ctypes, and for Linux with the glibc that the library needs. Where there are no kernels the
 wheel is for any platform, and torch computes. The compiler knows every processor, so that bdist_wheel's own option
 `--plat-name manylinux_2_28_aarch64` makes a wheel for ARM anywhere.
 """
@@ -75,8 +75,6 @@ class BuildWheel(bdist_wheel):
     def initialize_options(self) -> None:
         super().initialize_options()
         self.machine = platform.machine()
-        if _build["compiles_here"]():
-            self.distribution.has_ext_modules = lambda: True  # type: ignore[method-assign]  # what is installed belongs to a platform
 
     def finalize_options(self) -> None:
         if self.plat_name:
@@ -84,11 +82,13 @@ class BuildWheel(bdist_wheel):
             if self.plat_name not in tags:
                 raise OptionError(f"--plat-name {self.plat_name}: there are kernels for {', '.join(tags)}")
             self.machine = tags[self.plat_name]
-            self.distribution.has_ext_modules = lambda: True  # type: ignore[method-assign]
             if self.machine != platform.machine():
                 command = self.distribution.get_command_obj("build")
                 assert isinstance(command, Build)
                 command.machine = self.machine
+        if self.plat_name or _build["compiles_here"]():
+            # setuptools puts what has extension modules under a platform's tag, and has no option that says so
+            self.distribution.has_ext_modules = lambda: True  # type: ignore[method-assign]
         super().finalize_options()
 
     def get_tag(self) -> tuple[str, str, str]:
