@@ -103,7 +103,7 @@ def test_the_library_needs_no_newer_glibc_than_it_says() -> None:
 
 
 def test_a_chain_of_operations_is_the_same_with_any_number_of_threads() -> None:
-    """Each operation reads what the one before it wrote, whichever thread wrote it."""
+    """Each operation reads what the one before it wrote, on any thread."""
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(256, 256, generator=generator) / 16 for _ in range(6)]
     x = torch.randn(300, 256, generator=generator)

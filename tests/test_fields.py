@@ -55,7 +55,7 @@ def test_an_unknown_field_is_refused_by_name(served: Served, path: str) -> None:
     assert "is model meant?" in refused(served, path, "modle", modle="tiny")["message"]
     for value in (False, 0, "", [], {}):
         refused(served, path, "colour", colour=value)
-    assert served.post(path, **PATHS[path], colour=None).status_code == 200  # null asks for nothing
+    assert served.post(path, **PATHS[path], colour=None).status_code == 200  # null is like no field
 
 
 CONSTRAINTS: dict[str, Any] = {
@@ -175,7 +175,7 @@ def test_a_name_that_means_exactly_one_of_ours_is_that_one(served: Served) -> No
     assert kept["choices"][0]["text"] == "ab"
 
 
-def test_what_a_router_adds_to_every_request_asks_for_nothing(served: Served) -> None:
+def test_the_defaults_that_a_router_adds_are_accepted(served: Served) -> None:
     """vLLM's router (vllm-router 0.1.17) writes a request anew with the defaults of SGLang's fields."""
     both = {"no_stop_trim": False, "ignore_eos": False, "skip_special_tokens": True, "return_hidden_states": False}
     reasoning = {"separate_reasoning": True, "stream_reasoning": True, "include_reasoning": True}
@@ -188,7 +188,7 @@ def test_what_a_router_adds_to_every_request_asks_for_nothing(served: Served) ->
         refused(served, path, "return_hidden_states", return_hidden_states=True)
 
 
-def test_a_prompt_is_cut_on_the_side_that_is_asked_for(served: Served) -> None:
+def test_a_prompt_is_cut_on_the_side_that_is_named(served: Served) -> None:
     ids = byte_tokenizer().encode("Once upon a time").ids
     for side, kept in (("left", ids[-4:]), ("right", ids[:4])):
         for path in TEXTS:
@@ -222,7 +222,7 @@ def test_unknown_fields_are_ignored_and_logged_once_where_the_operator_says_so(
     assert len(named) < 12 * len(PATHS)
 
 
-LMDEPLOY: dict[str, Any] = {  # what its client sends whether it is asked for or not
+LMDEPLOY: dict[str, Any] = {  # what its client always sends
     **{"temperature": 0.7, "top_p": 1.0, "n": 1, "max_tokens": 8, "stop": None, "stream": False, "user": None},
     **{"repetition_penalty": 1.0, "session_id": -1, "ignore_eos": False, "skip_special_tokens": True, "kwargs": {}},
     **{"spaces_between_special_tokens": True, "top_k": 40, "min_new_tokens": None, "min_p": 0.0, "logit_bias": None},

@@ -83,7 +83,7 @@ def test_the_socket_of_a_killed_server_is_replaced_and_nothing_else(folder: Path
     assert path.read_text() == "precious"
 
 
-def test_a_socket_whose_server_takes_nobody_is_taken(tmp_path: Path) -> None:
+def test_a_socket_whose_backlog_is_full_is_taken(tmp_path: Path) -> None:
     path = tmp_path / "lpa.sock"
     with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as waiting:
         busy.bind(str(path))

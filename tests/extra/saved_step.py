@@ -32,7 +32,7 @@ class Part:
 
     address: int
     size: int
-    scratch: bool = False  # what is left in it is nobody's
+    scratch: bool = False  # what a step leaves in it is not compared
 
 
 @dataclass

@@ -36,7 +36,7 @@ METRIC = re.compile(r"^lpa:(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 # the official client of version 3 hands its transport's errors on, once a stream has begun
 RETRIABLE = (openai.APIConnectionError, openai.InternalServerError, httpx.TransportError, httpx2.TransportError)
 
-# a replica whose engine fails at every step once it is told to
+# a replica whose engine fails at every step once `break_engine` is called
 BROKEN = """
 import sys, time
 from ray import serve
@@ -227,7 +227,7 @@ def test_a_response_says_that_it_is_not_kept(cluster: Cluster) -> None:
 
 
 def test_control_routes_reach_every_replica(cluster: Cluster) -> None:
-    for number in range(6):  # through whichever replica answers
+    for number in range(6):  # any replica may answer
         name = f"to-be-cancelled-{number}"
         body = {**LONG, "stream": True, "n": 4}
         with cluster.client.stream("POST", "/v1/completions", json=body, headers={"x-request-id": name}) as answer:
@@ -338,7 +338,7 @@ def test_a_replica_whose_engine_dies_is_replaced(tmp_path: Path) -> None:
             return answers[-1]
 
         found.until(lambda: complete() == 500)  # the engine fails
-        found.until(lambda: complete() == 503)  # it has given up
+        found.until(lambda: complete() == 503)  # it takes no requests
         found.until(lambda: complete() == 200)
         assert broken not in found.metric("build_info")
         assert set(answers) <= {200, 500, 503}

@@ -1,7 +1,7 @@
 """Compiles the C kernels into one shared library with every instruction set of a platform: `python -m
 lpa_model.backends.cpu.build`, `make kernels`, and every build of the package (see `packaging`).
 
-The compiler is zig's clang (PyPI: ziglang): no system compiler is needed, and the glibc that the library asks for is
+The compiler is zig's clang (PyPI: ziglang): no system compiler is needed, and the glibc that the library needs is
 fixed. Only the standard library is imported: neither the package nor what it depends on is there when it is built.
 """
 
@@ -51,7 +51,7 @@ class InstructionSet:
 
 WIDE = ("-DVECTORS=32",)  # of 64 bytes
 VNNI = ("-DHAS_DOT_I8=1",)
-DOT, TILES = ("-DHAS_DOT_BF16=1", *VNNI, *WIDE), ("-DHAS_TILES=1",)  # who has bfloat16's has VNNI's, too
+DOT, TILES = ("-DHAS_DOT_BF16=1", *VNNI, *WIDE), ("-DHAS_TILES=1",)  # what has bfloat16's has VNNI's, too
 NEON, MATRIX = ("-DHAS_NEON=1",), ("-DHAS_MATRIX_I8=1",)
 SDOT = (*NEON, "-DHAS_DOT_S8=1")
 INSTRUCTION_SETS = {
@@ -88,7 +88,7 @@ SANITIZED = [flag for flag in FLAGS if flag not in ("-O3", "-g0", "-fno-sanitize
     "-fsanitize=undefined",
     "-fno-sanitize-recover=all",
 ]
-ONCE = ("library.c",)  # of the sources, whatever the instruction sets
+ONCE = ("library.c",)  # of the sources, for all instruction sets together
 
 
 LIBRARY = HERE / "kernels.so"
