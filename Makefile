@@ -35,7 +35,6 @@ install: .venv/installed
 .venv/installed: .venv/bin/python pyproject.toml
 	$(PIP) install "torch==2.13.0" $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	$(PIP) install -e .
-	.venv/bin/python -m lpa_model.backends.cpu.numba
 	touch $@
 
 .venv/installed-dev: .venv/installed

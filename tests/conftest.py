@@ -149,8 +149,3 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(threads)
-
-
-def to_vnni(values: torch.Tensor) -> torch.Tensor:
-    """A pool of values [.., tokens, width] in VNNI layout: [.., tokens / 2, width, 2]."""
-    return values.unflatten(-2, (-1, 2)).transpose(-1, -2).reshape(values.shape)

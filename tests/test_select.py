@@ -26,13 +26,13 @@ COLUMNS: dict[str, dict[str, str]] = {
 EXPECTED = {
     "amx": (
         "cpu (amx, float32)",
-        "cpu by numba (amx, bfloat16)",
+        "cpu (amx, bfloat16)",
         "cpu (amx, bfloat16, int8 weights)",
         "cpu (amx, bfloat16, int8 cache)",
     ),
     "avx512bf16": (
         "cpu (avx512bf16, float32)",
-        "cpu by numba (avx512bf16, bfloat16)",
+        "cpu (avx512bf16, bfloat16)",
         "cpu (avx512bf16, bfloat16, int8 weights)",
         "cpu (avx512bf16, bfloat16, int8 cache)",
     ),
@@ -149,11 +149,12 @@ def test_options_that_do_not_fit_are_named(keys: dict[str, str], message: str) -
 
 def test_what_is_refused_says_why_and_what_would_help() -> None:
     choice = select.choose(tiny_config(), dtype="float32", block_size=32, instruction_sets=sets_of("avx2"))
-    assert choice.refused == (("cpu by numba", "computes with bfloat16 weights only"),)
-    quantized = select.choose(tiny_config(), dtype="bfloat16", cache_dtype="int8", instruction_sets=sets_of("amx"))
-    assert quantized.refused == (("cpu by numba", "reads a bfloat16 cache only; take --kv-cache-dtype auto"),)
+    assert (choice.candidate, choice.refused) == (select.C, ())
     odd = select.choose(tiny_config(), dtype="float32", block_size=5, instruction_sets=sets_of("avx2"))
-    assert (odd.candidate, odd.refused[1]) == (select.TORCH, ("cpu", "block_size 5 is odd; take 32, 64 or 128"))
+    assert (odd.candidate, odd.refused) == (select.TORCH, (("cpu", "block_size 5 is odd; take 32, 64 or 128"),))
+    bare = select.choose(tiny_config(), dtype="float32", instruction_sets=())
+    assert bare.candidate is select.TORCH
+    assert bare.refused[0][1].startswith("its kernels are not compiled; `make kernels` does it")
 
 
 def test_weights_are_of_the_dtype_that_is_named_and_else_bfloat16() -> None:

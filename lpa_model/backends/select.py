@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -13,11 +11,7 @@ import torch
 
 from lpa_model.backends import features
 from lpa_model.backends.base import Backend
-from lpa_model.backends.cpu import library, plan
 from lpa_model.backends.cpu.backend import CpuBackend
-from lpa_model.backends.cpu.numba import plan as numba_plan
-from lpa_model.backends.cpu.numba import programs
-from lpa_model.backends.cpu.numba.launch import compile_kernel
 from lpa_model.backends.torch.backend import TorchBackend
 from lpa_model.checkpoint import load_model
 from lpa_model.config import CacheLayout, LPAConfig
@@ -182,41 +176,9 @@ def _layout(config: LPAConfig, name: str, device: torch.device) -> CacheLayout:
     return layout
 
 
-def _not_a_cpu(case: Case) -> str | None:
-    return None if case.device.type == "cpu" else "is for CPUs"
-
-
-def _no_program(case: Case) -> str | None:
-    if reason := _not_a_cpu(case):
-        return reason
-    if case.dtype is not torch.bfloat16 or case.weights != "bfloat16":
-        return "computes with bfloat16 weights only"
-    if case.cache_dtype is torch.int8:
-        return "reads a bfloat16 cache only; take --kv-cache-dtype auto"
-    if not _program_set(case):
-        return "needs a processor with AVX512-BF16"
-    if find_spec("numba") is None:
-        return "needs numba to compile its kernels; install it"
-    return numba_plan.unsupported(case.config, case.block_size) or _rebuilt_keys(case)
-
-
-def _program_set(case: Case) -> str:
-    """Empty if there is none."""
-    return next((name for name in case.instruction_sets if name in programs.KERNELS), "")
-
-
-def _build_program(case: Case, model: LPAForCausalLM) -> Backend:
-    instruction_set = _program_set(case)
-    kernel = compile_kernel(programs.KERNELS[instruction_set]).result()
-    if kernel is None:
-        raise RuntimeError("numba did not compile the op list's kernel")
-    make_plan = partial(numba_plan.FusedStep, kernel=kernel)
-    return CpuBackend(model, make_plan, instruction_set, 1, _name(NUMBA, case), case.cache_dtype)
-
-
 def _no_op_list(case: Case) -> str | None:
-    if reason := _not_a_cpu(case):
-        return reason
+    if case.device.type != "cpu":
+        return "is for CPUs"
     if not case.instruction_sets:
         return "its kernels are not compiled; `make kernels` does it, and so does an installation on Linux"
     if case.block_size % 2:
@@ -225,9 +187,8 @@ def _no_op_list(case: Case) -> str | None:
 
 
 def _build_op_list(case: Case, model: LPAForCausalLM) -> Backend:
-    best = case.instruction_sets[0]
-    make_plan = partial(plan.StepPlan, kernels=library.load().kernels(best), held=hold_weights(model, case.weights))
-    return CpuBackend(model, make_plan, best, plan.WIDTH_UNIT, _name(C, case), case.cache_dtype)
+    held = hold_weights(model, case.weights)
+    return CpuBackend(model, case.instruction_sets[0], held, _name(C, case), case.cache_dtype)
 
 
 def _build_torch(case: Case, model: LPAForCausalLM) -> Backend:
@@ -253,8 +214,7 @@ def _types(case: Case) -> str:
     return name + weights + (", int8 cache" if case.cache_dtype is torch.int8 else "")
 
 
-NUMBA = Candidate("cpu by numba", _no_program, True, _program_set, _build_program)
 C = Candidate("cpu", _no_op_list, True, lambda case: case.instruction_sets[0], _build_op_list)
 TORCH = Candidate("torch", lambda case: None, False, lambda case: str(case.device), _build_torch)
-CANDIDATES = (NUMBA, C, TORCH)
+CANDIDATES = (C, TORCH)
 """The fastest first."""

@@ -68,8 +68,8 @@ class ReadyResponse(BaseModel):
 class RefusedBackend(BaseModel):
     """A faster backend that does not compute this model."""
 
-    backend: str = Field(examples=["cpu (numba)"])
-    reason: str = Field(description="Why not, and what would help.", examples=["computes bfloat16 only"])
+    backend: str = Field(examples=["cpu"])
+    reason: str = Field(description="Why not, and what would help.", examples=["block_size 5 is odd"])
 
 
 class VersionResponse(BaseModel):

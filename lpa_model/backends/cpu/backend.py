@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lpa_model.backends import features
 from lpa_model.backends.base import Mask, SamplingRow, StepResult
+from lpa_model.backends.cpu import library
 from lpa_model.backends.cpu.logits import row_ops
+from lpa_model.backends.cpu.plan import WIDTH_UNIT, StepPlan
 from lpa_model.backends.torch.results import ComputedStep, step_result
 from lpa_model.batch import Batch
 from lpa_model.cache import LatentCache, bytes_per_token
@@ -20,19 +21,6 @@ from lpa_model.config import CacheLayout
 from lpa_model.model import LPAForCausalLM
 
 MOST_ROWS = 512  # of one run of the op list: so many stay in the cores' caches from one operation to the next
-
-
-class Plan(Protocol):
-    """A model's layers and head as op lists over its cache."""
-
-    def __call__(self, batch: Batch) -> tuple[Tensor, Mapping[int, Tensor]]:
-        """Hidden states of the batch's rows, at most MOST_ROWS, which the next call may overwrite; and those that
-        layers have read, of the batch's `hidden` rows."""
-        ...
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Some rows of hidden states -> logits [rows, vocab] in the weights' dtype."""
-        ...
 
 
 class CpuBackend:
@@ -43,24 +31,22 @@ class CpuBackend:
     def __init__(
         self,
         model: LPAForCausalLM,
-        make_plan: Callable[[LPAForCausalLM, LatentCache], Plan],
         instruction_set: str,
-        width_unit: int,
+        held: torch.dtype,
         name: str,
         cache_dtype: torch.dtype,
     ) -> None:
-        """`width_unit`: numbers that the plan's kernels want the cache's widths to be multiples of. `cache_dtype`: the
-        model's, or int8."""
+        """`held`: what weights are packed as, unless they are quantised. `cache_dtype`: the model's, or int8."""
         self.config = model.config
         self.name, self.cache_dtype = name, cache_dtype
         self._model: LPAForCausalLM | None = model  # until its weights are packed
-        self._make_plan, self._width_unit = make_plan, width_unit
+        self._instruction_set, self._held = instruction_set, held
         self._ops = row_ops(instruction_set)
-        self._plan: Plan | None = None
+        self._plan: StepPlan | None = None
         self._cache: LatentCache | None = None
 
     def cache_bytes_per_token(self, layout: CacheLayout) -> int:
-        return bytes_per_token(self.config, layout, self.cache_dtype, self._width_unit)
+        return bytes_per_token(self.config, layout, self.cache_dtype, WIDTH_UNIT)
 
     def free_memory(self) -> int:
         return features.free_memory(torch.device("cpu"))
@@ -69,9 +55,10 @@ class CpuBackend:
         """The pools; and weights are packed, since the op list points to both."""
         assert self._model is not None, "the cache is made once"
         self._cache = LatentCache(
-            self.config, layout, num_blocks, block_size, self.cache_dtype, _untouched_zeros, self._width_unit
+            self.config, layout, num_blocks, block_size, self.cache_dtype, _untouched_zeros, WIDTH_UNIT
         )
-        self._plan = self._make_plan(self._model, self._cache)
+        kernels = library.load().kernels(self._instruction_set)
+        self._plan = StepPlan(self._model, self._cache, kernels, self._held)
         self._model = None
         return self._cache
 
