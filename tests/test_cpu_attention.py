@@ -299,6 +299,23 @@ def test_a_row_depends_on_nothing_but_itself(step: tuple[Cache, list[Text]], rng
         assert torch.equal(torch.cat(parts), rows)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(12, 1, 1), (16, 4, 2), (4, 4, 4)])
+def test_heads_that_share_keys_or_values(name: str, shape: tuple[int, int, int]) -> None:
+    """In bfloat16, which tiles may multiply: with every kind of last tokens, among numbers that are NaN."""
+    generator = torch.Generator().manual_seed(0)
+    texts = []
+    for context in (0, 1, 14, 15, 16, 31, 32, 46, 63, 64, 97, 128, 300):
+        q, keys, values = (
+            torch.randn(context + 1, heads, width, generator=generator).bfloat16()
+            for heads, width in zip(shape, (64, 64, 96), strict=True)
+        )
+        texts.append(Text(context, 1, True, (), q, keys, values))
+    cache = Cache.build(name, texts, 64, None, random.Random(0))
+    for text, rows in zip(texts, cache.run(texts), strict=True):
+        cache.check(text, rows)
+
+
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("is_int8", [False, True])

@@ -3,18 +3,21 @@
  * Split-KV with online softmax: a work item is `split_blocks` blocks of one row's tokens, so that the splits follow
  * from the row's length alone and a row's bits do not depend on the batch. An item writes maximum, sum and unnormalised
  * output of each head; the thread that ends a row's last item merges them in the order of the tokens. The item that
- * holds the row's own token writes it into the cache first.
+ * holds the row's own token writes it into the cache first. With tiles (AMX), heads that share bfloat16 keys or values
+ * meet them there, all at once.
  */
 #include "attention.h"
+#include "tiles.h"
 
 /* Register tiles: scores of one head and ONE_KEYS keys, or of SHARED heads and SHARED_KEYS keys that they share;
  * outputs of one head and ONE_COLUMNS vectors of columns, or of SHARED heads and SHARED_COLUMNS. */
 #if WIDE_TILES
-enum { ONE_KEYS = 8, SHARED_KEYS = 4, SHARED_COLUMNS = 4 };
+enum { ONE_KEYS = 16, SHARED_KEYS = 4, SHARED_COLUMNS = 4 };
 #else
 enum { ONE_KEYS = 4, SHARED_KEYS = 1, SHARED_COLUMNS = 1 };
 #endif
 enum { SHARED = 4, ONE_COLUMNS = 4 };
+enum { TILE_ROWS = 16, TILE_KEYS = 64, TILE_VALUES = 32 }; /* heads; tokens that are met at a time */
 
 /* One thread's scratch. */
 struct scratch {
@@ -22,20 +25,35 @@ struct scratch {
     char *scores;         /* float32 [heads, tokens of a split and some], rows line bytes apart: they become weights */
     int64_t query_bytes;
     int64_t line;
+    /* for tiles, which read TILE_ROWS queries and rows of weights from each head on: */
+    char *pairs;  /* queries transposed, bfloat16 VNNI [key_heads, key_width / 2, TILE_ROWS, 2] */
+    char *found;  /* scores float32 [TILE_KEYS, TILE_ROWS] */
+    char *last;   /* values of the last tokens, [TILE_VALUES / 2, value_width, 2], and zeros */
+    char *mixed;  /* outputs float32 [TILE_ROWS, value_width] */
 };
 
 INLINE int64_t whole_lines(int64_t bytes) { return ceil_div(bytes, CACHE_LINE) * CACHE_LINE; }
 
-INLINE int64_t queries_bytes(const struct attention *a) { return whole_lines(4 * a->heads * a->key_width); }
+/* Rows of queries and of scores. */
+INLINE int64_t scratch_rows(const struct attention *a) { return a->heads + (HAS_TILES ? TILE_ROWS : 0); }
+
+INLINE int64_t queries_bytes(const struct attention *a) { return whole_lines(4 * scratch_rows(a) * a->key_width); }
 
 INLINE int64_t line_bytes(const struct attention *a) {
     return whole_lines(4 * (a->split_blocks * a->block_size + LANES));
 }
 
-int64_t attention_decode_scratch(const struct attention *a) { return queries_bytes(a) + a->heads * line_bytes(a); }
-
 INLINE struct scratch scratch_at(const struct attention *a, char *memory) {
-    return (struct scratch){memory, memory + queries_bytes(a), 4 * a->key_width, line_bytes(a)};
+    int64_t line = line_bytes(a), key_pairs = 2 * TILE_ROWS * a->key_width * a->key_heads;
+    char *scores = memory + queries_bytes(a), *pairs = scores + scratch_rows(a) * line, *found = pairs + key_pairs;
+    char *last = found + 4 * TILE_KEYS * TILE_ROWS, *mixed = last + 2 * TILE_VALUES * a->value_width;
+    return (struct scratch){memory, scores, 4 * a->key_width, line, pairs, found, last, mixed};
+}
+
+int64_t attention_decode_scratch(const struct attention *a) {
+    int64_t tiles = 2 * TILE_ROWS * a->key_width * a->key_heads + 4 * TILE_KEYS * TILE_ROWS +
+                    (2 * TILE_VALUES + 4 * TILE_ROWS) * a->value_width;
+    return queries_bytes(a) + scratch_rows(a) * line_bytes(a) + (HAS_TILES ? tiles : 0);
 }
 
 /* Whether products are of pairs of bfloat16; an int8 cache meets float32. */
@@ -85,28 +103,29 @@ INLINE f32x4 sums_of_four(f32x16 a, f32x16 b, f32x16 c, f32x16 d) {
 /* Queries of `num_heads` heads times `num_keys` keys -> out [num_heads, num_keys], rows `line` bytes apart. */
 INLINE void score_tile(int form, int num_heads, int num_keys, const char *queries, int64_t query_bytes,
                        const char *const *keys, int64_t width, char *out, int64_t line) {
-    f32x16 sums[SHARED][8];
-    for (int h = 0; h < SHARED; h++)
-        for (int k = 0; k < 8; k++) sums[h][k] = splat_f32(0);
+    f32x16 sums[LANES]; /* [num_heads, num_keys] */
+    for (int i = 0; i < LANES; i++) sums[i] = splat_f32(0);
     int64_t parts = width / part_numbers(form);
     for (int64_t i = 0; i < parts; i++)
         for (int k = 0; k < num_keys; k++) {
             struct part key = load_part(form, keys[k] + part_bytes(form) * i);
             for (int h = 0; h < num_heads; h++) {
                 const char *query = queries + h * query_bytes + i * query_part_bytes(form);
-                sums[h][k] = multiply_part(form, sums[h][k], query, key);
+                f32x16 *sum = &sums[h * num_keys + k];
+                *sum = multiply_part(form, *sum, query, key);
             }
         }
-    if (num_keys == 1) {
-        f32x4 found = sums_of_four(sums[0][0], sums[1][0], sums[2][0], sums[3][0]);
-        for (int h = 0; h < num_heads; h++) *(float *)(out + h * line) = found[h];
-    } else {
-        for (int h = 0; h < num_heads; h++)
-            for (int k = 0; k < num_keys; k += 4) {
-                f32x4 found = sums_of_four(sums[h][k], sums[h][k + 1], sums[h][k + 2], sums[h][k + 3]);
-                __builtin_memcpy(out + h * line + 4 * k, &found, sizeof found);
-            }
-    }
+    union {
+        f32x16 sixteen;
+        f32x4 four;
+        float one[LANES];
+    } found;
+    if (num_heads * num_keys == LANES)
+        found.sixteen = sums_f32(sums);
+    else
+        found.four = sums_of_four(sums[0], sums[1], sums[2], sums[3]);
+    for (int h = 0; h < num_heads; h++)
+        __builtin_memcpy(out + h * line, found.one + h * num_keys, (uint64_t)num_keys * sizeof(float));
 }
 
 /* Queries of `count` heads times `tokens` keys that they share -> out float32 [count, tokens]; some numbers behind a
@@ -114,7 +133,7 @@ INLINE void score_tile(int form, int num_heads, int num_keys, const char *querie
 INLINE void score_keys(int form, const char *queries, int64_t query_bytes, int64_t count, const char *keys,
                        int64_t tokens, int64_t width, char *out, int64_t line, const char *ahead) {
     int64_t key_bytes = width * cached_bytes(form), last = tokens - 1;
-    const char *some[8];
+    const char *some[LANES];
     int64_t h = 0;
     for (; h + SHARED <= count; h += SHARED)
         for (int64_t t = 0; t < tokens; t += SHARED_KEYS) {
@@ -236,6 +255,105 @@ INLINE void pv_product(int form, const struct attention *a, const int64_t *table
     }
 }
 
+/* ---- the same in tiles: all heads of a group at once ---- */
+
+/* Whether `group` heads that share keys, or values, meet them in tiles. */
+INLINE int in_tiles(int form, const struct attention *a, int64_t group) {
+    return HAS_TILES && form == FORM_BF16 && group >= SHARED && group <= TILE_ROWS && a->block_size % TILE_KEYS == 0;
+}
+
+#if HAS_TILES
+
+static void transpose_queries(const struct attention *a, int64_t key_head, struct scratch s) {
+    const char *queries = s.queries + key_head * (a->heads / a->key_heads) * s.query_bytes;
+    char *pairs = s.pairs + 2 * TILE_ROWS * a->key_width * key_head;
+    for (int64_t i = 0; i < a->key_width / 2; i += LANES)
+        transpose_square(queries + 4 * i, s.query_bytes, pairs + 4 * TILE_ROWS * i, 4 * TILE_ROWS);
+}
+
+/* As `score_keys`, of a block's keys. */
+static void score_keys_in_tiles(const struct attention *a, int64_t key_head, const char *keys, int64_t tokens,
+                                char *scores, const char *ahead, struct scratch s) {
+    int64_t key_bytes = 2 * a->key_width, group = a->heads / a->key_heads;
+    const char *pairs = s.pairs + TILE_ROWS * key_bytes * key_head;
+    for (int64_t t = 0; t < tokens; t += TILE_KEYS, keys += TILE_KEYS * key_bytes, ahead += TILE_KEYS * key_bytes) {
+        TILE_ZERO(0);
+        TILE_ZERO(1);
+        TILE_ZERO(2);
+        TILE_ZERO(3);
+        for (int64_t i = 0; i < a->key_width / 32; i++) {
+            prefetch_bytes(ahead + 64 * TILE_KEYS * i, 64 * TILE_KEYS);
+            TILE_LOAD(4, pairs + 64 * TILE_ROWS * i, 64);
+            TILE_LOAD(5, keys + 64 * i, key_bytes);
+            TILE_DPBF16(0, 5, 4);
+            TILE_LOAD(6, keys + 64 * i + 16 * key_bytes, key_bytes);
+            TILE_DPBF16(1, 6, 4);
+            TILE_LOAD(5, keys + 64 * i + 32 * key_bytes, key_bytes);
+            TILE_DPBF16(2, 5, 4);
+            TILE_LOAD(6, keys + 64 * i + 48 * key_bytes, key_bytes);
+            TILE_DPBF16(3, 6, 4);
+        }
+        TILE_STORE(0, s.found, 64);
+        TILE_STORE(1, s.found + 1024, 64);
+        TILE_STORE(2, s.found + 2048, 64);
+        TILE_STORE(3, s.found + 3072, 64);
+        for (int64_t i = 0; i < TILE_KEYS; i += LANES) {
+            u32x16 rows[LANES];
+            for (int k = 0; k < LANES; k++) rows[k] = load_u32(s.found + 64 * (i + k));
+            transpose(rows);
+            for (int64_t h = 0; h < group; h++) store_u32(scores + h * s.line + 4 * (t + i), rows[h]);
+        }
+    }
+}
+
+/* The values of the last tokens, fewer than TILE_VALUES, with zeros behind them: what nobody has written need not be a
+ * number. */
+static void copy_last(const char *values, int64_t tokens, int64_t width, char *to) {
+    int64_t row = 4 * width, whole = tokens / 2 * row;
+    __builtin_memcpy(to, values, (uint64_t)whole);
+    __builtin_memset(to + whole, 0, (uint64_t)(TILE_VALUES / 2 * row - whole));
+    if (tokens % 2)
+        for (int64_t i = 0; i < row; i += 64) store_u32(to + whole + i, load_u32(values + whole + i) & splat_u32(0xffff));
+}
+
+/* As `pv_product`. */
+static void pv_product_in_tiles(const struct attention *a, const int64_t *table, int64_t tokens, int64_t value_head,
+                                char *weights, float *out, struct scratch s) {
+    int64_t width = a->value_width, row = 4 * width, group = a->heads / a->value_heads, size = a->block_size;
+    int64_t whole = tokens / TILE_VALUES * TILE_VALUES, end = ceil_div(tokens, LANES) * LANES;
+    if (whole < tokens)
+        copy_last(values_of(FORM_BF16, a, table[whole / size], value_head) + 2 * width * (whole % size),
+                  tokens - whole, width, s.last);
+    if (end % TILE_VALUES)
+        for (int64_t h = 0; h < group; h++) __builtin_memset(weights + h * s.line + 2 * end, 0, 2 * LANES);
+    for (int64_t i = 0; i < row; i += 128) {
+        TILE_ZERO(0);
+        TILE_ZERO(1);
+        for (int64_t t = 0; t < tokens; t += TILE_VALUES) {
+            const char *values = s.last;
+            if (t < whole) values = values_of(FORM_BF16, a, table[t / size], value_head) + 2 * width * (t % size);
+            TILE_LOAD(4, weights + 2 * t, s.line);
+            TILE_LOAD(5, values + i, row);
+            TILE_DPBF16(0, 4, 5);
+            TILE_LOAD(6, values + i + 64, row);
+            TILE_DPBF16(1, 4, 6);
+        }
+        TILE_STORE(0, s.mixed + i, row);
+        TILE_STORE(1, s.mixed + i + 64, row);
+    }
+    __builtin_memcpy(out, s.mixed, (uint64_t)(group * row));
+}
+
+#else
+
+static inline void transpose_queries(const struct attention *a, int64_t key_head, struct scratch s) {}
+static inline void score_keys_in_tiles(const struct attention *a, int64_t key_head, const char *keys, int64_t tokens,
+                                       char *scores, const char *ahead, struct scratch s) {}
+static inline void pv_product_in_tiles(const struct attention *a, const int64_t *table, int64_t tokens,
+                                       int64_t value_head, char *weights, float *out, struct scratch s) {}
+
+#endif
+
 /* The first block of an item, or of the last one if there is no such item. */
 INLINE int64_t first_block(const struct attention *a, int64_t item) {
     item = min_i64(item, a->items - 1);
@@ -257,6 +375,8 @@ INLINE int64_t attend(int form, const struct attention *a, int64_t item, struct 
                     s.queries + h * s.query_bytes);
 
     int64_t group = heads / a->key_heads;
+    int tiles = in_tiles(form, a, group);
+    for (int64_t k = 0; tiles && k < a->key_heads; k++) transpose_queries(a, k, s);
     for (int64_t b = 0; b < blocks; b++) {
         if (is_int8(form)) prefetch_bytes(value_scales_of(a, table[b], 0), 2 * a->value_heads * size);
         for (int64_t k = 0; k < a->key_heads; k++) {
@@ -265,6 +385,10 @@ INLINE int64_t attend(int form, const struct attention *a, int64_t item, struct 
                                                      : values_of(form, a, table[0], 0);
             char *scores = s.scores + k * group * s.line + 4 * b * size;
             int64_t count = min_i64(size, tokens - b * size);
+            if (tiles) {
+                score_keys_in_tiles(a, k, keys_of(form, a, table[b], k), count, scores, ahead, s);
+                continue;
+            }
             if (is_int8(form)) prefetch_bytes(key_scales_of(a, table[b], k), 2 * count);
             score_keys(form, s.queries + k * group * s.query_bytes, s.query_bytes, group,
                        keys_of(form, a, table[b], k), count, a->key_width, scores, s.line, ahead);
@@ -285,8 +409,12 @@ INLINE int64_t attend(int form, const struct attention *a, int64_t item, struct 
             for (int64_t b = 0; b < blocks; b++)
                 multiply_scales(value_scales_of(a, table[b], k), group, min_i64(size, tokens - b * size),
                                 s.scores + k * group * s.line + 4 * b * size, s.line);
-        pv_product(form, a, table, tokens, k, group, s.scores + k * group * s.line, s.line,
-                   a->partial + (item * heads + k * group) * a->value_width);
+        char *weights = s.scores + k * group * s.line;
+        float *out = a->partial + (item * heads + k * group) * a->value_width;
+        if (in_tiles(form, a, group))
+            pv_product_in_tiles(a, table, tokens, k, weights, out, s);
+        else
+            pv_product(form, a, table, tokens, k, group, weights, s.line, out);
     }
     return next;
 }

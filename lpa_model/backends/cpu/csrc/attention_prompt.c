@@ -24,12 +24,12 @@ enum {
     ROW = 4 * QUERIES,
 };
 
-/* Register tiles: scores of KEYS keys and KEY_VECTORS * 16 queries; outputs of at most MOST_ROWS queries and 16
- * columns. */
+/* Register tiles: scores of KEYS keys and KEY_VECTORS * 16 queries; outputs of at most MOST_ROWS queries and
+ * VALUE_VECTORS * 16 columns. */
 #if WIDE_TILES
-enum { KEYS = 8, KEY_VECTORS = 2, MOST_ROWS = 16 };
+enum { KEYS = 8, KEY_VECTORS = 2, MOST_ROWS = 8, VALUE_VECTORS = 2 };
 #else
-enum { KEYS = 6, KEY_VECTORS = 1, MOST_ROWS = 6 };
+enum { KEYS = 6, KEY_VECTORS = 1, MOST_ROWS = 6, VALUE_VECTORS = 1 };
 #endif
 
 static const float MARGIN = 8;     /* powers of two by which a weight may exceed 1 */
@@ -127,40 +127,6 @@ INLINE void dequantize_values(int is_bf16, const struct attention *a, const int6
             store_u32(tile + 4 * d, is_bf16 ? pair_bf16(value, next) : (u32x16)value);
         }
     }
-}
-
-/* 16 vectors of 16 numbers: in each round, squares of half the size change places. */
-INLINE void transpose(u32x16 *rows) {
-    for (int i = 0; i < LANES; i += 2) {
-        u32x16 x = rows[i], y = rows[i + 1];
-        rows[i] = __builtin_shufflevector(x, y, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-        rows[i + 1] = __builtin_shufflevector(x, y, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-    }
-    for (int i = 0; i < LANES; i++)
-        if (!(i & 2)) {
-            u32x16 x = rows[i], y = rows[i + 2];
-            rows[i] = __builtin_shufflevector(x, y, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-            rows[i + 2] = __builtin_shufflevector(x, y, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-        }
-    for (int i = 0; i < LANES; i++)
-        if (!(i & 4)) {
-            u32x16 x = rows[i], y = rows[i + 4];
-            rows[i] = __builtin_shufflevector(x, y, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-            rows[i + 4] = __builtin_shufflevector(x, y, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-        }
-    for (int i = 0; i < 8; i++) {
-        u32x16 x = rows[i], y = rows[i + 8];
-        rows[i] = __builtin_shufflevector(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-        rows[i + 8] = __builtin_shufflevector(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    }
-}
-
-/* Numbers of 4 bytes [16, 16], rows from_bytes apart, become columns of `to`. */
-static void transpose_square(const char *from, int64_t from_bytes, char *to, int64_t to_bytes) {
-    u32x16 rows[LANES];
-    for (int i = 0; i < LANES; i++) rows[i] = load_u32(from + i * from_bytes);
-    transpose(rows);
-    for (int i = 0; i < LANES; i++) store_u32(to + i * to_bytes, rows[i]);
 }
 
 /* Codes of 32 tokens [32, 16], rows `width` bytes apart, become bfloat16 columns of `to`. */
@@ -342,58 +308,59 @@ INLINE int softmax_columns(int is_bf16, int64_t count, int64_t whole, float powe
 
 /* ---- outputs ---- */
 
-/* out [num_rows, 16], rows 4 * value_width bytes apart, += weights . values of `count` tokens of a block. */
-INLINE void pv_tile(int is_bf16, int num_rows, const char *weights, const char *values, int64_t count,
+/* sums + factors [num_rows] times `value`. */
+INLINE void add_products(int num_rows, const char *factors, f32x16 value, f32x16 (*sums)[VALUE_VECTORS], int v) {
+    for (int r = 0; r < num_rows; r++) sums[r][v] = fma_f32(splat_f32(((const float *)factors)[r]), value, sums[r][v]);
+}
+
+/* out [num_rows, 16 * num_vectors], rows 4 * value_width bytes apart, += weights . values of `count` tokens of a
+ * block. */
+INLINE void pv_tile(int is_bf16, int num_rows, int num_vectors, const char *weights, const char *values, int64_t count,
                     int64_t width, float *out) {
-    f32x16 sums[MOST_ROWS];
-    for (int r = 0; r < num_rows; r++) sums[r] = load_f32(out + r * width);
+    f32x16 sums[MOST_ROWS][VALUE_VECTORS];
+    for (int r = 0; r < num_rows; r++)
+        for (int v = 0; v < num_vectors; v++) sums[r][v] = load_f32(out + r * width + LANES * v);
     int64_t steps = is_bf16 ? ceil_div(count, 2) : count;
     for (int64_t i = 0; i < steps; i++, values += 4 * width) {
         if (!is_bf16) {
-            f32x16 value = load_f32((const float *)values);
-            for (int r = 0; r < num_rows; r++)
-                sums[r] = fma_f32(splat_f32(((const float *)weights)[r]), value, sums[r]);
+            for (int v = 0; v < num_vectors; v++)
+                add_products(num_rows, weights, load_f32((const float *)(values + 64 * v)), sums, v);
             weights += ROW;
             continue;
         }
         u32x16 there = splat_u32(2 * i + 1 < count ? ~0u : 0xffff); /* the other half need not be a number */
         if (uses_vnni(is_bf16)) {
-            u32x16 pairs = load_u32(values) & there;
+            u32x16 pairs[VALUE_VECTORS];
+            for (int v = 0; v < num_vectors; v++) pairs[v] = load_u32(values + 64 * v) & there;
             for (int r = 0; r < num_rows; r++)
-                sums[r] = dot_bf16_pairs(sums[r], splat_u32(((const uint32_t *)weights)[r]), pairs);
+                for (int v = 0; v < num_vectors; v++)
+                    sums[r][v] = dot_bf16_pairs(sums[r][v], splat_u32(((const uint32_t *)weights)[r]), pairs[v]);
             weights += ROW;
             continue;
         }
-        f32x16 value = low_bf16(load_u32(values));
-        for (int r = 0; r < num_rows; r++) sums[r] = fma_f32(splat_f32(((const float *)weights)[r]), value, sums[r]);
+        for (int v = 0; v < num_vectors; v++)
+            add_products(num_rows, weights, low_bf16(load_u32(values + 64 * v)), sums, v);
         RELOAD;
-        value = high_bf16(load_u32(values) & there);
         weights += ROW;
-        for (int r = 0; r < num_rows; r++) sums[r] = fma_f32(splat_f32(((const float *)weights)[r]), value, sums[r]);
+        for (int v = 0; v < num_vectors; v++)
+            add_products(num_rows, weights, high_bf16(load_u32(values + 64 * v) & there), sums, v);
         weights += ROW;
     }
-    for (int r = 0; r < num_rows; r++) store_f32(out + r * width, sums[r]);
+    for (int r = 0; r < num_rows; r++)
+        for (int v = 0; v < num_vectors; v++) store_f32(out + r * width + LANES * v, sums[r][v]);
 }
 
 /* The same for all queries. */
-INLINE void pv_rows(int is_bf16, int64_t queries, const char *weights, const char *values, int64_t count,
-                    int64_t width, float *out) {
+INLINE void pv_rows(int is_bf16, int64_t queries, int num_vectors, const char *weights, const char *values,
+                    int64_t count, int64_t width, float *out) {
     for (int64_t q = 0; q < queries;) {
         int64_t left = queries - q;
-        const char *own = weights + 4 * q;
-        if (MOST_ROWS > 8 && left > 8) {
-            pv_tile(is_bf16, MOST_ROWS > 8 ? 16 : 4, own, values, count, width, out + q * width);
-            q += 16;
-        } else if (MOST_ROWS > 8 && left > 4) {
-            pv_tile(is_bf16, MOST_ROWS > 8 ? 8 : 4, own, values, count, width, out + q * width);
-            q += 8;
-        } else if (left > 8 || left == 5 || left == 6) {
-            pv_tile(is_bf16, 6, own, values, count, width, out + q * width);
-            q += 6;
-        } else {
-            pv_tile(is_bf16, 4, own, values, count, width, out + q * width);
-            q += 4;
-        }
+        int many = MOST_ROWS == 8 ? left > 4 : left > 8 || left == 5 || left == 6;
+        if (many)
+            pv_tile(is_bf16, MOST_ROWS, num_vectors, weights + 4 * q, values, count, width, out + q * width);
+        else
+            pv_tile(is_bf16, 4, num_vectors, weights + 4 * q, values, count, width, out + q * width);
+        q += many ? MOST_ROWS : 4;
     }
 }
 
@@ -402,7 +369,7 @@ INLINE void pv_product(int form, const struct attention *a, const int64_t *table
                        int64_t count, int64_t queries, struct scratch s) {
     int is_bf16 = operands_bf16(form);
     int64_t size = a->block_size, width = a->value_width, step_bytes = uses_vnni(is_bf16) ? ROW / 2 : ROW;
-    for (int64_t column = 0; column < width; column += LANES)
+    for (int64_t column = 0; column < width; column += VALUE_VECTORS * LANES)
         for (int64_t t = 0; t < count;) {
             int64_t offset = (begin + t) % size, some = min_i64(size - offset, count - t);
             const char *values = s.tile;
@@ -411,7 +378,12 @@ INLINE void pv_product(int form, const struct attention *a, const int64_t *table
             else
                 values = values_of(form, a, table[(begin + t) / size], value_head) +
                          number_bytes(is_bf16) * offset * width;
-            pv_rows(is_bf16, queries, s.scores + t * step_bytes, values + 4 * column, some, width, s.out + column);
+            const char *weights = s.scores + t * step_bytes;
+            values += 4 * column;
+            if (column + VALUE_VECTORS * LANES <= width)
+                pv_rows(is_bf16, queries, VALUE_VECTORS, weights, values, some, width, s.out + column);
+            else
+                pv_rows(is_bf16, queries, 1, weights, values, some, width, s.out + column);
             t += some;
         }
 }

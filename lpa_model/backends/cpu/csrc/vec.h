@@ -101,6 +101,40 @@ INLINE u32x16 splat_u32(uint32_t x) { return (u32x16){x, x, x, x, x, x, x, x, x,
 
 INLINE i32x16 splat_i32(int32_t x) { return (i32x16)splat_u32((uint32_t)x); }
 
+/* 16 vectors of 16 numbers: in each round, squares of half the size change places. */
+INLINE void transpose(u32x16 *rows) {
+    for (int i = 0; i < LANES; i += 2) {
+        u32x16 x = rows[i], y = rows[i + 1];
+        rows[i] = __builtin_shufflevector(x, y, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+        rows[i + 1] = __builtin_shufflevector(x, y, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    }
+    for (int i = 0; i < LANES; i++)
+        if (!(i & 2)) {
+            u32x16 x = rows[i], y = rows[i + 2];
+            rows[i] = __builtin_shufflevector(x, y, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+            rows[i + 2] = __builtin_shufflevector(x, y, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+        }
+    for (int i = 0; i < LANES; i++)
+        if (!(i & 4)) {
+            u32x16 x = rows[i], y = rows[i + 4];
+            rows[i] = __builtin_shufflevector(x, y, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+            rows[i + 4] = __builtin_shufflevector(x, y, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+        }
+    for (int i = 0; i < 8; i++) {
+        u32x16 x = rows[i], y = rows[i + 8];
+        rows[i] = __builtin_shufflevector(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+        rows[i + 8] = __builtin_shufflevector(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
+}
+
+/* Numbers of 4 bytes [16, 16], rows from_bytes apart, become columns of `to`. */
+static inline void transpose_square(const char *from, int64_t from_bytes, char *to, int64_t to_bytes) {
+    u32x16 rows[LANES];
+    for (int i = 0; i < LANES; i++) rows[i] = load_u32(from + i * from_bytes);
+    transpose(rows);
+    for (int i = 0; i < LANES; i++) store_u32(to + i * to_bytes, rows[i]);
+}
+
 /* ---- arithmetic ---- */
 
 /* a * b + c, rounded once where the processor can. The build turns contraction off, so that nothing else is fused. */
@@ -136,19 +170,51 @@ INLINE float sum_f32(f32x16 v) {
     return (b[0] + b[2]) + (b[1] + b[3]);
 }
 
-/* 2^power to 2 units in the last place; 0 below -126, NaN stays NaN. `power` is at most 127. */
-INLINE f32x16 exp2_f32(f32x16 power) {
-    f32x16 clamped = max_f32(power, splat_f32(-127)); /* a whole number fits into int32, and NaN becomes one */
-    i32x16 whole = __builtin_convertvector(clamped, i32x16);
-    whole += __builtin_convertvector(whole, f32x16) > clamped; /* towards -infinity: a true comparison is -1 */
-    f32x16 y = select_f32(power < clamped, splat_f32(0), power - __builtin_convertvector(whole, f32x16));
-    f32x16 series = splat_f32(1.8775767e-3f); /* 2^y on [0, 1): a minimax polynomial */
+/* The sum of all lanes of each of 16 vectors, in the order of sum_f32. `rows` is overwritten. */
+INLINE f32x16 sums_f32(f32x16 *rows) {
+    for (int i = 0; i < 8; i++) {
+        f32x16 x = rows[2 * i], y = rows[2 * i + 1];
+        rows[i] = __builtin_shufflevector(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                  __builtin_shufflevector(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
+    for (int i = 0; i < 4; i++) {
+        f32x16 x = rows[2 * i], y = rows[2 * i + 1];
+        rows[i] = __builtin_shufflevector(x, y, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+                  __builtin_shufflevector(x, y, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    }
+    for (int i = 0; i < 2; i++) {
+        f32x16 x = rows[2 * i], y = rows[2 * i + 1];
+        rows[i] = __builtin_shufflevector(x, y, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+                  __builtin_shufflevector(x, y, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+    }
+    f32x16 x = rows[0], y = rows[1];
+    return __builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+/* 2^y on [0, 1): a minimax polynomial. */
+INLINE f32x16 exp2_series(f32x16 y) {
+    f32x16 series = splat_f32(1.8775767e-3f);
     series = fma_f32(series, y, splat_f32(8.9893397e-3f));
     series = fma_f32(series, y, splat_f32(5.5826318e-2f));
     series = fma_f32(series, y, splat_f32(2.4015361e-1f));
     series = fma_f32(series, y, splat_f32(6.9315308e-1f));
-    series = fma_f32(series, y, splat_f32(0.99999994f));
-    return series * (f32x16)((whole + 127) << 23);
+    return fma_f32(series, y, splat_f32(0.99999994f));
+}
+
+/* 2^power to 2 units in the last place; 0 below -126 (AVX-512: below -149), NaN stays NaN. `power` is at most 127. */
+INLINE f32x16 exp2_f32(f32x16 power) {
+#if defined(__AVX512DQ__)
+    enum { MINUS_FLOOR = 9 };
+    f32x16 y = (f32x16)_mm512_reduce_ps((__m512)power, MINUS_FLOOR);
+    return (f32x16)_mm512_scalef_ps((__m512)exp2_series(y), (__m512)power); /* times 2^floor(power) */
+#else
+    f32x16 clamped = max_f32(power, splat_f32(-127)); /* a whole number fits into int32, and NaN becomes one */
+    i32x16 whole = __builtin_convertvector(clamped, i32x16);
+    whole += __builtin_convertvector(whole, f32x16) > clamped; /* towards -infinity: a true comparison is -1 */
+    f32x16 y = select_f32(power < clamped, splat_f32(0), power - __builtin_convertvector(whole, f32x16));
+    return exp2_series(y) * (f32x16)((whole + 127) << 23);
+#endif
 }
 
 #define LOG2_E 1.4426950408889634f
