@@ -23,11 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from lpa_model.config import MAX_SIZE, PRESETS, LPAConfig
 from lpa_model.hf_keys import read_object
-from lpa_model.model import LPAForCausalLM
+from lpa_model.model import LPAForCausalLM, without_weights
 from lpa_model.quantization import GROUP, Quantized, QuantizedLinear, WeightType, unpacked
 
 QUANTIZATION_VERSION = 1
@@ -274,18 +273,6 @@ def check_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
         raise CheckpointError(f"{path}: {name} has {count} of {tensor.numel()} numbers that are NaN or infinite")
 
 
-class _LeftEmpty(TorchFunctionMode):
-    """Modules leave their tensors as they are: to draw numbers for them would import half of torch's compiler."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return function(*args, **kwargs)
-
-
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LPAForCausalLM:
     """The folder's model in `dtype`, ready for inference; tensors already in `dtype` stay memory-mapped on a CPU.
 
@@ -294,8 +281,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LPAFor
             that is not finite.
     """
     config = load_config(folder)
-    with torch.device("meta"), _LeftEmpty():
-        model = LPAForCausalLM(config)
+    model = without_weights(config)
     expected = dict(model.named_parameters())  # a tied head is listed once, as the embedding
     found: dict[str, torch.Tensor] = {}
     linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}

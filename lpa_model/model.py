@@ -7,9 +7,11 @@ dtype. Logits are float32.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lpa_model.attention import Attend, Attention
 from lpa_model.config import ATTENTION_PROJECTIONS, LPAConfig, Projection
@@ -114,3 +116,21 @@ class LPAForCausalLM(nn.Module):
         """hidden [..., d] -> [..., vocab] in the head's dtype, before logits become float32."""
         y: Tensor = self.lm_head(hidden.to(self.embed_tokens.weight.dtype))
         return y
+
+
+class _LeftEmpty(TorchFunctionMode):
+    """Modules leave their tensors as they are: to draw numbers for them would import half of torch's compiler."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
+def without_weights(config: LPAConfig) -> LPAForCausalLM:
+    """A model whose tensors are on the device `meta`: they have shapes, and no numbers yet."""
+    with torch.device("meta"), _LeftEmpty():
+        return LPAForCausalLM(config)

@@ -24,7 +24,7 @@ from lpa_model.convert.source import find_weights, read_tensors, without_prefix
 from lpa_model.convert.spm import read_sentencepiece
 from lpa_model.convert.stream import check_free
 from lpa_model.hf_keys import read_object
-from lpa_model.model import LPAForCausalLM
+from lpa_model.model import LPAForCausalLM, without_weights
 
 EMBEDDING = "lpa.token_embedding.weight"
 POSITIONS = "lpa.positional_embedding.weight"
@@ -314,8 +314,7 @@ def _theta(frequencies: Tensor) -> float:
 
 def _fill(config: LPAConfig, tensors: Mapping[str, Tensor]) -> LPAForCausalLM:
     """The model with every tensor in its place; a missing one, one left over or of another shape is an error."""
-    with torch.device("meta"):
-        model = LPAForCausalLM(config)
+    model = without_weights(config)
     table = SETTING1 if config.architecture == "setting1" else SETTING2
     found: dict[str, Tensor] = {}
     unused = set(tensors)

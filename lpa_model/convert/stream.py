@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lpa_model.checkpoint import CheckpointError, check_finite
 from lpa_model.config import LPAConfig
-from lpa_model.model import LPAForCausalLM
+from lpa_model.model import without_weights
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """dtypes of weights as safetensors calls them."""
@@ -111,8 +111,7 @@ def check_free(dst: Path) -> None:
 
 def check_complete(config: LPAConfig, tensors: Mapping[str, Stored]) -> None:
     """Raises CheckpointError that names a tensor which the config's model needs and which is missing or differs."""
-    with torch.device("meta"):
-        expected = dict(LPAForCausalLM(config).named_parameters())
+    expected = dict(without_weights(config).named_parameters())
     for name, parameter in expected.items():
         if name not in tensors:
             raise CheckpointError(f"missing tensor for {name}")

@@ -123,7 +123,6 @@ def _train(given: dict[str, Any]) -> None:
     from lpa_model.train.config import TrainConfig
     from lpa_model.train.data import check_lengths
     from lpa_model.train.loop import train as run
-    from server.bench.plot import check_plot
 
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     with user_errors():
@@ -137,6 +136,8 @@ def _train(given: dict[str, Any]) -> None:
         if config.longest > context:
             raise ValueError(f"sequence_length: {config.longest} is more than the model's context of {context}")
         if "plot" in given:
+            from server.bench.plot import check_plot
+
             check_plot(given["plot"])
         resolve_device(given.get("device", "cpu"))  # before the text is tokenized, which takes minutes
         out.mkdir(parents=True, exist_ok=True)

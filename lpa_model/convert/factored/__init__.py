@@ -25,7 +25,7 @@ from lpa_model.convert.official import read_words, shortest
 from lpa_model.convert.source import find_weights, read_tensors, without_prefix
 from lpa_model.convert.stream import DTYPES, Progress, Stored, check_free, row_blocks, write_model
 from lpa_model.hf_keys import read_object
-from lpa_model.model import LPAForCausalLM, module_of
+from lpa_model.model import module_of, without_weights
 
 EMBEDDING = "model.embed_tokens.weight"
 LEMS = "low_rank_compressed"
@@ -315,8 +315,7 @@ def _nothing(refactor: bool, tolerance: float | None) -> str:
 def _named(config: LPAConfig, found: dict[str, Part], others: dict[str, Tensor]) -> None:
     """Put the tensors that are no matrix's into `found` under our names; one that has none there is an error."""
     others = _without_frequencies(config, others)
-    with torch.device("meta"):
-        expected = dict(LPAForCausalLM(config).named_parameters())
+    expected = dict(without_weights(config).named_parameters())
     for name in expected:
         if name not in found:
             if (theirs := _their_name(name)) not in others:

@@ -25,7 +25,7 @@ from lpa_model.convert.lowrank import calibrate, gradients, weigh
 from lpa_model.convert.lowrank.allocate import Option, allocate, cache_options, parameter_options
 from lpa_model.convert.lowrank.factor import decompose
 from lpa_model.convert.stream import check_free
-from lpa_model.model import LPAForCausalLM, PreNormBlock, module_of
+from lpa_model.model import LPAForCausalLM, PreNormBlock, module_of, without_weights
 
 MULTIPLE = 32
 """Ranks are multiples of it: what the kernels pad latents to."""
@@ -286,8 +286,7 @@ def _cut(
 
 def assemble(config: LPAConfig, dense: LPAForCausalLM, factors: Path) -> LPAForCausalLM:
     """The model of `config`: everything of `dense`, and factors where the config has ranks."""
-    with torch.device("meta"):
-        model = LPAForCausalLM(config)
+    model = without_weights(config)
     state = dict(dense.state_dict())
     for layer in range(config.num_hidden_layers):
         with safe_open(factors / f"{layer}.safetensors", framework="pt") as file:
