@@ -191,10 +191,7 @@ def test_mistakes_with_serve_are_one_line(tmp_path: Path, monkeypatch: pytest.Mo
     truncated = write_checkpoint(tmp_path / "model", tiny_config())
     weights = truncated / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    server = process("serve", truncated, "--port", "0")  # a process of its own: it configures logging
-    output, log = server.communicate(timeout=60)
-    assert (server.returncode, output) == (2, "")
-    assert re.fullmatch(r"lpa: .*model\.safetensors: truncated.*\n", log)
+    assert_one_line(lpa("serve", truncated, "--port", "0"), r"model\.safetensors: truncated")
 
 
 def test_generate_streams_the_most_probable_text(tiny_checkpoint: Path, architecture: Architecture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import re
 import subprocess
@@ -74,7 +75,17 @@ def test_a_missing_library_is_an_error_with_the_remedy(tmp_path: Path) -> None:
         Library(tmp_path / "kernels.so")
 
 
-def test_only_what_has_changed_is_compiled(tmp_path: Path) -> None:
+def test_only_what_has_changed_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = tmp_path / "csrc"
+    sources.mkdir()
+
+    def write(name: str, value: int) -> None:
+        head = f'__attribute__((visibility("default"))) int {name}(void)'
+        (sources / f"{name}.c").write_text(f"{head};\nint {name}(void) {{ return {value}; }}\n")
+
+    write("one", 1)
+    write("two", 1)
+    monkeypatch.setattr("lpa_model.backends.cpu.build.SOURCES", sources)
     flavour = [next(f for f in INSTRUCTION_SETS[platform.machine()] if f.name == "scalar")]
     target = tmp_path / "kernels.so"
     build(target, instruction_sets=flavour)
@@ -83,10 +94,15 @@ def test_only_what_has_changed_is_compiled(tmp_path: Path) -> None:
     build(target, instruction_sets=flavour)
     assert objects == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.o")}
     assert target.stat().st_mtime_ns == linked
-    next(iter(objects)).unlink()
+    write("two", 2)
+    build(target, instruction_sets=flavour)
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.o")}
+    assert len(after) == len(objects) == 2 and len(after.items() & objects.items()) == 1
+    assert target.stat().st_mtime_ns != linked and ctypes.CDLL(str(target)).two() == 2
+    next(iter(after)).unlink()
     target.unlink()
     build(target, instruction_sets=flavour)
-    assert target.exists() and {path for path in tmp_path.rglob("*.o")} == objects.keys()
+    assert target.exists() and {path for path in tmp_path.rglob("*.o")} == after.keys()
 
 
 def test_loading_imports_no_compiler() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -37,6 +38,10 @@ class Page(HTMLParser):
 
     def values(self, attribute: str) -> list[str]:
         return [str(attributes[attribute]) for _, attributes in self.tags if attribute in attributes]
+
+    @cached_property
+    def ids(self) -> set[str]:
+        return set(self.values("id"))
 
     def count(self, tag: str) -> int:
         return sum(tag == found for found, _ in self.tags)
@@ -76,7 +81,7 @@ def test_every_link_leads_somewhere(read: dict[str, Page], name: str) -> None:
         if target in ("../", "../openapi.json") or target.startswith(("https://", "http://127.0.0.1:8000/")):
             continue
         page = read[name if not target else "" if target == "./" else target]
-        assert not fragment or fragment in page.values("id"), link
+        assert not fragment or fragment in page.ids, link
 
 
 def test_the_short_address_leads_to_the_documents(locked: Served) -> None:

@@ -7,6 +7,7 @@ import math
 import random
 from collections import defaultdict
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from server.errors import ContextLength, InvalidRequest
 from server.settings import load_settings
 from tests.conftest import END_OF_TEXT_ID, VOCAB_SIZE, random_model, tiny_config, write_checkpoint
 
+engine_options = cache(lambda: load_settings().engine_options())  # frozen
+
 
 def make_engine(folder: Path, **options: Any) -> Engine:
     defaults: dict[str, Any] = {"dtype": "float32", "threads": 1, "block_size": 8, "kv_cache_memory": 1 << 20}
-    return build_engine(folder, replace(load_settings().engine_options(), **{**defaults, **options}))
+    return build_engine(folder, replace(engine_options(), **{**defaults, **options}))
 
 
 def run(engine: Engine, requests: list[Request], max_steps: int = 2000) -> dict[str, list[RequestOutput]]:

@@ -35,18 +35,28 @@ def scoring(name: str, ids: list[int], first: int = 0) -> Request:
     return Request(name, ids, params)
 
 
-@pytest.fixture
-def alone(tiny_checkpoint: Path) -> list[list[float]]:
+@pytest.fixture(scope="module")
+def each_alone(tiny_checkpoints: dict[Architecture, Path]) -> dict[Architecture, list[list[float]]]:
     """Each text by itself, in one piece."""
-    engine = make_engine(tiny_checkpoint, enable_prefix_caching=False)
-    return [scores([scoring("x", ids)], engine)["x"] for ids in TEXTS]
+    found = {}
+    for architecture, folder in tiny_checkpoints.items():
+        engine = make_engine(folder, enable_prefix_caching=False)
+        found[architecture] = [scores([scoring("x", ids)], engine)["x"] for ids in TEXTS]
+    return found
+
+
+@pytest.fixture
+def alone(architecture: Architecture, each_alone: dict[Architecture, list[list[float]]]) -> list[list[float]]:
+    return each_alone[architecture]
 
 
 @pytest.mark.parametrize("layout", ["auto", "mixed", "full"])
 @pytest.mark.parametrize("budget", [5, 17, 64, 200, 2048])
 def test_scores_do_not_depend_on_chunks_or_batch(
-    tiny_checkpoint: Path, alone: list[list[float]], layout: str, budget: int
+    tiny_checkpoint: Path, alone: list[list[float]], architecture: Architecture, layout: str, budget: int
 ) -> None:
+    if (architecture, layout) == ("setting2", "mixed"):
+        return  # which is what auto takes
     engine = make_engine(
         tiny_checkpoint, max_num_batched_tokens=budget, enable_prefix_caching=False, kv_cache_layout=layout
     )
@@ -99,7 +109,7 @@ def streams(count: int = 6) -> list[Request]:
     for i in range(count):
         ids = prompt(30 + i // 2, 40) + prompt(60 + i, 3 + 4 * i)
         temperature = 0.0 if i % 3 == 0 else 1.0
-        params = SamplingParams(max_tokens=60, temperature=temperature, seed=i, ignore_eos=True, logprobs=2)
+        params = SamplingParams(max_tokens=40, temperature=temperature, seed=i, ignore_eos=True, logprobs=2)
         requests.append(Request(f"s{i}", ids, params))
     return requests
 
@@ -111,7 +121,7 @@ def generated(engine: Engine, requests: list[Request]) -> Generated:
             found[name][0].extend(output.token_ids)
             if output.logprobs is not None:
                 found[name][1].extend(output.logprobs.logprobs)
-    assert all(len(tokens) == len(logprobs) == 60 for tokens, logprobs in found.values())
+    assert all(len(tokens) == len(logprobs) == 40 for tokens, logprobs in found.values())
     return found
 
 
