@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lpa_model.config import Architecture, LPAConfig
-from lpa_model.model import LPAForCausalLM
+from lpa_model.model import LPAForCausalLM, without_weights
 from tests.conftest import random_model, tiny_config
 
 PER_LAYER = {"q": [8, None], "k": [None, 6], "v": 5, "o": [3, 9]}
@@ -155,3 +155,13 @@ def test_a_small_branch_is_not_lost_in_a_large_stream() -> None:
 def test_tied_models_share_one_matrix() -> None:
     model = LPAForCausalLM(tiny_config(tie_word_embeddings=True))
     assert model.lm_head.weight is model.embed_tokens.weight
+
+
+def test_a_model_without_weights_draws_no_numbers(architecture: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To draw them on the device `meta` imports half of torch's compiler, for seconds."""
+    for draw in ("normal_", "uniform_"):
+        monkeypatch.setattr(torch.Tensor, draw, lambda *_, **__: pytest.fail("numbers were drawn"))
+    model = without_weights(tiny_config(architecture))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    with pytest.raises(pytest.fail.Exception, match="numbers were drawn"):
+        LPAForCausalLM(tiny_config(architecture))
