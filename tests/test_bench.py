@@ -272,7 +272,7 @@ def test_a_refusal_names_the_url_and_is_all_that_is_printed() -> None:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
         for command in ("serve", "score", "health"):
             done = CliRunner().invoke(app, ["bench", command, f"{url}/v1"])
-            assert (done.exit_code, done.output) == (2, f"lpa: {url}/v1/models: Connection refused\n")
+            assert (done.exit_code, done.stderr) == (2, f"lpa: {url}/v1/models: Connection refused\n")
 
 
 def test_a_stream_with_an_error_or_without_an_end_is_an_error() -> None:
