@@ -1,0 +1,170 @@
+"""The rows of a step as tensors on the device, all of which arrive in one copy.
+
+A step of generated tokens alone has static buffers (`StepBuffers`): a captured graph reads them at the same addresses
+in every replay. Any other step's tensors are made for it (`step_rows`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lpa_model.batch import Batch, Span
+
+PROMPT_TILE = 64
+"""Prompt rows that one program of the attention computes."""
+
+Ints32 = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Decodes:
+    """Generated tokens: one row each."""
+
+    lengths: Tensor  # int32 [m]: tokens that the row sees, itself included; 0: a padding row, whose result is zeros
+    tables: Tensor  # int32 [m, width]: blocks of its sequence; what lies behind its length is not read
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompt rows, span after span."""
+
+    rows: int
+    spans: Tensor  # int32 [n, 3]: first row, tokens before it, new tokens
+    tables: Tensor  # int32 [n, width]: blocks of each span's sequence
+    places: Tensor  # int32 [n, width]: of the same blocks in `blocks`
+    blocks: Tensor  # int32 [blocks]: of all spans, one after another
+    key_positions: Tensor  # int32 [blocks · block_size]: of their tokens, 0 behind the last
+    hidden: Tensor  # int32 [rows, 2]: each row sees all tokens up to itself except those from .. up to ..
+    tiles: Tensor  # int32 [tiles, 2]: span, and first of at most PROMPT_TILE rows within it
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All rows of a step, decode rows first."""
+
+    ids: Tensor  # int32 [rows]
+    positions: Tensor  # int32 [rows]
+    slots: Tensor  # int32 [rows]: block · block_size + offset, where keys and values are written; -1: nowhere
+    decodes: Decodes | None
+    prompts: Prompts | None
+
+    @property
+    def num_decode(self) -> int:
+        """Decode rows, padding included."""
+        return 0 if self.decodes is None else len(self.decodes.lengths)
+
+
+class StepBuffers:
+    """Static tensors for steps of up to `capacity` decode rows, whose tables have up to `max_blocks` blocks.
+
+    Rows behind a batch's are padding: they see nothing and write nothing.
+    """
+
+    def __init__(self, capacity: int, max_blocks: int, device: torch.device) -> None:
+        self.capacity, self.max_blocks = capacity, max_blocks
+        self._flat = torch.zeros(capacity * (4 + max_blocks), dtype=torch.int32, device=device)
+        ids, positions, slots, lengths, tables = _parts(self._flat, capacity, max_blocks)
+        slots.fill_(-1)
+        self.rows = Rows(ids, positions, slots, Decodes(lengths, tables), None)
+
+    def fill(self, batch: Batch) -> None:
+        """Lay out a batch of decode rows alone, at most `capacity`, and begin its copy to the device."""
+        assert batch.num_rows == batch.num_decode <= self.capacity
+        # pinned memory of its own: an earlier copy may still wait for its step; torch keeps it until it is done
+        host = torch.zeros(len(self._flat), dtype=torch.int32, pin_memory=self._flat.is_cuda)
+        ids, positions, slots, lengths, tables = (part.numpy() for part in _parts(host, self.capacity, self.max_blocks))
+        n = batch.num_rows
+        slots[n:] = -1
+        ids[:n], positions[:n], slots[:n] = batch.ids, batch.positions, batch.slots
+        _fill_decodes(batch.spans, lengths, tables)
+        self._flat.copy_(host, non_blocking=True)
+
+
+def step_rows(batch: Batch, device: torch.device) -> Rows:
+    """Any batch's rows on the device; memory is allocated for them."""
+    decodes, prompts = batch.spans[: batch.num_decode], batch.prompts
+    arrays: dict[str, Ints32] = {
+        "ids": batch.ids.astype(np.int32),
+        "positions": batch.positions.astype(np.int32),
+        "slots": batch.slots.astype(np.int32),
+    }
+    if decodes:
+        arrays["lengths"] = np.zeros(len(decodes), dtype=np.int32)
+        arrays["tables"] = np.zeros((len(decodes), _most_blocks(decodes, batch.block_size)), dtype=np.int32)
+        _fill_decodes(decodes, arrays["lengths"], arrays["tables"])
+    if prompts:
+        arrays.update(_prompt_arrays(prompts, batch.block_size))
+    tensors = _upload(arrays, device)
+    ids, positions, slots = (tensors.pop(name) for name in ("ids", "positions", "slots"))
+    found = Decodes(tensors.pop("lengths"), tensors.pop("tables")) if decodes else None
+    rest = Prompts(batch.num_rows - batch.num_decode, **_without_prefix(tensors)) if prompts else None
+    return Rows(ids, positions, slots, found, rest)
+
+
+def _parts(flat: Tensor, rows: int, max_blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ids, positions, slots, lengths, tables = flat.split([rows] * 4 + [rows * max_blocks])
+    return ids, positions, slots, lengths, tables.view(rows, max_blocks)
+
+
+def _fill_decodes(spans: Sequence[Span], lengths: Ints32, tables: Ints32) -> None:
+    width = tables.shape[1]
+    for i, span in enumerate(spans):
+        lengths[i] = span.context + 1
+        blocks = span.block_table[:width]
+        tables[i, : len(blocks)] = blocks
+
+
+def _most_blocks(spans: Sequence[Span], block_size: int) -> int:
+    return max(-(-(span.context + span.length) // block_size) for span in spans)
+
+
+def _prompt_arrays(spans: Sequence[Span], block_size: int) -> dict[str, Ints32]:
+    """Those of `Prompts`, each under "prompt " and its name."""
+    width = _most_blocks(spans, block_size)
+    tables = np.zeros((len(spans), width), dtype=np.int32)
+    places = np.zeros((len(spans), width), dtype=np.int32)
+    rows, blocks, positions, hidden, tiles = [], [], [], [], []
+    first = place = 0
+    for i, span in enumerate(spans):
+        used = -(-(span.context + span.length) // block_size)
+        tables[i, :used] = span.block_table[:used]
+        places[i, :used] = np.arange(place, place + used)
+        blocks.append(tables[i, :used])
+        positions.append(np.pad(span.positions(), (0, used * block_size - span.context - span.length)))
+        hidden.append(np.stack(span.masked_range(), axis=1))
+        tiles += [(i, start) for start in range(0, span.length, PROMPT_TILE)]
+        rows.append((first, span.context, span.length))
+        first, place = first + span.length, place + used
+    arrays = {
+        "spans": np.array(rows),
+        "tables": tables,
+        "places": places,
+        "blocks": np.concatenate(blocks),
+        "key_positions": np.concatenate(positions),
+        "hidden": np.concatenate(hidden),
+        "tiles": np.array(tiles),
+    }
+    return {PREFIX + name: array.astype(np.int32) for name, array in arrays.items()}
+
+
+PREFIX = "prompt "
+
+
+def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def _upload(arrays: Mapping[str, Ints32], device: torch.device) -> dict[str, Tensor]:
+    """All arrays on the device, by one copy from pinned memory."""
+    host = torch.empty(
+        sum(array.size for array in arrays.values()), dtype=torch.int32, pin_memory=device.type == "cuda"
+    )
+    np.concatenate([array.ravel() for array in arrays.values()], out=host.numpy())
+    parts = host.to(device, non_blocking=True).split([array.size for array in arrays.values()])
+    return {name: part.view(array.shape) for (name, array), part in zip(arrays.items(), parts, strict=True)}
