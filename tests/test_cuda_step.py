@@ -39,7 +39,7 @@ from tests.test_backends import (
     run,
 )
 
-CAPACITY = 8
+CAPACITY = 4
 
 
 class Steps(TorchBackend):
