@@ -198,7 +198,7 @@ def _rebuilt_scores(
     return tl.dot(q_second, tl.trans(rotated_second), scores, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "most", "table_row"])  # one variant for every bucket
 def _attend(
     q,
     keys,
@@ -327,7 +327,7 @@ def _attend(
     tl.store(cell, found, mask=mine[:, None] & (value_cols < value_width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "most"])
 def _merge(
     partial,
     peaks,

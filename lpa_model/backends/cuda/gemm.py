@@ -100,7 +100,7 @@ def _block_k(x: Tensor) -> int:
     return 256 if x.dtype is torch.bfloat16 else 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "width"])  # one variant for every number of rows
 def _linear(
     x,
     weight,
@@ -140,7 +140,7 @@ def _linear(
     tl.store(to, total.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (n < outs)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _per_head(
     x,
     weight,

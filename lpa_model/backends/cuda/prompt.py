@@ -59,7 +59,7 @@ def prompt_attention(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key_table_row", "value_table_row"])
 def _attend_prompt(
     q,
     keys,

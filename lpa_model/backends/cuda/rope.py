@@ -190,7 +190,7 @@ def _store_keys(
         _copied(x, first_head, heads, head_stride, to, to_stride, width, BLOCK, SOME)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads"])
 def _rotate(
     x, positions, cos, sin, x_row, x_head, heads, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, SOME: tl.constexpr
 ):
@@ -201,7 +201,7 @@ def _rotate(
     _rotated(at, first, heads, x_head, at, x_head, cos, 0.0, position, cos, sin, HALF, False, HALF_BLOCK, SOME)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_heads", "k_heads", "v_heads", "q_programs", "k_programs"])
 def _rotate_and_write(
     q,
     k,

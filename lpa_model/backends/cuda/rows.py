@@ -68,7 +68,7 @@ class StepBuffers:
 
     def __init__(self, capacity: int, max_blocks: int, device: torch.device) -> None:
         self.capacity, self.max_blocks = capacity, max_blocks
-        self._flat = torch.zeros(capacity * (4 + max_blocks), dtype=torch.int32, device=device)
+        self._flat = torch.zeros(4 * _aligned(capacity) + capacity * max_blocks, dtype=torch.int32, device=device)
         ids, positions, slots, lengths, tables = _parts(self._flat, capacity, max_blocks)
         slots.fill_(-1)
         self.rows = Rows(ids, positions, slots, Decodes(lengths, tables), None)
@@ -108,8 +108,13 @@ def step_rows(batch: Batch, device: torch.device) -> Rows:
 
 
 def _parts(flat: Tensor, rows: int, max_blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    ids, positions, slots, lengths, tables = flat.split([rows] * 4 + [rows * max_blocks])
-    return ids, positions, slots, lengths, tables.view(rows, max_blocks)
+    ids, positions, slots, lengths, tables = flat.split([_aligned(rows)] * 4 + [rows * max_blocks])
+    return ids[:rows], positions[:rows], slots[:rows], lengths[:rows], tables.view(rows, max_blocks)
+
+
+def _aligned(numbers: int) -> int:
+    """So many that 16 bytes begin behind them: a kernel is compiled again for a pointer of less alignment."""
+    return -(-numbers // 4) * 4
 
 
 def _fill_decodes(spans: Sequence[Span], lengths: Ints32, tables: Ints32) -> None:
@@ -162,9 +167,11 @@ def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _upload(arrays: Mapping[str, Ints32], device: torch.device) -> dict[str, Tensor]:
     """All arrays on the device, by one copy from pinned memory."""
-    host = torch.empty(
-        sum(array.size for array in arrays.values()), dtype=torch.int32, pin_memory=device.type == "cuda"
-    )
-    np.concatenate([array.ravel() for array in arrays.values()], out=host.numpy())
-    parts = host.to(device, non_blocking=True).split([array.size for array in arrays.values()])
-    return {name: part.view(array.shape) for (name, array), part in zip(arrays.items(), parts, strict=True)}
+    sizes = [_aligned(array.size) for array in arrays.values()]
+    host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
+    for part, array in zip(host.split(sizes), arrays.values(), strict=True):
+        part[: array.size] = torch.from_numpy(array.ravel())
+    parts = host.to(device, non_blocking=True).split(sizes)
+    return {
+        name: part[: array.size].view(array.shape) for (name, array), part in zip(arrays.items(), parts, strict=True)
+    }
