@@ -199,11 +199,11 @@ def test_sums_and_scores_of_a_row_are_the_same_bits_in_any_batch(two_threads: No
     """A vocabulary that is no multiple of anything, and enough of it for one row's sum to be split among threads."""
     logits = torch.randn(17, 70001, generator=torch.Generator().manual_seed(0)).bfloat16().float()
     weights = (logits - logits.amax(-1, keepdim=True)).exp()
-    sums = torch_rows._block_sums(weights).sum(-1)
+    sums = torch_rows.block_sums(weights).sum(-1)
     targets = torch.arange(17) * 7
     whole = score(logits, targets, 5)
     for i in (0, 1, 16):
-        assert torch.equal(sums[i : i + 1], torch_rows._block_sums(weights[i : i + 1]).sum(-1))
+        assert torch.equal(sums[i : i + 1], torch_rows.block_sums(weights[i : i + 1]).sum(-1))
         one = score(logits[i : i + 1], targets[i : i + 1], 5)
         assert (one.logprobs[0], one.ranks[0]) == (whole.logprobs[i], whole.ranks[i])
         assert (one.top_ids[0], one.top_logprobs[0]) == (whole.top_ids[i], whole.top_logprobs[i])

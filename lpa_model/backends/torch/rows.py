@@ -56,7 +56,7 @@ def entropies(logits: Tensor, peak: Tensor, norm: Tensor) -> Tensor:
     found = []
     for few, top in zip(logits.split(CACHED_ROWS), peak.split(CACHED_ROWS), strict=True):
         distance = few.float() - top[:, None]
-        found.append(_block_sums(distance.exp().mul_(distance)).sum(-1))
+        found.append(block_sums(distance.exp().mul_(distance)).sum(-1))
     return norm - torch.cat(found) / norm.exp()
 
 
@@ -66,7 +66,7 @@ def log_masses(logits: Tensor, peak: Tensor, ids: Tensor) -> Tensor:
     for few, top in zip(logits.split(CACHED_ROWS), peak.split(CACHED_ROWS), strict=True):
         distance = few.float().index_select(1, ids).sub_(top[:, None])
         least = distance.amax(-1, keepdim=True)  # what is far below the peak counts, too
-        found.append(_block_sums(distance.sub_(least).exp_()).sum(-1).log() + least[:, 0])
+        found.append(block_sums(distance.sub_(least).exp_()).sum(-1).log() + least[:, 0])
     return torch.cat(found)
 
 
@@ -129,15 +129,15 @@ def _draw(logits: Tensor, settings: Tensor) -> Tensor:
     temperature, _, top_p, min_p = settings[:, :4].split(1, -1)
     # subtracting from the maximum first keeps tiny temperatures finite; the best token's distance is 0, its weight 1
     weights = (logits.amax(-1, keepdim=True) - logits).div_(temperature.float()).neg_().exp_()
-    weights = _where(torch.ge, weights, min_p.float(), weights)
-    limits = _block_sums(weights).sum(-1, keepdim=True) * top_p.clamp_min(TINY)
+    weights = kept_where(torch.ge, weights, min_p.float(), weights)
+    limits = block_sums(weights).sum(-1, keepdim=True) * top_p.clamp_min(TINY)
     tokens = torch.full((len(logits),), UNDECIDED, device=logits.device)
     pending = torch.arange(len(logits), device=logits.device)
     for numbers in settings[:, 4:].split(1, -1):
-        index = _inverse(weights, numbers[pending])
+        index = inverse(weights, numbers[pending])
         tokens[pending] = index
-        weights = _where(torch.gt, logits, logits.gather(1, index[:, None]), weights)  # of those more probable
-        out = (_block_sums(weights).sum(-1, keepdim=True) >= limits) & (top_p[pending] < 1)
+        weights = kept_where(torch.gt, logits, logits.gather(1, index[:, None]), weights)  # of those more probable
+        out = (block_sums(weights).sum(-1, keepdim=True) >= limits) & (top_p[pending] < 1)
         out = out[:, 0].nonzero()[:, 0]
         pending, logits, weights, limits = (kept[out] for kept in (pending, logits, weights, limits))
         tokens[pending] = UNDECIDED
@@ -146,13 +146,13 @@ def _draw(logits: Tensor, settings: Tensor) -> Tensor:
     return tokens
 
 
-def _inverse(weights: Tensor, numbers: Tensor) -> Tensor:
+def inverse(weights: Tensor, numbers: Tensor) -> Tensor:
     """The first index at which the cumulative weight passes number * total: [n, m], [n, 1] -> int64 [n].
 
     In two steps, first among sums of BLOCK weights; never an index of weight 0 unless all are.
     """
     size = weights.shape[1]
-    sums = _block_sums(weights)
+    sums = block_sums(weights)
     block, rest = _pass(sums, numbers * sums.sum(-1, keepdim=True))
     inside = block * BLOCK + torch.arange(BLOCK, device=block.device)
     members = weights.gather(1, inside.clamp_max(size - 1)).double() * (inside < size)
@@ -168,14 +168,14 @@ def _pass(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return index, target - (cumulative - weights).gather(1, index)
 
 
-def _block_sums(weights: Tensor) -> Tensor:
+def block_sums(weights: Tensor) -> Tensor:
     """[n, m] float32 -> float64 [n, m / BLOCK]; a row's bits do not depend on n, as those of one long sum do."""
     padding = -weights.shape[1] % BLOCK
     padded = torch.nn.functional.pad(weights, (0, padding)) if padding else weights
     return padded.view(len(weights), -1, BLOCK).sum(-1).double()
 
 
-def _where(compare: Callable[..., Tensor], values: Tensor, bounds: Tensor, weights: Tensor) -> Tensor:
+def kept_where(compare: Callable[..., Tensor], values: Tensor, bounds: Tensor, weights: Tensor) -> Tensor:
     """The weights where the comparison holds, else 0. Not torch.where or masked_fill: on a CPU these guess wrongly at
     every other element, and cost eight times as much as a product with 0 and 1."""
     return compare(values, bounds, out=torch.empty_like(weights)).mul_(weights)
@@ -187,7 +187,7 @@ def _few_row_scores(logits: Tensor, targets: Tensor, top: int) -> RowScores:
     own, peak = logits.gather(1, targets[:, None]), logits.gather(1, best[:, None])
     rank = _ranks(logits, own, targets)
     values, ids = best_tokens(logits, top) if top > 1 else (peak[:, :top], best[:, None][:, :top])
-    norm = _block_sums(logits.sub_(peak).exp_()).sum(-1).log()
+    norm = block_sums(logits.sub_(peak).exp_()).sum(-1).log()
     return RowScores(own[:, 0], peak[:, 0], norm, best, rank, ids, values)
 
 
