@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # the engine imports torch, which the command line must not w
     from server.engine.engine import EngineOptions
 
 ENV_PREFIX = "LPA_"
-OF_KERNELS = "LPA_CPU"  # the best instruction set that may be used: `features.instruction_sets`
+OF_KERNELS = ("LPA_CPU", "LPA_CUDA")  # which kernels may be used: `features.instruction_sets`, `features.cuda_kernels`
 OF_KUBERNETES = re.compile(r"LPA_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)|LPA_\w+_PORT")
 """What it sets in every container beside a service whose name begins with "lpa"."""
 
@@ -483,7 +483,7 @@ def check_variables(environment: Mapping[str, str]) -> None:
     Raises:
         SettingsError: there are some; each has a line, with the setting that may have been meant.
     """
-    known = [f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields] + [OF_KERNELS]
+    known = [f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields] + [*OF_KERNELS]
     lines = []
     for name in sorted(environment):
         if name.upper().startswith(ENV_PREFIX) and name.upper() not in known and not OF_KUBERNETES.fullmatch(name):

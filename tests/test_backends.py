@@ -19,6 +19,8 @@ from torch import Tensor
 from lpa_model.attention import Attend, Attention
 from lpa_model.backends import features, select
 from lpa_model.backends.base import Backend, SamplingRow
+from lpa_model.backends.cuda.backend import CudaBackend
+from lpa_model.backends.cuda.twins import TWINS
 from lpa_model.backends.torch.backend import TorchBackend
 from lpa_model.batch import Batch, ScoredRows, Span
 from lpa_model.cache import LatentCache
@@ -107,6 +109,8 @@ BACKENDS: dict[str, Subject] = {
     "torch-bfloat16": Subject(torch.bfloat16, "torch", "bfloat16", torch.bfloat16),
     "torch-float32, int8 weights": Subject(torch.float32, "torch", "int8", torch.float32),
     "torch-float32, int8 cache": Subject(torch.float32, "torch", "float32", torch.int8),
+    "cuda's twins-float32": Subject(torch.float32, "cuda", "float32", torch.float32),
+    "cuda's twins-bfloat16": Subject(torch.bfloat16, "cuda", "bfloat16", torch.bfloat16),
     **_chosen(torch.float32, "float32"),
     **_chosen(torch.bfloat16, "bfloat16"),
     **_chosen(torch.float32, "bfloat16"),
@@ -121,9 +125,9 @@ BACKENDS: dict[str, Subject] = {
 def cases_of(name: str) -> Sequence[str]:
     """Those that can tell something of a backend which another one's have not told."""
     tested, best = BACKENDS[name], features.instruction_sets()[:1]
-    if tested.candidate == "torch":
+    if tested.candidate in ("torch", "cuda"):
         # its float32 run has seen every case, and bfloat16 without hardware is slow
-        return list(CASES) if name == "torch-float32" else ("setting1-wide", "setting2-wide")
+        return list(CASES) if name.endswith("-float32") else ("setting1-wide", "setting2-wide")
     if tested.weights != str(tested.dtype).removeprefix("torch."):
         return PACKED  # what is left differs in attention, which knows nothing of weights
     # the list of operations does not depend on the instruction set, only what each of them calls
@@ -135,6 +139,8 @@ def build(tested: Subject, model: LPAForCausalLM, layout: CacheLayout) -> Backen
     candidate = next(row for row in select.CANDIDATES if row.name == tested.candidate)
     sets, held = tested.instruction_sets, (tested.weights, tested.cache_dtype)
     case = select.Case(model.config, tested.dtype, CPU, layout, BLOCK_SIZE, sets, *held)
+    if candidate is select.CUDA:  # the kernels' twins, and functions in the place of graphs
+        return None if select.cannot_graph(case) else CudaBackend(model, "twins", TWINS, False)
     return None if candidate.refuses(case) is not None else candidate.build(case, model)
 
 
@@ -211,6 +217,7 @@ def run(backend: Backend, layout: CacheLayout, texts: list[Text], seed: int, mos
     """Push texts through the cache in random chunks of at most `most` tokens, in random batches."""
     rng = random.Random(seed)
     cache = backend.make_cache(layout, 24, BLOCK_SIZE)
+    backend.warm_up(3, MAX_POSITIONS)  # of up to four
     pool = Pool(cache, rng)
     waiting, running = list(texts), list[Text]()
     while waiting or running:

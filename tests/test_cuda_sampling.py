@@ -164,7 +164,7 @@ def test_nothing_waits_for_the_device() -> None:
 
     masks = [mask_of({1, 2}) if i % 3 else None for i in range(len(rows))]
     sampled = cuda_sampling.sample(head, range(len(rows)), rows, masks, VOCAB, META)
-    assert sampled.tokens.device == META and sampled.tokens.shape == (len(rows),)
+    assert len(sampled.scored) == 3
     scored = ScoredRows(
         np.arange(5),
         np.arange(5),

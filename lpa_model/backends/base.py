@@ -125,8 +125,13 @@ class Backend(Protocol):
         """Copy whole cache blocks in every layer, after the steps submitted so far."""
         ...
 
-    def warm_up(self) -> None:
-        """Load, pack and compile what the first step would otherwise wait for."""
+    def warm_up(self, most_rows: int, longest: int) -> None:
+        """Load, pack, compile and capture what the first step would otherwise wait for.
+
+        Args:
+            most_rows: generated tokens of a step, as many as sequences run at once.
+            longest: tokens of the longest sequence.
+        """
         ...
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -44,6 +45,24 @@ def has_bfloat16(device: torch.device) -> bool:
     if platform.system() == "Darwin":
         return platform.machine() == "arm64"
     return bool({AMX, AVX512_BF16, NEON_BF16} & set(instruction_sets()))
+
+
+def has_triton() -> bool:
+    """Whether kernels for a GPU can be compiled; Triton comes with torch's CUDA builds."""
+    return find_spec("triton") is not None
+
+
+def cuda_kernels() -> str:
+    """What the variable LPA_CUDA says of the CUDA backend: "0", it is not taken (the default); "1", it is, on a GPU;
+    "twins", it is on a CPU, too, with its kernels' twins in plain torch, to test it.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = os.environ.get("LPA_CUDA") or "0"
+    if value not in ("0", "1", "twins"):
+        raise ValueError(f"LPA_CUDA: {value!r} is none of 0, 1, twins")
+    return value
 
 
 def resolve_device(name: str) -> torch.device:

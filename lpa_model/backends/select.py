@@ -12,6 +12,8 @@ import torch
 from lpa_model.backends import features
 from lpa_model.backends.base import Backend
 from lpa_model.backends.cpu.backend import CpuBackend
+from lpa_model.backends.cuda.backend import CudaBackend
+from lpa_model.backends.cuda.twins import TWINS
 from lpa_model.backends.torch.backend import TorchBackend
 from lpa_model.checkpoint import load_model
 from lpa_model.config import CacheLayout, LPAConfig
@@ -20,6 +22,9 @@ from lpa_model.quantization import WeightType, hold_weights, round_weights
 
 BLOCK_SIZES = (32, 64, 128)
 """Tokens of a cache block: what `--block-size` offers, since every backend is fast with them."""
+
+MOST_HEAD_SIZE = 256
+"""Of the GPU's attention kernels."""
 
 
 class Case(NamedTuple):
@@ -33,6 +38,7 @@ class Case(NamedTuple):
     instruction_sets: tuple[str, ...]  # of the processor, the best first
     weights: WeightType
     cache_dtype: torch.dtype  # int8, or the dtype
+    invariant: bool = False  # whether batch invariance is wanted where it has a price
 
 
 class Candidate(NamedTuple):
@@ -40,7 +46,7 @@ class Candidate(NamedTuple):
 
     name: str
     refuses: Callable[[Case], str | None]  # the reason why not, with the remedy
-    batch_invariant: bool
+    batch_invariant: Callable[[Case], bool]
     what: Callable[[Case], str]  # instruction set or device
     build: Callable[[Case, LPAForCausalLM], Backend]
 
@@ -66,7 +72,7 @@ class Choice:
     @property
     def batch_invariant(self) -> bool:
         """Whether a row's bits depend on the row alone."""
-        return self.candidate.batch_invariant
+        return self.candidate.batch_invariant(self.case)
 
     def load(self, folder: Path) -> Backend:
         """The folder's model in this backend; CheckpointError names what is wrong with it."""
@@ -88,6 +94,7 @@ def choose(
     block_size: int = 64,
     instruction_sets: tuple[str, ...] | None = None,
     stored: WeightType | None = None,
+    batch_invariant: bool = False,
 ) -> Choice:
     """The best backend for a model.
 
@@ -101,6 +108,7 @@ def choose(
         block_size: tokens of a cache block.
         instruction_sets: instead of the processor's own.
         stored: int8 or int4 if that is what the folder holds (`checkpoint.stored_weights`).
+        batch_invariant: take what is batch-invariant where a backend has the choice; the others are or are not.
 
     Raises:
         ValueError: an option does not fit the model or the machine; the message names it.
@@ -111,7 +119,9 @@ def choose(
     if cache_dtype not in ("auto", "int8"):
         raise ValueError(f"kv_cache_dtype: {cache_dtype!r} is none of auto, int8")
     cached = torch.int8 if cache_dtype == "int8" else computed
-    case = Case(config, computed, place, _layout(config, layout, place), block_size, sets, held, cached)
+    case = Case(
+        config, computed, place, _layout(config, layout, place), block_size, sets, held, cached, batch_invariant
+    )
     refused: list[tuple[str, str]] = []
     for candidate in CANDIDATES:
         reason = candidate.refuses(case)
@@ -179,6 +189,8 @@ def _layout(config: LPAConfig, name: str, device: torch.device) -> CacheLayout:
 def _no_op_list(case: Case) -> str | None:
     if case.device.type != "cpu":
         return "is for CPUs"
+    if features.cuda_kernels() == "twins":
+        return "LPA_CUDA=twins takes cuda instead"
     if not case.instruction_sets:
         return "its kernels are not compiled; `make kernels` does it, and so does an installation on Linux"
     if case.block_size % 2:
@@ -189,6 +201,50 @@ def _no_op_list(case: Case) -> str | None:
 def _build_op_list(case: Case, model: LPAForCausalLM) -> Backend:
     held = hold_weights(model, case.weights)
     return CpuBackend(model, case.instruction_sets[0], held, _name(C, case), case.cache_dtype)
+
+
+def _no_graphs(case: Case) -> str | None:
+    wanted = features.cuda_kernels()
+    if case.device.type != "cuda" and wanted != "twins":
+        return "is for GPUs"
+    if case.device.type == "cuda" and not features.has_triton():
+        return "needs Triton to compile its kernels; it comes with torch's CUDA builds, or `pip install triton`"
+    if reason := cannot_graph(case):
+        return reason
+    if wanted == "0":
+        return "has never run on a GPU yet: LPA_CUDA=1 takes it, `lpa bench device` checks and measures it"
+    return None
+
+
+def cannot_graph(case: Case) -> str | None:
+    """Why the CUDA backend cannot compute a case, whatever the device; None if it can."""
+    if case.weights not in ("float32", "bfloat16"):
+        return f"holds no {case.weights} weights; take --weights auto"
+    if case.weights != str(case.dtype).removeprefix("torch."):
+        return f"holds weights in the dtype alone; take --dtype {case.weights}"
+    if case.cache_dtype is torch.int8:
+        return "reads no int8 cache; take --kv-cache-dtype auto"
+    if case.config.head_size > MOST_HEAD_SIZE:
+        return f"has kernels for heads of up to {MOST_HEAD_SIZE}, and this model's have {case.config.head_size}"
+    return None
+
+
+def _build_graphs(case: Case, model: LPAForCausalLM) -> Backend:
+    ops = TWINS
+    if features.cuda_kernels() == "1":
+        from lpa_model.backends.cuda.kernels import kernels  # needs Triton
+
+        ops = kernels(case.invariant)
+    return CudaBackend(model, _name(CUDA, case), ops, _graphs_invariant(case))
+
+
+def _graphs_invariant(case: Case) -> bool:
+    """The kernels may be; torch's products are not."""
+    return case.invariant and features.cuda_kernels() == "1"
+
+
+def _what_graphs(case: Case) -> str:
+    return str(case.device) + (" with twins" if features.cuda_kernels() == "twins" else "")
 
 
 def _build_torch(case: Case, model: LPAForCausalLM) -> Backend:
@@ -214,7 +270,8 @@ def _types(case: Case) -> str:
     return name + weights + (", int8 cache" if case.cache_dtype is torch.int8 else "")
 
 
-C = Candidate("cpu", _no_op_list, True, lambda case: case.instruction_sets[0], _build_op_list)
-TORCH = Candidate("torch", lambda case: None, False, lambda case: str(case.device), _build_torch)
-CANDIDATES = (C, TORCH)
+C = Candidate("cpu", _no_op_list, lambda case: True, lambda case: case.instruction_sets[0], _build_op_list)
+CUDA = Candidate("cuda", _no_graphs, _graphs_invariant, _what_graphs, _build_graphs)
+TORCH = Candidate("torch", lambda case: None, lambda case: False, lambda case: str(case.device), _build_torch)
+CANDIDATES = (C, CUDA, TORCH)
 """The fastest first."""

@@ -334,6 +334,7 @@ def _build_engine(model_dir: Path, options: EngineOptions, hashing: Executor) ->
         layout=options.kv_cache_layout,
         cache_dtype=options.kv_cache_dtype,
         block_size=options.block_size,
+        batch_invariant=options.batch_invariant is True,
     )
     invariant = choice.batch_invariant if options.batch_invariant is None else options.batch_invariant
     if invariant and not choice.batch_invariant:
@@ -354,7 +355,7 @@ def _build_engine(model_dir: Path, options: EngineOptions, hashing: Executor) ->
         raise ValueError(f"kv_cache_memory: {memory} bytes do not hold one block of {block_bytes} bytes")
     max_model_len = _max_model_len(config, options.max_model_len, num_blocks * options.block_size)
     cache = backend.make_cache(layout, num_blocks, options.block_size)
-    backend.warm_up()
+    backend.warm_up(options.max_num_seqs, max_model_len)
     release_freed_memory()
     retain_freed_memory()
     logger.info("backend: %s%s", backend.name, ", batch-invariant" if invariant else "")

@@ -90,7 +90,7 @@ class CpuBackend:
         assert self._cache is not None
         self._cache.copy(*torch.tensor([sources, destinations]))
 
-    def warm_up(self) -> None:
+    def warm_up(self, most_rows: int, longest: int) -> None:
         """Nothing waits for the first step."""
 
 

@@ -1,4 +1,4 @@
-"""Passes over rows of logits that never wait for the device: those of `lpa_model.backends.torch.rows`, same definitions.
+"""Passes over rows of logits that never wait for the device: as `lpa_model.backends.torch.rows` defines them.
 
 No shape here follows from a value on the device, so that a CUDA graph can hold them.
 """
@@ -8,14 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lpa_model.backends.torch.rows import NOTHING, TINY, UNDECIDED, RowScores, argmax, block_sums, inverse, kept_where
+from lpa_model.backends.torch.rows import NOTHING, TINY, UNDECIDED, RowScores, block_sums, inverse, kept_where
 
 LOW = 0xFFFFFFFF  # the lower half of a key
 
 
 def draw_greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     """float32 [n, vocab] -> the best token of lowest id, or NOTHING, and its logit: [n] each."""
-    best = argmax(logits)
+    best = logits.argmax(-1)
     peak = logits.gather(1, best[:, None])[:, 0]
     return torch.where(peak == -torch.inf, NOTHING, best), peak
 
@@ -43,7 +43,7 @@ def best_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def row_scores(logits: Tensor, targets: Tensor, top: int) -> RowScores:
     """Of logits [n, vocab], targets int64 [n] within the vocabulary and top at most vocab."""
     table = logits.to(torch.float32, copy=True)
-    best = argmax(table)
+    best = table.argmax(-1)
     own, peak = table.gather(1, targets[:, None]), table.gather(1, best[:, None])
     ids = torch.arange(table.shape[1], device=table.device)
     rank = 1 + ((table > own) | ((table == own) & (ids < targets[:, None]))).sum(-1)

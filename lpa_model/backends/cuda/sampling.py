@@ -53,7 +53,6 @@ class Sampled:
     masks: Sequence[Mask | None]
     scored: Sequence[int]  # indices into `rows`
     top: int
-    tokens: Tensor  # int64 [n], on the device
     columns: Fetch
     attempts: int
 
@@ -100,7 +99,7 @@ def sample(
         whole = len(scored) == len(rows)
         some, targets = (logits, tokens) if whole else (logits[there[at_scored]], tokens[there[at_scored]])
         columns.append(_columns(ops.row_scores(some, targets.clamp_min(0), top)).view(-1))
-    return Sampled(able, rows, masks, scored, top, tokens, Fetch(torch.cat(columns)), attempts)
+    return Sampled(able, rows, masks, scored, top, Fetch(torch.cat(columns)), attempts)
 
 
 def finish(sampled: Sampled, head: Head, vocab: int, device: torch.device, result: StepResult) -> None:

@@ -76,7 +76,7 @@ class TorchBackend:
         assert self.cache is not None
         self.cache.copy(*torch.tensor([sources, destinations], device=self.device))
 
-    def warm_up(self) -> None:
+    def warm_up(self, most_rows: int, longest: int) -> None:
         """Nothing waits for the first step."""
 
     def head(self, hidden: Tensor) -> Tensor:
