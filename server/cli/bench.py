@@ -516,3 +516,34 @@ def capacity(
         if plot is not None:
             title = f"{input_len} tokens in, {output_len} out, {workload.slots} sequences at once"
             plot_capacity(rates_to_plot(measured, workload), found["replicas"], title, plot)
+
+
+@bench.command()
+def device(
+    device: Annotated[str, typer.Option(help="cuda, cuda:N, or cpu: tiny sizes without a GPU's kernels.")] = "cuda",
+    part: Annotated[
+        list[str] | None, typer.Option(help="Part to run; may be given several times.", show_default="all of them")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="Tiny sizes, as on a CPU.")] = False,
+    minutes: Annotated[float, typer.Option(min=0.1, help="For all parts; what they leave no time for is named.")] = 9,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Where the report is written, after each part.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check the CUDA backend on a GPU, part by part, and measure it; ends with status 1 if a check or a part failed."""
+    from lpa_model.backends.features import resolve_device
+    from server.bench.device import PARTS, Setup, bench_device, print_part
+
+    with user_errors():
+        place = resolve_device(device)
+        if unknown := set(part or []) - set(PARTS):
+            raise ValueError(f"part: {min(unknown)!r} is none of {', '.join(PARTS)}")
+        setup = Setup(device, quick or place.type == "cpu")
+        report = bench_device(
+            setup, part or list(PARTS), minutes, out, (lambda name, found: None) if as_json else print_part
+        )
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    if any("error" in found or not found.get("ok", True) for found in report.values()):
+        raise typer.Exit(1)
