@@ -41,9 +41,14 @@ RULES: list[tuple[str, tuple[str, ...]]] = [
     ),
     ("lpa_model/batch.py", ("torch",)),
     ("lpa_model/backends/base.py", ("torch",)),
-    ("lpa_model/backends/torch", ("lpa_model.backends.cpu", "lpa_model.backends.select")),
-    ("lpa_model/backends/cpu", ("lpa_model.backends.select",)),
+    ("lpa_model/backends/torch", ("lpa_model.backends.cpu", "lpa_model.backends.cuda", "lpa_model.backends.select")),
+    ("lpa_model/backends/cpu", ("lpa_model.backends.cuda", "lpa_model.backends.select")),
+    ("lpa_model/backends/cuda", ("lpa_model.backends.cpu", "lpa_model.backends.select")),
     ("server", ("lpa_model.backends.cpu",)),
+    *(  # `lpa bench device` alone looks into it
+        (f"server/{name}", ("lpa_model.backends.cuda",))
+        for name in ("cli", "engine", "llm.py", "protocol", "routes", "scoring")
+    ),
     ("server/engine", (*WEB, *OUTER)),
     ("server/errors.py", ("torch", "lpa_model", "server", *WEB)),
     ("server/engine/hidden_states.py", ("torch", "lpa_model", "server")),
