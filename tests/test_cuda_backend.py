@@ -207,7 +207,7 @@ def refused_cases() -> Iterator[tuple[str, dict[str, Any], str]]:
     yield "0", {}, "has never run on a GPU yet: LPA_CUDA=1 takes it, `lpa bench device` checks and measures it"
     yield "1", {"triton": False}, "needs Triton to compile its kernels"
     yield "1", {"weights": "int8"}, "holds no int8 weights; take --weights auto"
-    yield "1", {"dtype": "float32", "weights": "bfloat16"}, "holds weights in the dtype alone; take --dtype bfloat16"
+    yield "1", {"dtype": "float32", "weights": "bfloat16"}, "holds weights in the dtype of activations; take"
     yield "1", {"cache_dtype": "int8"}, "reads no int8 cache; take --kv-cache-dtype auto"
     yield "1", {"head_dim": 512, "num_attention_heads": 1}, "has kernels for heads of up to 256"
     yield "1", {"device": "cpu", "instruction_sets": ()}, "is for GPUs"

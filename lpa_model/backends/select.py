@@ -221,7 +221,7 @@ def cannot_graph(case: Case) -> str | None:
     if case.weights not in ("float32", "bfloat16"):
         return f"holds no {case.weights} weights; take --weights auto"
     if case.weights != str(case.dtype).removeprefix("torch."):
-        return f"holds weights in the dtype alone; take --dtype {case.weights}"
+        return "holds weights in the dtype of activations; take --dtype float32 or --dtype bfloat16"
     if case.cache_dtype is torch.int8:
         return "reads no int8 cache; take --kv-cache-dtype auto"
     if case.config.head_size > MOST_HEAD_SIZE:
