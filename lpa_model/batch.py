@@ -130,12 +130,18 @@ class Batch:
         decodes = spans[:num_decode]
         assert all(span.decode and span.length == 1 for span in decodes), "decode spans come first, one token each"
         assert len(ids) == sum(span.length for span in spans)
+        # as plain numbers: a step has hundreds of these spans, and an array for each would take longer than a GPU
+        assert not any(span.branches for span in decodes), "what branches is scored, not generated"
+        at = [(span.context, span.block_table[span.context // block_size]) for span in decodes]
+        positions = np.array([context for context, _ in at], dtype=np.int64)
+        slots = np.array([block * block_size + context % block_size for context, block in at], dtype=np.int64)
+        prompts = spans[num_decode:]
         return cls(
             ids=np.asarray(ids, dtype=np.int64),
             spans=spans,
             block_size=block_size,
-            positions=np.concatenate([NO_INTS, *(span.positions()[span.context :] for span in spans)]),
-            slots=np.concatenate([NO_INTS, *(span.slots(block_size) for span in spans)]),
+            positions=np.concatenate([positions, *(span.positions()[span.context :] for span in prompts)]),
+            slots=np.concatenate([slots, *(span.slots(block_size) for span in prompts)]),
             num_decode=num_decode,
             scored=scored,
             zero_blocks=np.asarray(zero_blocks, dtype=np.int64),

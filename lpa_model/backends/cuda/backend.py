@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,8 +90,8 @@ class CudaBackend:
                 self._buffers[size] = StepBuffers(size, blocks, self.device)
                 runs[size] = partial(self._decode, size), partial(self._draw, size)
             self.graphs, self.draws = capture(runs, self.device)
-        for size, reason in self.graphs.left_out.items():
-            logger.warning("steps of %d rows are not captured: %s", size, reason)
+        for reason, sizes in itertools.groupby(sorted(self.graphs.left_out), self.graphs.left_out.__getitem__):
+            logger.warning("steps of %s rows are not captured: %s", ", ".join(map(str, sizes)), reason)
         logger.info(
             "steps of %s rows are captured: %.1f s, %.0f MiB",
             ", ".join(map(str, sorted(self.graphs.replays))) or "no",
