@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import importlib.metadata
 import itertools
 import json
@@ -212,7 +213,7 @@ def contract(setup: Setup) -> dict[str, Any]:
 
     float32: log-probabilities within 1e-4. bfloat16: mean error below 1.3 of that of the plain forward in bfloat16.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, layout, dtype in _cases(setup):
         config = CHECKED[name]
         exact = _random(config, torch.device("cpu"), torch.float32)
@@ -223,7 +224,12 @@ def contract(setup: Setup) -> dict[str, Any]:
         ]
         expected = torch.cat([exact.logits(exact(torch.tensor([ids]))[0]).log_softmax(-1) for ids in texts])
         found = _through(_backend(setup, config, layout, dtype), layout, texts, [70, 20, 3])
-        row = {"model": name, "layout": layout, "dtype": str(dtype), "largest": float((found - expected).abs().max())}
+        row: dict[str, Any] = {
+            "model": name,
+            "layout": layout,
+            "dtype": str(dtype),
+            "largest": float((found - expected).abs().max()),
+        }
         if dtype is torch.float32:
             row["ok"] = row["largest"] < 1e-4
         else:
@@ -357,7 +363,7 @@ def attention(setup: Setup) -> dict[str, Any]:
 def layouts(setup: Setup) -> dict[str, Any]:
     """The same model's decode steps by layout of the cache."""
     streams, context = (2, 64) if setup.tiny else (64, 1536)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in ("lpa-370m", "lpa-130m"):
         config = setup.of(PRESETS[name])
         for layout in LAYOUTS:
@@ -426,7 +432,7 @@ def transformers_generate(setup: Setup) -> dict[str, Any]:
     from lpa_model.convert.export import export_llama
 
     try:
-        import transformers
+        transformers: Any = importlib.import_module("transformers")
     except ImportError:
         return {"left_out": "transformers is not installed"}
     config, length = setup.of(PRESETS["lpa-130m"]), 8 if setup.tiny else 128

@@ -42,8 +42,7 @@ class Beside:
     def __init__(self, ops: Ops) -> None:
         self.worst: dict[str, float] = {}
         self.calls: dict[str, int] = {}
-        pairs = zip(Ops._fields, ops, TWINS, strict=True)
-        self.ops = Ops(*(self._both(name, kernel, twin) for name, kernel, twin in pairs))
+        self.ops = Ops(*(self._both(name, getattr(ops, name), getattr(TWINS, name)) for name in Ops._fields))
 
     def _both(self, name: str, kernel: Callable[..., Any], twin: Callable[..., Any]) -> Callable[..., Any]:
         def both(*arguments: Any) -> Any:
