@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from lpa_model.backends.base import SamplingRow
+from lpa_model.backends.cuda.limits import unsupported
 from lpa_model.backends.cuda.ops import Ops
 from lpa_model.backends.cuda.rows import StepBuffers, step_rows
 from lpa_model.backends.cuda.step import decode_step, head, mixed_step
@@ -138,3 +140,20 @@ def test_padding_rows_write_nothing() -> None:
     for pool, old in zip(cache.pools, before, strict=True):
         changed = (pool != old).any(-1).nonzero()
         assert changed.tolist() == [[1, 0, 3]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "layout", "reason"),
+    [
+        ({}, "latent", None),
+        ({"head_dim": 256}, "full", None),
+        ({"head_dim": 258}, "full", "heads of up to 256"),
+        ({"hidden_size": 16388}, "full", "hidden_size of up to 16384"),
+        ({"num_attention_heads": 129, "num_key_value_heads": 1, "head_dim": 8}, "full", "up to 128 query heads"),
+        ({"attention_rank": 1040, "hidden_size": 1040}, "mixed", "v of layer 0 has rank 1040"),
+        ({"attention_rank": 1040, "hidden_size": 1040}, "full", None),
+    ],
+)
+def test_limits(changes: dict[str, Any], layout: CacheLayout, reason: str | None) -> None:
+    found = unsupported(tiny_config(**changes), layout)
+    assert found is None if reason is None else found is not None and reason in found

@@ -28,9 +28,6 @@ from lpa_model.backends.cuda.weights import KeyUp
 SPLIT = 128
 MERGED = 8  # splits that `_merge` reads at once
 MOST_HEADS = 32  # of a program that reads shared latents
-WIDEST_HEAD = 256
-WIDEST_LATENT = 1024
-WIDEST_GROUP = 128  # query heads of one key head
 SHARED_MEMORY = 100 * 1024  # bytes that a program's tiles of keys and values may take: two programs per processor
 
 

@@ -9,9 +9,6 @@ from torch import Tensor
 
 from lpa_model.backends.cuda.weights import Norm
 
-# A row is held whole: 16384 numbers are 64 for each thread of 8 warps.
-WIDEST = 16384
-
 
 def add_rms_norm(stream: Tensor, branch: Tensor | None, norm: Norm) -> Tensor:
     """See `twins.add_rms_norm`."""
@@ -51,6 +48,7 @@ def add_layer_norm(stream: Tensor, branch: Tensor, norm: Norm) -> Tensor:
 
 
 def _warps(d: int) -> int:
+    """A row is held whole: 16384 numbers are 64 for each thread of 8 warps."""
     return 4 if d <= 2048 else 8
 
 

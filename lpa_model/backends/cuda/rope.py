@@ -92,7 +92,8 @@ def rotate(x: Tensor, positions: Tensor, rotary: Rotary) -> None:
 
 def _together(heads: int, block: int) -> int:
     """Heads of one program, a power of 2."""
-    return min(triton.next_power_of_2(heads), max(1, NUMBERS // block))
+    whole: int = triton.next_power_of_2(heads)
+    return min(whole, max(1, NUMBERS // block))
 
 
 @triton.jit
