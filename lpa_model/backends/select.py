@@ -12,6 +12,7 @@ import torch
 from lpa_model.backends import features
 from lpa_model.backends.base import Backend
 from lpa_model.backends.cpu.backend import CpuBackend
+from lpa_model.backends.cuda import limits
 from lpa_model.backends.cuda.backend import CudaBackend
 from lpa_model.backends.cuda.twins import TWINS
 from lpa_model.backends.torch.backend import TorchBackend
@@ -22,9 +23,6 @@ from lpa_model.quantization import WeightType, hold_weights, round_weights
 
 BLOCK_SIZES = (32, 64, 128)
 """Tokens of a cache block: what `--block-size` offers, since every backend is fast with them."""
-
-MOST_HEAD_SIZE = 256
-"""Of the GPU's attention kernels."""
 
 
 class Case(NamedTuple):
@@ -224,9 +222,7 @@ def cannot_graph(case: Case) -> str | None:
         return "holds weights in the dtype of activations; take --dtype float32 or --dtype bfloat16"
     if case.cache_dtype is torch.int8:
         return "reads no int8 cache; take --kv-cache-dtype auto"
-    if case.config.head_size > MOST_HEAD_SIZE:
-        return f"has kernels for heads of up to {MOST_HEAD_SIZE}, and this model's have {case.config.head_size}"
-    return None
+    return limits.unsupported(case.config, case.layout)
 
 
 def _build_graphs(case: Case, model: LPAForCausalLM) -> Backend:

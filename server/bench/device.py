@@ -17,6 +17,8 @@ import os
 import random
 import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -44,6 +46,7 @@ from lpa_model.init import init_model, initialize
 from lpa_model.model import LPAForCausalLM
 from lpa_model.quantization import WeightType
 from server.bench.floor import Machine, decode_work
+from server.bench.local import local_server
 from server.engine.engine import Engine, build_engine
 from server.engine.request import Request, SamplingParams
 from server.settings import load_settings
@@ -321,6 +324,27 @@ def steps(setup: Setup) -> dict[str, Any]:
     return {"rows": rows}
 
 
+def http(setup: Setup) -> dict[str, Any]:
+    """A server in this process, streamed completions from another one: output tokens a second, by streams."""
+    config, length = setup.of(PRESETS["lpa-130m"]), 8 if setup.tiny else 128
+    counts = (2,) if setup.tiny else (1, 32, 256)
+    rows = []
+    with _folder(setup, config) as folder:
+        name = "float32" if setup.dtype is torch.float32 else "bfloat16"
+        options = {"model": folder, "device": setup.device, "dtype": name, "max_num_seqs": max(counts)}
+        with local_server(load_settings(**options, log_requests=False)) as local:
+            for streams in counts:
+                command = [sys.executable, "-m", "server.cli", "bench", "serve", local.url, "--json", "--rounds", "1"]
+                numbers = {"concurrency": streams, "input-len": length, "output-len": length}
+                for option, number in {**numbers, "vocab-size": config.vocab_size}.items():
+                    command += [f"--{option}", str(number)]
+                answer = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+                found = json.loads(answer)["servers"][0]["median"]
+                latencies = {key: found[key]["median"] for key in ("ttft_ms", "inter_token_ms") if key in found}
+                rows.append({"streams": streams, "tokens_per_s": found["output_tokens_per_s"], **latencies})
+    return {"rows": rows}
+
+
 def billion(setup: Setup) -> dict[str, Any]:
     """Decode steps of a random model of 1.1 billion parameters, greedy: their share of the floor."""
     config, context = setup.of(ONE_BILLION), 32 if setup.tiny else 512
@@ -464,6 +488,7 @@ PARTS: dict[str, Part] = {
     "invariance": Part(invariance, 60),
     "start": Part(start, 60),
     "steps": Part(steps, 150),
+    "http": Part(http, 90),
     "attention": Part(attention, 60),
     "billion": Part(billion, 60),
     "layouts": Part(layouts, 60),
