@@ -1,4 +1,4 @@
-"""Triton's kernels compiled for a GPU that is not there: types that its interpreter does not check, and shared memory."""
+"""Triton kernels compiled for a GPU that is not there: what its interpreter does not check, types and shared memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.documents import ROOT
 
 SHARED_MEMORY = 227 * 1024  # bytes of one program on sm_90
 
-# Whole steps whose launches compile and do nothing, in a process of its own: importing the kernels decides how they run.
+# Whole steps whose launches compile and do nothing; in a process of its own, since an import decides how kernels run.
 SCRIPT = """
 import sys
 import torch
@@ -68,6 +68,7 @@ CASES = {
     "130m": ("setting2", 64, 12, 12, 128, "mixed", "bfloat16"),
     "370m": ("setting1", 128, 8, 8, 256, "latent", "bfloat16"),
     "rebuilt": ("setting2", 64, 12, 12, 128, "latent", "bfloat16"),
+    "rebuilt from wide latents": ("setting2", 128, 8, 8, 1024, "latent", "bfloat16"),
     "widest": ("setting2", 256, 8, 1, 0, "full", "bfloat16"),
     "float32": ("setting2", 128, 8, 2, 256, "mixed", "float32"),
 }

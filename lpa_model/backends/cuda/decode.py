@@ -74,6 +74,7 @@ def decode_attention(
     bias = q if rebuilt is None or rebuilt.bias is None else rebuilt.bias
     cos, sin = (q, q) if rebuilt is None else rebuilt.rotary
     half = 0 if rebuilt is None else cos.shape[1]
+    half_block = max(16, triton.next_power_of_2(max(half, 1)))
     key_block, value_block = triton.next_power_of_2(key_width), triton.next_power_of_2(value_width)
     block_heads = max(16, triton.next_power_of_2(split.heads))
     _attend[(rows, split.programs, most)](
@@ -110,7 +111,9 @@ def decode_attention(
         REBUILT=rebuilt is not None,
         HAS_BIAS=rebuilt is not None and rebuilt.bias is not None,
         HALF=half,
-        HALF_BLOCK=max(16, triton.next_power_of_2(max(half, 1))),
+        HALF_BLOCK=half_block,
+        # both halves of B_k, twice for two stages: 32 KB
+        RANK_BLOCK=min(key_block, 8192 // (half_block * q.element_size())),
         UP_WIDTH=query_width,
         num_warps=8 if block_heads * value_block > 16 * 512 else 4,
         num_stages=_stages(keys),
@@ -155,7 +158,8 @@ def _tile(key_block: int, value_block: int, itemsize: int) -> int:
 def _rebuilt_scores(
     scores,
     q,
-    latents,
+    latent_rows,  # [TILE] pointers
+    seen,
     up,
     bias,
     cos_tile,
@@ -167,27 +171,37 @@ def _rebuilt_scores(
     key_width,
     HALF: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
-    KEY_BLOCK: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
     UP_WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     key_head,
 ):
-    """scores [BLOCK_HEADS, TILE] += q [BLOCK_HEADS, dh] x rotated (latents [TILE, KEY_BLOCK] x B_k [r, dh]).
+    """scores [BLOCK_HEADS, TILE] += q [BLOCK_HEADS, dh] x rotated (latents [TILE, r] x B_k [r, dh]).
 
-    A pair that is rotated is (i, i + dh/2): both halves are products of their own."""
+    A pair that is rotated is (i, i + dh/2): both halves are products of their own, RANK_BLOCK of the latent at a time.
+    """
     i = tl.arange(0, HALF_BLOCK)
-    r = tl.arange(0, KEY_BLOCK)
-    within = (r < key_width)[:, None] & (i < HALF)[None, :]
-    at = up + key_head.to(tl.int64) * UP_WIDTH * key_width + i[None, :] * key_width + r[:, None]
-    first = tl.dot(latents, tl.load(at, mask=within, other=0.0), input_precision="ieee")
-    second = tl.dot(latents, tl.load(at + HALF * key_width, mask=within, other=0.0), input_precision="ieee")
+    up_rows = up + key_head.to(tl.int64) * UP_WIDTH * key_width + i[None, :] * key_width
+    first = tl.zeros((TILE, HALF_BLOCK), dtype=tl.float32)
+    second = tl.zeros((TILE, HALF_BLOCK), dtype=tl.float32)
+    for start in range(0, key_width, RANK_BLOCK):
+        r = start + tl.arange(0, RANK_BLOCK)
+        latent_mask = seen[:, None] & (r < key_width)[None, :]
+        latents = tl.load(latent_rows[:, None] + r[None, :], mask=latent_mask, other=0.0)
+        within = (r < key_width)[:, None] & (i < HALF)[None, :]
+        some = tl.load(up_rows + r[:, None], mask=within, other=0.0)
+        first = tl.dot(latents, some, first, input_precision="ieee")
+        some = tl.load(up_rows + HALF * key_width + r[:, None], mask=within, other=0.0)
+        second = tl.dot(latents, some, second, input_precision="ieee")
     if HAS_BIAS:
         first += tl.load(bias + key_head * UP_WIDTH + i, mask=i < HALF, other=0.0).to(tl.float32)[None, :]
         second += tl.load(bias + key_head * UP_WIDTH + HALF + i, mask=i < HALF, other=0.0).to(tl.float32)[None, :]
-    first = first.to(latents.dtype).to(tl.float32)  # a key has the cache's dtype before it is rotated, and after
-    second = second.to(latents.dtype).to(tl.float32)
-    rotated_first = (first * cos_tile - second * sin_tile).to(latents.dtype)
-    rotated_second = (second * cos_tile + first * sin_tile).to(latents.dtype)
+    dtype = q.dtype.element_ty
+    first = first.to(dtype).to(tl.float32)  # a key has the cache's dtype before it is rotated, and after
+    second = second.to(dtype).to(tl.float32)
+    rotated_first = (first * cos_tile - second * sin_tile).to(dtype)
+    rotated_second = (second * cos_tile + first * sin_tile).to(dtype)
     q_at = q + q_row_start + head_rows[:, None] * q_head + i[None, :]
     mine = inside[:, None] & (i < HALF)[None, :]
     scores = tl.dot(tl.load(q_at, mask=mine, other=0.0), tl.trans(rotated_first), scores, input_precision="ieee")
@@ -236,6 +250,7 @@ def _attend(
     HAS_BIAS: tl.constexpr,
     HALF: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
     UP_WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -267,8 +282,6 @@ def _attend(
         key_rows = keys + block * key_block + token * key_token
         scores = tl.zeros((BLOCK_HEADS, TILE), dtype=tl.float32)
         if REBUILT:
-            latent_mask = seen[:, None] & (key_cols < key_width)[None, :]
-            latents = tl.load(key_rows[:, None] + key_cols[None, :], mask=latent_mask, other=0.0)
             i = tl.arange(0, HALF_BLOCK)
             angle = t[:, None] * HALF + i[None, :]
             angle_mask = seen[:, None] & (i < HALF)[None, :]
@@ -278,7 +291,8 @@ def _attend(
                 scores = _rebuilt_scores(
                     scores,
                     q,
-                    latents,
+                    key_rows,
+                    seen,
                     up,
                     bias,
                     cos_tile,
@@ -290,7 +304,8 @@ def _attend(
                     key_width,
                     HALF,
                     HALF_BLOCK,
-                    KEY_BLOCK,
+                    RANK_BLOCK,
+                    TILE,
                     UP_WIDTH,
                     HAS_BIAS,
                     first_key + g,
