@@ -151,7 +151,8 @@ def test_what_is_refused_says_why_and_what_would_help() -> None:
     choice = select.choose(tiny_config(), dtype="float32", block_size=32, instruction_sets=sets_of("avx2"))
     assert (choice.candidate, choice.refused) == (select.C, ())
     odd = select.choose(tiny_config(), dtype="float32", block_size=5, instruction_sets=sets_of("avx2"))
-    assert (odd.candidate, odd.refused) == (select.TORCH, (("cpu", "block_size 5 is odd; take 32, 64 or 128"),))
+    reasons = (("cpu", "block_size 5 is odd; take 32, 64 or 128"), ("cuda", "is for GPUs"))
+    assert (odd.candidate, odd.refused) == (select.TORCH, reasons)
     bare = select.choose(tiny_config(), dtype="float32", instruction_sets=())
     assert bare.candidate is select.TORCH
     assert bare.refused[0][1].startswith("its kernels are not compiled; `make kernels` does it")
