@@ -21,12 +21,12 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from lpa_model.backends.cuda import decode, gemm, kernels, norms, prompt, rope, swiglu, twins
+from lpa_model.backends.cuda.backend import CudaBackend
 from lpa_model.backends.cuda.rows import Decodes, Prompts, Rows, step_rows
 from lpa_model.backends.cuda.weights import Grouped, Heads, KeyUp, Matrix, Norm, PerHead, Rotary, Segment, padded
 from lpa_model.batch import Batch, Span
 from lpa_model.config import CacheLayout
-from tests.test_backends import BLOCK_SIZE, Text, exact_twin, loaded, plain_logprobs, run
-from tests.test_cuda_step import Steps, steps, subject
+from tests.test_backends import BLOCK_SIZE, Subject, Text, exact_twin, loaded, plain_logprobs, run
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -279,10 +279,6 @@ def test_prompt_attention(dtype: torch.dtype) -> None:
     assert torch.equal(part, out[-26:])
 
 
-class KernelSteps(Steps):
-    ops = KERNELS
-
-
 CASES: list[tuple[str, CacheLayout]] = [
     ("setting1-gqa", "latent"),
     ("setting1-dense-v", "latent"),
@@ -301,13 +297,25 @@ def small_texts(rng: random.Random) -> list[Text]:
     return texts
 
 
+def computed(case: str, layout: CacheLayout, seed: int) -> list[Text]:
+    """Texts that went through the backend in random chunks and batches."""
+    model = loaded(case, Subject(torch.float32, "cuda", "float32", torch.float32))
+    texts = small_texts(random.Random(1))
+    run(CudaBackend(model, "kernels", KERNELS, True), layout, texts, seed=seed)
+    return texts
+
+
 @pytest.mark.parametrize(("case", "layout"), CASES)
 @torch.inference_mode()
-def test_whole_steps(case: str, layout: CacheLayout) -> None:
-    backend = KernelSteps(steps(case, torch.float32).model, "kernels", torch.float32)
-    texts = small_texts(random.Random(1))
-    run(backend, layout, texts, seed=1)
-    model = exact_twin(loaded(case, subject(torch.float32)))
-    for text in texts:
+def test_whole_steps_equal_the_plain_forward(case: str, layout: CacheLayout) -> None:
+    model = exact_twin(loaded(case, Subject(torch.float32, "cuda", "float32", torch.float32)))
+    for text in computed(case, layout, seed=1):
         found, expected = torch.cat(text.rows), plain_logprobs(model, text.ids)[text.shared :]
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_bits_do_not_depend_on_chunks_and_batches() -> None:
+    first, second = (computed("setting2", "mixed", seed) for seed in (1, 2))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(torch.cat(one.rows), torch.cat(other.rows))
