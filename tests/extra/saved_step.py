@@ -129,7 +129,8 @@ def _walk(record: int) -> tuple[list[Part], list[int]]:
     parts = [Part(record, OP_LIST.itemsize)]
     places = [record + OP_LIST.fields[name][1] for name in ("ops", "counters")]
     parts.append(Part(int(op_list["ops"]), OP.itemsize * int(op_list["num_ops"])))
-    parts.append(Part(int(op_list["counters"]), 8 * (1 + 2 * int(op_list["num_ops"])), scratch=True))
+    counters = 1 + int(op_list["num_ops"]) * (1 + int(op_list["lanes"]))
+    parts.append(Part(int(op_list["counters"]), 8 * counters, scratch=True))
     attentions = set()
     for i, op in enumerate(_array(op_list["ops"], OP, op_list["num_ops"])):
         places += [int(op_list["ops"]) + i * OP.itemsize + OP.fields[name][1] for name in OP_POINTERS]

@@ -47,7 +47,7 @@ OP = _record(
     """,
     "eps",
 )
-OP_LIST = _record("ops num_ops rows counters")
+OP_LIST = _record("ops num_ops rows lanes counters")
 ATTENTION = _record(
     """
     dtype cache_dtype q new_keys new_values keys values key_scales value_scales out rope

@@ -47,7 +47,6 @@ class OpList:
         self._num_attentions = 0
         self._free: list[Tensor] = []
         self._in_use: list[Tensor] = []
-        self._counters = np.zeros(0, dtype=np.int64)
 
     def workspace(self, rows: int, width: int) -> Tensor:
         """[rows, width] for what one operation writes and later ones read, until `free_workspaces`."""
@@ -185,14 +184,13 @@ class OpList:
         if self._array is None:
             values = [tuple(op.get(name, 0) for name in OP.names or ()) for op in self._ops]
             self._array = np.array(values, dtype=OP)
-            self._counters = np.zeros(1 + 2 * len(self._array), dtype=np.int64)
         if start == end:
             return
-        self._counters[:] = 0
-        ops = self._array[start:end]
-        record = np.array([(address_of(ops), len(ops), rows, self._counters.ctypes.data)], dtype=OP_LIST)
-        self._kernel(address_of(record), torch.get_num_threads())
-        if not self._counters[0]:
+        ops, threads = self._array[start:end], torch.get_num_threads()
+        counters = np.zeros(1 + len(ops) * (1 + threads), dtype=np.int64)
+        record = np.array([(address_of(ops), len(ops), rows, threads, counters.ctypes.data)], dtype=OP_LIST)
+        self._kernel(address_of(record), threads)
+        if not counters[0]:
             raise MemoryError(f"no scratch for an op list of {rows} rows")
 
     def _norm_width(self, weight: Tensor, *tensors: Tensor) -> int:

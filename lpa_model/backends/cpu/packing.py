@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpa_model.backends.cpu.args import Dtype
+from lpa_model.backends.cpu.huge_pages import HugePages
 from lpa_model.quantization import GROUP, Quantized
 
 PANEL_WIDTH = 16  # outputs of a panel
@@ -52,10 +53,11 @@ def padded(features: int) -> int:
     return -(-features // PAIR) * PAIR
 
 
-def pack(weight: Weight, bias: Tensor | None = None, groups: int = 1) -> PackedWeight:
+def pack(weight: Weight, bias: Tensor | None = None, groups: int = 1, memory: HugePages | None = None) -> PackedWeight:
     """Weight [groups * out, in] and bias [groups * out] in panels of the weight's own type.
 
-    `out` and `in` of each group are padded to multiples of 32 with zeros, so that padded outputs are zeros.
+    `out` and `in` of each group are padded to multiples of 32 with zeros, so that padded outputs are zeros. `memory`:
+    where the panels are put.
 
     Raises:
         ValueError: there are no panels of the weight's type.
@@ -65,16 +67,16 @@ def pack(weight: Weight, bias: Tensor | None = None, groups: int = 1) -> PackedW
     if bias is not None:
         bias = F.pad(bias.view(groups, out), (0, padded(out) - out)).flatten().contiguous()
     panels, dtype, width = _panels(whole)
-    return PackedWeight(panels, dtype, bias, width, groups * padded(out), groups)
+    return PackedWeight(_placed(panels, memory), dtype, bias, width, groups * padded(out), groups)
 
 
-def pack_gated(gate: Weight, up: Weight) -> PackedWeight:
+def pack_gated(gate: Weight, up: Weight, memory: HugePages | None = None) -> PackedWeight:
     """Both weights [out, in], a panel of one after a panel of the other: for the epilogue SWIGLU_GATED, whose output is
     silu(x . gate) * (x . up)."""
     out = padded(rows_of(gate))
     (first, dtype, width), (second, _, _) = (_panels(by_rows(w, lambda rows: pad_rows(rows, out))) for w in (gate, up))
     panels = torch.stack([first, second], dim=1).flatten(0, 1)
-    return PackedWeight(panels, dtype, None, width, out, gated=True)
+    return PackedWeight(_placed(panels, memory), dtype, None, width, out, gated=True)
 
 
 def rows_of(weight: Weight) -> int:
@@ -94,6 +96,10 @@ def pad_rows(x: Tensor, rows: int) -> Tensor:
     return F.pad(x, (0, 0, 0, rows - x.shape[-2]))
 
 
+def _placed(panels: Tensor, memory: HugePages | None) -> Tensor:
+    return panels.contiguous() if memory is None else memory.copy(panels)
+
+
 def _panels(weight: Weight) -> tuple[Tensor, Dtype, int]:
     """The panels of a weight of whole pairs of panels, their type, and their inputs."""
     if isinstance(weight, Quantized):
@@ -102,11 +108,11 @@ def _panels(weight: Weight) -> tuple[Tensor, Dtype, int]:
     out, width = len(weight), padded(weight.shape[1])
     weight = F.pad(weight, (0, width - weight.shape[1]))
     if weight.dtype is torch.float32:
-        return weight.view(out // PANEL_WIDTH, PANEL_WIDTH, width).transpose(1, 2).contiguous(), Dtype.FLOAT32, width
+        return weight.view(out // PANEL_WIDTH, PANEL_WIDTH, width).transpose(1, 2), Dtype.FLOAT32, width
     if weight.dtype is not torch.bfloat16:
         raise ValueError(f"weights are float32 or bfloat16, not {weight.dtype}")
     shape = (out // PANEL_WIDTH, PANEL_WIDTH, width // DEPTH, DEPTH // 2, 2)
-    return weight.view(shape).permute(0, 2, 3, 1, 4).contiguous(), Dtype.BFLOAT16, width
+    return weight.view(shape).permute(0, 2, 3, 1, 4), Dtype.BFLOAT16, width
 
 
 def _int8_panels(weight: Quantized) -> Tensor:

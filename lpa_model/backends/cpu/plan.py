@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lpa_model.attention import Attention
 from lpa_model.backends.cpu.args import ATTENTION, Epilogue
 from lpa_model.backends.cpu.attention import NO_DECODES, NO_PROMPTS, DecodeRows, PromptRows, layer_fields
+from lpa_model.backends.cpu.huge_pages import HugePages
 from lpa_model.backends.cpu.library import Kernel
 from lpa_model.backends.cpu.oplist import OpList, gemm
 from lpa_model.backends.cpu.packing import PackedWeight, Weight, by_rows, pack, pack_gated, pad_rows, padded, rows_of
@@ -52,8 +53,11 @@ class Norm:
 class LayerPlan:
     """A block's packed weights, and its operations over a cache."""
 
-    def __init__(self, block: PostNormBlock | PreNormBlock, cache: LatentCache, held: torch.dtype) -> None:
-        """`held`: what weights are packed as, unless they are quantised."""
+    def __init__(
+        self, block: PostNormBlock | PreNormBlock, cache: LatentCache, held: torch.dtype, memory: HugePages
+    ) -> None:
+        """`held`: what weights are packed as, unless they are quantised; `memory`: where."""
+        self._memory = memory
         attention = block.attention
         self.held = held
         rotary = isinstance(block, PreNormBlock)
@@ -91,14 +95,14 @@ class LayerPlan:
             if isinstance(layer, LowRankLinear):
                 joint.append(_matrix(layer.down, self.held))
                 latent = (name == "k" and keys_latent) or (name == "v" and values_latent)
-                ups.append(None if latent else pack(*of_heads(layer.up, count, rows)))
+                ups.append(None if latent else self._pack(*of_heads(layer.up, count, rows)))
             elif name == "q":  # attention reads whole rows of queries
                 joint.append(None)
-                ups.append(pack(*of_heads(layer, count, rows)))
+                ups.append(self._pack(*of_heads(layer, count, rows)))
             else:
                 joint.append(of_heads(layer, count, rows))
                 ups.append(None)
-        self.joint, self.joint_widths = _pack_joint(joint)
+        self.joint, self.joint_widths = _pack_joint(joint, self._memory)
         self.query, self.key, self.value = ups
         norms = (attention.q_norm, attention.k_norm)
         self.head_norms = [
@@ -108,18 +112,18 @@ class LayerPlan:
         if keys_latent:
             by_head = attention.key_up()[:, order].transpose(1, 2).repeat_interleave(group, 0)  # [H, r, dh]
             by_head = F.pad(by_head, (0, padded(size) - size))
-            self.absorbed = pack(self._held_like(attention.k_proj, by_head.flatten(0, 1)), groups=heads)
+            self.absorbed = self._pack(self._held_like(attention.k_proj, by_head.flatten(0, 1)), None, heads)
         if values_latent:
             up, bias = attention.value_up()
             up, bias = up.repeat_interleave(group, 0), None if bias is None else bias.repeat_interleave(group, 0)
             weight = self._held_like(attention.v_proj, up.flatten(0, 1))
-            self.up = pack(weight, None if bias is None else bias.flatten(), groups=heads)
+            self.up = self._pack(weight, None if bias is None else bias.flatten(), heads)
         (first, bias), *rest = self._matrices(attention.o_proj)
         if size != padded(size):
             plain_first = first.dequantized()[:, : heads * size] if isinstance(first, Quantized) else first
             by_head = F.pad(plain_first.unflatten(1, (heads, size)), (0, padded(size) - size)).flatten(1)
             first = quantize(by_head, first.bits) if isinstance(first, Quantized) else by_head
-        self.output = [pack(*matrix) for matrix in ((first, bias), *rest)]
+        self.output = [self._pack(*matrix) for matrix in ((first, bias), *rest)]
 
     def _pack_ffn(self, ffn: ReluFFN | SwiGLU) -> None:
         self.gated = self.gate_joint = None
@@ -128,15 +132,18 @@ class LayerPlan:
         if isinstance(ffn, SwiGLU):
             gate, up = self._matrices(ffn.gate_proj), self._matrices(ffn.up_proj)
             if len(gate) == len(up) == 1:
-                self.gated = pack_gated(*_alike([gate[0][0], up[0][0]]))
+                self.gated = pack_gated(*_alike([gate[0][0], up[0][0]]), self._memory)
             elif len(gate) == len(up) == 2:
-                self.gate_joint, self.gate_widths = _pack_joint([gate.pop(0), up.pop(0)])
-            self.gate = [pack(*matrix) for matrix in gate]
+                self.gate_joint, self.gate_widths = _pack_joint([gate.pop(0), up.pop(0)], self._memory)
+            self.gate = [self._pack(*matrix) for matrix in gate]
         else:
             assert isinstance(ffn, ReluFFN)
             up = self._matrices(ffn.up_proj)
-        self.inner = [] if self.gated else [pack(*matrix) for matrix in up]
-        self.outer = [pack(*matrix) for matrix in self._matrices(ffn.down_proj)]
+        self.inner = [] if self.gated else [self._pack(*matrix) for matrix in up]
+        self.outer = [self._pack(*matrix) for matrix in self._matrices(ffn.down_proj)]
+
+    def _pack(self, weight: Weight, bias: Tensor | None, groups: int = 1) -> PackedWeight:
+        return pack(weight, bias, groups, self._memory)
 
     def _matrices(self, layer: nn.Module) -> list[Matrix]:
         """A low-rank layer's two, or a dense one's only one."""
@@ -243,8 +250,10 @@ class StepPlan:
             self.rope = rope_cache(model.rotary, padded(model.config.head_size))
         if model.norm is not None:
             self.norm = Norm.of(model.norm)
-        self.layers = [LayerPlan(cast("PostNormBlock | PreNormBlock", block), cache, held) for block in model.layers]
-        self.output = pack(*_matrix(model.lm_head, held))
+        memory = HugePages()
+        blocks = [cast("PostNormBlock | PreNormBlock", block) for block in model.layers]
+        self.layers = [LayerPlan(block, cache, held, memory) for block in blocks]
+        self.output = pack(*_matrix(model.lm_head, held), memory=memory)
         self.capacity = 0
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Mapping[int, Tensor]]:
@@ -338,7 +347,7 @@ def _alike(weights: Sequence[Weight]) -> list[Weight]:
     return [weight.dequantized().bfloat16() if isinstance(weight, Quantized) else weight for weight in weights]
 
 
-def _pack_joint(matrices: Sequence[Matrix | None]) -> tuple[PackedWeight | None, list[int]]:
+def _pack_joint(matrices: Sequence[Matrix | None], memory: HugePages) -> tuple[PackedWeight | None, list[int]]:
     """Several matrices of one input as one weight, and the padded widths of their outputs, 0 for None."""
     present = [matrix for matrix in matrices if matrix is not None]
     widths = [0 if matrix is None else padded(rows_of(matrix[0])) for matrix in matrices]
@@ -349,7 +358,7 @@ def _pack_joint(matrices: Sequence[Matrix | None]) -> tuple[PackedWeight | None,
     if given := [bias for _, bias in present if bias is not None]:
         biases = [given[0].new_zeros(rows_of(weight)) if bias is None else bias for weight, bias in present]
         bias = torch.cat([F.pad(bias, (0, padded(len(bias)) - len(bias))) for bias in biases])
-    return pack(_joined(parts), bias), widths
+    return pack(_joined(parts), bias, memory=memory), widths
 
 
 def _joined(parts: Sequence[Weight]) -> Weight:

@@ -48,6 +48,7 @@ EXPORT const struct field lpa_fields[] = {
     FIELD(op_list, ops),
     FIELD(op_list, num_ops),
     FIELD(op_list, rows),
+    FIELD(op_list, lanes),
     FIELD(op_list, counters),
 
     RECORD(attention),

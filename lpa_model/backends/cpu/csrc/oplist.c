@@ -1,5 +1,8 @@
 /* The op list: the threads of a team take each operation's work items, and wait for its last one.
  *
+ * An op's items fall into lanes, one for each thread. Those of a lane lie side by side in memory, and its thread takes
+ * them one after another, so that what it prefetches is what it reads next. A lane that is left is shared by all.
+ *
  * The caller waits for work items, never for threads: a thread that starts late, or never, has its share done by the
  * others. Which thread computes an item changes no bit of it.
  */
@@ -71,9 +74,9 @@ static void run_item(const struct op *op, int64_t rows, int64_t item, void *scra
     }
 }
 
-static void run_op(const struct op_list *list, int64_t i, void *scratch) {
+static void run_op(const struct op_list *list, int64_t i, int64_t mine, void *scratch) {
     const struct op *op = &list->ops[i];
-    int64_t *taken = &list->counters[1 + 2 * i], *done = taken + 1;
+    int64_t lanes = list->lanes, *done = &list->counters[1 + i * (1 + lanes)], *taken = done + 1;
     if (op->kind == ATTENTION_DECODE) {
         const struct attention *a = op->x;
         if (!a->rows) return;
@@ -81,13 +84,18 @@ static void run_op(const struct op_list *list, int64_t i, void *scratch) {
         wait_until(&a->counters[1 + a->rows], a->rows);
         return;
     }
-    int64_t items = items_of(op, list->rows);
+    int64_t items = items_of(op, list->rows), count = 0;
     if (!items) return;
     *(int64_t *)scratch = -1;
-    for (int64_t item = fetch_add(taken); item < items; item = fetch_add(taken)) {
-        run_item(op, list->rows, item, scratch);
-        fetch_add(done);
+    for (int64_t k = 0; k < lanes; k++) {
+        int64_t lane = (mine + k) % lanes, first = lane * items / lanes, size = (lane + 1) * items / lanes - first;
+        if (fetch(&taken[lane]) >= size) continue;
+        for (int64_t item = fetch_add(&taken[lane]); item < size; item = fetch_add(&taken[lane])) {
+            run_item(op, list->rows, first + item, scratch);
+            count++;
+        }
     }
+    add_to(done, count);
     wait_until(done, items);
 }
 
@@ -96,9 +104,9 @@ void run_op_list(const struct op_list *list) {
     for (int64_t i = 0; i < list->num_ops; i++) bytes = max_i64(bytes, scratch_of(&list->ops[i], list->rows));
     void *scratch = aligned_alloc(CACHE_LINE, (size_t)(ceil_div(bytes, CACHE_LINE) * CACHE_LINE));
     if (!scratch) return; /* other threads do the work; if there is none, counters[0] says so */
-    fetch_add(&list->counters[0]);
+    int64_t mine = fetch_add(&list->counters[0]) % list->lanes;
     tiles_configure();
-    for (int64_t i = 0; i < list->num_ops; i++) run_op(list, i, scratch);
+    for (int64_t i = 0; i < list->num_ops; i++) run_op(list, i, mine, scratch);
     tiles_release();
     free(scratch);
 }

@@ -61,7 +61,9 @@ struct op_list {
     const struct op *ops;
     int64_t num_ops;
     int64_t rows;
-    int64_t *counters; /* [1 + 2 * num_ops], zeros: threads that got scratch; items taken and done of each op */
+    int64_t lanes;     /* parts that the work items of each op fall into: as many as there are threads */
+    int64_t *counters; /* [1 + num_ops * (1 + lanes)], zeros: threads that got scratch; of each op items done, and items
+                          taken of each lane */
 };
 
 /* A layer's attention over a paged cache, in the ops from ATTENTION_DECODE on. Numbers are as `dtype` says, those of the

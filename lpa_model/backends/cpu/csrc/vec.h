@@ -556,6 +556,8 @@ INLINE void pause_core(void) {
 /* Adds 1 for all threads to see; returns what was there. */
 INLINE int64_t fetch_add(int64_t *counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL); }
 
+INLINE void add_to(int64_t *counter, int64_t n) { __atomic_fetch_add(counter, n, __ATOMIC_ACQ_REL); }
+
 INLINE int64_t fetch(const int64_t *counter) { return __atomic_load_n(counter, __ATOMIC_ACQUIRE); }
 
 INLINE int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
