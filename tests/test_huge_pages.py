@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gc
 import itertools
+import mmap
 import weakref
 
 import pytest
 import torch
 
-from lpa_model.backends.cpu import huge_pages
 from lpa_model.backends.cpu.huge_pages import CACHE_LINE, CHUNK, HugePages
 
 
@@ -34,13 +34,11 @@ def test_copies_hold_what_was_copied_and_do_not_overlap() -> None:
 def test_memory_is_freed_with_the_last_tensor_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[weakref.ref[object]] = []
 
-    class Watched(huge_pages.mmap.mmap):
-        def __new__(cls, *arguments: int, **named: int) -> Watched:
-            found = super().__new__(cls, *arguments, **named)
-            made.append(weakref.ref(found))
-            return found
+    class Watched(mmap.mmap):
+        def __init__(self, *arguments: int, **named: int) -> None:
+            made.append(weakref.ref(self))
 
-    monkeypatch.setattr(huge_pages.mmap, "mmap", Watched)
+    monkeypatch.setattr(mmap, "mmap", Watched)
     memory = HugePages()
     first, second = memory.copy(torch.ones(3)), memory.copy(torch.ones(5))
     [chunk] = made
