@@ -286,6 +286,61 @@ def test_budgets_that_cannot_be_met_are_refused_with_the_reason(dense_folder: Pa
         factorise(dense_folder, full, Budget(keep=0.9), random_windows(), torch.float32)
 
 
+@pytest.mark.parametrize("method", ["weights", "kfac"])
+def test_what_is_kept_of_a_text_serves_other_budgets_with_the_same_numbers(
+    dense_folder: Path, tmp_path: Path, method: Any
+) -> None:
+    windows, more, cuts = random_windows(), random_windows(2), tmp_path / "cuts"
+
+    def made(name: str, cuts: Path | None = None, **budget: Any) -> tuple[bytes, bytes]:
+        given = Budget(**budget, method=method, **SMALL)
+        rows = factorise(
+            dense_folder,
+            tmp_path / name,
+            given,
+            windows,
+            torch.float32,
+            more=more,
+            states=tmp_path / f"{name}.safetensors",
+            cuts=cuts,
+        )
+        assert rows == found.setdefault(str(budget), rows)
+        return (tmp_path / name / "model.safetensors").read_bytes(), (tmp_path / f"{name}.safetensors").read_bytes()
+
+    found: dict[str, Any] = {}
+    for number, budget in enumerate([{"keep": 0.8}, {"cache_ratio": 1.25}, {"keep": 0.6, "attention_only": True}]):
+        assert made(f"alone{number}", **budget) == made(f"kept{number}", cuts, **budget)
+    before = {path.name: path.stat().st_mtime_ns for path in cuts.iterdir()}
+    assert set(before) == {"curves.json", "0.safetensors", "1.safetensors"}
+    made("last", cuts, rank=12)
+    assert {path.name: path.stat().st_mtime_ns for path in cuts.iterdir()} == before
+    other = Budget(keep=0.8, method=method, multiple=8)
+    for text, refused, match in (
+        (windows[:3], Budget(keep=0.8, method=method, **SMALL), "cuts: .*cuts is of text "),
+        (windows, Budget(keep=0.8, method="none", **SMALL), f"cuts: .*cuts is of method {method}: name another folder"),
+        (windows, other, "cuts: .*cuts is of multiple 4"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            factorise(dense_folder, tmp_path / "never", refused, text, torch.float32, cuts=cuts)
+    with pytest.raises(ValueError, match="exists already"):
+        factorise(dense_folder, tmp_path / "never", other, windows, torch.float32, cuts=tmp_path / "last")
+    assert not list(tmp_path.glob("never*")) and not list(tmp_path.glob(".*"))
+
+
+def test_divergence_and_its_gradient_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repair, "ROWS", 16)
+    model, dense, ids = random_model(dense_config(), seed=1), random_model(dense_config()), random_windows(1, 40)[0]
+    model.requires_grad_(True)
+    with torch.no_grad():
+        states = dense(ids[None])[0]
+        wanted = model.logits(states).log_softmax(-1)
+    loss = (wanted.exp() * (wanted - model.logits(model(ids[None])[0]).log_softmax(-1))).sum() / len(ids)
+    weight = model.layers[0].get_parameter("attention.q_proj.weight")
+    (gradient,) = torch.autograd.grad(loss, weight)
+    assert repair.divergence(model, ids, states, train=True) == pytest.approx(loss.item(), rel=1e-5)
+    torch.testing.assert_close(weight.grad, gradient, atol=1e-6, rtol=1e-4)
+
+
 def test_gradients_are_those_of_every_token(tmp_path: Path) -> None:
     """Against autograd on the output of one projection, with the same labels drawn."""
     model, windows = random_model(dense_config()), random_windows(2, 20)
@@ -324,7 +379,7 @@ def repaired(source: Path, folder: Path, steps: int, stop_after: int | None = No
 
 def test_repair_goes_on_to_the_same_bits_and_brings_the_models_closer(dense_folder: Path, tmp_path: Path) -> None:
     whole = repaired(dense_folder, tmp_path / "whole", 40)
-    assert [step.step for step in whole] == list(range(1, 41))
+    assert [step.step for step in whole] == list(range(41))
     assert repaired(dense_folder, tmp_path / "parts", 40, stop_after=13)[-1].step == 13
     assert not (tmp_path / "parts").exists()
     with pytest.raises(ValueError, match=r"parts\.repair: is of a start with keep 0.7"):
@@ -379,6 +434,13 @@ def test_the_command_makes_factors_of_a_llama_and_reports(tmp_path: Path, monkey
     own = ("convert", "lowrank", tmp_path / "own", tmp_path / "x")
     assert_one_line(lpa(*own, "--cache-ratio", 1.9), "cache_ratio: 1.9 cannot be met: rotary keys")
     assert_one_line(lpa("convert", "llama", tmp_path / "llama", tmp_path / "x", "--repair", 3), "repair: needs keep")
-    out = succeed(*own, "--cache-ratio", 1.2, *given, "--repair", 3)
-    assert "step 3: KL" in out and load(tmp_path / "x").config.ffn_rank is None
+    out = succeed(*own, "--cache-ratio", 1.2, *given, "--cuts", tmp_path / "cuts", "--repair", 3)
+    assert "step 0, on text held out" in out and "step 3, KL" in out and load(tmp_path / "x").config.ffn_rank is None
     assert not (tmp_path / "x.repair").exists()
+    again = ("convert", "lowrank", tmp_path / "own", tmp_path / "y", "--keep", 0.7, *given, "--cuts", tmp_path / "cuts")
+    succeed(*again)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("new", "y")]
+    assert weights[0] == weights[1]
+    assert_one_line(
+        lpa(*again[:3], tmp_path / "z", *again[4:], "--method", "none"), "is of method weights: name another"
+    )

@@ -86,6 +86,7 @@ def llama(
     method: factors.How = "weights",
     calibrate: factors.Calibrate = None,
     calibrate_tokens: factors.CalibrateTokens = 65536,
+    cuts: factors.Cuts = None,
     repair: factors.Repair = None,
     dtype: KeptDtype = "auto",
 ) -> None:
@@ -99,7 +100,7 @@ def llama(
     from lpa_model.convert.llama import convert_llama
 
     options = factors.LowRank(
-        keep, cache_ratio, rank, attention_only, uniform, method, calibrate, calibrate_tokens, repair
+        keep, cache_ratio, rank, attention_only, uniform, method, calibrate, calibrate_tokens, cuts, repair
     )
     with user_errors(), ExitStack() as stack:
         path = Path(source)
@@ -252,12 +253,13 @@ def lowrank(
     method: factors.How = "weights",
     calibrate: factors.Calibrate = None,
     calibrate_tokens: factors.CalibrateTokens = 65536,
+    cuts: factors.Cuts = None,
     repair: factors.Repair = None,
     dtype: StoredDtype = "float32",
 ) -> None:
     """Replace matrices of a dense model by low-rank factors, within a budget of parameters or cache bytes."""
     options = factors.LowRank(
-        keep, cache_ratio, rank, attention_only, uniform, method, calibrate, calibrate_tokens, repair
+        keep, cache_ratio, rank, attention_only, uniform, method, calibrate, calibrate_tokens, cuts, repair
     )
     with user_errors():
         if (budget := options.budget()) is None:

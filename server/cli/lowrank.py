@@ -69,6 +69,13 @@ Calibrate = Annotated[
     ),
 ]
 CalibrateTokens = Annotated[int, typer.Option(min=1, help="Tokens to calibrate on.", rich_help_panel=GROUP)]
+Cuts = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder that keeps what is computed of the text, for other budgets; read if it is there already.",
+        rich_help_panel=GROUP,
+    ),
+]
 Repair = Annotated[
     int | None,
     typer.Option(
@@ -95,6 +102,7 @@ class LowRank:
     method: Literal["weights", "kfac", "none"]
     calibrate: list[Path] | None
     calibrate_tokens: int
+    cuts: Path | None
     repair: int | None
 
     def budget(self) -> Budget | None:
@@ -106,7 +114,7 @@ class LowRank:
         from lpa_model.convert.lowrank.convert import Budget
 
         if self.keep is None and self.cache_ratio is None and self.rank is None:
-            for name in ("attention_only", "uniform", "calibrate", "repair"):
+            for name in ("attention_only", "uniform", "calibrate", "cuts", "repair"):
                 if getattr(self, name):
                     raise ValueError(f"{name}: needs keep, cache_ratio or rank beside it")
             return None
@@ -152,10 +160,16 @@ def factorise_folder(source: Path, folder: Path, options: LowRank, budget: Budge
     if options.repair is None:
         with _progress() as tick:
             rows = factorise(
-                source, folder, budget, texts.calibration, stored, progress=lambda *done: tick("cutting", *done)
+                source,
+                folder,
+                budget,
+                texts.calibration,
+                stored,
+                cuts=options.cuts,
+                progress=lambda *done: tick("cutting", *done),
             )
     else:
-        rows = _repaired(source, folder, budget, texts, options.repair, stored)
+        rows = _repaired(source, folder, budget, texts, options.repair, stored, options.cuts)
     after = load_config(folder)
     print_ranks(rows, before)
     print_sizes(before, after)
@@ -167,7 +181,9 @@ def factorise_folder(source: Path, folder: Path, options: LowRank, budget: Budge
     )
 
 
-def _repaired(source: Path, folder: Path, budget: Budget, texts: Texts, steps: int, dtype: torch.dtype) -> list[Row]:
+def _repaired(
+    source: Path, folder: Path, budget: Budget, texts: Texts, steps: int, dtype: torch.dtype, cuts: Path | None
+) -> list[Row]:
     import torch
 
     from lpa_model.convert.lowrank import repair
@@ -177,16 +193,17 @@ def _repaired(source: Path, folder: Path, budget: Budget, texts: Texts, steps: i
     work = folder.resolve().with_name(folder.name + ".repair")
     held_out = next(iter(texts.measured.values()))[:2]
     with _progress() as tick:
-        rows = repair.prepare(source, work, budget, texts.calibration, texts.more, held_out, tick)
+        rows = repair.prepare(source, work, budget, texts.calibration, texts.more, held_out, tick, cuts)
     stops = interruptible([signal.SIGINT, signal.SIGTERM], "saving after this step; once more ends at once\n")
     windows, step, started = torch.cat([texts.calibration, texts.more]), 0, time.perf_counter()
     with stops as came, _progress() as tick:
         for found in repair.repair(work, folder, windows, held_out, steps, dtype, lambda: bool(came)):
             step = found.step
-            tick(f"repair, KL {found.loss:.4f}", step, steps)
+            loss = "" if found.loss is None else f", KL {found.loss:.4f}"
+            tick(f"repair{loss}", step, steps)
             if found.validation is not None:
                 typer.echo(
-                    f"step {step}: KL {found.loss:.4f} nats per token, on text held out {found.validation:.4f}, "
+                    f"step {step}{loss}, on text held out {found.validation:.4f} nats per token, "
                     f"{time.perf_counter() - started:.0f} s"
                 )
     if came and step < steps:

@@ -4,5 +4,6 @@ calibrate.py    a text through the model, layer by layer: second moments of what
 factor.py       one matrix: whitened, weighted, cut at a rank; its error curve
 allocate.py     a rank for every matrix from one budget of parameters or cache bytes
 convert.py      these together: a dense folder in, a folder of factors and a report out
+kept.py         pairs and error curves of one text in a folder, for other budgets
 repair.py       the factors trained towards the dense model
 """

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lpa_model.checkpoint import check_unquantized, completed, load_config, load_model, load_tokenizer, save_checkpoint
 from lpa_model.config import ATTENTION_PROJECTIONS, LPAConfig, Projection, Rank
-from lpa_model.convert.lowrank import calibrate, gradients, weigh
+from lpa_model.convert.lowrank import calibrate, gradients, kept, weigh
 from lpa_model.convert.lowrank.allocate import Option, allocate, cache_options, parameter_options
 from lpa_model.convert.lowrank.factor import decompose
 from lpa_model.convert.stream import check_free
@@ -190,6 +190,7 @@ def factorise(
     *,
     more: Tensor | None = None,
     states: Path | None = None,
+    cuts: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Row]:
     """Write the dense model folder `source` as factors into `folder`, which must not exist or be empty.
@@ -198,6 +199,8 @@ def factorise(
         windows: token ids int64 [windows, T] of the calibration text.
         more: further windows, of which no moment is taken, only states.
         states: a .safetensors file for the dense model's states before its head, [windows, T, d] as `states`.
+        cuts: a folder where the pairs and error curves of all matrices stay, about as large as the model in float32.
+            If it exists they are taken from there: another budget then needs no pass over the text.
         progress: called with the layers done and their number.
 
     Returns:
@@ -205,20 +208,32 @@ def factorise(
 
     Raises:
         CheckpointError: of the source folder, or its weights are quantised, or `folder` holds something.
-        ValueError: the source is not dense, or the budget cannot be met; before anything is computed.
+        ValueError: the source is not dense, the budget cannot be met, or `cuts` is of another model, text or method;
+            before anything is computed.
     """
     check_free(folder)
     config = check_source(source, budget)
+    facts = kept.facts(source, windows, budget.method, budget.multiple)
+    errors = None if cuts is None else kept.curves(cuts, facts)
     model = load_model(source, torch.float32, torch.device("cpu"))
     folder = folder.resolve()
     work = folder.with_name(f".{folder.name}.{os.getpid()}.new")
-    (work / "factors").mkdir(parents=True)
+    factors = work / "factors" if cuts is None else cuts
+    work.mkdir(parents=True)
     try:
         hidden = calibrate.embed(model, windows if more is None else torch.cat([windows, more]))
-        errors: dict[Key, list[float]] = {}
-        for layer, curves in _cut(model, hidden, windows, budget, work / "factors"):
-            errors.update(curves)
-            progress(layer + 1, config.num_hidden_layers)
+        if errors is None:
+            errors = {}
+            names = budget.projections(config) if cuts is None else config.projections
+            with kept.written(factors, facts, errors) as place:
+                for layer, curves in _cut(model, hidden, windows, budget.method, names, budget.multiple, place):
+                    errors.update(curves)
+                    progress(layer + 1, config.num_hidden_layers)
+        elif states is not None:
+            for layer, block in enumerate(model.layers):
+                with torch.inference_mode():
+                    calibrate.push(block, model.rotary, hidden)
+                progress(layer + 1, config.num_hidden_layers)
         if states is not None:
             assert model.norm is not None
             for window in hidden:
@@ -226,7 +241,7 @@ def factorise(
             save_file({"states": hidden}, states)
         del hidden
         chosen = ranks_within(config, budget, errors)
-        factored = assemble(with_options(config, chosen), model, work / "factors")
+        factored = assemble(with_options(config, chosen), model, factors)
         save_checkpoint(work / "model", factored, load_tokenizer(source), dtype, tokenizer_files=source)
         (work / "model").replace(folder)
     finally:
@@ -256,13 +271,18 @@ def check_source(source: Path, budget: Budget) -> LPAConfig:
 
 
 def _cut(
-    model: LPAForCausalLM, hidden: Tensor, windows: Tensor, budget: Budget, factors: Path
+    model: LPAForCausalLM,
+    hidden: Tensor,
+    windows: Tensor,
+    method: Method,
+    names: Sequence[Projection],
+    multiple: int,
+    factors: Path,
 ) -> Iterator[tuple[int, dict[Key, list[float]]]]:
     """The error curves of every layer in order; its pairs of matrices, as many as could pay, go to `factors`."""
     config = model.config
-    names = budget.projections(config)
     costs: dict[Key, Tensor] = {}
-    if budget.method == "kfac":
+    if method == "kfac":
         costs = gradients.output_moments(model, gradients.short(windows), names)
     for layer, moments in calibrate.layers(model, hidden, names, len(windows)):
         block = model.layers[layer]
@@ -272,12 +292,12 @@ def _cut(
         curves: dict[Key, list[float]] = {}
         for name in names:
             weight = calibrate.projection_of(block, name).get_parameter("weight")
-            outputs = None if budget.method == "none" else weigh.output_weight(config, block, moments, name)
+            outputs = None if method == "none" else weigh.output_weight(config, block, moments, name)
             if costs:
                 outputs = weigh.scaled(outputs, costs[layer, name], len(weight))
             found = decompose(weight, moments.inputs[calibrate.INPUT_OF[name]], outputs)
             curves[layer, name] = (scale * found.errors()).tolist()
-            most = min(len(found.energies), weight.numel() // sum(weight.shape) + budget.multiple)
+            most = min(len(found.energies), weight.numel() // sum(weight.shape) + multiple)
             tensors[f"{name}.down"] = found.down[:most].contiguous()
             tensors[f"{name}.up"] = found.up[:, :most].contiguous()
         save_file(tensors, factors / f"{layer}.safetensors")

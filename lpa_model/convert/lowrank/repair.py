@@ -52,11 +52,12 @@ def prepare(
     more: Tensor,
     held_out: Tensor,
     progress: Callable[[str, int, int], None] = lambda task, done, total: None,
+    cuts: Path | None = None,
 ) -> list[Row]:
     """Factors of the dense folder `source`, refitted, in `work/model`, and beside them all that `distil` needs.
 
     Factors are cut by `windows`; `distil` trains on these and on `more`, both [windows, T]. What is there already is
-    kept: a run that was interrupted goes on. Returns the rows of `factorise`.
+    kept: a run that was interrupted goes on. `cuts` is as in `factorise`, whose rows are returned.
 
     Raises:
         ValueError: `work` is of another start; the message says how they differ.
@@ -83,6 +84,7 @@ def prepare(
         torch.float32,
         more=more,
         states=work / "states.safetensors",
+        cuts=cuts,
         progress=lambda done, total: progress("cutting", done, total),
     )
     model, dense = (load_model(folder, torch.float32, torch.device("cpu")) for folder in (work / "cut", source))
@@ -189,10 +191,11 @@ def _hooked(module: nn.Module, take: Callable[[Tensor], None]) -> torch.utils.ho
 
 @dataclass(frozen=True)
 class Step:
-    """KL of the dense model's distribution and this one's, in nats per token; `validation` on text held out, if any."""
+    """KL of the dense model's distribution and this one's, in nats per token: `loss` of the step's window (None before
+    the first step), and `validation` on text held out, if it was measured."""
 
     step: int
-    loss: float
+    loss: float | None
     validation: float | None
 
 
@@ -204,7 +207,7 @@ def distil(
     steps: int,
     state: Path,
     *,
-    validate_every: int = 50,
+    validate_every: int = 16,
     checkpoint_every: int = 25,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Iterator[Step]:
@@ -215,6 +218,8 @@ def distil(
         teacher: the dense model's states before its head, [windows, T, d] float32.
         held_out: such a pair that is not trained on.
         stopping: called after every step; once it is true, the state is written and the iterator ends.
+
+    A new run first yields step 0, the model as it came.
     """
     model.requires_grad_(False)
     for module in (module for module in model.modules() if isinstance(module, LowRankLinear)):
@@ -235,6 +240,8 @@ def distil(
                 parameter.copy_(saved["factors"][name])
         optimizer.load_state_dict(saved["optimizer"])
         step = saved["step"]
+    else:
+        yield Step(0, None, validate(model, *held_out))
     while step < steps:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * rate(step, steps, WARMUP, FINAL)
@@ -267,7 +274,7 @@ def validate(model: LPAForCausalLM, windows: Tensor, teacher: Tensor) -> float:
 def divergence(model: LPAForCausalLM, ids: Tensor, teacher: Tensor, train: bool = False) -> float:
     """KL(dense || model) per token of one window, ids [T] and states [T, d]; with `train` gradients are added up.
 
-    Logits are made some rows at a time, and so are their gradients.
+    Logits are made some rows at a time, and so are their gradients, which are the difference of the distributions.
     """
     hidden = model(ids[None])[0]
     states = hidden.detach().requires_grad_(train)
@@ -276,11 +283,13 @@ def divergence(model: LPAForCausalLM, ids: Tensor, teacher: Tensor, train: bool 
         rows = slice(start, start + ROWS)
         with torch.no_grad():
             wanted = model.logits(teacher[rows]).log_softmax(-1)
-        found = model.logits(states[rows]).log_softmax(-1)
-        kl = (wanted.exp() * (wanted - found)).sum() / len(ids)
+        logits = model.logits(states[rows])
+        with torch.no_grad():
+            found = logits.log_softmax(-1)
+            shares = wanted.exp()
+            total += (wanted.sub_(found).mul_(shares)).sum().item() / len(ids)
         if train:
-            kl.backward()
-        total += kl.item()
+            logits.backward(found.exp_().sub_(shares).div_(len(ids)))
     if train:
         hidden.backward(states.grad)
     return total
