@@ -56,7 +56,7 @@ def test_quality_is_that_of_the_plain_models(tmp_path: Path) -> None:
     assert rows[1]["parameters"] > rows[0]["parameters"] and rows[0]["cache_bytes"] < rows[1]["cache_bytes"]
     assert set(rows[1]["speeds"]) == {"decode 2", "prefill"} and rows[0]["speeds"]["prefill"]["ratio"] == 1
     picture = (tmp_path / "plot.svg").read_text()
-    assert "one" in picture and "other" in picture and "tokens per second (decode 2), relative to one" in picture
+    assert "one" in picture and "other" in picture and "decoding speed at 2 streams, one = 1" in picture
     table = bench(*asked, *small).stdout
     assert "text.txt (47 tokens)" in table and "decoding, 2 streams" in table
 

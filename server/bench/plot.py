@@ -133,8 +133,8 @@ def plot_capacity(
 
 
 def plot_models(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Of models as `bench_models` returns them: the ratio of perplexities on each text against the speed of one stream
-    (or of the fewest that were measured), and against the bytes of the cache, both in ratios to the first model's.
+    """Of models as `bench_models` returns them: how far perplexity on each text is above the first model's, against the
+    speed of one stream (or of the fewest that were measured), and against the bytes of the cache, both in ratios.
 
     Raises:
         ValueError: no text was measured, or more than there are styles for.
@@ -143,28 +143,52 @@ def plot_models(rows: Sequence[dict[str, Any]], path: Path) -> None:
     if not 1 <= len(first["texts"]) <= len(STYLES):
         raise ValueError(f"plot: needs one text or {len(STYLES)}")
     kind = next(iter(first["speeds"]))
-    figure = _figure(11, 5)
+    figure = _figure(11, 6)
     speed, cache = figure.subplots(1, 2, sharey=True)
     against = {
         speed: [row["speeds"][kind]["ratio"] for row in rows],
         cache: [row["cache_bytes"] / first["cache_bytes"] for row in rows],
     }
+    above = {name: [100 * (row["texts"][name]["ratio"] - 1) for row in rows] for name in first["texts"]}
     for axes, places in against.items():
-        for name, style in zip(first["texts"], STYLES, strict=False):
-            values = [row["texts"][name]["ratio"] for row in rows]
-            errors = [row["texts"][name]["ratio_stderr"] for row in rows]
+        axes.set_yscale("symlog", linthresh=1)  # from 1 % up each decade is equally high
+        axes.yaxis.set_major_formatter("{x:,g} %")
+        for (name, values), style in zip(above.items(), STYLES, strict=False):
+            errors = [100 * row["texts"][name]["ratio_stderr"] for row in rows]
             look = {**style, "linestyle": "none"}
             axes.errorbar(places, values, errors, label=Path(name).name, capsize=2, **look)
-        for row, place in zip(rows, places, strict=True):
-            highest = max(text["ratio"] + text["ratio_stderr"] for text in row["texts"].values())
-            label = Path(row["model"]).name
-            axes.annotate(label, (place, highest), (0, 8), textcoords="offset points", ha="center", fontsize="small")
-        axes.margins(x=0.18, y=0.15)
-    of_first = f"relative to {Path(first['model']).name}"
-    _describe(speed, "Quality and speed", f"tokens per second ({kind}), {of_first}", f"perplexity, {of_first}")
-    _describe(cache, "Quality and cache", f"cache bytes per token, {of_first}", "")
+        axes.margins(x=0.18, y=0.1)
+    count = "1 stream" if kind == "decode 1" else f"{kind.removeprefix('decode ')} streams"
+    of_first = Path(first["model"]).name
+    _describe(speed, "Quality and speed", f"decoding speed at {count}, {of_first} = 1", f"perplexity above {of_first}")
+    _describe(cache, "Quality and cache", f"cache bytes per token, {of_first} = 1", "")
     figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.draw_without_rendering()  # places are known from here on
+    for axes, places in against.items():
+        names = [Path(row["model"]).name for row in rows]
+        _name_points(axes, names, [list(zip(places, values, strict=True)) for values in above.values()])
     _save(figure, path)
+
+
+def _name_points(axes: Axes, names: Sequence[str], series: Sequence[Sequence[tuple[float, float]]]) -> None:
+    """A name at each point of the first series, on the side where it covers the fewest points and other names."""
+    points = axes.transData.transform([point for each in series for point in each])
+    placed: list[Any] = []
+    sides = ((0, 7, "center", "bottom"), (8, 0, "left", "center"), (-8, 0, "right", "center"), (0, -7, "center", "top"))
+    for name, at in zip(names, series[0], strict=True):
+        tried = []
+        for x, y, horizontal, vertical in sides:
+            text = axes.annotate(
+                name, at, (x, y), textcoords="offset points", ha=horizontal, va=vertical, fontsize="small"
+            )
+            box = text.get_window_extent()
+            covered = box.count_overlaps(placed) + box.padded(6).count_contains(points)
+            tried.append((covered + (not axes.bbox.containsx(box.x1) or not axes.bbox.containsx(box.x0)), text, box))
+        best = min(tried, key=lambda one: one[0])
+        for one in tried:
+            if one is not best:
+                one[1].remove()
+        placed.append(best[2])
 
 
 def plot_training(rows: Sequence[Row], title: str, path: Path) -> None:
