@@ -40,6 +40,7 @@ NOT_RUN = {
     ("server/docs/conversion.md", "needs PyPI"),
     ("server/docs/kernels.md", "compiles for minutes"),
     ("server/docs/kernels.md", "needs a GPU"),
+    ("server/docs/kernels.md", "takes minutes"),
     ("server/docs/models.md", "needs checkpoints of other projects"),
     ("server/docs/models.md", "needs transformers"),
     ("server/docs/models.md", "writes gigabytes"),
