@@ -132,7 +132,8 @@ class LayerPlan:
         if isinstance(ffn, SwiGLU):
             gate, up = self._matrices(ffn.gate_proj), self._matrices(ffn.up_proj)
             if len(gate) == len(up) == 1:
-                self.gated = pack_gated(*_alike([gate[0][0], up[0][0]]), self._memory)
+                first, second = _alike([gate[0][0], up[0][0]])
+                self.gated = pack_gated(first, second, self._memory)
             elif len(gate) == len(up) == 2:
                 self.gate_joint, self.gate_widths = _pack_joint([gate.pop(0), up.pop(0)], self._memory)
             self.gate = [self._pack(*matrix) for matrix in gate]
