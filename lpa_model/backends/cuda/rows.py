@@ -6,7 +6,7 @@ in every replay. Any other step's tensors are made for it (`step_rows`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lpa_model.backends.cuda.transfer import Parcel
 from lpa_model.batch import Batch, Span
 
 PROMPT_TILE = 64
@@ -88,23 +89,23 @@ class StepBuffers:
 
 def step_rows(batch: Batch, device: torch.device) -> Rows:
     """Any batch's rows on the device; memory is allocated for them."""
+    parcel = Parcel()
     decodes, prompts = batch.spans[: batch.num_decode], batch.prompts
-    arrays: dict[str, Ints32] = {
-        "ids": batch.ids.astype(np.int32),
-        "positions": batch.positions.astype(np.int32),
-        "slots": batch.slots.astype(np.int32),
-    }
+    own = [parcel.add(array.astype(np.int32)) for array in (batch.ids, batch.positions, batch.slots)]
+    of_decodes: list[int] = []
     if decodes:
-        arrays["lengths"] = np.zeros(len(decodes), dtype=np.int32)
-        arrays["tables"] = np.zeros((len(decodes), _most_blocks(decodes, batch.block_size)), dtype=np.int32)
-        _fill_decodes(decodes, arrays["lengths"], arrays["tables"])
-    if prompts:
-        arrays.update(_prompt_arrays(prompts, batch.block_size))
-    tensors = _upload(arrays, device)
-    ids, positions, slots = (tensors.pop(name) for name in ("ids", "positions", "slots"))
-    found = Decodes(tensors.pop("lengths"), tensors.pop("tables")) if decodes else None
-    rest = Prompts(batch.num_rows - batch.num_decode, **_without_prefix(tensors)) if prompts else None
-    return Rows(ids, positions, slots, found, rest)
+        lengths = np.zeros(len(decodes), dtype=np.int32)
+        tables = np.zeros((len(decodes), _most_blocks(decodes, batch.block_size)), dtype=np.int32)
+        _fill_decodes(decodes, lengths, tables)
+        of_decodes = [parcel.add(lengths), parcel.add(tables)]
+    arrays = _prompt_arrays(prompts, batch.block_size) if prompts else {}
+    of_prompts = {name: parcel.add(array) for name, array in arrays.items()}
+    there = parcel.send(device)
+    ids, positions, slots = (there[place] for place in own)
+    found = Decodes(*(there[place] for place in of_decodes)) if decodes else None
+    rest = {name: there[place] for name, place in of_prompts.items()}
+    rows = batch.num_rows - batch.num_decode
+    return Rows(ids, positions, slots, found, Prompts(rows, **rest) if prompts else None)
 
 
 def _parts(flat: Tensor, rows: int, max_blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -130,7 +131,7 @@ def _most_blocks(spans: Sequence[Span], block_size: int) -> int:
 
 
 def _prompt_arrays(spans: Sequence[Span], block_size: int) -> dict[str, Ints32]:
-    """Those of `Prompts`, each under "prompt " and its name."""
+    """Those of `Prompts`, by name."""
     width = _most_blocks(spans, block_size)
     tables = np.zeros((len(spans), width), dtype=np.int32)
     places = np.zeros((len(spans), width), dtype=np.int32)
@@ -155,23 +156,4 @@ def _prompt_arrays(spans: Sequence[Span], block_size: int) -> dict[str, Ints32]:
         "hidden": np.concatenate(hidden),
         "tiles": np.array(tiles),
     }
-    return {PREFIX + name: array.astype(np.int32) for name, array in arrays.items()}
-
-
-PREFIX = "prompt "
-
-
-def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-
-
-def _upload(arrays: Mapping[str, Ints32], device: torch.device) -> dict[str, Tensor]:
-    """All arrays on the device, by one copy from pinned memory."""
-    sizes = [_aligned(array.size) for array in arrays.values()]
-    host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
-    for part, array in zip(host.split(sizes), arrays.values(), strict=True):
-        part[: array.size] = torch.from_numpy(array.ravel())
-    parts = host.to(device, non_blocking=True).split(sizes)
-    return {
-        name: part[: array.size].view(array.shape) for (name, array), part in zip(arrays.items(), parts, strict=True)
-    }
+    return {name: array.astype(np.int32) for name, array in arrays.items()}
