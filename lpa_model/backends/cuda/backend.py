@@ -23,6 +23,7 @@ from lpa_model.backends.cuda.rows import StepBuffers, step_rows
 from lpa_model.backends.cuda.step import decode_step, head, mixed_step
 from lpa_model.backends.cuda.transfer import Fetch, Parcel
 from lpa_model.backends.cuda.weights import UNIT, Weights
+from lpa_model.backends.torch.sampling import settings_of
 from lpa_model.batch import Batch
 from lpa_model.cache import LatentCache, bytes_per_token
 from lpa_model.config import CacheLayout
@@ -185,7 +186,7 @@ class CudaBackend:
         n = len(rows)
         if any(row.temperature for row in rows):
             parcel = Parcel()
-            parcel.add(np.array([sampling.settings_of(row, sampling.ATTEMPTS) for row in rows], np.float64))
+            parcel.add(np.array([settings_of(row, sampling.ATTEMPTS) for row in rows], np.float64))
             self._settings[:n].copy_(parcel.send(self.device)[0])
             self.draws.replay(size)
         columns = Fetch(self._drawn[:n].view(-1))

@@ -20,10 +20,10 @@ from lpa_model.backends.base import Floats, Mask, SamplingRow, Scores, StepResul
 from lpa_model.backends.cuda import logits as ops
 from lpa_model.backends.cuda.transfer import Fetch, Parcel
 from lpa_model.backends.torch.rows import NOTHING, UNDECIDED, RowScores
+from lpa_model.backends.torch.sampling import MORE_NUMBERS, settings_of
 from lpa_model.batch import Batch, Ints, Measured, ScoredRows
 
 ATTEMPTS = 3  # random numbers of a row with top_p: all but one in thousands need no more at a top_p of 0.9
-MORE_ATTEMPTS = 4  # times as many as were not enough
 LOGIT_ROWS = 256  # rows of logits held at once
 FEW_ROWS = 16  # of which more than MANY numbers are wanted of each
 MANY = 256
@@ -35,13 +35,6 @@ Head = Callable[[Tensor], Tensor]
 def is_plain(row: SamplingRow) -> bool:
     """Whether the row's token is drawn from its logits as they are."""
     return row.allowed is None and not row.banned and row.bias_ids is None and row.seen is None and not row.constrained
-
-
-def settings_of(row: SamplingRow, attempts: int) -> list[float]:
-    """The row of `draw_tokens`'s settings: temperature, top_k, top_p, min_p, numbers."""
-    needed = 0 if row.temperature == 0 else 1 if row.top_p == 1 else attempts
-    random = [*map(row.draws, range(needed)), *[0.0] * (attempts - needed)]
-    return [row.temperature, row.top_k, row.top_p, row.min_p, *random]
 
 
 @dataclass
@@ -115,7 +108,7 @@ def finish(sampled: Sampled, head: Head, vocab: int, device: torch.device, resul
             [sampled.masks[i] for i in undecided],
             vocab,
             device,
-            sampled.attempts * MORE_ATTEMPTS,
+            sampled.attempts * MORE_NUMBERS,
         )
 
 

@@ -59,7 +59,7 @@ def _draw(logits: Tensor, rows: Sequence[SamplingRow], ops: RowOps) -> list[int]
     tokens = [UNDECIDED] * len(rows)
     pending, numbers = list(range(len(rows))), NUMBERS
     while pending:
-        settings = torch.tensor([_settings(rows[i], numbers) for i in pending], dtype=torch.float64)
+        settings = torch.tensor([settings_of(rows[i], numbers) for i in pending], dtype=torch.float64)
         some = logits if len(pending) == len(rows) else logits[pending]
         found = ops.draw_tokens(some, settings.to(logits.device))
         for i, token in zip(pending, found.tolist(), strict=True):
@@ -69,7 +69,8 @@ def _draw(logits: Tensor, rows: Sequence[SamplingRow], ops: RowOps) -> list[int]
     return tokens
 
 
-def _settings(row: SamplingRow, numbers: int) -> tuple[float, ...]:
+def settings_of(row: SamplingRow, numbers: int) -> tuple[float, ...]:
+    """The row of `draw_tokens`'s settings: temperature, top_k, top_p, min_p and as many numbers."""
     needed = 0 if row.temperature == 0 else 1 if row.top_p == 1 else numbers
     random = [*map(row.draws, range(needed)), *[0.0] * (numbers - needed)]
     return row.temperature, row.top_k, row.top_p, row.min_p, *random
