@@ -330,8 +330,7 @@ def http(setup: Setup) -> dict[str, Any]:
     counts = (2,) if setup.tiny else (1, 32, 256)
     rows = []
     with _folder(setup, config) as folder:
-        name = "float32" if setup.dtype is torch.float32 else "bfloat16"
-        options = {"model": folder, "device": setup.device, "dtype": name, "max_num_seqs": max(counts)}
+        options = {"model": folder, "device": setup.device, "dtype": setup.weights, "max_num_seqs": max(counts)}
         with local_server(load_settings(**options, log_requests=False)) as local:
             for streams in counts:
                 command = [sys.executable, "-m", "server.cli", "bench", "serve", local.url, "--json", "--rounds", "1"]
@@ -729,8 +728,12 @@ def _folder(setup: Setup, config: LPAConfig) -> Iterator[Path]:
 
 
 def _engine(setup: Setup, folder: Path, streams: int, batch_invariant: bool | None = None) -> Engine:
-    name = "float32" if setup.dtype is torch.float32 else "bfloat16"
-    options = {"device": setup.device, "dtype": name, "max_num_seqs": streams, "batch_invariant": batch_invariant}
+    options = {
+        "device": setup.device,
+        "dtype": setup.weights,
+        "max_num_seqs": streams,
+        "batch_invariant": batch_invariant,
+    }
     return build_engine(folder, load_settings(**options).engine_options())
 
 
@@ -772,7 +775,7 @@ def _used(setup: Setup) -> int:
 
 
 def _collect(setup: Setup) -> None:
-    """What nobody holds any more is given back to the device."""
+    """Memory without an owner is given back to the device."""
     gc.collect()
     if setup.place.type == "cuda":
         torch.cuda.empty_cache()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,17 +21,13 @@ from lpa_model.config import CacheLayout
 from lpa_model.model import LPAForCausalLM
 
 
-def operations(interpreted: bool, batch_invariant: bool = False) -> Ops:
-    """The kernels; their twins for a CPU, unless Triton's interpreter is there for it.
-
-    Args:
-        interpreted: whether this process runs kernels somewhere: on a GPU, or in the interpreter.
-    """
-    if not interpreted:
+def operations(run_kernels: bool) -> Ops:
+    """The kernels, where this process can run them: on a GPU, or in Triton's interpreter; else their twins."""
+    if not run_kernels:
         return TWINS
     from lpa_model.backends.cuda.kernels import kernels
 
-    return kernels(batch_invariant)
+    return kernels(batch_invariant=False)
 
 
 class Beside:
@@ -41,7 +38,6 @@ class Beside:
 
     def __init__(self, ops: Ops) -> None:
         self.worst: dict[str, float] = {}
-        self.calls: dict[str, int] = {}
         self.ops = Ops(*(self._both(name, getattr(ops, name), getattr(TWINS, name)) for name in Ops._fields))
 
     def _both(self, name: str, kernel: Callable[..., Any], twin: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,7 +47,6 @@ class Beside:
             written = [(a, b) for a, b in zip(arguments, copies, strict=True) if isinstance(a, Tensor)]
             for ours, theirs in [*written, *([] if found is None else [(found, expected)])]:
                 self._keep(name, ours, theirs)
-            self.calls[name] = self.calls.get(name, 0) + 1
             return found
 
         return both
@@ -72,7 +67,13 @@ def differences(model: LPAForCausalLM, layout: CacheLayout, block_size: int, ops
     device = model.embed_tokens.weight.device
     blocks = -(-model.config.max_position_embeddings // block_size)
     cache = LatentCache(
-        model.config, layout, 3 * blocks, block_size, model.embed_tokens.weight.dtype, _on(device), UNIT
+        model.config,
+        layout,
+        3 * blocks,
+        block_size,
+        model.embed_tokens.weight.dtype,
+        partial(torch.zeros, device=device),
+        UNIT,
     )
     weights, beside = Weights(model, cache.forms), Beside(ops)
     tables = [list(range(i, 3 * blocks, 3)) for i in range(3)]
@@ -101,7 +102,9 @@ def attention_times(
     """Seconds of decode attention in one layer, and the bytes of keys and values that it reads."""
     weight = model.embed_tokens.weight
     blocks = -(-context // block_size)
-    cache = LatentCache(model.config, layout, rows * blocks, block_size, weight.dtype, _on(weight.device), UNIT)
+    cache = LatentCache(
+        model.config, layout, rows * blocks, block_size, weight.dtype, partial(torch.zeros, device=weight.device), UNIT
+    )
     layer, keys, values = Weights(model, cache.forms).layers[0], cache.keys[0], cache.values[0]
     keys.normal_()
     values.normal_()
@@ -138,10 +141,3 @@ def times(run: Callable[[], object], device: torch.device, repeats: int) -> list
         if number >= 2:
             found.append(seconds)
     return found
-
-
-def _on(device: torch.device) -> Callable[..., Tensor]:
-    def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-    return allocate

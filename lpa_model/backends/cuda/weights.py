@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpa_model.attention import Attention
 from lpa_model.layers import LayerNorm, LowRankLinear, RMSNorm, SwiGLU
 from lpa_model.model import LPAForCausalLM, PostNormBlock, PreNormBlock
 from lpa_model.quantization import QuantizedLinear
@@ -136,9 +135,8 @@ class LayerWeights:
         self.pre_norm = isinstance(block, PreNormBlock)
         self.attention_norm, self.ffn_norm = Norm.of(block.attention_norm), Norm.of(block.ffn_norm)
         self.num_heads, self.kv_heads, self.scale = attention.heads, attention.kv_heads, attention.scale
-        q_norm, k_norm = (None if norm is None else Norm.of(norm) for norm in _head_norms(attention))
+        q_norm, k_norm = (None if norm is None else Norm.of(norm) for norm in (attention.q_norm, attention.k_norm))
         self.heads = Heads(attention.head_dim, rotary, q_norm, k_norm, keys_latent)
-        self.values_latent = values_latent
         q, k, v, o = (_linear(attention, f"{name}_proj") for name in "qkvo")
         self.inputs = Inputs(
             [Source(q, self.num_heads), Source(k, self.kv_heads, keys_latent), Source(v, self.kv_heads, values_latent)]
@@ -201,10 +199,6 @@ def _linear(module: nn.Module, name: str) -> LowRankLinear | nn.Linear:
     layer = getattr(module, name)
     assert isinstance(layer, LowRankLinear | nn.Linear)
     return layer
-
-
-def _head_norms(attention: Attention) -> tuple[RMSNorm | None, RMSNorm | None]:
-    return attention.q_norm, attention.k_norm
 
 
 def _plain(linear: nn.Linear) -> Matrix:
