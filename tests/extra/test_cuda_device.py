@@ -8,10 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("triton")
-
 
 def test_kernels_equal_their_twins(tmp_path: Path) -> None:
     out = tmp_path / "report.json"

@@ -94,8 +94,8 @@ def test_norms(d: int, dtype: torch.dtype) -> None:
         expected_stream = stream.clone()
         kernel = norms.add_rms_norm if add == "rms" else norms.add_layer_norm
         twin = twins.add_rms_norm if add == "rms" else twins.add_layer_norm
-        found = kernel(stream, some, norm)  # type: ignore[arg-type]
-        expected = twin(expected_stream, floats(some), floats(norm))  # type: ignore[arg-type]
+        found = kernel(stream, some, norm)  # type: ignore[arg-type]  # only RMSNorm takes None
+        expected = twin(expected_stream, floats(some), floats(norm))  # type: ignore[arg-type]  # likewise
         assert found.dtype is dtype
         near(stream, expected_stream, torch.float32)
         near(found, expected, dtype)

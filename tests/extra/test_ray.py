@@ -223,7 +223,7 @@ def test_what_needs_one_place_is_refused_by_name(cluster: Cluster, method: str, 
 def test_a_response_says_that_it_is_not_kept(cluster: Cluster) -> None:
     answer = cluster.openai().responses.create(model="lpa-tiny", input="Once upon a time", max_output_tokens=4)
     assert answer.output_text
-    assert answer.store is False  # type: ignore[attr-defined]
+    assert answer.store is False  # type: ignore[attr-defined]  # a field that the client's type lacks
 
 
 def test_control_routes_reach_every_replica(cluster: Cluster) -> None:

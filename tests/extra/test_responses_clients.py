@@ -33,7 +33,7 @@ class Place(BaseModel):
 
 
 @pytest.fixture(scope="module")
-def served(folder: Path) -> Iterator[Served]:  # noqa: F811
+def served(folder: Path) -> Iterator[Served]:  # noqa: F811  # the imported fixture
     with serving(folder, threads=2, kv_cache_memory=256 << 20, max_model_len=4096) as server:
         yield server
         until(server.idle)

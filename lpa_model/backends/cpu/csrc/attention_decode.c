@@ -306,8 +306,8 @@ static void score_keys_in_tiles(const struct attention *a, int64_t key_head, con
     }
 }
 
-/* The values of the last tokens, fewer than TILE_VALUES, with zeros behind them: what nobody has written need not be a
- * number. */
+/* The values of the last tokens, fewer than TILE_VALUES, with zeros behind them: memory that was never
+ * written need not hold numbers. */
 static void copy_last(const char *values, int64_t tokens, int64_t width, char *to) {
     int64_t row = 4 * width, whole = tokens / 2 * row;
     __builtin_memcpy(to, values, (uint64_t)whole);
