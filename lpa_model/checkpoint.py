@@ -233,13 +233,23 @@ def check_unquantized(folder: Path, task: str) -> None:
         raise CheckpointError(f"{folder}: holds {stored} weights; {task} the folder that it was made of")
 
 
-def unquantized(folder: Path) -> list[str]:
-    """Layers of a folder of quantised weights whose matrix is not quantised; the embedding is not counted."""
-    names: set[str] = set()
+def held_otherwise(folder: Path) -> dict[WeightType, list[str]]:
+    """Layers of a folder of quantised weights whose matrix is not in its bits, by the type that it has.
+
+    The embedding is not counted, nor the head where it is int8.
+    """
+    usual = "U8" if stored_weights(folder) == "int4" else "I8"
+    found: dict[WeightType, list[str]] = {}
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
-            names |= {name for name in file.keys() if len(file.get_slice(name).get_shape()) == 2}  # noqa: SIM118 (likewise)
-    return sorted(n.removesuffix(".weight") for n in names if n.endswith(".weight") and not n.startswith("embed_"))
+            for name in file.keys():  # noqa: SIM118 (likewise)
+                layer, _, part = name.rpartition(".")
+                if part == "codes" and layer != "lm_head":
+                    if file.get_slice(name).get_dtype() != usual:
+                        found.setdefault("int8" if usual == "U8" else "int4", []).append(layer)
+                elif part == "weight" and len(file.get_slice(name).get_shape()) == 2 and not name.startswith("embed_"):
+                    found.setdefault("bfloat16", []).append(layer)
+    return {kind: sorted(names) for kind, names in found.items()}
 
 
 def _quantized_layer(where: str, name: str, parts: dict[str, torch.Tensor], layer: nn.Linear) -> Quantized:

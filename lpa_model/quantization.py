@@ -1,11 +1,12 @@
 """Weights in 8 and 4 bits, and what a quantised linear layer computes: the reference for the kernels.
 
 Numbers are quantised in groups of 32 along the input, symmetrically: number = scale * code, with codes from -127 to 127
-in int8 and from -8 to 7 in int4. A weight's scales are bfloat16; its codes are chosen after the scale is rounded, so
-that its rounding costs no accuracy. The input of a layer is quantised in the same groups, in int8 with float32 scales;
-products of codes are whole numbers, and exact.
+in int8 and from -8 to 7 in int4. A weight's scales are bfloat16, in int8 by the largest number of a group, in int4 by a
+search for the least squared error; its codes are chosen after the scale is rounded, so that its rounding costs no
+accuracy. The input of a layer is quantised in the same groups, in int8 with float32 scales; products of codes are whole
+numbers, and exact.
 
-To quantise what has been quantised changes nothing: the largest number of a group finds its scale again.
+To quantise what has been quantised to int8 changes nothing: the largest number of a group finds its scale again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ WeightType = Literal["float32", "bfloat16", "int8", "int4"]
 """How a backend holds weights in memory."""
 MOST_CODE = 127
 TINY = 1e-30  # a group whose numbers are smaller is all zeros: 127 / x may be infinite
-INT4_STEPS = (8.0, 7.0, 6.0, 9.0, 10.0)  # codes that the largest number of a group may get, in int4: the best is taken
+INT4_STEPS = (8, 7, 7.5, 7.25, 7.75, 8.25, 8.5, 8.75, 6, 6.5, 9, 9.5, 5, 5.5, 10, 4)
+"""Quotients of a group's largest number and its scale that are tried in int4."""
+ROWS_TOGETHER = 1 << 16  # numbers whose scales are searched together: they stay in the second-level cache
 
 
 class Quantized(NamedTuple):
@@ -53,18 +56,29 @@ def _int8(grouped: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _int4(grouped: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales of either sign, so that the largest number of a group may be -8 of them."""
-    peak = grouped.gather(2, grouped.abs().argmax(2, keepdim=True))
-    best = torch.full_like(peak, torch.inf)
-    scales = torch.zeros_like(peak, dtype=torch.bfloat16)
-    for step in INT4_STEPS:
-        tried = (peak / -step).bfloat16()
-        codes = _codes(grouped, tried, -8, 7)
-        # in units of the largest number: squares of very small ones would all be zero
-        error = ((grouped - codes.float() * tried.float()) / peak).square_().sum(2, keepdim=True)
-        better = error < best
-        best, scales = torch.where(better, error, best), torch.where(better, tried, scales)
+    rows = max(1, ROWS_TOGETHER // max(1, grouped[0].numel()))
+    scales = torch.cat([int4_scales(part) for part in grouped.split(rows)])
     return _codes(grouped, scales, -8, 7), scales
+
+
+def int4_scales(grouped: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Scales of about the least squared error, bfloat16 [out, groups, 1], of weights [out, groups, 32].
+
+    For each of INT4_STEPS the codes, and for these the best scale, c.w / c.c: of either sign, so that the largest
+    number of a group may be -8 of them. `importance` [groups, 32]: what a number's squared error counts, 1 for None.
+    """
+    peak = grouped.gather(2, grouped.abs().argmax(2, keepdim=True))
+    x = grouped / torch.where(peak == 0, 1, peak)  # of the order of 1: squares of very small numbers would be zero
+    weighted = x if importance is None else x * importance
+    best, ratio = torch.zeros_like(peak), torch.zeros_like(peak)
+    for step in INT4_STEPS:
+        codes = (x * -step).round_().clamp_(-8, 7)
+        inner = (weighted * codes).sum(2, keepdim=True)
+        squares = (codes * codes if importance is None else codes * codes * importance).sum(2, keepdim=True)
+        gain = inner.square() / squares.clamp_min(TINY)  # what the squared error is less than without the codes
+        better = gain > best
+        best, ratio = torch.where(better, gain, best), torch.where(better, inner / squares, ratio)
+    return (ratio * peak).bfloat16()
 
 
 def _codes(grouped: Tensor, scales: Tensor, least: int, most: int) -> Tensor:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lpa_model.backends import select
-from lpa_model.checkpoint import CheckpointError, load_model, save_checkpoint, stored_weights, unquantized
+from lpa_model.checkpoint import CheckpointError, held_otherwise, load_model, save_checkpoint, stored_weights
 from lpa_model.config import Architecture
 from lpa_model.convert.export import export_llama
 from lpa_model.convert.export_transformers import export_transformers
@@ -48,7 +48,7 @@ def test_what_is_read_is_what_quantising_at_load_gives(tmp_path: Path, case: str
     with torch.inference_mode():
         ids = torch.arange(50).unsqueeze(0)
         assert torch.equal(found.logits(found(ids)), expected.logits(expected(ids)))
-    assert (stored_weights(source), stored_weights(folder), unquantized(folder)) == (None, weights, [])
+    assert (stored_weights(source), stored_weights(folder), held_otherwise(folder)) == (None, weights, {})
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt", "weights": weights, "format_version": "1"}
@@ -65,7 +65,7 @@ def test_a_matrix_of_large_error_stays_as_it_is_and_is_listed(tmp_path: Path) ->
         matrix for matrix in quantize_folder(tmp_path / "m", tmp_path / "q", "int4") if matrix.weights == "bfloat16"
     ]
     assert [matrix.name for matrix in kept] == ["layers.1.ffn.down_proj"]
-    assert unquantized(tmp_path / "q") == ["layers.1.ffn.down_proj"]
+    assert held_otherwise(tmp_path / "q") == {"bfloat16": ["layers.1.ffn.down_proj"]}
     assert "layers.1.ffn.down_proj" in succeed("info", tmp_path / "q")
     found = load_model(tmp_path / "q", torch.float32, CPU)
     assert torch.equal(found.layers[1].ffn.down_proj.weight, odd.weight.bfloat16().float())

@@ -168,6 +168,17 @@ def bytes_bar(total: int) -> Iterator[Callable[[str, int], None]]:
 
 
 @contextmanager
+def layers_bar(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr: of how many layers how many are done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with progress_bar(*columns) as bar:
+        task = bar.add_task(text, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
 def progress_bar(*columns: ProgressColumn) -> Iterator[Progress]:
     """A bar on stderr while it is a terminal, gone when the work is done."""
     from rich.console import Console

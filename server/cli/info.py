@@ -35,7 +35,7 @@ def info(
     from rich.table import Table
 
     from lpa_model.backends.select import choose
-    from lpa_model.checkpoint import stored_dtypes, stored_weights, unquantized
+    from lpa_model.checkpoint import held_otherwise, stored_dtypes, stored_weights
     from lpa_model.config import PRESETS, CacheLayout
     from server.settings import load_settings, local_model
 
@@ -67,7 +67,10 @@ def info(
     if stored is not None:
         facts.add_row("stored as", ", ".join(stored))
     if quantized is not None:
-        facts.add_row("not quantised", "\n".join(unquantized(folder)) or "no matrix but the embedding")
+        others = held_otherwise(folder)
+        facts.add_row("not quantised", "\n".join(others.pop("bfloat16", [])) or "no matrix but the embedding")
+        for kind, names in others.items():
+            facts.add_row(f"in {kind}", "\n".join(names))
     parameters, dense_parameters = config.parameter_count(), dense.parameter_count()
     facts.add_row("parameters", f"{parameters:,}")
     facts.add_row("dense twin", f"{dense_parameters:,} ({dense_parameters / parameters:.2f}x)")

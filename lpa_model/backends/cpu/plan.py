@@ -112,17 +112,20 @@ class LayerPlan:
         if keys_latent:
             by_head = attention.key_up()[:, order].transpose(1, 2).repeat_interleave(group, 0)  # [H, r, dh]
             by_head = F.pad(by_head, (0, padded(size) - size))
-            self.absorbed = self._pack(self._held_like(attention.k_proj, by_head.flatten(0, 1)), None, heads)
+            self.absorbed = self._pack(self._transposed_like(attention.k_proj, by_head.flatten(0, 1)), None, heads)
         if values_latent:
-            up, bias = attention.value_up()
-            up, bias = up.repeat_interleave(group, 0), None if bias is None else bias.repeat_interleave(group, 0)
-            weight = self._held_like(attention.v_proj, up.flatten(0, 1))
-            self.up = self._pack(weight, None if bias is None else bias.flatten(), heads)
+            assert isinstance(attention.v_proj, LowRankLinear)
+
+            def for_queries(x: Tensor) -> Tensor:
+                return x.unflatten(0, (kv_heads, size)).repeat_interleave(group, 0).flatten(0, 1)
+
+            weight, bias = _matrix(attention.v_proj.up, self.held)
+            self.up = self._pack(by_rows(weight, for_queries), None if bias is None else for_queries(bias), heads)
         (first, bias), *rest = self._matrices(attention.o_proj)
         if size != padded(size):
             plain_first = first.dequantized()[:, : heads * size] if isinstance(first, Quantized) else first
             by_head = F.pad(plain_first.unflatten(1, (heads, size)), (0, padded(size) - size)).flatten(1)
-            first = quantize(by_head, first.bits) if isinstance(first, Quantized) else by_head
+            first = quantize(by_head, 8) if isinstance(first, Quantized) else by_head  # other groups: once more rounded
         self.output = [self._pack(*matrix) for matrix in ((first, bias), *rest)]
 
     def _pack_ffn(self, ffn: ReluFFN | SwiGLU) -> None:
@@ -152,10 +155,11 @@ class LayerPlan:
         parts = (layer.down, layer.up) if isinstance(layer, LowRankLinear) else (layer,)
         return [_matrix(part, self.held) for part in parts]
 
-    def _held_like(self, layer: nn.Module, weight: Tensor) -> Weight:
-        """What was made of B of a low-rank layer, quantised if B is."""
+    def _transposed_like(self, layer: nn.Module, weight: Tensor) -> Weight:
+        """What was made of B^T of a low-rank layer, quantised once more if B is, in other groups: to 8 bits, so that it
+        costs little beside the first time."""
         assert isinstance(layer, LowRankLinear)
-        return quantize(weight, layer.up.bits) if isinstance(layer.up, QuantizedLinear) else weight.to(self.held)
+        return quantize(weight, 8) if isinstance(layer.up, QuantizedLinear) else weight.to(self.held)
 
     def write(self, ops: OpList, stream: Tensor, normed: Tensor, rope: Tensor | None) -> dict[str, int | float]:
         """Add the layer's operations on `stream` float32 [rows, d], with `normed` [rows, d] between them.
@@ -341,10 +345,13 @@ def _matrix(linear: nn.Linear, held: torch.dtype) -> Matrix:
 
 
 def _alike(weights: Sequence[Weight]) -> list[Weight]:
-    """Weights that one GEMM can have: where not all are of the same bits, none is quantised."""
-    bits = {weight.bits if isinstance(weight, Quantized) else 0 for weight in weights}
-    if len(bits) == 1:
+    """Weights that one GEMM can have: codes of 4 bits are widened beside some of 8; beside others none is quantised."""
+    quantized = [weight for weight in weights if isinstance(weight, Quantized)]
+    if not quantized:
         return list(weights)
+    if len(quantized) == len(weights):
+        most = max(weight.bits for weight in quantized)
+        return [weight._replace(bits=most) for weight in quantized]
     return [weight.dequantized().bfloat16() if isinstance(weight, Quantized) else weight for weight in weights]
 
 

@@ -5,7 +5,7 @@ The hidden states of the whole text are held once, [windows, T, d] in float32; l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +72,8 @@ INPUT_OF: dict[Projection, Projection] = {
 def embed(model: LPAForCausalLM, windows: Tensor) -> Tensor:
     """Token ids int64 [windows, T] -> float32 [windows, T, d], the residual stream before the first layer."""
     hidden: Tensor = model.embed_tokens(windows).float()
+    if model.rotary is None:
+        hidden += model.embed_positions.weight[: windows.shape[1]].float()
     return hidden
 
 
@@ -90,6 +92,42 @@ def layers(
             push(block, rotary, hidden[:counted])
         push(block, rotary, hidden[counted:])
         yield layer, recorder.moments()
+
+
+class InputMoments:
+    """Hooks on the linear layers of a block of any kind that add up the moments of what they read while it runs."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+        self.found: dict[str, Moment] = {}
+
+    def __enter__(self) -> InputMoments:
+        linears = {name: layer for name, layer in self.block.named_modules() if isinstance(layer, nn.Linear)}
+        self.handles = []
+        for name, layer in linears.items():
+            if (source := input_name(name)) not in self.found:
+                moment = self.found[source] = Moment(layer.in_features)
+                self.handles.append(layer.register_forward_hook(_adding(moment)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def of(self, name: str) -> Tensor:
+        """float64 [in, in] of what a linear layer, named within the block, reads."""
+        return self.found[input_name(name)].mean()
+
+
+def input_name(name: str) -> str:
+    """The same for all linear layers of a block that read the same numbers: A of q, k and v, and gate's and up's."""
+    parent, _, layer = name.removesuffix(".down").partition(".")
+    joint = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    return f"{parent}.{joint.get(layer, layer)}"
+
+
+def _adding(moment: Moment) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
+    return lambda _, args, __: moment.add(args[0][:, SINKS:].flatten(0, 1))
 
 
 def push(block: nn.Module, rotary: nn.Module | None, hidden: Tensor) -> None:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lpa_model.config import Projection
-from lpa_model.convert.lowrank.calibrate import SINKS, Moment, projection_of
+from lpa_model.convert.lowrank.calibrate import SINKS, Moment, embed, projection_of
 from lpa_model.model import LPAForCausalLM
 
 ROWS = 256
@@ -29,10 +30,10 @@ TOKENS = 16384
 Key = tuple[int, Projection]
 
 
-def short(windows: Tensor) -> Tensor:
-    """Windows of SHORT tokens, TOKENS in all, from [windows, T]: the beginnings of some, evenly spaced."""
+def short(windows: Tensor, tokens: int = TOKENS) -> Tensor:
+    """Windows of SHORT tokens, `tokens` in all, from [windows, T]: the beginnings of some, evenly spaced."""
     length = min(SHORT, windows.shape[1])
-    count = max(1, min(len(windows), TOKENS // length))
+    count = max(1, min(len(windows), tokens // length))
     return windows[torch.linspace(0, len(windows) - 1, count).long(), :length]
 
 
@@ -46,7 +47,6 @@ def output_moments(
 
     windows: token ids int64 [windows, T]; one at a time goes forwards and back.
     """
-    generator = torch.Generator().manual_seed(0)
     found: dict[Key, Moment] = {}
     handles = []
     for layer, block in enumerate(model.layers):
@@ -54,22 +54,52 @@ def output_moments(
             width = model.config.projection_sizes(name)[1]
             moment = found[layer, name] = Moment(width if width <= WIDEST else 1)
             handles.append(projection_of(block, name).register_full_backward_hook(_adding(moment)))
+    _backwards(model, windows, handles, progress)
+    return {key: moment.mean() if len(moment.total) > 1 else moment.mean()[0, 0] for key, moment in found.items()}
+
+
+def output_squares(model: LPAForCausalLM, windows: Tensor) -> dict[str, Tensor]:
+    """E[g^2] [out] of every linear layer before the head, by its name, float64; windows as above."""
+    found: dict[str, Tensor] = {}
+    handles = []
+    for name, layer in model.layers.named_modules(prefix="layers"):
+        if isinstance(layer, nn.Linear):
+            found[name] = torch.zeros(layer.out_features, dtype=torch.float64)
+            handles.append(layer.register_full_backward_hook(_adding_squares(found[name])))
+    _backwards(model, windows, handles)
+    count = len(windows) * max(1, windows.shape[1] - SINKS)
+    return {name: total / count for name, total in found.items()}
+
+
+def _adding_squares(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], tuple[Tensor, ...]], None]:
+    def hook(_: nn.Module, __: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
+        total.add_(gradients[0][:, SINKS:].flatten(0, 1).double().square().sum(0))
+
+    return hook
+
+
+def _backwards(
+    model: LPAForCausalLM,
+    windows: Tensor,
+    handles: Sequence[RemovableHandle],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Each window forwards and back, under hooks that are removed then."""
+    generator = torch.Generator().manual_seed(0)
     model.requires_grad_(False)
     try:
         for done, ids in enumerate(windows):
             with torch.enable_grad():
-                stream = model.embed_tokens(ids[None]).float().requires_grad_(True)
+                stream = embed(model, ids[None]).requires_grad_(True)
                 hidden = stream
                 for block in model.layers:
                     hidden = block(hidden, model.rotary, None)
-                assert model.norm is not None
-                states = model.norm(hidden)[0]
+                states = hidden[0] if model.norm is None else model.norm(hidden)[0]
             states.backward(_gradient(model, states.detach(), generator))
             progress(done + 1, len(windows))
     finally:
         for handle in handles:
             handle.remove()
-    return {key: moment.mean() if len(moment.total) > 1 else moment.mean()[0, 0] for key, moment in found.items()}
 
 
 def _adding(moment: Moment) -> Callable[[nn.Module, tuple[Tensor, ...], tuple[Tensor, ...]], None]:
