@@ -65,62 +65,69 @@ def output_errors(weight: Tensor, moment: Tensor, rounded: Quantized) -> Tensor:
 
 
 def _compensated(weight: Tensor, moment: Tensor) -> Quantized:
-    left = F.pad(weight.double(), (0, -weight.shape[1] % GROUP))  # W, less what was made up for
-    width = left.shape[1]
+    target = F.pad(weight.double(), (0, -weight.shape[1] % GROUP))
+    width = target.shape[1]
     padded = F.pad(moment, (0, width - len(moment), 0, width - len(moment)))
     damped = padded + torch.eye(width, dtype=torch.float64) * (DAMPING * moment.diagonal().mean() + 1e-30)
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
-    codes = torch.zeros(left.shape, dtype=torch.int8)
-    scales = torch.zeros(len(left), width // GROUP, dtype=torch.bfloat16)
-    for start in range(0, width, GROUP):
-        inside, behind = slice(start, start + GROUP), slice(start + GROUP, None)
-        part, corner = left[:, inside].clone(), upper[inside, inside]
-        counts = corner.diagonal().square().reciprocal()
-        scale = int4_scales(part.unsqueeze(1).float(), (counts / counts.mean()).float()[None])[:, 0]
-        step = scale[:, 0].double()
-        divisor = torch.where(step == 0, torch.inf, step)
-        errors = torch.empty_like(part)
-        for j in range(GROUP):
-            code = (part[:, j] / divisor).round_().clamp_(-8, 7)
-            codes[:, start + j] = code
-            errors[:, j] = (part[:, j] - code * step) / corner[j, j]
-            part[:, j + 1 :] -= torch.outer(errors[:, j], corner[j, j + 1 :])
-        left[:, behind] -= errors @ upper[inside, behind]
-        scales[:, start // GROUP] = scale[:, 0]
-    found = Quantized(codes, scales, 4)
-    target = F.pad(weight.double(), (0, width - weight.shape[1]))
+    found, product = _column_by_column(target, damped), target @ damped
     for _ in range(SWEEPS):
-        found = _with_codes(target, damped, _with_scales(target, damped, found))
+        found = _with_codes(product, damped, _with_scales(product, damped, found))
     return found
 
 
-def _with_scales(weight: Tensor, moment: Tensor, found: Quantized) -> Quantized:
-    """The same codes with the scales [out, groups] that solve A s = b, where the error is s^T A s - 2 b^T s + ...; rows
-    in which they are no better once they are rounded keep theirs."""
+def _column_by_column(weight: Tensor, moment: Tensor) -> Quantized:
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moment)), upper=True)
+    left = weight.T.contiguous()  # W^T, less what was made up for: its columns are rows, side by side in memory
+    codes = torch.zeros(left.shape, dtype=torch.int8)
+    scales = []
+    for start in range(0, len(left), GROUP):
+        inside, behind = slice(start, start + GROUP), slice(start + GROUP, None)
+        part, corner = left[inside].clone(), upper[inside, inside]
+        counts = corner.diagonal().square().reciprocal()
+        scale = int4_scales(part.T.unsqueeze(1).float().contiguous(), (counts / counts.mean()).float()[None])[:, 0, 0]
+        step = scale.double()
+        divisor, errors = torch.where(step == 0, torch.inf, step), torch.empty_like(part)
+        for j in range(GROUP):
+            code = (part[j] / divisor).round_().clamp_(-8, 7)
+            codes[start + j] = code
+            errors[j] = (part[j] - code * step) / corner[j, j]
+            part[j + 1 :] -= torch.outer(corner[j, j + 1 :], errors[j])
+        left[behind] -= upper[inside, behind].T @ errors
+        scales.append(scale)
+    return Quantized(codes.T.contiguous(), torch.stack(scales, 1), 4)
+
+
+def _with_scales(product: Tensor, moment: Tensor, found: Quantized) -> Quantized:
+    """The same codes with the scales s [out, groups] that solve A s = b, where the error is s^T A s - 2 b^T s + c; rows
+    in which they are no better once they are rounded keep theirs. `product` [out, in]: W H."""
     codes = found.codes.double().unflatten(1, (-1, GROUP))
     between = [(codes[:, g] @ rows).unflatten(1, (-1, GROUP)) for g, rows in enumerate(moment.split(GROUP))]
     a = torch.stack([(part * codes).sum(2) for part in between], 1)  # [out, groups, groups]
-    b = ((weight @ moment).unflatten(1, (-1, GROUP)) * codes).sum(2)
+    b = (product.unflatten(1, (-1, GROUP)) * codes).sum(2)
     ridge = 1e-9 * a.diagonal(dim1=1, dim2=2).mean(1) + 1e-30
-    a.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-    solved = found._replace(scales=torch.linalg.solve(a, b).bfloat16())
-    before, after = (output_errors(weight, moment, one) for one in (found, solved))
-    return found._replace(scales=torch.where((after < before)[:, None], solved.scales, found.scales))
+    solved = torch.linalg.solve(a + torch.diag_embed(ridge[:, None].expand_as(b)), b).bfloat16()
+
+    def error(scales: Tensor) -> Tensor:
+        s = scales.double()
+        return ((a @ s[:, :, None])[:, :, 0] * s - 2 * b * s).sum(1)
+
+    better = error(solved) < error(found.scales)
+    return found._replace(scales=torch.where(better[:, None], solved, found.scales))
 
 
-def _with_codes(weight: Tensor, moment: Tensor, found: Quantized) -> Quantized:
-    """The same scales with each code, in order, moved to where the error is least."""
-    codes = found.codes.double()
-    slope = (weight - found.dequantized().double()) @ moment
+def _with_codes(product: Tensor, moment: Tensor, found: Quantized) -> Quantized:
+    """The same scales with each code, in order, moved to where the error is least. `product` [out, in]: W H."""
+    codes = found.codes.T.double()
+    slope = (product - found.dequantized().double() @ moment).T.contiguous()  # columns are rows here, too
     for start in range(0, len(moment), GROUP):
         inside = slice(start, start + GROUP)
-        corner, step, part = moment[inside, inside], found.scales[:, start // GROUP].double(), slope[:, inside].clone()
+        corner, step, part = moment[inside, inside], found.scales[:, start // GROUP].double(), slope[inside].clone()
         divisor, moves = torch.where(step == 0, torch.inf, step), torch.empty_like(part)
         for j in range(GROUP):
-            code = codes[:, start + j]
-            better = (code + part[:, j] / (corner[j, j] * divisor)).round_().clamp_(-8, 7)
-            moves[:, j] = (better - code) * step
-            codes[:, start + j] = better
-            part -= torch.outer(moves[:, j], corner[j])
-        slope -= moves @ moment[inside]
-    return found._replace(codes=codes.to(torch.int8))
+            code = codes[start + j]
+            better = (code + part[j] / (corner[j, j] * divisor)).round_().clamp_(-8, 7)
+            moves[j] = (better - code) * step
+            codes[start + j] = better
+            part[j + 1 :] -= torch.outer(corner[j, j + 1 :], moves[j])
+        slope -= moment[:, inside] @ moves
+    return found._replace(codes=codes.T.to(torch.int8).contiguous())

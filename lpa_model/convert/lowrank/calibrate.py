@@ -107,7 +107,8 @@ class InputMoments:
         for name, layer in linears.items():
             if (source := input_name(name)) not in self.found:
                 moment = self.found[source] = Moment(layer.in_features)
-                self.handles.append(layer.register_forward_hook(_adding(moment)))
+                step = SPARSE[0] if source == "ffn.down_proj" else 1
+                self.handles.append(layer.register_forward_hook(_adding(moment, step)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -126,8 +127,8 @@ def input_name(name: str) -> str:
     return f"{parent}.{joint.get(layer, layer)}"
 
 
-def _adding(moment: Moment) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
-    return lambda _, args, __: moment.add(args[0][:, SINKS:].flatten(0, 1))
+def _adding(moment: Moment, step: int) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
+    return lambda _, args, __: moment.add(args[0][:, SINKS::step].flatten(0, 1))
 
 
 def push(block: nn.Module, rotary: nn.Module | None, hidden: Tensor) -> None:
