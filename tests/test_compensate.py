@@ -207,7 +207,7 @@ def test_a_served_model_of_both_is_the_plain_one(tmp_path: Path, architecture: A
     with torch.inference_mode():
         wanted = plain.logits(plain(ids))[0].log_softmax(-1)
     for place in range(1, len(scores.token_ids)):
-        assert scores.logprobs[place] == pytest.approx(float(wanted[place - 1, ids[0, place]]), abs=0.1)
+        assert scores.logprobs[place] == pytest.approx(float(wanted[place - 1, ids[0, place]]), abs=0.2)
 
 
 def test_codes_of_4_bits_are_widened_beside_those_of_8() -> None:
