@@ -109,7 +109,8 @@ def _with_scales(product: Tensor, moment: Tensor, found: Quantized) -> Quantized
 
     def error(scales: Tensor) -> Tensor:
         s = scales.double()
-        return ((a @ s[:, :, None])[:, :, 0] * s - 2 * b * s).sum(1)
+        found: Tensor = ((a @ s[:, :, None])[:, :, 0] * s - 2 * b * s).sum(1)
+        return found
 
     better = error(solved) < error(found.scales)
     return found._replace(scales=torch.where(better[:, None], solved, found.scales))

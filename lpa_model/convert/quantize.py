@@ -196,7 +196,8 @@ def _calibrated(model: LPAForCausalLM, windows: Tensor, progress: Progress) -> d
             eight.update(names)
     chosen = {}
     for name, (few, many, size) in found.items():
-        weight = quantize(model.get_submodule(name).get_parameter("weight"), 8) if name in eight else few.weight
-        error = float((many if name in eight else few.errors).sum()) / size if size > 0 else 0.0
-        chosen[name] = Choice(weight, error**0.5, nats[name][name in eight])
+        in_eight = name in eight
+        held = quantize(model.get_submodule(name).get_parameter("weight"), 8) if in_eight else few.weight
+        off = float((many if in_eight else few.errors).sum())
+        chosen[name] = Choice(held, (off / size) ** 0.5 if size > 0 else 0.0, nats[name][in_eight])
     return chosen

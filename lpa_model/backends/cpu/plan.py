@@ -117,7 +117,8 @@ class LayerPlan:
             assert isinstance(attention.v_proj, LowRankLinear)
 
             def for_queries(x: Tensor) -> Tensor:
-                return x.unflatten(0, (kv_heads, size)).repeat_interleave(group, 0).flatten(0, 1)
+                repeated: Tensor = x.unflatten(0, (kv_heads, size)).repeat_interleave(group, 0)
+                return torch.flatten(repeated, 0, 1)
 
             weight, bias = _matrix(attention.v_proj.up, self.held)
             self.up = self._pack(by_rows(weight, for_queries), None if bias is None else for_queries(bias), heads)
