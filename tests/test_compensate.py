@@ -18,6 +18,7 @@ from lpa_model.backends.cpu.plan import _alike
 from lpa_model.checkpoint import held_otherwise, load_model, save_checkpoint, stored_weights
 from lpa_model.config import Architecture
 from lpa_model.convert import compensate
+from lpa_model.convert import quantize as quantize_module
 from lpa_model.convert.compensate import DAMPING, compensated, output_errors, to_nearest
 from lpa_model.convert.lowrank.calibrate import SINKS, InputMoments, embed, push
 from lpa_model.convert.quantize import SHARE_IN_8_BITS, quantize_folder
@@ -196,10 +197,16 @@ def test_a_text_brings_a_model_nearer_and_says_how_near(tmp_path: Path, case: st
     assert sum(padded[name] for name in eight) <= SHARE_IN_8_BITS * sum(padded[matrix.name] for matrix in layers)
 
 
-def test_a_served_model_of_both_is_the_plain_one(tmp_path: Path, architecture: Architecture) -> None:
+def test_a_served_model_of_both_is_the_plain_one(
+    tmp_path: Path, architecture: Architecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What reads the same numbers has the same bits, and what is cached as a latent keeps its codes."""
+    monkeypatch.setattr(quantize_module, "NATS", 0.0)
     source = write_checkpoint(tmp_path / "m", tiny_config(architecture, num_key_value_heads=None))
     quantize_folder(source, tmp_path / "q", "int4", windows_of(20))
+    names = held_otherwise(tmp_path / "q")["int8"]
+    joint = {f"layers.{layer}.attention.{name}_proj.down" for layer in (0, 1) for name in "qkv"}
+    assert names and all(len(joint & set(names) & of_layer) in (0, 3) for of_layer in _by_layer(joint))
     plain = load_model(tmp_path / "q", torch.float32, CPU)
     with LLM(tmp_path / "q", threads=1, block_size=32, kv_cache_memory=1 << 20, dtype="float32") as llm:
         scores = llm.score(["matrices of both kinds"]).texts[0]
@@ -210,6 +217,10 @@ def test_a_served_model_of_both_is_the_plain_one(tmp_path: Path, architecture: A
         assert scores.logprobs[place] == pytest.approx(float(wanted[place - 1, ids[0, place]]), abs=0.2)
 
 
+def _by_layer(names: set[str]) -> list[set[str]]:
+    return [{name for name in names if name.startswith(f"layers.{layer}.")} for layer in (0, 1)]
+
+
 def test_codes_of_4_bits_are_widened_beside_those_of_8() -> None:
     few, many = quantize(normal(1, 32, 64), 4), quantize(normal(2, 32, 64), 8)
     found = _alike([few, many])
@@ -218,7 +229,8 @@ def test_codes_of_4_bits_are_widened_beside_those_of_8() -> None:
     assert [weight.dtype for weight in _alike([few, normal(3, 32, 64).bfloat16()])] == [torch.bfloat16] * 2
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize_module, "NATS", 0.0)
     source, folder, text = write_checkpoint(tmp_path / "m", tiny_config()), tmp_path / "q", tmp_path / "text"
     short = tmp_path / "short"
     short.write_text("Too short.", encoding="utf-8")
@@ -226,8 +238,8 @@ def test_the_command(tmp_path: Path) -> None:
     said = succeed("quantize", source, folder, "--weights", "int4", "--calibrate", text, "--calibrate-tokens", 2048)
     assert "calibrated on 2,048 tokens" in said and "bits for each weight of the layers" in said
     assert "ffn.down_proj" in said and not list(tmp_path.glob(".*"))
-    if eight := held_otherwise(folder).get("int8"):
-        assert eight[0] in succeed("info", folder)
+    eight, listed = held_otherwise(folder)["int8"], succeed("info", folder)
+    assert eight and all(f"{name.split('.', 2)[2]}: " in listed for name in eight)
     for options, message in (
         (("--calibrate", tmp_path / "none"), "none: No such file or directory"),
         (("--calibrate", short), "calibrate: the text has no two windows of"),

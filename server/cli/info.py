@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -70,7 +71,7 @@ def info(
         others = held_otherwise(folder)
         facts.add_row("not quantised", "\n".join(others.pop("bfloat16", [])) or "no matrix but the embedding")
         for kind, names in others.items():
-            facts.add_row(f"in {kind}", "\n".join(names))
+            facts.add_row(f"in {kind}", _by_layer(names))
     parameters, dense_parameters = config.parameter_count(), dense.parameter_count()
     facts.add_row("parameters", f"{parameters:,}")
     facts.add_row("dense twin", f"{dense_parameters:,} ({dense_parameters / parameters:.2f}x)")
@@ -124,6 +125,15 @@ def _rank_map(config: LPAConfig) -> Table:
         span = " to ".join(map(str, sorted({min(low), max(low)}))) if low else "dense"
         found.add_row(name, blocks, span + ", some dense" * (bool(low) and len(low) < len(ranks)), f"of {full}")
     return found
+
+
+def _by_layer(names: list[str]) -> str:
+    """A line for each kind of matrix, with the layers in which it is one of `names`."""
+    layers = defaultdict(list)
+    for name in names:
+        _, layer, kind = name.split(".", 2)
+        layers[kind].append(int(layer))
+    return "\n".join(f"{kind}: {', '.join(map(str, sorted(found)))}" for kind, found in layers.items())
 
 
 def _color(share: float) -> str:
