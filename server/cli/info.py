@@ -129,7 +129,7 @@ def _rank_map(config: LPAConfig) -> Table:
 
 def _by_layer(names: list[str]) -> str:
     """A line for each kind of matrix, with the layers in which it is one of `names`."""
-    layers = defaultdict(list)
+    layers: dict[str, list[int]] = defaultdict(list)
     for name in names:
         _, layer, kind = name.split(".", 2)
         layers[kind].append(int(layer))
