@@ -6,11 +6,18 @@ import gc
 import itertools
 import mmap
 import weakref
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from lpa_model.backends.cpu.huge_pages import CACHE_LINE, CHUNK, HugePages
+from lpa_model.backends.select import choose
+from lpa_model.config import Architecture
+from tests.conftest import random_model, tiny_config
+
+SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "vocab_size": 320}  # no padding
 
 
 def test_copies_hold_what_was_copied_and_do_not_overlap() -> None:
@@ -48,3 +55,31 @@ def test_memory_is_freed_with_the_last_tensor_in_it(monkeypatch: pytest.MonkeyPa
     del second
     gc.collect()
     assert chunk() is None
+
+
+@pytest.mark.parametrize(
+    ("architecture", "ffn_rank"),
+    [
+        ("setting1", None),
+        ("setting2", None),
+        ("setting2", 32),
+        ("setting2", {"gate": 32, "up": None, "down": None}),
+    ],
+    ids=("relu", "swiglu", "low", "mixed"),
+)
+def test_every_matrix_is_held_once(monkeypatch: pytest.MonkeyPatch, architecture: Architecture, ffn_rank: Any) -> None:
+    copied: list[Tensor] = []
+    copy = HugePages.copy
+
+    def counted(memory: HugePages, x: Tensor) -> Tensor:
+        copied.append(x)
+        return copy(memory, x)
+
+    monkeypatch.setattr(HugePages, "copy", counted)
+    config = tiny_config(architecture, **SIZES, attention_rank=32, ffn_rank=ffn_rank)
+    model = random_model(config)
+    numbers = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+    choice = choose(config, dtype="float32", layout="full")
+    assert choice.candidate.name == "cpu"
+    choice.build(model).make_cache("full", 2, 64)
+    assert sum(x.numel() for x in copied) == numbers

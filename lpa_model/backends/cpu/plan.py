@@ -136,7 +136,7 @@ class LayerPlan:
         if isinstance(ffn, SwiGLU):
             gate, up = self._matrices(ffn.gate_proj), self._matrices(ffn.up_proj)
             if len(gate) == len(up) == 1:
-                first, second = _alike([gate[0][0], up[0][0]])
+                first, second = _alike([gate.pop()[0], up.pop()[0]])
                 self.gated = pack_gated(first, second, self._memory)
             elif len(gate) == len(up) == 2:
                 self.gate_joint, self.gate_widths = _pack_joint([gate.pop(0), up.pop(0)], self._memory)
@@ -144,7 +144,7 @@ class LayerPlan:
         else:
             assert isinstance(ffn, ReluFFN)
             up = self._matrices(ffn.up_proj)
-        self.inner = [] if self.gated else [self._pack(*matrix) for matrix in up]
+        self.inner = [self._pack(*matrix) for matrix in up]
         self.outer = [self._pack(*matrix) for matrix in self._matrices(ffn.down_proj)]
 
     def _pack(self, weight: Weight, bias: Tensor | None, groups: int = 1) -> PackedWeight:
