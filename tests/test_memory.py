@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CODE = """
 import re
 import torch
@@ -31,3 +33,36 @@ def test_code_that_is_given_back_comes_back_when_it_is_called() -> None:
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 20 << 20  # bytes; torch alone maps twice as much
+
+
+HEAPS = """
+import ctypes
+import sys
+import tempfile
+import threading
+from server.engine.memory import share_one_heap
+
+if sys.argv[1] == "shared":
+    share_one_heap()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.fopen.restype, libc.fopen.argtypes = ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_char_p]
+libc.malloc_info.argtypes, libc.fclose.argtypes = [ctypes.c_int, ctypes.c_void_p], [ctypes.c_void_p]
+for _ in range(2):
+    thread = threading.Thread(target=libc.malloc, args=(1000,))
+    thread.start()
+    thread.join()
+with tempfile.NamedTemporaryFile() as file:
+    stream = libc.fopen(file.name.encode(), b"w")
+    assert libc.malloc_info(0, stream) == 0
+    libc.fclose(stream)
+    print(file.read().count(b"<heap nr="))
+"""
+
+
+@pytest.mark.parametrize(("heaps", "expected"), [("own", 2), ("shared", 1)])
+def test_threads_share_one_heap(heaps: str, expected: int) -> None:
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", HEAPS, heaps], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == expected

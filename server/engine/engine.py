@@ -22,7 +22,7 @@ from server.engine.detokenizer import Detokenizer, unfinished_bytes
 from server.engine.fingerprint import Identity, fingerprint
 from server.engine.generation_config import load_generation_config
 from server.engine.grammar import GrammarCompiler
-from server.engine.memory import release_freed_memory, retain_freed_memory
+from server.engine.memory import release_freed_memory, retain_freed_memory, share_one_heap
 from server.engine.model_runner import BatchResult, ModelRunner
 from server.engine.request import (
     EngineStats,
@@ -314,6 +314,7 @@ def build_engine(model_dir: Path, options: EngineOptions) -> Engine:
         CheckpointError: the folder cannot be used; the message names the file or tensor.
         ValueError: an option does not fit the model or the machine; the message names it.
     """
+    share_one_heap()
     # Every thread that computes keeps a team of OpenMP threads. With more of them than processors, none spins while it
     # waits, and each product of a small step takes 0.1 ms to wake its team: so this thread's team ends with it.
     with ThreadPoolExecutor(1, "loading") as loading, ThreadPoolExecutor(1, "hashing") as hashing:

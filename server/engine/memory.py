@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 # glibc's mallopt (malloc.h)
@@ -18,18 +19,31 @@ CODE = re.compile(
 )
 
 
-def retain_freed_memory() -> bool:
-    """Have glibc reuse the memory of freed tensors, in one arena for all threads.
+def share_one_heap() -> None:
+    """Have all threads allocate from one heap of glibc: what a thread leaves free in a heap of its own stays there.
 
-    A step frees tensors of many megabytes and allocates the same again. By default glibc unmaps them,
-    so that every page faults and is zeroed again, and every thread that allocates has a heap of its own. Returns
-    whether mallopt took the settings: other C libraries have none.
+    To be called before there are such threads.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if (mallopt := _mallopt()) is not None:
+        mallopt(M_ARENA_MAX, 1)
+
+
+def retain_freed_memory() -> bool:
+    """Have glibc reuse the memory of freed tensors.
+
+    A step frees tensors of many megabytes and allocates the same again. By default glibc unmaps them, so that every
+    page faults and is zeroed again. Returns whether mallopt took the settings: other C libraries have none.
+    """
+    mallopt = _mallopt()
     if mallopt is None:
         return False
-    settings = ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, LIMIT), (M_TRIM_THRESHOLD, LIMIT))
-    return all([mallopt(name, value) for name, value in settings])
+    return all([mallopt(name, LIMIT) for name in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)])
+
+
+def _mallopt() -> Callable[[int, int], int] | None:
+    """glibc's function; None in another C library."""
+    mallopt: Callable[[int, int], int] | None = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt
 
 
 def release_freed_memory() -> None:
