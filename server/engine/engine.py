@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from server.engine.fingerprint import Identity, fingerprint
 from server.engine.generation_config import load_generation_config
 from server.engine.grammar import GrammarCompiler
 from server.engine.memory import release_freed_memory, retain_freed_memory
-from server.engine.model_runner import BatchResult, ModelRunner
+from server.engine.model_runner import BatchResult, Flight, ModelRunner
 from server.engine.request import (
     EngineStats,
     FinishedRequest,
@@ -33,7 +33,7 @@ from server.engine.request import (
     RequestOutput,
     RequestStatus,
 )
-from server.engine.scheduler import ScheduledBatch, Scheduler
+from server.engine.scheduler import ScheduledBatch, ScheduledRequest, Scheduler
 from server.engine.tokenizer import Tokenizer, load_tokenizer
 from server.errors import ContextLength, InvalidRequest
 
@@ -111,6 +111,9 @@ class Engine:
         self.identity = identity
         self.fingerprint = fingerprint(identity.weights, identity.backend)
         self.backend = backend
+        self.ahead = runner.backend.runs_ahead  # a step is scheduled and submitted while the one before it runs
+        self._flight: Flight | None = None  # the step that runs
+        self._submitted = self._collected = 0.0  # when it was submitted, and when the one before it was collected
         self._requests: dict[str, tuple[Request, Detokenizer]] = {}
         self._report = EngineStats()
 
@@ -124,8 +127,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a request is running or waiting."""
-        return bool(self._requests)
+        """Whether a request is running or waiting, or a step is in flight."""
+        return bool(self._requests) or self._flight is not None
 
     def validate(
         self, token_ids: list[int], max_tokens: int, where: str = "prompt", limit_field: str = "max_tokens"
@@ -153,6 +156,7 @@ class Engine:
 
     def close(self) -> None:
         """End the threads and processes that grammars have needed. No step may follow."""
+        self._flight = None
         self.runner.close()
 
     def add_request(self, request: Request) -> None:
@@ -183,25 +187,82 @@ class Engine:
         return [RequestOutput(request_id=i, finish_reason=FinishReason.ABORT) for i in ids]
 
     def step(self) -> list[RequestOutput]:
-        """Schedule, run, advance.
+        """Schedule, run, advance. With a backend that can run `ahead`, the outputs are those of the step before, which
+        has run meanwhile; there are none of the first one.
 
         Raises:
-            StepFailed: the forward pass raised; requests outside this step are as they were.
+            StepFailed: the forward pass raised; requests outside this step are as they were, or begin anew.
         """
         started = time.monotonic()
         batch = self.scheduler.schedule()
+        if self.ahead:
+            return self._step_ahead(batch)
         try:
             result = self.runner.run(batch)
         except Exception as error:
-            logger.exception("a step failed")
-            raise StepFailed([self._fail(item.request, error) for item in batch.items]) from error
+            raise self._failed(batch, error) from error
         self.scheduler.observe_step(batch, (time.monotonic() - started) * 1e3)
-        self._count(batch, result)
-        failed = [item.request for item in batch.items if item.request.id in result.errors]
+        return self._take(batch, result)
+
+    def _step_ahead(self, batch: ScheduledBatch) -> list[RequestOutput]:
+        """Submit a step, then take the results of the one that was in flight."""
+        before, submitted = self._flight, self._submitted
+        if batch.items:
+            self._submitted = time.monotonic()
+            try:
+                flight = self.runner.submit(batch, before)
+            except Exception as error:
+                raise self._failed(batch, error) from error
+            self.scheduler.launch(batch)
+            self._flight = flight
+        else:
+            self._flight = None
+        if before is None:
+            return []
+        try:
+            result = self.runner.collect(before)
+        except Exception as error:
+            failed = self._failed(before.scheduled, error)
+            if self._flight is not None:  # it may have read what the failed one should have written
+                self.scheduler.give_up(self._flight.scheduled)
+                self._flight = None
+            raise failed from error
+        now = time.monotonic()
+        # the device came to this step when it was done with the one before
+        self.scheduler.observe_step(before.scheduled, (now - max(submitted, self._collected)) * 1e3)
+        self._collected = now
+        outputs = self._take(before.scheduled, result)
+        for request in result.redrawn:
+            if not self._is_outdated(request, before.scheduled):
+                self.scheduler.recompute(request)
+        self._report.steps_ahead += self._flight is not None
+        return outputs
+
+    def _take(self, batch: ScheduledBatch, result: BatchResult) -> list[RequestOutput]:
+        """A step's outputs; requests that have ended since it was submitted have none."""
+        outdated = [item for item in batch.items if self._is_outdated(item.request, batch)]
+        self._count(batch, result, outdated)
+        failed = [
+            item.request
+            for item in batch.items
+            if item.request.id in result.errors and not self._is_outdated(item.request, batch)
+        ]
         outputs = [self._fail(request, result.errors[request.id]) for request in failed]
+        if failed and batch.launched is not None:
+            self.scheduler.blocks.forget()  # their prompts could be found already
         updated = self.scheduler.update(batch, result.tokens, ended=result.ended, deferred=result.deferred)
         advanced = [self._advance(request, token, result) for request, token in updated]
         return outputs + [output for output in advanced if output is not None]
+
+    def _failed(self, batch: ScheduledBatch, error: Exception) -> StepFailed:
+        logger.exception("a step failed")
+        alive = [item.request for item in batch.items if not self._is_outdated(item.request, batch)]
+        return StepFailed([self._fail(request, error) for request in alive])
+
+    @staticmethod
+    def _is_outdated(request: Request, batch: ScheduledBatch) -> bool:
+        """Whether a step's results for a request count no more."""
+        return request.status is RequestStatus.FINISHED or request.id in batch.void
 
     def _advance(self, request: Request, token: int | None, result: BatchResult) -> RequestOutput | None:
         """What a step that ran means for one of its requests; None if its prompt is not through yet."""
@@ -287,13 +348,18 @@ class Engine:
             self._report.inter_token_latency.append(now - request.last_token_time)
         request.last_token_time = now
 
-    def _count(self, batch: ScheduledBatch, result: BatchResult) -> None:
+    def _count(self, batch: ScheduledBatch, result: BatchResult, outdated: Sequence[ScheduledRequest]) -> None:
         report = self._report
         report.step_tokens = batch.num_tokens
         report.prefix_cache_queries += batch.prefix_queries
         report.prefix_cache_hits += batch.prefix_hits
         report.prompt_tokens += batch.num_prompt_tokens + batch.prefix_hits
         report.generation_tokens += len(result.tokens)
+        for request, num_tokens, _ in outdated:
+            report.generation_tokens -= request.id in result.tokens
+            report.discarded_tokens += num_tokens
+        report.held.update(batch.held)
+        report.steps += 1
         report.scored_tokens += sum(len(scored.logprobs) for scored in result.prompt_logprobs.values())
         report.preemptions += batch.preempted
 

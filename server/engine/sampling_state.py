@@ -63,7 +63,7 @@ class SamplingState:
             presence_penalty=params.presence_penalty,
             logprobs=params.logprobs,
             constrained=params.grammar is not None,
-            draws=partial(uniform, request.seed, request.choice, len(request.token_ids)),
+            draws=partial(uniform, request.seed, request.choice, request.num_tokens),
             allowed=self._allowed,
             banned=self._bans(request),
             bias_ids=self._bias_ids,
@@ -82,7 +82,7 @@ class SamplingState:
 
     def _bans(self, request: Request) -> list[int]:
         banned = list(self._banned)
-        generated = request.num_output_tokens
+        generated = request.num_generated
         if generated < request.params.min_tokens:
             banned += self._ends
         for prefix, last in self._bad_ends.get(request.token_ids[-1], ()):

@@ -46,6 +46,7 @@ class Sampled:
     masks: Sequence[Mask | None]
     scored: Sequence[int]  # indices into `rows`
     top: int
+    tokens: Tensor  # [n], on the device
     columns: Fetch
     attempts: int
 
@@ -92,15 +93,13 @@ def sample(
         whole = len(scored) == len(rows)
         some, targets = (logits, tokens) if whole else (logits[there[at_scored]], tokens[there[at_scored]])
         columns.append(_columns(ops.row_scores(some, targets.clamp_min(0), top)).view(-1))
-    return Sampled(able, rows, masks, scored, top, Fetch(torch.cat(columns)), attempts)
+    return Sampled(able, rows, masks, scored, top, tokens, Fetch(torch.cat(columns)), attempts)
 
 
 def finish(sampled: Sampled, head: Head, vocab: int, device: torch.device, result: StepResult) -> None:
     """Wait for sampled rows and put them into the result; rows without enough random numbers are drawn again."""
-    while True:
-        undecided = take(sampled, result)
-        if not undecided:
-            return
+    while undecided := take(sampled, result):
+        result.redrawn.update(sampled.able[i] for i in undecided)
         sampled = sample(
             head,
             [sampled.able[i] for i in undecided],
