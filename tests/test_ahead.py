@@ -18,7 +18,7 @@ from lpa_model.backends.cuda import twins
 from lpa_model.backends.cuda.backend import CudaBackend
 from lpa_model.backends.cuda.rows import Decodes, Prompts
 from lpa_model.backends.cuda.weights import Grouped, KeyUp, Matrix, PerHead
-from server.engine.engine import Engine
+from server.engine.engine import Engine, StepFailed
 from server.engine.hidden_states import HiddenSpec
 from server.engine.request import (
     BACKGROUND,
@@ -32,7 +32,7 @@ from server.engine.request import (
 )
 from server.engine.scheduler import ScheduledBatch
 from tests.conftest import END_OF_TEXT_ID, tiny_config, write_checkpoint
-from tests.test_engine import greedy, ids_of, make_engine, prompt
+from tests.test_engine import drain, greedy, ids_of, make_engine, prompt
 from tests.test_scheduler import Life
 
 # Twins whose every row is computed by itself, so that its bits depend on it alone, as a GPU's kernels may promise.
@@ -102,7 +102,6 @@ BY_ROW = twins.TWINS._replace(
 def by_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LPA_CUDA", "twins")
     monkeypatch.setattr("lpa_model.backends.select.TWINS", BY_ROW)
-    monkeypatch.setattr("lpa_model.backends.select._graphs_invariant", lambda case: True)
     monkeypatch.setattr("server.engine.model_runner.MASK_GRACE", 30.0)  # so that load changes nothing
 
 
@@ -111,6 +110,8 @@ def pair(folder: Path, **options: Any) -> tuple[Engine, Engine]:
     ahead, plain = (make_engine(folder, batch_invariant=None, **options) for _ in range(2))
     assert ahead.ahead and isinstance(ahead.runner.backend, CudaBackend)
     plain.ahead = False
+    for engine in (ahead, plain):
+        engine.scheduler.recompute_decodes_one_by_one = True  # as batch invariance has it
     return ahead, plain
 
 
@@ -237,6 +238,124 @@ def test_any_mixture_gives_the_same_outputs(by_row: None, tmp_path: Path, num_se
     assert stats.generation_tokens == steps.generation_tokens
     ahead.close()
     plain.close()
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch, tiny_checkpoints: Any) -> Engine:
+    monkeypatch.setenv("LPA_CUDA", "twins")
+    return make_engine(tiny_checkpoints["setting2"])
+
+
+def submitted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The requests of each step, as they are submitted."""
+    steps: list[list[str]] = []
+    submit = engine.runner.submit
+
+    def watched(scheduled: ScheduledBatch, last: Any = None) -> Any:
+        steps.append([item.request.id for item in scheduled.items])
+        return submit(scheduled, last)
+
+    monkeypatch.setattr(engine.runner, "submit", watched)
+    return steps
+
+
+def test_a_cpu_runs_step_by_step(tiny_checkpoint: Path) -> None:
+    engine = make_engine(tiny_checkpoint)
+    assert not engine.ahead
+    engine.add_request(Request("x", prompt(1, 5), greedy(2)))
+    assert [len(engine.step()), len(engine.step()), engine.has_work] == [1, 1, False]
+    stats = engine.take_stats()
+    assert (stats.steps, stats.steps_ahead, stats.discarded_tokens) == (2, 0, 0)
+
+
+def test_the_last_token_is_known_ahead_and_an_end_costs_one_step(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = submitted(engine, monkeypatch)
+    engine.add_request(Request("x", prompt(1, 5), greedy(4)))
+    outputs = drain(engine)["x"]
+    assert len(steps) == 4 and len(ids_of(outputs)) == 4
+    stats = engine.take_stats()
+    assert (stats.steps, stats.steps_ahead, stats.discarded_tokens, stats.generation_tokens) == (4, 3, 0, 4)
+    stop = ids_of(outputs)[1]
+    steps.clear()
+    engine.add_request(Request("y", prompt(1, 5), greedy(9, stop_token_ids=(stop,))))
+    outputs = drain(engine)["y"]
+    assert len(steps) == 3 and (ids_of(outputs)[-1], outputs[-1].finish_reason) == (stop, FinishReason.STOP)
+    stats = engine.take_stats()
+    assert (stats.steps, stats.discarded_tokens, stats.generation_tokens) == (3, 1, 2)
+
+
+def test_what_needs_its_last_token_waits_beside_others_that_do_not(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = submitted(engine, monkeypatch)
+    engine.add_request(Request("free", prompt(1, 5), greedy(8)))
+    engine.add_request(Request("held", prompt(2, 5), greedy(4, repetition_penalty=1.3)))
+    drain(engine)
+    assert steps == [["free", "held"], ["free"]] * 4
+    stats = engine.take_stats()
+    assert (stats.steps_ahead, dict(stats.held)) == (7, {"penalties": 3})
+    steps.clear()
+    engine.add_request(Request("held", prompt(2, 5), greedy(4, repetition_penalty=1.3)))
+    drain(engine)
+    assert steps == [["held"]] * 4  # alone it takes one step a token
+    assert engine.take_stats().steps_ahead == 0
+
+
+def test_a_request_that_leaves_in_flight(engine: Engine) -> None:
+    engine.add_request(Request("y", prompt(2, 5), greedy(6)))
+    alone = ids_of(drain(engine)["y"])
+    engine.add_request(Request("x", prompt(1, 5), greedy(50)))
+    engine.add_request(Request("y", prompt(2, 5), greedy(6)))
+    found = [output for _ in range(3) for output in engine.step()]
+    engine.abort("x")
+    assert engine.scheduler.blocks.num_held == 1  # of y alone
+    engine.add_request(Request("x", prompt(2, 5), greedy(6)))  # another one of the same name
+    outputs = drain(engine)
+    assert ids_of([o for o in found if o.request_id == "y"] + outputs["y"]) == alone == ids_of(outputs["x"])
+
+
+@pytest.mark.parametrize("where", ["submit", "collect"])
+def test_a_step_that_fails_ends_its_own_requests(engine: Engine, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    late = prompt(3, 9)
+    engine.add_request(Request("late", late, greedy(6)))
+    expected = ids_of(drain(engine)["late"])
+    steps = submitted(engine, monkeypatch)
+    backend: Any = engine.runner.backend
+    real = getattr(backend, where)
+
+    def broken(*arguments: Any) -> Any:
+        if "late" in steps[-1]:
+            raise RuntimeError("the device has gone")
+        return real(*arguments)
+
+    monkeypatch.setattr(backend, where, broken)
+    engine.add_request(Request("first", prompt(1, 20), greedy(20)))
+    engine.step()
+    engine.add_request(Request("late", late, greedy(6)))
+    with pytest.raises(StepFailed) as caught:
+        for _ in range(9):
+            engine.step()
+    monkeypatch.setattr(backend, where, real)
+    assert steps[-2:] == [["first"], ["first", "late"]]
+    failed = {output.request_id for output in caught.value.outputs}
+    outputs = drain(engine)
+    if where == "submit":
+        assert failed == {"first", "late"} and not outputs
+    else:  # the step that held late was in flight, behind the one that failed: it is computed anew
+        assert failed == {"first"} and ids_of(outputs["late"]) == expected
+
+
+def test_all_are_ended_with_a_step_in_flight(engine: Engine) -> None:
+    for i in range(3):
+        engine.add_request(Request(f"r{i}", prompt(i, 5), greedy(50)))
+    engine.step()
+    engine.step()
+    assert {output.finish_reason for output in engine.abort_all()} == {FinishReason.ABORT}
+    assert engine.scheduler.blocks.num_held == 0 and engine.has_work
+    assert engine.step() == [] and not engine.has_work
+    engine.close()
 
 
 class LifeAhead(Life):

@@ -207,6 +207,7 @@ class Engine:
     def _step_ahead(self, batch: ScheduledBatch) -> list[RequestOutput]:
         """Submit a step, then take the results of the one that was in flight."""
         before, submitted = self._flight, self._submitted
+        self._report.held.update(batch.held)
         if batch.items:
             self._submitted = time.monotonic()
             try:
@@ -358,7 +359,6 @@ class Engine:
         for request, num_tokens, _ in outdated:
             report.generation_tokens -= request.id in result.tokens
             report.discarded_tokens += num_tokens
-        report.held.update(batch.held)
         report.steps += 1
         report.scored_tokens += sum(len(scored.logprobs) for scored in result.prompt_logprobs.values())
         report.preemptions += batch.preempted

@@ -28,6 +28,9 @@ class GrammarSpec:
     param: str
 
 
+HELD_BY = ("grammar", "penalties", "bad_words")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How one sequence is generated or scored. Ranges are checked by the protocol."""
@@ -61,13 +64,11 @@ class SamplingParams:
 
     @property
     def held_by(self) -> str | None:
-        """What lets a token be sampled only when the host knows the one before: the parameter's name; None if a step
-        may be submitted whose last token is still being sampled."""
-        if self.grammar is not None:
-            return "grammar"
-        if self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty:
-            return "penalties"
-        return "bad_words" if any(len(words) > 1 for words in self.bad_words) else None
+        """The parameter, of HELD_BY, for which the host must know a token before the next one can be sampled; None if a
+        step may be submitted whose last token is still being sampled."""
+        penalized = self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
+        found = (self.grammar is not None, penalized, any(len(words) > 1 for words in self.bad_words))
+        return next((name for name, holds in zip(HELD_BY, found, strict=True) if holds), None)
 
     def without_prompt_logprobs(self) -> SamplingParams:
         """For the further choices of a prompt that the first one scores."""
