@@ -26,7 +26,7 @@ Handle = Any
 """A submitted step: what `collect` needs of it. Each backend has its own."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class SamplingRow:
     """How the next token after one row of a batch is sampled; ids are distinct within each array."""
 

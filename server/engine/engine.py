@@ -241,18 +241,19 @@ class Engine:
 
     def _take(self, batch: ScheduledBatch, result: BatchResult) -> list[RequestOutput]:
         """A step's outputs; requests that have ended since it was submitted have none."""
-        outdated = [item for item in batch.items if self._is_outdated(item.request, batch)]
+        outdated, failed = list[ScheduledRequest](), list[Request]()
+        if batch.launched is not None:  # otherwise nothing has happened since
+            outdated = [item for item in batch.items if self._is_outdated(item.request, batch)]
         self._count(batch, result, outdated)
-        failed = [
-            item.request
-            for item in batch.items
-            if item.request.id in result.errors and not self._is_outdated(item.request, batch)
-        ]
+        if result.errors:
+            requests = (item.request for item in batch.items if item.request.id in result.errors)
+            failed = [request for request in requests if not self._is_outdated(request, batch)]
         outputs = [self._fail(request, result.errors[request.id]) for request in failed]
         if failed and batch.launched is not None:
             self.scheduler.blocks.forget()  # their prompts could be found already
         updated = self.scheduler.update(batch, result.tokens, ended=result.ended, deferred=result.deferred)
-        advanced = [self._advance(request, token, result) for request, token in updated]
+        now = time.monotonic()
+        advanced = [self._advance(request, token, result, now) for request, token in updated]
         return outputs + [output for output in advanced if output is not None]
 
     def _failed(self, batch: ScheduledBatch, error: Exception) -> StepFailed:
@@ -265,7 +266,7 @@ class Engine:
         """Whether a step's results for a request count no more."""
         return request.status is RequestStatus.FINISHED or request.id in batch.void
 
-    def _advance(self, request: Request, token: int | None, result: BatchResult) -> RequestOutput | None:
+    def _advance(self, request: Request, token: int | None, result: BatchResult, now: float) -> RequestOutput | None:
         """What a step that ran means for one of its requests; None if its prompt is not through yet."""
         if request.id in result.prompt_logprobs:
             request.prompt_logprobs.extend(result.prompt_logprobs[request.id])
@@ -274,7 +275,7 @@ class Engine:
         _, detokenizer = self._requests[request.id]
         text = ""
         if token is not None:
-            self._observe_token(request)
+            self._observe_token(request, now)
             # the end of text or a stop token, but not the last token of a grammar's text
             last = request.id in result.ended and token not in self.scheduler.eos_token_ids
             stopped = request.finish_reason is FinishReason.STOP and not last
@@ -340,8 +341,7 @@ class Engine:
             self._report.finished_prompts.append((choices.n, choices.longest))
         return finished
 
-    def _observe_token(self, request: Request) -> None:
-        now = time.monotonic()
+    def _observe_token(self, request: Request, now: float) -> None:
         if request.last_token_time is None:
             request.first_token_time = now
             self._report.time_to_first_token.append(now - request.arrival)

@@ -79,9 +79,9 @@ class ModelRunner:
     def submit(self, scheduled: ScheduledBatch, last: Flight | None = None) -> Flight:
         """Begin a step, while `last` may be in flight: tokens that it samples are taken over on the device."""
         items = scheduled.items
-        self._start_masks(items)
         batch, runs = self._batch(scheduled, last)
-        requests, sampling = self._sampling(items)
+        requests, sampling = self._sampling(scheduled)
+        self._start_masks(requests)
         generated = [request.num_generated for request in requests]
         hidden = list(_wanted_rows(items)) if batch.hidden else ()
         handle = self.backend.submit(batch, sampling)
@@ -100,7 +100,9 @@ class ModelRunner:
             masks = self._join_masks(constrained, len(flight.scheduled.items), result)
         allowed = {i: masks[request.id] for i, request in enumerate(requests) if request.id in masks} if masks else {}
         found = self.backend.collect(handle, allowed)
-        for i, (request, token) in enumerate(zip(requests, found.tokens, strict=True)):
+        if not (found.broken or found.stuck or found.scores or None in found.tokens):
+            result.tokens = {request.id: token for request, token in zip(requests, found.tokens, strict=True)}
+        for i, (request, token) in enumerate(zip(requests, found.tokens, strict=True)) if not result.tokens else ():
             if i in found.broken:
                 result.errors[request.id] = FloatingPointError(NOT_FINITE)
             elif i in found.stuck and self._may_end(request, flight.generated[i]):
@@ -137,16 +139,11 @@ class ModelRunner:
         """The step's arrays; and for each scored request its first scored row, the one after its last, and its top."""
         items, block_size = scheduled.items, self.cache.block_size
         spans = [
-            Span(
-                item.request.num_computed_tokens,
-                item.num_tokens,
-                item.request.block_table,
-                item.is_decode,
-                item.request.branches,
-            )
-            for item in items
-            if item.num_tokens  # a follower samples from its leader's last row
+            Span(request.num_computed_tokens, num_tokens, request.block_table, is_decode, request.branches)
+            for request, num_tokens, is_decode in items
+            if num_tokens  # a follower samples from its leader's last row
         ]
+        ids: list[int] = []
         rows: list[int] = []
         targets: list[int] = []
         tops: list[int] = []
@@ -154,18 +151,25 @@ class ModelRunner:
         measured: list[tuple[int, Measured]] = []
         at = 0
         for item in items:
-            request, start = item.request, at - item.request.num_computed_tokens
+            request, computed = item.request, item.request.num_computed_tokens
+            start = at - computed
             at += item.num_tokens
-            if scored := request.scored(request.num_computed_tokens, item.num_tokens):
-                ids, first, top = request.token_ids, len(rows), request.params.prompt_logprobs or 0
+            if item.is_decode:
+                ids.append(request.token_ids[computed] if computed < len(request.token_ids) else 0)
+                continue
+            ids += _input_ids(item)
+            if scored := request.scored(computed, item.num_tokens):
+                first, top = len(rows), request.params.prompt_logprobs or 0
                 rows += [start + token for token, _ in scored]
-                targets += [ids[target] for _, target in scored]
+                targets += [request.token_ids[target] for _, target in scored]
                 tops += [top] * len(scored)
                 runs.append((request, first, len(rows), top))
                 _add_run(measured, len(rows), _measured(request))
-        filled = {block for item in items for block in _filled_blocks(item, block_size)}
+        filled = set[int]()
+        if scheduled.new_blocks:
+            filled = {block for item in items for block in _filled_blocks(item, block_size)}
         batch = Batch.build(
-            [token for item in items for token in _input_ids(item)],
+            ids,
             spans,
             block_size,
             scored=ScoredRows(
@@ -194,22 +198,22 @@ class ModelRunner:
             else:
                 result.errors[request_id] = FloatingPointError(HIDDEN_NOT_FINITE)
 
-    def _sampling(self, items: list[ScheduledRequest]) -> tuple[Sequence[Request], Sequence[SamplingRow]]:
+    def _sampling(self, scheduled: ScheduledBatch) -> tuple[Sequence[Request], Sequence[SamplingRow]]:
         requests, rows, at = [], [], 0
-        for item in items:
-            at += item.num_tokens
-            if item.samples:
-                requests.append(item.request)
-                rows.append(self._state(item.request).row(item.request, at - 1))
+        for (request, num_tokens, _), samples in zip(scheduled.items, scheduled.samples, strict=True):
+            at += num_tokens
+            if samples:
+                requests.append(request)
+                rows.append(self._state(request).row(request, at - 1))
         return requests, rows
 
-    def _start_masks(self, items: list[ScheduledRequest]) -> None:
+    def _start_masks(self, requests: Sequence[Request]) -> None:
         """Compute what grammars allow beside the forward pass."""
-        for item in items:
-            if item.samples and (spec := item.request.params.grammar):
-                if item.request not in self._grammars:
-                    self._grammars[item.request] = GrammarState(self.compiler, spec)
-                self._grammars[item.request].start(self._mask_pool)
+        for request in requests:
+            if spec := request.params.grammar:
+                if request not in self._grammars:
+                    self._grammars[request] = GrammarState(self.compiler, spec)
+                self._grammars[request].start(self._mask_pool)
 
     def _join_masks(self, constrained: Sequence[Request], of: int, result: BatchResult) -> dict[str, Mask]:
         """Masks of those of a step's `of` requests that can be sampled now; the others are named in the result.
@@ -266,9 +270,10 @@ class ModelRunner:
                 result.ended.add(request.id)
 
     def _state(self, request: Request) -> SamplingState:
-        if request not in self._states:
-            self._states[request] = SamplingState(request, self.compiler.eos_token_ids)
-        return self._states[request]
+        found = self._states.get(request)
+        if found is None:
+            found = self._states[request] = SamplingState(request, self.compiler.eos_token_ids)
+        return found
 
 
 def _measured(request: Request) -> Measured:

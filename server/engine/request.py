@@ -133,7 +133,7 @@ class Logprobs:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class RequestOutput:
     """What one step (or several, merged by a slow reader) adds to a request."""
 

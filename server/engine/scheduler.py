@@ -48,8 +48,8 @@ class ScheduledRequest(NamedTuple):
     def samples(self) -> bool:
         """Whether this step computes the request's last token and a new one is to be sampled."""
         request = self.request
-        reached = request.num_computed_tokens + self.num_tokens == request.num_tokens
-        return reached and not request.is_scoring
+        reached = request.num_computed_tokens + self.num_tokens == len(request.token_ids) + request.num_pending
+        return reached and request.params.max_tokens > 0
 
 
 @dataclass
@@ -69,6 +69,7 @@ class ScheduledBatch:
     preempted: int = 0
     prefix_queries: int = 0  # tokens looked up by requests that start
     prefix_hits: int = 0
+    samples: list[bool] = field(default_factory=list)  # of each item
     held: Counter[str] = field(default_factory=Counter)  # decodes that wait for their last token, by `held_by`
     launched: list[tuple[int, bool]] | None = None
     void: set[str] = field(default_factory=set)
@@ -138,15 +139,18 @@ class Scheduler:
                 rows -= 1
         if self.waiting or len(batch.items) < len(self.running):
             self._schedule_prompts(batch, rows)
+        batch.samples = [item.samples for item in batch.items]
         return batch
 
     def _schedule_decode(self, request: Request, batch: ScheduledBatch) -> bool:
         """Put a request's next token into the step if it is a generated one; whether it is there."""
-        if not self._decodes(request, request.num_computed_tokens):
+        computed = request.num_computed_tokens
+        if not self._decodes(request, computed):
             return False
         if request.num_pending and not self._goes_ahead(request, batch):
             return False
-        if not self._allocate_blocks(request, 1, batch):
+        full = computed == len(request.block_table) * self.blocks.block_size
+        if (full or request.status is not RequestStatus.RUNNING) and not self._allocate_blocks(request, 1, batch):
             return False
         batch.items.append(ScheduledRequest(request, 1, True))
         return True
@@ -171,8 +175,8 @@ class Scheduler:
 
     def _decodes(self, request: Request, computed: int) -> bool:
         """Whether the token after `computed` ones is computed as a generated one, which goes alone."""
-        first = request.num_prompt_tokens if self.recompute_decodes_one_by_one else request.num_tokens - 1
-        return request.num_generated > 0 and computed >= first
+        tokens, prompt = len(request.token_ids) + request.num_pending, request.num_prompt_tokens
+        return tokens > prompt and computed >= (prompt if self.recompute_decodes_one_by_one else tokens - 1)
 
     def _prompt_end(self, request: Request) -> int:
         """Tokens up to here are computed as a prompt's."""
@@ -448,9 +452,8 @@ class Scheduler:
         Its blocks can be found at once, since later steps run after it.
         """
         batch.launched = []
-        for item in batch.items:
-            request, samples = item.request, item.samples
-            self._move_on(request, item.num_tokens, item.is_decode)
+        for (request, num_tokens, is_decode), samples in zip(batch.items, batch.samples, strict=True):
+            self._move_on(request, num_tokens, is_decode)
             request.num_pending += samples
             batch.launched.append((request.num_computed_tokens, samples))
             if samples and request.followers:  # they got no slot

@@ -189,8 +189,18 @@ class CudaBackend:
     @staticmethod
     def _drawn_whole(batch: Batch, rows: Sequence[SamplingRow]) -> bool:
         """Whether graphs draw the tokens: of every row, from its logits as they are, without its log-probability."""
-        return [row.row for row in rows] == list(range(batch.num_rows)) and all(
-            sampling.is_plain(row) and not row.top_k and row.logprobs is None for row in rows
+        if len(rows) != batch.num_rows:
+            return False
+        return not any(
+            row.row != i
+            or row.top_k
+            or row.logprobs is not None
+            or row.banned
+            or row.allowed is not None
+            or row.bias_ids is not None
+            or row.seen is not None
+            or row.constrained
+            for i, row in enumerate(rows)
         )
 
     def _replay_draw(self, size: int, rows: Sequence[SamplingRow]) -> sampling.Sampled:

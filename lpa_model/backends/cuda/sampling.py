@@ -32,11 +32,6 @@ Head = Callable[[Tensor], Tensor]
 """Rows of the batch (int64 [n]) -> their logits [n, vocab] in the head's dtype."""
 
 
-def is_plain(row: SamplingRow) -> bool:
-    """Whether the row's token is drawn from its logits as they are."""
-    return row.allowed is None and not row.banned and row.bias_ids is None and row.seen is None and not row.constrained
-
-
 @dataclass
 class Sampled:
     """Rows whose tokens and scores are on their way: columns of float64 [n, 2 + ...], whose whole numbers are exact."""
@@ -117,7 +112,11 @@ def take(sampled: Sampled, result: StepResult) -> list[int]:
     numbers = sampled.columns.result()
     scores = numbers[2 * n :].reshape(len(sampled.scored), width) if sampled.scored else None
     undecided = []
-    for i, (token, is_broken) in enumerate(numbers[: 2 * n].reshape(n, 2).astype(np.int64).tolist()):
+    drawn = numbers[: 2 * n].reshape(n, 2)
+    if n == len(result.tokens) and scores is None and not drawn[:, 1].any() and drawn[:, 0].min() >= 0:
+        result.tokens = drawn[:, 0].astype(np.int64).tolist()
+        return []
+    for i, (token, is_broken) in enumerate(drawn.astype(np.int64).tolist()):
         if is_broken:
             result.broken.add(sampled.able[i])
         elif token == NOTHING:
