@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -113,6 +113,7 @@ class Engine:
         self.backend = backend
         self.ahead = runner.backend.runs_ahead  # a step is scheduled and submitted while the one before it runs
         self._flight: Flight | None = None  # the step that runs
+        self._is_warm = False
         self._submitted = self._collected = 0.0  # when it was submitted, and when the one before it was collected
         self._requests: dict[str, tuple[Request, Detokenizer]] = {}
         self._report = EngineStats()
@@ -149,6 +150,16 @@ class Engine:
                 self.max_model_len,
                 param=where if size > self.max_model_len else limit_field,
             )
+
+    def warm_up(self) -> None:
+        """Compile and capture what the first step would otherwise wait for, in the thread that steps: a GPU's captures
+        belong to its streams. `step` does it where nobody has."""
+        if self._is_warm:
+            return
+        self._is_warm, began = True, time.monotonic()
+        self.runner.backend.warm_up(self.scheduler.max_num_seqs, self.max_model_len)
+        seconds = self.backend.load_seconds + time.monotonic() - began
+        self.backend = replace(self.backend, load_seconds=seconds)
 
     def compile_grammar(self, spec: GrammarSpec) -> None:
         """Have a grammar ready for its request; from any thread. Raises InvalidRequest if it cannot be compiled."""
@@ -193,6 +204,7 @@ class Engine:
         Raises:
             StepFailed: the forward pass raised; requests outside this step are as they were, or begin anew.
         """
+        self.warm_up()
         started = time.monotonic()
         batch = self.scheduler.schedule()
         if self.ahead:
@@ -421,7 +433,6 @@ def _build_engine(model_dir: Path, options: EngineOptions, hashing: Executor) ->
         raise ValueError(f"kv_cache_memory: {memory} bytes do not hold one block of {block_bytes} bytes")
     max_model_len = _max_model_len(config, options.max_model_len, num_blocks * options.block_size)
     cache = backend.make_cache(layout, num_blocks, options.block_size)
-    backend.warm_up(options.max_num_seqs, max_model_len)
     release_freed_memory()
     retain_freed_memory()
     logger.info("backend: %s%s", backend.name, ", batch-invariant" if invariant else "")
