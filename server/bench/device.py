@@ -329,7 +329,7 @@ def ahead(setup: Setup) -> dict[str, Any]:
     config, length = setup.of(PRESETS["lpa-130m"]), 8 if setup.tiny else 128
     number = 5 if setup.tiny else 64
     rng, rows = random.Random(2), list[dict[str, Any]]()
-    with _folder(setup, config) as folder:
+    with _folder(setup, config) as folder, _taking(setup, True):
         engine = _engine(setup, folder, number, batch_invariant=setup.place.type == "cuda" or None)
         vocab = engine.model_config.vocab_size
         prompts = [
