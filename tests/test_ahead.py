@@ -234,7 +234,7 @@ def test_any_mixture_gives_the_same_outputs(by_row: None, tmp_path: Path, num_se
 
     check()
     stats, steps = ahead.take_stats(), plain.take_stats()
-    assert stats.steps_ahead > 0.5 * stats.steps and steps.steps_ahead == 0
+    assert stats.steps_ahead > 0 and steps.steps_ahead == 0
     assert stats.generation_tokens == steps.generation_tokens
     ahead.close()
     plain.close()

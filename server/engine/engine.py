@@ -280,7 +280,7 @@ class Engine:
 
     def _advance(self, request: Request, token: int | None, result: BatchResult, now: float) -> RequestOutput | None:
         """What a step that ran means for one of its requests; None if its prompt is not through yet."""
-        if request.id in result.prompt_logprobs:
+        if result.prompt_logprobs and request.id in result.prompt_logprobs:
             request.prompt_logprobs.extend(result.prompt_logprobs[request.id])
         if request.hidden is not None and request.id in result.hidden:
             request.hidden.add(result.hidden[request.id])
@@ -301,8 +301,7 @@ class Engine:
             finished = self._close(request)
         elif token is None:
             return None
-        first = request.num_output_tokens == (0 if token is None else 1)
-        scored = first and request.params.prompt_logprobs is not None
+        scored = request.params.prompt_logprobs is not None and request.num_output_tokens == (token is not None)
         return RequestOutput(
             request_id=request.id,
             text=text,

@@ -158,7 +158,8 @@ class Scheduler:
     def _goes_ahead(self, request: Request, batch: ScheduledBatch) -> bool:
         """Whether the token that is still being sampled can be computed, too: it is not the last one, and what comes
         after it does not depend on which one it is."""
-        if request.num_generated >= request.params.max_tokens or request.num_tokens >= self.max_model_len:
+        tokens = len(request.token_ids) + request.num_pending
+        if tokens - request.num_prompt_tokens >= request.params.max_tokens or tokens >= self.max_model_len:
             return False
         if request.held_by is not None:
             batch.held[request.held_by] += 1
@@ -524,13 +525,13 @@ class Scheduler:
             yield request, token
 
     def _check_stop(self, request: Request, token: int) -> None:
-        params = request.params
-        if request.num_output_tokens >= params.min_tokens:
+        params, generated = request.params, len(request.token_ids) - request.num_prompt_tokens
+        if generated >= params.min_tokens:
             if token in self.eos_token_ids and not params.ignore_eos:
                 return self.finish(request, FinishReason.STOP)
             if token in params.stop_token_ids:
                 return self.finish(request, FinishReason.STOP, token)
-        if request.num_output_tokens >= params.max_tokens or len(request.token_ids) >= self.max_model_len:
+        if generated >= params.max_tokens or len(request.token_ids) >= self.max_model_len:
             self.finish(request, FinishReason.LENGTH)
 
     def finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:

@@ -242,6 +242,10 @@ class CudaBackend:
         """Leave tokens where the next step finds them, each in the place of its sampling row."""
         if self._drawn is None:  # not warmed up
             return
+        n = len(sampled.able)
+        if sampled.able[-1] == n - 1:
+            self._drawn[:n, 0].copy_(sampled.tokens)
+            return
         parcel = Parcel()
         parcel.add(np.array(sampled.able, np.int64))
         self._drawn[:, 0].index_copy_(0, parcel.send(self.device)[0], sampled.tokens.double())

@@ -135,9 +135,13 @@ def _aligned(numbers: int) -> int:
 
 
 def _fill_decodes(spans: Sequence[Span], lengths: Ints32, tables: Ints32) -> None:
-    width = tables.shape[1]
+    n, width = len(spans), tables.shape[1]
+    lengths[:n] = [span.context + 1 for span in spans]
+    used = [len(span.block_table) for span in spans]
+    if used and max(used) == min(used) <= width:  # one assignment is quicker than one for each row
+        tables[:n, : used[0]] = [span.block_table for span in spans]
+        return
     for i, span in enumerate(spans):
-        lengths[i] = span.context + 1
         blocks = span.block_table[:width]
         tables[i, : len(blocks)] = blocks
 
