@@ -144,7 +144,8 @@ class Metrics(Collector):
         sums["steps_ahead"] += stats.steps_ahead
         sums["steps_synchronous"] += stats.steps - stats.steps_ahead
         sums["discarded_tokens"] += stats.discarded_tokens
-        self._held.update(stats.held)
+        if stats.held:
+            self._held.update(stats.held)
         if stats.step_tokens:
             self._step_tokens.observe(stats.step_tokens)
         for seconds in stats.time_to_first_token:

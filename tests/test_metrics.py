@@ -3,7 +3,6 @@ from __future__ import annotations
 import gzip
 import re
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,8 +75,8 @@ def test_gauges_show_the_last_report_and_counters_the_sum() -> None:
 
 def test_steps_are_counted_by_mode_and_held_tokens_by_reason() -> None:
     metrics = Metrics("tiny")
-    metrics.observe(stats(steps=3, steps_ahead=2, held=Counter(grammar=4)))
-    metrics.observe(stats(steps=1, held=Counter(grammar=1, penalties=2)))
+    metrics.observe(stats(steps=3, steps_ahead=2, held={"grammar": 4}))
+    metrics.observe(stats(steps=1, held={"grammar": 1, "penalties": 2}))
     steps = {mode: value(metrics, "lpa:engine_steps_total", mode=mode) for mode in ("ahead", "synchronous")}
     assert steps == {"ahead": 2, "synchronous": 2}
     held = {reason: value(metrics, "lpa:held_tokens_total", reason=reason) for reason in HELD_BY}

@@ -219,7 +219,8 @@ class Engine:
     def _step_ahead(self, batch: ScheduledBatch) -> list[RequestOutput]:
         """Submit a step, then take the results of the one that was in flight."""
         before, submitted = self._flight, self._submitted
-        self._report.held.update(batch.held)
+        for reason, count in batch.held.items():
+            self._report.held[reason] = self._report.held.get(reason, 0) + count
         if batch.items:
             self._submitted = time.monotonic()
             try:

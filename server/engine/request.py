@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import secrets
 import time
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -480,7 +479,7 @@ class EngineStats:
     steps: int = 0
     steps_ahead: int = 0  # of these, those whose results were awaited while the next one ran
     discarded_tokens: int = 0  # computed one step ahead, for sequences that had ended
-    held: Counter[str] = field(default_factory=Counter)  # decodes that could not go ahead, by the parameter's name
+    held: dict[str, int] = field(default_factory=dict)  # decodes that could not go ahead, by the parameter's name
     step_tokens: int = 0  # of the last step; 0: there was none
     time_to_first_token: list[float] = field(default_factory=list)
     inter_token_latency: list[float] = field(default_factory=list)

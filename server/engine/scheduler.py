@@ -70,7 +70,7 @@ class ScheduledBatch:
     prefix_queries: int = 0  # tokens looked up by requests that start
     prefix_hits: int = 0
     samples: list[bool] = field(default_factory=list)  # of each item
-    held: Counter[str] = field(default_factory=Counter)  # decodes that wait for their last token, by `held_by`
+    held: dict[str, int] = field(default_factory=dict)  # decodes that wait for their last token, by `held_by`
     launched: list[tuple[int, bool]] | None = None
     void: set[str] = field(default_factory=set)
 
@@ -162,7 +162,7 @@ class Scheduler:
         if tokens - request.num_prompt_tokens >= request.params.max_tokens or tokens >= self.max_model_len:
             return False
         if request.held_by is not None:
-            batch.held[request.held_by] += 1
+            batch.held[request.held_by] = batch.held.get(request.held_by, 0) + 1
             return False
         return True
 
@@ -189,7 +189,7 @@ class Scheduler:
 
     def _schedule_prompts(self, batch: ScheduledBatch, rows: int) -> None:
         # held decodes count: this step's prompts delay the next ones, too
-        budget = self._prompt_budget(len(batch.items) + batch.held.total())
+        budget = self._prompt_budget(len(batch.items) + sum(batch.held.values()))
         for request in list(self.running):
             if not budget.open_kinds:
                 break
