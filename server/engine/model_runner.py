@@ -79,9 +79,9 @@ class ModelRunner:
     def submit(self, scheduled: ScheduledBatch, last: Flight | None = None) -> Flight:
         """Begin a step, while `last` may be in flight: tokens that it samples are taken over on the device."""
         items = scheduled.items
+        self._start_masks(scheduled)
         batch, runs = self._batch(scheduled, last)
         requests, sampling = self._sampling(scheduled)
-        self._start_masks(requests)
         generated = [request.num_generated for request in requests]
         hidden = list(_wanted_rows(items)) if batch.hidden else ()
         handle = self.backend.submit(batch, sampling)
@@ -207,10 +207,10 @@ class ModelRunner:
                 rows.append(self._state(request).row(request, at - 1))
         return requests, rows
 
-    def _start_masks(self, requests: Sequence[Request]) -> None:
+    def _start_masks(self, scheduled: ScheduledBatch) -> None:
         """Compute what grammars allow beside the forward pass."""
-        for request in requests:
-            if spec := request.params.grammar:
+        for (request, _, _), samples in zip(scheduled.items, scheduled.samples, strict=True):
+            if samples and (spec := request.params.grammar):
                 if request not in self._grammars:
                     self._grammars[request] = GrammarState(self.compiler, spec)
                 self._grammars[request].start(self._mask_pool)
