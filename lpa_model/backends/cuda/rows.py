@@ -109,7 +109,8 @@ def step_rows(batch: Batch, device: torch.device, sampled: Tensor | None = None)
     of_prompts = {name: parcel.add(array) for name, array in arrays.items()}
     there = parcel.send(device)
     ids, positions, slots, *carried = (there[place] for place in own)
-    if carried and sampled is not None:
+    if carried:
+        assert sampled is not None, "ids come from a step of a backend that is warm"
         take_carried(ids, carried[0], sampled)
     found = Decodes(*(there[place] for place in of_decodes)) if decodes else None
     rest = {name: there[place] for name, place in of_prompts.items()}
