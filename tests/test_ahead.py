@@ -33,7 +33,7 @@ from server.engine.request import (
 from server.engine.scheduler import ScheduledBatch
 from tests.conftest import END_OF_TEXT_ID, tiny_config, write_checkpoint
 from tests.test_engine import drain, greedy, ids_of, make_engine, prompt
-from tests.test_scheduler import Life
+from tests.test_scheduler import Life, make_request, make_scheduler
 
 # Twins whose every row is computed by itself, so that its bits depend on it alone, as a GPU's kernels may promise.
 
@@ -356,6 +356,29 @@ def test_all_are_ended_with_a_step_in_flight(engine: Engine) -> None:
     assert engine.scheduler.blocks.num_held == 0 and engine.has_work
     assert engine.step() == [] and not engine.has_work
     engine.close()
+
+
+def test_prompts_leave_time_to_what_waits_for_its_token() -> None:
+    """A step without the held decode delays its next one, too."""
+    scheduler = make_scheduler(200, max_num_batched_tokens=256, max_model_len=800)
+    scheduler.add(make_request("held", 4, 1, max_tokens=90, ignore_eos=True, repetition_penalty=1.2))
+    flight: ScheduledBatch | None = None
+    chunks: list[int] = []
+    for step in range(80):
+        if step == 12:
+            scheduler.add(make_request("long", 700, 2))
+        batch = scheduler.schedule()
+        before, flight = flight, batch if batch.items else None
+        if flight is not None:
+            scheduler.launch(batch)
+            chunks.append(batch.num_prompt_tokens)
+        if before is not None:
+            decodes = len(before.items) - (before.num_prompt_tokens > 0)
+            scheduler.observe_step(before, 10.0 * min(1, decodes) + 0.5 * before.num_prompt_tokens)
+            tokens = zip(before.items, before.samples, strict=True)
+            list(scheduler.update(before, {item.request.id: 7 for item, samples in tokens if samples}))
+    assert sum(chunks) == 704 and max(chunks) < 150
+    assert len([chunk for chunk in chunks[1:] if chunk]) > 10
 
 
 class LifeAhead(Life):

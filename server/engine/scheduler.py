@@ -188,8 +188,7 @@ class Scheduler:
         )
 
     def _schedule_prompts(self, batch: ScheduledBatch, rows: int) -> None:
-        # held decodes count: this step's prompts delay the next ones, too
-        budget = self._prompt_budget(len(batch.items) + sum(batch.held.values()))
+        budget = self._prompt_budget(len(batch.items), sum(batch.held.values()))
         for request in list(self.running):
             if not budget.open_kinds:
                 break
@@ -299,12 +298,14 @@ class Scheduler:
         batch.preempted += 1
         batch.items = [item for item in batch.items if item.request is not victim]
 
-    def _prompt_budget(self, num_decodes: int) -> PromptBudget:
+    def _prompt_budget(self, num_decodes: int, num_held: int) -> PromptBudget:
+        """`num_held`: decodes that wait for this step to be over, and so for its prompts."""
         tokens = max(1, self.max_num_batched_tokens - num_decodes)
-        if not num_decodes:
+        if not num_decodes + num_held:
             return PromptBudget(self.cost, tokens)
-        if self.cost.probe_due(num_decodes):
+        if num_decodes and self.cost.probe_due(num_decodes):
             return PromptBudget(self.cost, 0)
+        num_decodes += num_held
         decode_ms, pass_ms = self.cost.decode_ms(num_decodes), self.cost.pass_ms
         prompts = len(self.waiting.ready[False]) + sum(
             not (r.is_scoring or self._decodes(r, r.num_computed_tokens)) for r in self.running
