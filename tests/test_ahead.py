@@ -365,7 +365,7 @@ def test_prompts_leave_time_to_what_waits_for_its_token() -> None:
     flight: ScheduledBatch | None = None
     chunks: list[int] = []
     for step in range(80):
-        if step == 12:
+        if step == 1:  # before the time of a decode alone is known
             scheduler.add(make_request("long", 700, 2))
         batch = scheduler.schedule()
         before, flight = flight, batch if batch.items else None
@@ -377,8 +377,8 @@ def test_prompts_leave_time_to_what_waits_for_its_token() -> None:
             scheduler.observe_step(before, 10.0 * min(1, decodes) + 0.5 * before.num_prompt_tokens)
             tokens = zip(before.items, before.samples, strict=True)
             list(scheduler.update(before, {item.request.id: 7 for item, samples in tokens if samples}))
-    assert sum(chunks) == 704 and max(chunks) < 150
-    assert len([chunk for chunk in chunks[1:] if chunk]) > 10
+    assert sum(chunks) == 704
+    assert sum(chunk > 200 for chunk in chunks) == 1  # before that time is known
 
 
 class LifeAhead(Life):
