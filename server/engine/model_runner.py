@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from lpa_model.backends.base import Backend, Floats, Handle, Mask, SamplingRow
+from lpa_model.backends.base import Backend, Floats, Handle, Mask, SamplingRow, StepResult
 from lpa_model.batch import NOT_MEASURED, Batch, Ints, Measured, ScoredRows, Span
 from lpa_model.cache import LatentCache
 from server.engine.grammar import GrammarCompiler, GrammarState, failure_of
@@ -100,20 +100,7 @@ class ModelRunner:
             masks = self._join_masks(constrained, len(flight.scheduled.items), result)
         allowed = {i: masks[request.id] for i, request in enumerate(requests) if request.id in masks} if masks else {}
         found = self.backend.collect(handle, allowed)
-        if not (found.broken or found.stuck or found.scores or None in found.tokens):
-            result.tokens = {request.id: token for request, token in zip(requests, found.tokens, strict=True)}
-        for i, (request, token) in enumerate(zip(requests, found.tokens, strict=True)) if not result.tokens else ():
-            if i in found.broken:
-                result.errors[request.id] = FloatingPointError(NOT_FINITE)
-            elif i in found.stuck and self._may_end(request, flight.generated[i]):
-                result.ended.add(request.id)
-            elif i in found.stuck:
-                result.errors[request.id] = _nothing_left(request, flight.generated[i])
-            if token is None:
-                continue
-            result.tokens[request.id] = token
-            if i in found.scores:
-                result.logprobs[request.id] = Logprobs(*found.scores[i])
+        self._take_tokens(flight, found, result)
         result.redrawn = [requests[i] for i in found.redrawn]
         if constrained:
             following = zip(requests, flight.generated, strict=True)
@@ -127,6 +114,25 @@ class ModelRunner:
         if flight.hidden:
             self._take_hidden(flight, found.hidden, result)
         return result
+
+    def _take_tokens(self, flight: Flight, found: StepResult, result: BatchResult) -> None:
+        """Each request's token and its log-probability, or why it has none."""
+        tokens = [token for token in found.tokens if token is not None]
+        if len(tokens) == len(flight.sampled) and not found.scores:  # as a rule, of hundreds of rows
+            result.tokens = dict(zip((request.id for request in flight.sampled), tokens, strict=True))
+            return
+        for i, (request, token) in enumerate(zip(flight.sampled, found.tokens, strict=True)):
+            if i in found.broken:
+                result.errors[request.id] = FloatingPointError(NOT_FINITE)
+            elif i in found.stuck and self._may_end(request, flight.generated[i]):
+                result.ended.add(request.id)
+            elif i in found.stuck:
+                result.errors[request.id] = _nothing_left(request, flight.generated[i])
+            if token is None:
+                continue
+            result.tokens[request.id] = token
+            if i in found.scores:
+                result.logprobs[request.id] = Logprobs(*found.scores[i])
 
     def close(self) -> None:
         """End the threads and processes that grammars have needed."""
