@@ -110,6 +110,8 @@ class Batch:
     scored: ScoredRows
     zero_blocks: Ints  # newly allocated blocks that this step does not fill: cleared before anything is written
     hidden: Mapping[int, Ints] = field(default_factory=dict)  # layer -> rows whose hidden states are wanted, ascending
+    # [rows]: which sampling row of the step submitted before gives the row's id, whatever `ids` has; -1: none
+    carried: Ints | None = None  # None: none of any row
 
     @classmethod
     def build(
@@ -121,6 +123,7 @@ class Batch:
         scored: ScoredRows = NO_SCORES,
         zero_blocks: Sequence[int] | Ints = (),
         hidden: Mapping[int, Ints] = MappingProxyType({}),
+        carried: Ints | None = None,
     ) -> Batch:
         """Lay out `spans`, decode spans first; `ids` are their new tokens in order.
 
@@ -146,6 +149,7 @@ class Batch:
             scored=scored,
             zero_blocks=np.asarray(zero_blocks, dtype=np.int64),
             hidden=hidden,
+            carried=carried,
         )
 
     @property
@@ -160,6 +164,7 @@ class Batch:
 
     def cut(self, most: int) -> Iterator[Batch]:
         """The same rows in order, at most `most` at a time; without scores and blocks to clear."""
+        assert self.carried is None
         spans: list[Span] = []
         done, left = 0, most
 

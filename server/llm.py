@@ -173,6 +173,7 @@ class LLM:
         self.dtype = self._engine.backend.types
         # steps run in a thread of their own, as in the server: a thread that computes keeps a team of OpenMP threads
         self._thread = ThreadPoolExecutor(1, "engine")
+        self._thread.submit(self._engine.warm_up).result()
         self._inboxes: dict[str, list[RequestOutput]] = {}  # by request id
         self._numbers = itertools.count()
 

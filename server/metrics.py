@@ -24,7 +24,7 @@ from prometheus_client.registry import Collector
 
 from server.engine.block_manager import BlockManager
 from server.engine.engine import BackendInfo
-from server.engine.request import EngineStats, FinishedRequest, FinishReason
+from server.engine.request import HELD_BY, EngineStats, FinishedRequest, FinishReason
 
 # seconds; a small model on a CPU answers in fractions of a millisecond, a long corpus takes minutes
 LATENCY_BUCKETS = (
@@ -83,6 +83,7 @@ class Metrics(Collector):
         self._state = EngineStats()
         self._sums: Counter[str] = Counter()
         self._finished = Counter[FinishReason]()
+        self._held = Counter(dict.fromkeys(HELD_BY, 0))
         self._out_of_descriptors = 0
         self._build: dict[str, str] | None = None
         self._cache: dict[str, str] = {}
@@ -140,6 +141,11 @@ class Metrics(Collector):
         sums["generation_tokens"] += stats.generation_tokens
         sums["scored_tokens"] += stats.scored_tokens
         sums["preemptions"] += stats.preemptions
+        sums["steps_ahead"] += stats.steps_ahead
+        sums["steps_synchronous"] += stats.steps - stats.steps_ahead
+        sums["discarded_tokens"] += stats.discarded_tokens
+        if stats.held:
+            self._held.update(stats.held)
         if stats.step_tokens:
             self._step_tokens.observe(stats.step_tokens)
         for seconds in stats.time_to_first_token:
@@ -233,6 +239,25 @@ class Metrics(Collector):
             "num_preemptions", "Sequences sent back to the queue for want of blocks.", sums["preemptions"]
         )
         yield self._histogram("iteration_tokens_total", "Tokens of a step.", self._step_tokens)
+        yield self._by(
+            CounterMetricFamily,
+            "engine_steps",
+            "Steps, by mode: the next one was submitted before their results came (ahead), or after (synchronous).",
+            "mode",
+            {mode: sums[f"steps_{mode}"] for mode in ("ahead", "synchronous")},
+        )
+        yield self._by(
+            CounterMetricFamily,
+            "held_tokens",
+            "Generated tokens that no step could take ahead of the host, by the parameter that needs to know them.",
+            "reason",
+            self._held,
+        )
+        yield self._counter(
+            "discarded_tokens",
+            "Tokens computed one step ahead for sequences that had ended.",
+            sums["discarded_tokens"],
+        )
         yield self._by(
             CounterMetricFamily,
             "request_success",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -173,3 +174,26 @@ async def test_a_failing_step_fails_its_requests_and_three_in_a_row_end_the_engi
             await collect(async_engine, "after", prompt(1, 5), greedy(3))
         assert deaths == [True]
     assert all_blocks_free(engine)
+
+
+async def test_the_engine_thread_warms_up_before_requests_are_taken(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, threads = make_engine(tiny_checkpoint), list[str]()
+    monkeypatch.setattr(engine.runner.backend, "warm_up", lambda *_: threads.append(threading.current_thread().name))
+    async with started(engine) as (async_engine, _):
+        assert async_engine.accepting and threads == ["engine"]
+        await collect(async_engine, "x", prompt(1, 5), greedy(2))
+    assert threads == ["engine"]
+
+
+async def test_what_cannot_warm_up_does_not_start(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warm_up(*_: int) -> None:
+        raise RuntimeError("no kernel image")
+
+    engine = make_engine(tiny_checkpoint)
+    monkeypatch.setattr(engine.runner.backend, "warm_up", warm_up)
+    async_engine = AsyncEngine(engine, lambda stats: None, max_queue=1)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        await async_engine.start()
+    assert not async_engine.accepting

@@ -12,7 +12,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 
 from lpa_model.config import Architecture
-from server.engine.request import EngineStats, FinishedRequest, FinishReason
+from server.engine.request import HELD_BY, EngineStats, FinishedRequest, FinishReason
 from server.metrics import Histogram, Metrics, render
 from tests.serving import Served, serving, slow_steps, until
 
@@ -56,6 +56,7 @@ def test_gauges_show_the_last_report_and_counters_the_sum() -> None:
         "generation_tokens": "generation_tokens",
         "scored_tokens": "scored_tokens",
         "preemptions": "num_preemptions",
+        "discarded_tokens": "discarded_tokens",
     }
     gauges = {
         "num_running": "num_requests_running",
@@ -70,6 +71,16 @@ def test_gauges_show_the_last_report_and_counters_the_sum() -> None:
         assert value(metrics, f"lpa:{name}_total") == first[field] + 3
     for name in gauges.values():
         assert value(metrics, f"lpa:{name}") == 3
+
+
+def test_steps_are_counted_by_mode_and_held_tokens_by_reason() -> None:
+    metrics = Metrics("tiny")
+    metrics.observe(stats(steps=3, steps_ahead=2, held={"grammar": 4}))
+    metrics.observe(stats(steps=1, held={"grammar": 1, "penalties": 2}))
+    steps = {mode: value(metrics, "lpa:engine_steps_total", mode=mode) for mode in ("ahead", "synchronous")}
+    assert steps == {"ahead": 2, "synchronous": 2}
+    held = {reason: value(metrics, "lpa:held_tokens_total", reason=reason) for reason in HELD_BY}
+    assert held == {"grammar": 5, "penalties": 2, "bad_words": 0}
 
 
 def test_requests_are_counted_by_the_reason_they_ended_for() -> None:

@@ -26,7 +26,7 @@ Handle = Any
 """A submitted step: what `collect` needs of it. Each backend has its own."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class SamplingRow:
     """How the next token after one row of a batch is sampled; ids are distinct within each array."""
 
@@ -67,6 +67,7 @@ class StepResult:
     """A step's tokens and scores; lists are in the order of the sampling rows."""
 
     tokens: list[int | None]  # None: the row was constrained and had no mask, or is in one of these sets
+    redrawn: set[int] = field(default_factory=set)  # indices into `tokens`: a later step was given another id for them
     stuck: set[int] = field(default_factory=set)  # indices into `tokens`: everything was forbidden
     broken: set[int] = field(default_factory=set)  # indices into `tokens`: a logit is not finite
     broken_prompt: set[int] = field(default_factory=set)  # indices into the batch's scored rows: likewise
@@ -87,6 +88,9 @@ class Backend(Protocol):
     """For example "cpu (AVX2, bfloat16)"; printed at the start, in `lpa info`, /version and lpa:build_info."""
     batch_invariant: bool
     """A row's bits depend on the row alone: not on the other rows of its step, on chunking or on threads."""
+    runs_ahead: bool
+    """Sampled ids stay on the device: a step may be submitted before the one ahead of it is collected, and take ids
+    from it (`Batch.carried`)."""
     config: LPAConfig
 
     def cache_bytes_per_token(self, layout: CacheLayout) -> int:
@@ -102,9 +106,11 @@ class Backend(Protocol):
         ...
 
     def submit(self, batch: Batch, sampling: Sequence[SamplingRow]) -> Handle:
-        """Begin a step: write the batch's keys and values and compute its hidden states.
+        """Begin a step: write the batch's keys and values, compute its hidden states and, where `runs_ahead`, sample.
 
-        Returns before a device has finished. Grammar masks may be computed meanwhile.
+        Returns before a device has finished. Grammar masks may be computed meanwhile. A step runs after the steps that
+        were submitted before it, whether or not they are collected. At most one of them is in flight, and `carried`
+        rows belong to its sampling rows that are not constrained.
         """
         ...
 
@@ -116,7 +122,7 @@ class Backend(Protocol):
         """Sample and score the submitted step.
 
         Args:
-            handle: from `submit`; each is collected once, in order.
+            handle: from `submit`; each is collected once, in order, or dropped.
             masks: by index into the sampling rows; a constrained row without one gets no token.
         """
         ...

@@ -324,6 +324,55 @@ def steps(setup: Setup) -> dict[str, Any]:
     return {"rows": rows}
 
 
+def ahead(setup: Setup) -> dict[str, Any]:
+    """One step ahead beside step by step: the same tokens of a mixture of requests; output tokens a second of each."""
+    config, length = setup.of(PRESETS["lpa-130m"]), 8 if setup.tiny else 128
+    number = 5 if setup.tiny else 64
+    rng, rows = random.Random(2), list[dict[str, Any]]()
+    with _folder(setup, config) as folder, _taking(setup, True):
+        engine = _engine(setup, folder, number, batch_invariant=setup.place.type == "cuda" or None)
+        vocab = engine.model_config.vocab_size
+        prompts = [
+            [rng.randrange(vocab) for _ in range(rng.randint(4, 200 if not setup.tiny else 40))] for _ in range(number)
+        ]
+        kinds: tuple[dict[str, Any], ...] = (
+            {"temperature": 0.0},
+            {"temperature": 0.9, "logprobs": 2},
+            {"top_p": 0.8, "stop_token_ids": tuple(range(0, vocab, 50))},
+            {"repetition_penalty": 1.2},
+        )
+        params = [SamplingParams(max_tokens=length, seed=i, **kinds[i % len(kinds)]) for i in range(number)]
+        found = {}
+        for mode in (True, False):
+            engine.ahead = mode
+            found[mode] = _texts(engine, prompts, params)
+        stats = engine.take_stats()
+        same = sum(a == b for a, b in zip(found[True], found[False], strict=True))
+        told = {"steps": stats.steps, "ahead": stats.steps_ahead, "discarded_tokens": stats.discarded_tokens}
+        told |= {f"held_by_{name}": count for name, count in stats.held.items()}
+        engine.close()
+        del engine
+        for streams in (1, 3) if setup.tiny else (1, 32, 256):
+            engine = _engine(setup, folder, streams)
+            for temperature, mode in itertools.product((0.0, 0.8), (False, True)):
+                engine.ahead = mode
+                one = SamplingParams(max_tokens=length, temperature=temperature, top_p=0.9, seed=1, ignore_eos=True)
+                rate, step = _rate(engine, streams, length, one)
+                rows.append(
+                    {
+                        "streams": streams,
+                        "temperature": temperature,
+                        "ahead": mode,
+                        "tokens_per_s": rate,
+                        "step_ms": 1e3 * step,
+                    }
+                )
+            engine.close()
+            del engine
+            _collect(setup)
+    return {"ok": same == number, "requests": number, "same": same, **told, "rows": rows}
+
+
 def http(setup: Setup) -> dict[str, Any]:
     """A server in this process, streamed completions from another one: output tokens a second, by streams."""
     config, length = setup.of(PRESETS["lpa-130m"]), 8 if setup.tiny else 128
@@ -441,6 +490,7 @@ def start(setup: Setup) -> dict[str, Any]:
         before = _used(setup)
         began = time.monotonic()
         engine = _engine(setup, folder, 4 if setup.tiny else 256)
+        engine.warm_up()
         seconds = time.monotonic() - began
         _texts(engine, [[1, 2, 3]], [SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)])
         used = _used(setup) - before if setup.place.type == "cuda" else None
@@ -487,6 +537,7 @@ PARTS: dict[str, Part] = {
     "invariance": Part(invariance, 60),
     "start": Part(start, 60),
     "steps": Part(steps, 150),
+    "ahead": Part(ahead, 90),
     "http": Part(http, 90),
     "attention": Part(attention, 60),
     "billion": Part(billion, 60),

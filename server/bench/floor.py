@@ -15,6 +15,9 @@ from lpa_model.quantization import WeightType, bytes_of, weight_type
 
 REPEATS = 20
 GEMM_ROWS = 1024
+MOST_CACHED = 1 << 30  # bytes
+GPU_SIDE = 8192
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -37,21 +40,37 @@ class Work:
         return max(self.bytes / machine.bandwidth, self.operations / machine.gemm)
 
 
-def measure_machine(config: LPAConfig, dtype: torch.dtype) -> Machine:
-    """Read as many bytes as the model has; multiply GEMM_ROWS rows by its largest shape outside the head."""
-    data = torch.ones(config.parameter_count() * dtype.itemsize // 4)
-    read = _best(lambda: data.sum())
-    weights = torch.ones(config.intermediate_size, config.hidden_size, dtype=dtype)
-    x = torch.ones(GEMM_ROWS, config.hidden_size, dtype=dtype)
-    multiply = _best(lambda: F.linear(x, weights))
-    return Machine(data.nbytes / read, 2 * GEMM_ROWS * weights.numel() / multiply)
+def measure_machine(config: LPAConfig, dtype: torch.dtype, device: torch.device = CPU) -> Machine:
+    """Read as many bytes as the model has; multiply GEMM_ROWS rows by its largest shape outside the head.
+
+    On a GPU, whose caches hold a small model whole, at least MOST_CACHED bytes are copied, and squares multiplied.
+    """
+    size, rows, shape = (
+        config.parameter_count() * dtype.itemsize,
+        GEMM_ROWS,
+        (config.intermediate_size, config.hidden_size),
+    )
+    if device.type == "cuda":
+        size, rows, shape = max(size, MOST_CACHED), GPU_SIDE, (GPU_SIDE, GPU_SIDE)
+    data = torch.ones(size // 4, device=device)
+    weights = torch.ones(*shape, dtype=dtype, device=device)
+    x = torch.ones(rows, shape[1], dtype=dtype, device=device)
+    multiply = _best(lambda: F.linear(x, weights), device)
+    if device.type == "cuda":
+        target = torch.empty_like(data)
+        moved, seconds = 2 * data.nbytes, _best(lambda: target.copy_(data), device)
+    else:
+        moved, seconds = data.nbytes, _best(lambda: data.sum(), device)
+    return Machine(moved / seconds, 2 * rows * weights.numel() / multiply)
 
 
-def _best(run: Callable[[], object]) -> float:
+def _best(run: Callable[[], object], device: torch.device) -> float:
     times = []
     for _ in range(REPEATS):
         started = time.perf_counter()
         run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)
     return min(times)
 

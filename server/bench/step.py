@@ -62,10 +62,12 @@ def bench_steps(
     weights: str,
     kv_cache_dtype: str,
     threads: int | None,
+    device: str = "cpu",
 ) -> Iterator[dict[str, Any]]:
     """A row for each layout, batch, context and kind of work, as they are measured.
 
-    `ms` is the median of the steps (`decode`), or of all steps that the prompts took together, from three runs.
+    `ms` is the median of the steps (`decode`), or of all steps that the prompts took together, from three runs. Where
+    the engine runs one step ahead, a part is what the host does or waits for, not what the device computes meanwhile.
 
     Raises:
         CheckpointError, ValueError: the model or an option cannot be used.
@@ -79,7 +81,9 @@ def bench_steps(
         raise ValueError(
             f"context: {max(contexts)} and {steps} steps exceed the model's {config.max_position_embeddings} positions"
         )
-    case = choose(config, dtype=dtype, weights=weights, cache_dtype=kv_cache_dtype, stored=stored_weights(model)).case
+    case = choose(
+        config, dtype=dtype, weights=weights, cache_dtype=kv_cache_dtype, stored=stored_weights(model), device=device
+    ).case
     machine = None
     for layout in chosen or {"full", config.default_cache_layout()}:
         blocks = max(batches) * (-(-longest // 64) + 1)
@@ -89,6 +93,7 @@ def bench_steps(
                 dtype=dtype,
                 weights=weights,
                 threads=threads,
+                device=device,
                 kv_cache_layout=layout,
                 kv_cache_dtype=kv_cache_dtype,
                 max_num_seqs=max(batches),
@@ -97,7 +102,7 @@ def bench_steps(
         )
         # in a thread of its own, as in the server: OpenMP's threads wait otherwise in the first one
         with ThreadPoolExecutor(1) as engine_thread:
-            machine = machine or engine_thread.submit(measure_machine, config, case.dtype).result()
+            machine = machine or engine_thread.submit(measure_machine, config, case.dtype, case.device).result()
             for batch in batches:
                 for context in contexts:
                     rows = _bench_case(engine, machine, layout, batch, context, steps, case.cache_dtype, case.weights)
@@ -143,10 +148,15 @@ def _bench_case(
             engine.scheduler.waiting
         ):
             engine.step()
+        engine.take_stats()
         runs = [_timed(engine, watch, 1) for _ in range(steps - 1)]
+        stats = engine.take_stats()
         case = Case(kind="decode", layout=layout, batch=batch, context=context)
-        yield _row(case, case.work(config, cache_dtype, weights), machine, runs)
+        row = _row(case, case.work(config, cache_dtype, weights), machine, runs)
+        yield row | {"steps": stats.steps, "steps_ahead": stats.steps_ahead, "held_tokens": dict(stats.held)}
         engine.abort_all()
+        while engine.has_work:  # a step is in flight
+            engine.step()
 
 
 def _timed(engine: Engine, watch: Stopwatch, max_steps: int) -> dict[str, float]:
@@ -168,9 +178,11 @@ def _timed(engine: Engine, watch: Stopwatch, max_steps: int) -> dict[str, float]
 def _watching(engine: Engine) -> Iterator[Stopwatch]:
     watch, runner = Stopwatch(), engine.runner
     with (
-        watch.watch(runner, "run", "run"),
+        watch.watch(runner, "submit", "run"),
+        watch.watch(runner, "collect", "run"),
         watch.watch(runner.backend, "submit", "forward"),
-        watch.watch(runner.backend, "head", "head"),
+        # within the forward pass where that ends with sampling
+        contextlib.nullcontext() if engine.ahead else watch.watch(runner.backend, "head", "head"),
         watch.watch(Detokenizer, "append", "detokenization"),
     ):
         yield watch
@@ -188,6 +200,7 @@ def _row(case: Case, work: Work, machine: Machine, runs: list[dict[str, float]])
         "tokens_per_s": case.tokens() / total,
         "floor_ms": 1e3 * floor,
         "gap": total / floor,
+        "share_of_floor": floor / total,
         "bytes": work.bytes,
         "operations": work.operations,
         "bandwidth_gb_per_s": machine.bandwidth / 1e9,
@@ -225,6 +238,9 @@ def print_rows(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
             )
     if not console.is_terminal:
         console.line()  # Live ends its last line on a terminal only
+    steps = sum(row.get("steps", 0) for row in shown)
+    if ahead := sum(row.get("steps_ahead", 0) for row in shown):
+        console.print(f"{ahead} of {steps} decode steps ran while the next one was scheduled.", highlight=False)
     console.print(
         f"Parts: {', '.join(PARTS)}. This run's floors: {row['bandwidth_gb_per_s']:.1f} GB/s, "
         f"{row['gemm_gflops']:,.0f} GFLOP/s.",

@@ -182,6 +182,7 @@ def step(
         typer.Option(min=1, help="Tokens before; may be given several times.", show_default="256"),
     ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Decode steps timed.")] = 20,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     threads: Threads = None,
     dtype: Dtype = None,
     weights: Weights = None,
@@ -197,7 +198,7 @@ def step(
     with user_errors():
         _check_plot(plot)
         settings = load_settings(
-            model=model, dtype=dtype, weights=weights, kv_cache_dtype=kv_cache_dtype, threads=threads
+            model=model, dtype=dtype, weights=weights, kv_cache_dtype=kv_cache_dtype, threads=threads, device=device
         )
         rows = bench_steps(
             settings.model,
@@ -209,6 +210,7 @@ def step(
             weights=settings.weights,
             kv_cache_dtype=settings.kv_cache_dtype,
             threads=settings.threads,
+            device=settings.device,
         )
         if as_json:
             measured = list(rows)

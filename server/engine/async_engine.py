@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapp
 from contextlib import aclosing, nullcontext
 from contextvars import ContextVar
 from dataclasses import replace
+from typing import Any
 
 from lpa_model.config import LPAConfig
 from server.engine.block_manager import BlockManager
@@ -116,6 +117,7 @@ class AsyncEngine:
         self._idle = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._warm: asyncio.Future[None]
         self._compiling = 0
         self.accepting = False
         self.alive = True
@@ -184,9 +186,11 @@ class AsyncEngine:
             self._compiling -= 1
 
     async def start(self) -> None:
-        """Start the engine thread and accept requests."""
+        """Start the engine thread, wait until it is warm, and accept requests. Raises what its warming up raises."""
         self._loop = asyncio.get_running_loop()
+        self._warm = self._loop.create_future()
         self._thread.start()
+        await self._warm
         self.accepting = True
 
     async def stop(self, drain_timeout: float) -> None:
@@ -399,6 +403,12 @@ class AsyncEngine:
     def _run(self) -> None:
         """The engine thread."""
         engine, failures = self._engine, 0
+        try:
+            engine.warm_up()
+        except Exception as error:
+            self._reply(self._warm, error)
+            return
+        self._reply(self._warm, None)
         while self._take_inbox():
             outputs: list[RequestOutput] = []
             if engine.has_work:
@@ -435,9 +445,15 @@ class AsyncEngine:
             else:
                 self._engine.abort(item)
 
-    def _reply(self, future: asyncio.Future[int], value: int) -> None:
+    def _reply(self, future: asyncio.Future[Any], value: Any) -> None:
+        """Answer the event loop, with an exception if that is the value."""
+
         def set_result() -> None:
-            if not future.done():
+            if future.done():
+                return
+            if isinstance(value, Exception):
+                future.set_exception(value)
+            else:
                 future.set_result(value)
 
         assert self._loop is not None

@@ -81,6 +81,8 @@ class Detokenizer:
 
     def _release(self, new: str) -> str:
         stops = self._stop if self._unstoppable < 0 else ()
+        if not stops and not self._held:
+            return new
         self._held += new
         found = [(at, stop) for stop in stops if (at := self._held.find(stop)) >= 0]
         if found:

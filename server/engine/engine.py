@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,7 @@ from server.engine.fingerprint import Identity, fingerprint
 from server.engine.generation_config import load_generation_config
 from server.engine.grammar import GrammarCompiler
 from server.engine.memory import release_freed_memory, retain_freed_memory, share_one_heap
-from server.engine.model_runner import BatchResult, ModelRunner
+from server.engine.model_runner import BatchResult, Flight, ModelRunner
 from server.engine.request import (
     EngineStats,
     FinishedRequest,
@@ -33,7 +33,7 @@ from server.engine.request import (
     RequestOutput,
     RequestStatus,
 )
-from server.engine.scheduler import ScheduledBatch, Scheduler
+from server.engine.scheduler import ScheduledBatch, ScheduledRequest, Scheduler
 from server.engine.tokenizer import Tokenizer, load_tokenizer
 from server.errors import ContextLength, InvalidRequest
 
@@ -111,6 +111,10 @@ class Engine:
         self.identity = identity
         self.fingerprint = fingerprint(identity.weights, identity.backend)
         self.backend = backend
+        self.ahead = runner.backend.runs_ahead  # a step is scheduled and submitted while the one before it runs
+        self._flight: Flight | None = None  # the step that runs
+        self._is_warm = False
+        self._submitted = self._collected = 0.0  # when it was submitted, and when the one before it was collected
         self._requests: dict[str, tuple[Request, Detokenizer]] = {}
         self._report = EngineStats()
 
@@ -124,8 +128,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a request is running or waiting."""
-        return bool(self._requests)
+        """Whether a request is running or waiting, or a step is in flight."""
+        return bool(self._requests) or self._flight is not None
 
     def validate(
         self, token_ids: list[int], max_tokens: int, where: str = "prompt", limit_field: str = "max_tokens"
@@ -147,12 +151,23 @@ class Engine:
                 param=where if size > self.max_model_len else limit_field,
             )
 
+    def warm_up(self) -> None:
+        """Compile and capture what the first step would otherwise wait for, in the thread that steps: a GPU's captures
+        belong to its streams. `step` does it where nobody has."""
+        if self._is_warm:
+            return
+        self._is_warm, began = True, time.monotonic()
+        self.runner.backend.warm_up(self.scheduler.max_num_seqs, self.max_model_len)
+        seconds = self.backend.load_seconds + time.monotonic() - began
+        self.backend = replace(self.backend, load_seconds=seconds)
+
     def compile_grammar(self, spec: GrammarSpec) -> None:
         """Have a grammar ready for its request; from any thread. Raises InvalidRequest if it cannot be compiled."""
         self.runner.compiler.compile(spec)
 
     def close(self) -> None:
         """End the threads and processes that grammars have needed. No step may follow."""
+        self._flight = None
         self.runner.close()
 
     def add_request(self, request: Request) -> None:
@@ -183,36 +198,97 @@ class Engine:
         return [RequestOutput(request_id=i, finish_reason=FinishReason.ABORT) for i in ids]
 
     def step(self) -> list[RequestOutput]:
-        """Schedule, run, advance.
+        """Schedule, run, advance. With a backend that can run `ahead`, the outputs are those of the step before, which
+        has run meanwhile; there are none of the first one.
 
         Raises:
-            StepFailed: the forward pass raised; requests outside this step are as they were.
+            StepFailed: the forward pass raised; requests outside this step are as they were, or begin anew.
         """
+        self.warm_up()
         started = time.monotonic()
         batch = self.scheduler.schedule()
+        if self.ahead:
+            return self._step_ahead(batch)
         try:
             result = self.runner.run(batch)
         except Exception as error:
-            logger.exception("a step failed")
-            raise StepFailed([self._fail(item.request, error) for item in batch.items]) from error
+            raise self._failed(batch, error) from error
         self.scheduler.observe_step(batch, (time.monotonic() - started) * 1e3)
-        self._count(batch, result)
-        failed = [item.request for item in batch.items if item.request.id in result.errors]
+        return self._take(batch, result)
+
+    def _step_ahead(self, batch: ScheduledBatch) -> list[RequestOutput]:
+        """Submit a step, then take the results of the one that was in flight."""
+        before, submitted = self._flight, self._submitted
+        for reason, count in batch.held.items():
+            self._report.held[reason] = self._report.held.get(reason, 0) + count
+        if batch.items:
+            self._submitted = time.monotonic()
+            try:
+                flight = self.runner.submit(batch, before)
+            except Exception as error:
+                raise self._failed(batch, error) from error
+            self.scheduler.launch(batch)
+            self._flight = flight
+        else:
+            self._flight = None
+        if before is None:
+            return []
+        try:
+            result = self.runner.collect(before)
+        except Exception as error:
+            failed = self._failed(before.scheduled, error)
+            if self._flight is not None:  # it may have read what the failed one should have written
+                self.scheduler.give_up(self._flight.scheduled)
+                self._flight = None
+            raise failed from error
+        now = time.monotonic()
+        # the device came to this step when it was done with the one before
+        self.scheduler.observe_step(before.scheduled, (now - max(submitted, self._collected)) * 1e3)
+        self._collected = now
+        outputs = self._take(before.scheduled, result)
+        for request in result.redrawn:
+            if not self._is_outdated(request, before.scheduled):
+                self.scheduler.recompute(request)
+        self._report.steps_ahead += self._flight is not None
+        return outputs
+
+    def _take(self, batch: ScheduledBatch, result: BatchResult) -> list[RequestOutput]:
+        """A step's outputs; requests that have ended since it was submitted have none."""
+        outdated, failed = list[ScheduledRequest](), list[Request]()
+        if batch.launched is not None:  # otherwise nothing has happened since
+            outdated = [item for item in batch.items if self._is_outdated(item.request, batch)]
+        self._count(batch, result, outdated)
+        if result.errors:
+            requests = (item.request for item in batch.items if item.request.id in result.errors)
+            failed = [request for request in requests if not self._is_outdated(request, batch)]
         outputs = [self._fail(request, result.errors[request.id]) for request in failed]
+        if failed and batch.launched is not None:
+            self.scheduler.blocks.forget()  # their prompts could be found already
         updated = self.scheduler.update(batch, result.tokens, ended=result.ended, deferred=result.deferred)
-        advanced = [self._advance(request, token, result) for request, token in updated]
+        now = time.monotonic()
+        advanced = [self._advance(request, token, result, now) for request, token in updated]
         return outputs + [output for output in advanced if output is not None]
 
-    def _advance(self, request: Request, token: int | None, result: BatchResult) -> RequestOutput | None:
+    def _failed(self, batch: ScheduledBatch, error: Exception) -> StepFailed:
+        logger.exception("a step failed")
+        alive = [item.request for item in batch.items if not self._is_outdated(item.request, batch)]
+        return StepFailed([self._fail(request, error) for request in alive])
+
+    @staticmethod
+    def _is_outdated(request: Request, batch: ScheduledBatch) -> bool:
+        """Whether a step's results for a request count no more."""
+        return request.status is RequestStatus.FINISHED or request.id in batch.void
+
+    def _advance(self, request: Request, token: int | None, result: BatchResult, now: float) -> RequestOutput | None:
         """What a step that ran means for one of its requests; None if its prompt is not through yet."""
-        if request.id in result.prompt_logprobs:
+        if result.prompt_logprobs and request.id in result.prompt_logprobs:
             request.prompt_logprobs.extend(result.prompt_logprobs[request.id])
         if request.hidden is not None and request.id in result.hidden:
             request.hidden.add(result.hidden[request.id])
         _, detokenizer = self._requests[request.id]
         text = ""
         if token is not None:
-            self._observe_token(request)
+            self._observe_token(request, now)
             # the end of text or a stop token, but not the last token of a grammar's text
             last = request.id in result.ended and token not in self.scheduler.eos_token_ids
             stopped = request.finish_reason is FinishReason.STOP and not last
@@ -226,8 +302,7 @@ class Engine:
             finished = self._close(request)
         elif token is None:
             return None
-        first = request.num_output_tokens == (0 if token is None else 1)
-        scored = first and request.params.prompt_logprobs is not None
+        scored = request.params.prompt_logprobs is not None and request.num_output_tokens == (token is not None)
         return RequestOutput(
             request_id=request.id,
             text=text,
@@ -278,8 +353,7 @@ class Engine:
             self._report.finished_prompts.append((choices.n, choices.longest))
         return finished
 
-    def _observe_token(self, request: Request) -> None:
-        now = time.monotonic()
+    def _observe_token(self, request: Request, now: float) -> None:
         if request.last_token_time is None:
             request.first_token_time = now
             self._report.time_to_first_token.append(now - request.arrival)
@@ -287,13 +361,17 @@ class Engine:
             self._report.inter_token_latency.append(now - request.last_token_time)
         request.last_token_time = now
 
-    def _count(self, batch: ScheduledBatch, result: BatchResult) -> None:
+    def _count(self, batch: ScheduledBatch, result: BatchResult, outdated: Sequence[ScheduledRequest]) -> None:
         report = self._report
         report.step_tokens = batch.num_tokens
         report.prefix_cache_queries += batch.prefix_queries
         report.prefix_cache_hits += batch.prefix_hits
         report.prompt_tokens += batch.num_prompt_tokens + batch.prefix_hits
         report.generation_tokens += len(result.tokens)
+        for request, num_tokens, _ in outdated:
+            report.generation_tokens -= request.id in result.tokens
+            report.discarded_tokens += num_tokens
+        report.steps += 1
         report.scored_tokens += sum(len(scored.logprobs) for scored in result.prompt_logprobs.values())
         report.preemptions += batch.preempted
 
@@ -356,7 +434,6 @@ def _build_engine(model_dir: Path, options: EngineOptions, hashing: Executor) ->
         raise ValueError(f"kv_cache_memory: {memory} bytes do not hold one block of {block_bytes} bytes")
     max_model_len = _max_model_len(config, options.max_model_len, num_blocks * options.block_size)
     cache = backend.make_cache(layout, num_blocks, options.block_size)
-    backend.warm_up(options.max_num_seqs, max_model_len)
     release_freed_memory()
     retain_freed_memory()
     logger.info("backend: %s%s", backend.name, ", batch-invariant" if invariant else "")

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from lpa_model.backends.base import Backend, Floats, Mask, SamplingRow
+from lpa_model.backends.base import Backend, Floats, Handle, Mask, SamplingRow, StepResult
 from lpa_model.batch import NOT_MEASURED, Batch, Ints, Measured, ScoredRows, Span
 from lpa_model.cache import LatentCache
 from server.engine.grammar import GrammarCompiler, GrammarState, failure_of
@@ -34,6 +34,7 @@ class BatchResult:
     `deferred`: the mask was not ready, so the last token is to be computed again and sampled then.
     `errors`: the grammar cannot be followed, no token is allowed, or the model's numbers are not finite; the request
     has no token and must end.
+    `redrawn`: the step in flight has taken their token for another one.
     """
 
     tokens: dict[str, int] = field(default_factory=dict)
@@ -43,6 +44,20 @@ class BatchResult:
     ended: set[str] = field(default_factory=set)
     deferred: set[str] = field(default_factory=set)
     errors: dict[str, Exception] = field(default_factory=dict)
+    redrawn: Sequence[Request] = ()
+
+
+@dataclass
+class Flight:
+    """A step that was submitted, and what its results belong to. Its requests may have moved on since."""
+
+    scheduled: ScheduledBatch
+    batch: Batch
+    handle: Handle
+    sampled: Sequence[Request]  # in the order of the sampling rows
+    generated: Sequence[int]  # how many tokens each of them had
+    runs: Sequence[tuple[Request, int, int, int]]  # scored requests: first scored row, the one after the last, top
+    hidden: Sequence[tuple[str, tuple[int, ...], Ints]]  # as `_wanted_rows`
 
 
 class ModelRunner:
@@ -59,63 +74,82 @@ class ModelRunner:
 
     def run(self, scheduled: ScheduledBatch) -> BatchResult:
         """Compute a step. The cache holds the batch's keys and values afterwards."""
+        return self.collect(self.submit(scheduled))
+
+    def submit(self, scheduled: ScheduledBatch, last: Flight | None = None) -> Flight:
+        """Begin a step, while `last` may be in flight: tokens that it samples are taken over on the device."""
         items = scheduled.items
-        self._start_masks(items)
-        batch, runs = self._batch(scheduled)
-        requests, sampling = self._sampling(items)
+        self._start_masks(scheduled)
+        batch, runs = self._batch(scheduled, last)
+        requests, sampling = self._sampling(scheduled)
+        generated = [request.num_generated for request in requests]
+        hidden = list(_wanted_rows(items)) if batch.hidden else ()
         handle = self.backend.submit(batch, sampling)
         if scheduled.copies:
             sources, destinations = zip(*scheduled.copies, strict=True)
             self.backend.copy_blocks(sources, destinations)
+        return Flight(scheduled, batch, handle, requests, generated, runs, hidden)
+
+    def collect(self, flight: Flight) -> BatchResult:
+        """Wait for a step's results."""
+        requests, handle = flight.sampled, flight.handle
         result = BatchResult()
         masks: dict[str, Mask] = {}
-        if any(row.constrained for row in sampling):
+        if constrained := [request for request in requests if request.params.grammar]:
             self.backend.wait(handle)  # masks are late when the forward pass is done, not when it is launched
-            masks = self._join_masks(items, result)
-        allowed = {i: masks[request.id] for i, request in enumerate(requests) if request.id in masks}
+            masks = self._join_masks(constrained, len(flight.scheduled.items), result)
+        allowed = {i: masks[request.id] for i, request in enumerate(requests) if request.id in masks} if masks else {}
         found = self.backend.collect(handle, allowed)
-        for i, (request, token) in enumerate(zip(requests, found.tokens, strict=True)):
+        self._take_tokens(flight, found, result)
+        result.redrawn = [requests[i] for i in found.redrawn]
+        if constrained:
+            following = zip(requests, flight.generated, strict=True)
+            self._advance_grammars([(r, n) for r, n in following if r.params.grammar and r.id in result.tokens], result)
+        columns = Logprobs(*found.prompt_scores)
+        for request, first, end, top in flight.runs:
+            if found.broken_prompt and not found.broken_prompt.isdisjoint(range(first, end)):
+                result.errors[request.id] = FloatingPointError(NOT_FINITE)
+            else:
+                result.prompt_logprobs[request.id] = columns.part(first, end, top)
+        if flight.hidden:
+            self._take_hidden(flight, found.hidden, result)
+        return result
+
+    def _take_tokens(self, flight: Flight, found: StepResult, result: BatchResult) -> None:
+        """Each request's token and its log-probability, or why it has none."""
+        tokens = [token for token in found.tokens if token is not None]
+        if len(tokens) == len(flight.sampled) and not found.scores:  # as a rule, of hundreds of rows
+            result.tokens = dict(zip((request.id for request in flight.sampled), tokens, strict=True))
+            return
+        for i, (request, token) in enumerate(zip(flight.sampled, found.tokens, strict=True)):
             if i in found.broken:
                 result.errors[request.id] = FloatingPointError(NOT_FINITE)
-            elif i in found.stuck and self._may_end(request):
+            elif i in found.stuck and self._may_end(request, flight.generated[i]):
                 result.ended.add(request.id)
             elif i in found.stuck:
-                result.errors[request.id] = _nothing_left(request)
+                result.errors[request.id] = _nothing_left(request, flight.generated[i])
             if token is None:
                 continue
             result.tokens[request.id] = token
             if i in found.scores:
                 result.logprobs[request.id] = Logprobs(*found.scores[i])
-        self._advance_grammars([r for r in requests if r.params.grammar and r.id in result.tokens], result)
-        columns = Logprobs(*found.prompt_scores)
-        for request, first, end, top in runs:
-            if found.broken_prompt and not found.broken_prompt.isdisjoint(range(first, end)):
-                result.errors[request.id] = FloatingPointError(NOT_FINITE)
-            else:
-                result.prompt_logprobs[request.id] = columns.part(first, end, top)
-        if batch.hidden:
-            self._take_hidden(items, batch, found.hidden, result)
-        return result
 
     def close(self) -> None:
         """End the threads and processes that grammars have needed."""
         self._mask_pool.shutdown(wait=False, cancel_futures=True)
         self.compiler.close()
 
-    def _batch(self, scheduled: ScheduledBatch) -> tuple[Batch, list[tuple[Request, int, int, int]]]:
+    def _batch(
+        self, scheduled: ScheduledBatch, last: Flight | None
+    ) -> tuple[Batch, list[tuple[Request, int, int, int]]]:
         """The step's arrays; and for each scored request its first scored row, the one after its last, and its top."""
         items, block_size = scheduled.items, self.cache.block_size
         spans = [
-            Span(
-                item.request.num_computed_tokens,
-                item.num_tokens,
-                item.request.block_table,
-                item.is_decode,
-                item.request.branches,
-            )
-            for item in items
-            if item.num_tokens  # a follower samples from its leader's last row
+            Span(request.num_computed_tokens, num_tokens, request.block_table, is_decode, request.branches)
+            for request, num_tokens, is_decode in items
+            if num_tokens  # a follower samples from its leader's last row
         ]
+        ids: list[int] = []
         rows: list[int] = []
         targets: list[int] = []
         tops: list[int] = []
@@ -123,18 +157,25 @@ class ModelRunner:
         measured: list[tuple[int, Measured]] = []
         at = 0
         for item in items:
-            request, start = item.request, at - item.request.num_computed_tokens
+            request, computed = item.request, item.request.num_computed_tokens
+            start = at - computed
             at += item.num_tokens
-            if scored := request.scored(request.num_computed_tokens, item.num_tokens):
-                ids, first, top = request.token_ids, len(rows), request.params.prompt_logprobs or 0
+            if item.is_decode:
+                ids.append(request.token_ids[computed] if computed < len(request.token_ids) else 0)
+                continue
+            ids += _input_ids(item)
+            if scored := request.scored(computed, item.num_tokens):
+                first, top = len(rows), request.params.prompt_logprobs or 0
                 rows += [start + token for token, _ in scored]
-                targets += [ids[target] for _, target in scored]
+                targets += [request.token_ids[target] for _, target in scored]
                 tops += [top] * len(scored)
                 runs.append((request, first, len(rows), top))
                 _add_run(measured, len(rows), _measured(request))
-        filled = {block for item in items for block in _filled_blocks(item, block_size)}
+        filled = set[int]()
+        if scheduled.new_blocks:
+            filled = {block for item in items for block in _filled_blocks(item, block_size)}
         batch = Batch.build(
-            [token for item in items for token in _input_ids(item)],
+            ids,
             spans,
             block_size,
             scored=ScoredRows(
@@ -145,18 +186,17 @@ class ModelRunner:
             ),
             zero_blocks=[block for block in scheduled.new_blocks if block not in filled],
             hidden=_hidden_rows(items),
+            carried=_carried(items, last),
         )
         return batch, runs
 
     @staticmethod
-    def _take_hidden(
-        items: list[ScheduledRequest], batch: Batch, found: Mapping[int, Floats], result: BatchResult
-    ) -> None:
+    def _take_hidden(flight: Flight, found: Mapping[int, Floats], result: BatchResult) -> None:
         """Each request's hidden states out of a step's, which are by layer."""
-        for request_id, layers, rows in _wanted_rows(items):
+        for request_id, layers, rows in flight.hidden:
             columns = []
             for layer in layers:
-                first = int(np.searchsorted(batch.hidden[layer], rows[0]))
+                first = int(np.searchsorted(flight.batch.hidden[layer], rows[0]))
                 columns.append(found[layer][first : first + len(rows)])
             states = np.stack(columns, axis=1)
             if np.isfinite(states).all():
@@ -164,34 +204,33 @@ class ModelRunner:
             else:
                 result.errors[request_id] = FloatingPointError(HIDDEN_NOT_FINITE)
 
-    def _sampling(self, items: list[ScheduledRequest]) -> tuple[Sequence[Request], Sequence[SamplingRow]]:
+    def _sampling(self, scheduled: ScheduledBatch) -> tuple[Sequence[Request], Sequence[SamplingRow]]:
         requests, rows, at = [], [], 0
-        for item in items:
-            at += item.num_tokens
-            if item.samples:
-                requests.append(item.request)
-                rows.append(self._state(item.request).row(item.request, at - 1))
+        for (request, num_tokens, _), samples in zip(scheduled.items, scheduled.samples, strict=True):
+            at += num_tokens
+            if samples:
+                requests.append(request)
+                rows.append(self._state(request).row(request, at - 1))
         return requests, rows
 
-    def _start_masks(self, items: list[ScheduledRequest]) -> None:
+    def _start_masks(self, scheduled: ScheduledBatch) -> None:
         """Compute what grammars allow beside the forward pass."""
-        for item in items:
-            if item.samples and (spec := item.request.params.grammar):
-                if item.request not in self._grammars:
-                    self._grammars[item.request] = GrammarState(self.compiler, spec)
-                self._grammars[item.request].start(self._mask_pool)
+        for (request, _, _), samples in zip(scheduled.items, scheduled.samples, strict=True):
+            if samples and (spec := request.params.grammar):
+                if request not in self._grammars:
+                    self._grammars[request] = GrammarState(self.compiler, spec)
+                self._grammars[request].start(self._mask_pool)
 
-    def _join_masks(self, items: list[ScheduledRequest], result: BatchResult) -> dict[str, Mask]:
-        """Masks of the requests that can be sampled now; the others are named in the result.
+    def _join_masks(self, constrained: Sequence[Request], of: int, result: BatchResult) -> dict[str, Mask]:
+        """Masks of those of a step's `of` requests that can be sampled now; the others are named in the result.
 
         A late mask costs the other requests no more than MASK_GRACE, or LONG_GRACE if more than half of the step is
         late.
         """
-        constrained = [item.request for item in items if item.samples and item.request.params.grammar]
         jobs = [self._grammars[request].start(self._mask_pool) for request in constrained]
         late = wait(jobs, timeout=MASK_GRACE).not_done
         until = time.monotonic() + LONG_GRACE
-        while 2 * len(late) > len(items) and (left := until - time.monotonic()) > 0:
+        while 2 * len(late) > of and (left := until - time.monotonic()) > 0:
             late = wait(late, timeout=left, return_when=FIRST_COMPLETED).not_done
         masks = {}
         for request, job in zip(constrained, jobs, strict=True):
@@ -209,24 +248,25 @@ class ModelRunner:
                 masks[request.id] = mask
         return masks
 
-    def _may_end(self, request: Request) -> bool:
-        """Whether the text is complete as it is: by its grammar, or else by min_tokens."""
+    def _may_end(self, request: Request, generated: int) -> bool:
+        """Whether the text is complete with so many tokens: by its grammar, or else by min_tokens."""
         if request.params.grammar:
             return self._grammars[request].accepts
-        return request.num_output_tokens >= request.params.min_tokens
+        return generated >= request.params.min_tokens
 
-    def _advance_grammars(self, requests: list[Request], result: BatchResult) -> None:
-        """Grammars follow the tokens beside this thread. One that is late costs the others no more than MASK_GRACE;
-        should its text be complete, its next mask says so. Where there will be none, it gets LONG_GRACE."""
-        jobs = [self._grammars[request].advance(result.tokens[request.id], self._mask_pool) for request in requests]
+    def _advance_grammars(self, followed: Sequence[tuple[Request, int]], result: BatchResult) -> None:
+        """Grammars follow the tokens beside this thread, after so many earlier ones each. One that is late costs the
+        others no more than MASK_GRACE; should its text be complete, its next mask says so. Where there will be none, it
+        gets LONG_GRACE."""
+        jobs = [self._grammars[request].advance(result.tokens[request.id], self._mask_pool) for request, _ in followed]
         if late := wait(jobs, timeout=MASK_GRACE).not_done:
             last: list[Future[bool]] = [
                 job
-                for request, job in zip(requests, jobs, strict=True)
-                if job in late and request.num_output_tokens + 1 >= request.params.max_tokens
+                for (request, generated), job in zip(followed, jobs, strict=True)
+                if job in late and generated + 1 >= request.params.max_tokens
             ]
             wait(last, timeout=LONG_GRACE)
-        for request, job in zip(requests, jobs, strict=True):
+        for (request, _), job in zip(followed, jobs, strict=True):
             if not job.done():
                 continue
             if (error := job.exception()) is not None and request.params.grammar:
@@ -236,9 +276,10 @@ class ModelRunner:
                 result.ended.add(request.id)
 
     def _state(self, request: Request) -> SamplingState:
-        if request not in self._states:
-            self._states[request] = SamplingState(request, self.compiler.eos_token_ids)
-        return self._states[request]
+        found = self._states.get(request)
+        if found is None:
+            found = self._states[request] = SamplingState(request, self.compiler.eos_token_ids)
+        return found
 
 
 def _measured(request: Request) -> Measured:
@@ -258,14 +299,14 @@ def _add_run(runs: list[tuple[int, Measured]], end: int, wanted: Measured) -> No
     runs.append((end, wanted))
 
 
-def _nothing_left(request: Request) -> InvalidRequest:
+def _nothing_left(request: Request, generated: int) -> InvalidRequest:
     params = request.params
     named = [name for name in ("allowed_token_ids", "bad_words", "min_tokens") if getattr(params, name)]
     param = named[0] if named else "logit_bias"
     others = [*named[1:], *([params.grammar.param] if params.grammar else [])]
     beside = f" beside {' and '.join(others)}" if others else ""
     return InvalidRequest(
-        f"{param}: after {request.num_output_tokens} tokens no token is left that may be generated{beside}, and the "
+        f"{param}: after {generated} tokens no token is left that may be generated{beside}, and the "
         "text is not complete",
         param=param,
     )
@@ -297,5 +338,21 @@ def _filled_blocks(item: ScheduledRequest, block_size: int) -> list[int]:
 
 
 def _input_ids(item: ScheduledRequest) -> list[int]:
+    """0 for one that is still being sampled."""
     start = item.request.num_computed_tokens
-    return item.request.token_ids[start : start + item.num_tokens]
+    found = item.request.token_ids[start : start + item.num_tokens]
+    return found if len(found) == item.num_tokens else [*found, 0]
+
+
+def _carried(items: list[ScheduledRequest], last: Flight | None) -> Ints | None:
+    """For each row of a step the sampling row of the last one that is its token; -1 where the token is known."""
+    if last is None:
+        return None
+    places: dict[Request, int] = {}
+    found: list[int] = []
+    for request, num_tokens, _ in items:
+        found += [-1] * num_tokens
+        if request.num_pending and request.num_computed_tokens + num_tokens == request.num_tokens and num_tokens:
+            places = places or {sampled: i for i, sampled in enumerate(last.sampled)}
+            found[-1] = places[request]
+    return np.array(found, dtype=np.int64) if places else None

@@ -27,6 +27,9 @@ class GrammarSpec:
     param: str
 
 
+HELD_BY = ("grammar", "penalties", "bad_words")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How one sequence is generated or scored. Ranges are checked by the protocol."""
@@ -57,6 +60,14 @@ class SamplingParams:
     prompt_mass_of: NDArray[np.int64] | None = field(default=None, compare=False)  # ids: how probable any of them was
     prompt_rows: bool = False  # the log-probabilities of all tokens, by id
     first_logit_position: int = 0  # prompt tokens after this position are scored; earlier ones may come from the cache
+
+    @property
+    def held_by(self) -> str | None:
+        """The parameter, of HELD_BY, for which the host must know a token before the next one can be sampled; None if a
+        step may be submitted whose last token is still being sampled."""
+        penalized = self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
+        found = (self.grammar is not None, penalized, any(len(words) > 1 for words in self.bad_words))
+        return next((name for name, holds in zip(HELD_BY, found, strict=True) if holds), None)
 
     def without_prompt_logprobs(self) -> SamplingParams:
         """For the further choices of a prompt that the first one scores."""
@@ -121,7 +132,7 @@ class Logprobs:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class RequestOutput:
     """What one step (or several, merged by a slow reader) adds to a request."""
 
@@ -202,7 +213,7 @@ class Request:
     """One sequence in the scheduler.
 
     There is no prefill or decode phase: `num_computed_tokens` catches up with `num_tokens`, and a token is sampled
-    each time it has.
+    each time it has. Where the engine runs one step ahead, both count a step as soon as it is submitted.
     """
 
     def __init__(
@@ -242,7 +253,9 @@ class Request:
         self.choices = Choices(1) if choices is None else choices
         self.seed = secrets.randbits(64) if params.seed is None else params.seed
         self.num_prompt_tokens = len(prompt_ids)
-        self.token_ids = list(prompt_ids)  # prompt and generated
+        self.token_ids = list(prompt_ids)  # prompt and generated, as far as they are known
+        self.num_pending = 0  # tokens behind them that steps in flight sample
+        self.held_by = params.held_by
         self.status = RequestStatus.WAITING
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0  # of the prompt, at first admission; a follower's are its leader's
@@ -281,9 +294,19 @@ class Request:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens, those that are still being sampled included."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def num_generated(self) -> int:
+        """Output tokens, those that are still being sampled included."""
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
     def num_tokens_to_compute(self) -> int:
         """Tokens the model must see; the last token of a scored prompt predicts nothing that is asked."""
-        return max(1, len(self.token_ids) - (self.is_scoring and self.hidden is None))
+        return max(1, self.num_tokens - (self.is_scoring and self.hidden is None))
 
     @property
     def max_cached_tokens(self) -> int:
@@ -291,7 +314,7 @@ class Request:
         last = self.num_tokens_to_compute - 1
         if self.hidden is not None:
             last = min(last, self.hidden.spec.positions[0])
-        if self.params.prompt_logprobs is None or self.num_output_tokens:
+        if self.params.prompt_logprobs is None or self.num_generated:
             return last
         return min(last, self.params.first_logit_position)
 
@@ -300,7 +323,7 @@ class Request:
         return (
             leader.order[-1] > 0
             and leader.status is not RequestStatus.FINISHED
-            and not leader.num_output_tokens
+            and not leader.num_generated
             and not (leader.is_scoring or self.is_scoring)
             and self.params.prompt_logprobs is None
             and self.cache_salt == leader.cache_salt
@@ -317,7 +340,7 @@ class Request:
 
         The last token before the branches does so for the first one of each.
         """
-        if self.params.prompt_logprobs is None or self.num_output_tokens:
+        if self.params.prompt_logprobs is None or self.num_generated:
             return []
         first = max(computed, self.params.first_logit_position)
         last = min(computed + num_tokens, self.num_prompt_tokens - 1)
@@ -331,7 +354,7 @@ class Request:
 
     def num_scored(self, computed: int, num_tokens: int) -> int:
         """How many log-probabilities of prompt tokens `num_tokens` tokens after `computed` ones give."""
-        if self.params.prompt_logprobs is None or self.num_output_tokens:
+        if self.params.prompt_logprobs is None or self.num_generated:
             return 0
         if self.branches:
             return len(self.scored(computed, num_tokens))
@@ -453,6 +476,10 @@ class EngineStats:
     generation_tokens: int = 0
     scored_tokens: int = 0
     preemptions: int = 0
+    steps: int = 0
+    steps_ahead: int = 0  # of these, those whose results were awaited while the next one ran
+    discarded_tokens: int = 0  # computed one step ahead, for sequences that had ended
+    held: dict[str, int] = field(default_factory=dict)  # decodes that could not go ahead, by the parameter's name
     step_tokens: int = 0  # of the last step; 0: there was none
     time_to_first_token: list[float] = field(default_factory=list)
     inter_token_latency: list[float] = field(default_factory=list)

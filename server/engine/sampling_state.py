@@ -45,32 +45,41 @@ class SamplingState:
         self._seen = np.zeros(size, np.int64)
         self._seen[: len(self._places)] = list(self._places)
         self._counts = np.zeros(size, np.float32)
+        self._row, self._other = (
+            SamplingRow(
+                row=0,
+                temperature=params.temperature,
+                top_k=params.top_k,
+                top_p=params.top_p,
+                min_p=params.min_p,
+                repetition_penalty=params.repetition_penalty,
+                frequency_penalty=params.frequency_penalty,
+                presence_penalty=params.presence_penalty,
+                logprobs=params.logprobs,
+                constrained=params.grammar is not None,
+                allowed=self._allowed,
+                bias_ids=self._bias_ids,
+                bias=self._bias,
+            )
+            for _ in range(2)
+        )
+        self._never_bans = not (self._banned or self._bad_ends or (self._ends and params.min_tokens))
 
     def row(self, request: Request, row: int) -> SamplingRow:
-        """How the token after row `row` of a batch is sampled. The row's arrays change with the next call."""
-        params = request.params
+        """How the token after row `row` of a batch is sampled. Its arrays change with the next call, and itself with
+        the one after that: until then its step is collected."""
+        found, self._other = self._other, self._row
+        self._row = found
+        found.row = row
+        found.draws = partial(uniform, request.seed, request.choice, len(request.token_ids) + request.num_pending)
+        if not self._never_bans:
+            found.banned = self._bans(request)
         if self._penalizes:
             self._follow(request)
-        used = len(self._places)
-        return SamplingRow(
-            row=row,
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            min_p=params.min_p,
-            repetition_penalty=params.repetition_penalty,
-            frequency_penalty=params.frequency_penalty,
-            presence_penalty=params.presence_penalty,
-            logprobs=params.logprobs,
-            constrained=params.grammar is not None,
-            draws=partial(uniform, request.seed, request.choice, len(request.token_ids)),
-            allowed=self._allowed,
-            banned=self._bans(request),
-            bias_ids=self._bias_ids,
-            bias=self._bias,
-            seen=self._seen[:used] if used else None,
-            counts=self._counts[:used] if used else None,
-        )
+            used = len(self._places)
+            found.seen = self._seen[:used] if used else None
+            found.counts = self._counts[:used] if used else None
+        return found
 
     def _follow(self, request: Request) -> None:
         """Count the tokens that were generated since the last call."""
@@ -82,7 +91,7 @@ class SamplingState:
 
     def _bans(self, request: Request) -> list[int]:
         banned = list(self._banned)
-        generated = request.num_output_tokens
+        generated = request.num_generated
         if generated < request.params.min_tokens:
             banned += self._ends
         for prefix, last in self._bad_ends.get(request.token_ids[-1], ()):

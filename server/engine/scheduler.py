@@ -48,8 +48,8 @@ class ScheduledRequest(NamedTuple):
     def samples(self) -> bool:
         """Whether this step computes the request's last token and a new one is to be sampled."""
         request = self.request
-        reached = request.num_computed_tokens + self.num_tokens == len(request.token_ids)
-        return reached and not request.is_scoring
+        reached = request.num_computed_tokens + self.num_tokens == len(request.token_ids) + request.num_pending
+        return reached and request.params.max_tokens > 0
 
 
 @dataclass
@@ -58,6 +58,9 @@ class ScheduledBatch:
 
     `new_blocks` are to be cleared before use; `copies` are pairs (source, destination) of blocks to be copied once
     the step's keys and values are written.
+
+    Once it is launched, `launched` has for each item the request's `num_computed_tokens` and whether a token is
+    sampled; `void` names requests for which its results count no more.
     """
 
     items: list[ScheduledRequest] = field(default_factory=list)
@@ -66,6 +69,10 @@ class ScheduledBatch:
     preempted: int = 0
     prefix_queries: int = 0  # tokens looked up by requests that start
     prefix_hits: int = 0
+    samples: list[bool] = field(default_factory=list)  # of each item
+    held: dict[str, int] = field(default_factory=dict)  # decodes that wait for their last token, by `held_by`
+    launched: list[tuple[int, bool]] | None = None
+    void: set[str] = field(default_factory=set)
 
     @property
     def num_tokens(self) -> int:
@@ -107,6 +114,7 @@ class Scheduler:
         self._added = 0
         self._turns = Turns()
         self._computing: dict[bytes, Request] = {}  # prompt blocks being computed, and the request that fills them
+        self._launched: ScheduledBatch | None = None  # the last one, which may be in flight
 
     def add(self, request: Request) -> None:
         """Queue a request, or set it aside if its leader's prompt is still to be computed."""
@@ -131,13 +139,31 @@ class Scheduler:
                 rows -= 1
         if self.waiting or len(batch.items) < len(self.running):
             self._schedule_prompts(batch, rows)
+        batch.samples = [item.samples for item in batch.items]
         return batch
 
     def _schedule_decode(self, request: Request, batch: ScheduledBatch) -> bool:
         """Put a request's next token into the step if it is a generated one; whether it is there."""
-        if not self._decodes(request, request.num_computed_tokens) or not self._allocate_blocks(request, 1, batch):
+        computed = request.num_computed_tokens
+        if not self._decodes(request, computed):
+            return False
+        if request.num_pending and not self._goes_ahead(request, batch):
+            return False
+        full = computed == len(request.block_table) * self.blocks.block_size
+        if (full or request.status is not RequestStatus.RUNNING) and not self._allocate_blocks(request, 1, batch):
             return False
         batch.items.append(ScheduledRequest(request, 1, True))
+        return True
+
+    def _goes_ahead(self, request: Request, batch: ScheduledBatch) -> bool:
+        """Whether the token that is still being sampled can be computed, too: it is not the last one, and what comes
+        after it does not depend on which one it is."""
+        tokens = len(request.token_ids) + request.num_pending
+        if tokens - request.num_prompt_tokens >= request.params.max_tokens or tokens >= self.max_model_len:
+            return False
+        if request.held_by is not None:
+            batch.held[request.held_by] = batch.held.get(request.held_by, 0) + 1
+            return False
         return True
 
     def _background_rows(self, num_decodes: int) -> int:
@@ -150,25 +176,27 @@ class Scheduler:
 
     def _decodes(self, request: Request, computed: int) -> bool:
         """Whether the token after `computed` ones is computed as a generated one, which goes alone."""
-        first = request.num_prompt_tokens if self.recompute_decodes_one_by_one else len(request.token_ids) - 1
-        return request.num_output_tokens > 0 and computed >= first
+        tokens, prompt = len(request.token_ids) + request.num_pending, request.num_prompt_tokens
+        return tokens > prompt and computed >= (prompt if self.recompute_decodes_one_by_one else tokens - 1)
 
     def _prompt_end(self, request: Request) -> int:
         """Tokens up to here are computed as a prompt's."""
         return (
             request.num_prompt_tokens
-            if self.recompute_decodes_one_by_one and request.num_output_tokens
+            if self.recompute_decodes_one_by_one and request.num_generated
             else request.num_tokens_to_compute
         )
 
     def _schedule_prompts(self, batch: ScheduledBatch, rows: int) -> None:
-        budget = self._prompt_budget(len(batch.items))
+        budget = self._prompt_budget(len(batch.items), sum(batch.held.values()))
         for request in list(self.running):
             if not budget.open_kinds:
                 break
             running = request.status is RequestStatus.RUNNING  # still
             computed = request.num_computed_tokens
             if self._decodes(request, computed) or not running or request.is_scoring not in budget.open_kinds:
+                continue
+            if computed == request.num_tokens_to_compute:  # in flight
                 continue
             end = self._prompt_end(request)
             if request.is_background:
@@ -194,6 +222,8 @@ class Scheduler:
         while len(self.running) < self.max_num_seqs and (request := self.waiting.first(budget.open_kinds)):
             if request.is_background and not rows:
                 break
+            if request.num_pending and not self._goes_ahead(request, batch):
+                break  # until its last token is known
             hits = self._hits(request)
             if (computer := self._computer(request, len(hits))) is not None:
                 self.waiting.remove(request)
@@ -228,7 +258,7 @@ class Scheduler:
         """Where max_num_seqs run and the group whose turn it is has none, preempt one of the largest group, which is
         queued behind it. Background work loses its slots to any other."""
         first = self.waiting.first(budget.open_kinds)
-        if first is None or len(self.running) < self.max_num_seqs:
+        if first is None or len(self.running) < self.max_num_seqs or first.num_pending:
             return
         if not first.is_background and (background := self._background_victim(followers)) is not None:
             return self._give_way(background, batch)
@@ -268,12 +298,14 @@ class Scheduler:
         batch.preempted += 1
         batch.items = [item for item in batch.items if item.request is not victim]
 
-    def _prompt_budget(self, num_decodes: int) -> PromptBudget:
+    def _prompt_budget(self, num_decodes: int, num_held: int) -> PromptBudget:
+        """`num_held`: decodes that wait for this step to be over, and so for its prompts."""
         tokens = max(1, self.max_num_batched_tokens - num_decodes)
-        if not num_decodes:
+        if not num_decodes + num_held:
             return PromptBudget(self.cost, tokens)
-        if self.cost.probe_due(num_decodes):
+        if num_decodes and self.cost.probe_due(num_decodes):
             return PromptBudget(self.cost, 0)
+        num_decodes += num_held
         decode_ms, pass_ms = self.cost.decode_ms(num_decodes), self.cost.pass_ms
         prompts = len(self.waiting.ready[False]) + sum(
             not (r.is_scoring or self._decodes(r, r.num_computed_tokens)) for r in self.running
@@ -308,7 +340,7 @@ class Scheduler:
         """Let the followers of a prompt that this step completes run: they share its full blocks and get a copy of
         the last one. Those that get no slot look the prompt up in the prefix cache as any request does."""
         leader = item.request
-        if not leader.followers or leader.num_output_tokens or not item.samples:
+        if not leader.followers or leader.num_generated or not item.samples:
             return
         full, rest = divmod(leader.num_prompt_tokens, self.blocks.block_size)
         joined = followers[leader] = []
@@ -396,7 +428,9 @@ class Scheduler:
                 self.blocks.publish(request.block_table[i], request.block_hashes[i])
         self._stop_running(request)
         request.num_computed_tokens = 0
-        if not request.num_output_tokens:  # its prompt will be scored anew
+        if self._launched is not None and not request.num_pending:
+            self._launched.void.add(request.id)  # where it is in flight, its prompt is computed anew
+        if not request.num_generated:  # its prompt will be scored anew
             request.prompt_logprobs = Logprobs()
             if request.hidden is not None:
                 request.hidden.clear()
@@ -414,6 +448,44 @@ class Scheduler:
         self.blocks.release(request.block_table)
         request.block_table = []
 
+    def launch(self, batch: ScheduledBatch) -> None:
+        """Account for a step that was submitted, before its results are there: the next one can be scheduled.
+
+        Its blocks can be found at once, since later steps run after it.
+        """
+        batch.launched = []
+        for (request, num_tokens, is_decode), samples in zip(batch.items, batch.samples, strict=True):
+            self._move_on(request, num_tokens, is_decode)
+            request.num_pending += samples
+            batch.launched.append((request.num_computed_tokens, samples))
+            if samples and request.followers:  # they got no slot
+                self.waiting.wake(request.followers)
+        self._launched = batch
+
+    def _move_on(self, request: Request, computed: int, is_decode: bool) -> None:
+        request.num_computed_tokens += computed
+        if not is_decode:
+            self._publish(request, computed)
+
+    def recompute(self, request: Request) -> None:
+        """The token that has just come is another one than the step in flight has taken it for: that step's result for
+        the request counts no more."""
+        if request.num_pending and self._launched is not None:
+            request.num_pending = 0
+            request.num_computed_tokens -= 1
+            self._launched.void.add(request.id)
+
+    def give_up(self, batch: ScheduledBatch) -> None:
+        """A launched step has no results, and what it and the one before have written may be wrong: its requests are
+        computed anew, and no cached block is used again."""
+        for item in batch.items:
+            request = item.request
+            if request.status is not RequestStatus.FINISHED:
+                request.num_pending = 0
+            if request.status is RequestStatus.RUNNING:
+                self._preempt(request)
+        self.blocks.forget()
+
     def update(
         self,
         batch: ScheduledBatch,
@@ -429,13 +501,17 @@ class Scheduler:
         have `ended` without one (their grammar is complete). The blocks of finished requests are free when
         they are yielded.
         """
-        for request, num_tokens, is_decode in batch.items:
-            if request.status is RequestStatus.FINISHED:
+        for i, (request, num_tokens, is_decode) in enumerate(batch.items):
+            if request.status is RequestStatus.FINISHED or request.id in batch.void:
                 continue
-            computed = num_tokens - (request.id in deferred)
-            request.num_computed_tokens += computed
-            if not is_decode:
-                self._publish(request, computed)
+            if batch.launched is None:
+                self._move_on(request, num_tokens - (request.id in deferred), is_decode)
+                end = request.num_computed_tokens
+            else:
+                end, samples = batch.launched[i]
+                request.num_pending -= samples
+                if request.id in deferred and request.status is RequestStatus.RUNNING:  # not preempted since
+                    request.num_computed_tokens -= 1
             token = tokens.get(request.id)
             if token is not None:
                 request.token_ids.append(token)
@@ -445,18 +521,18 @@ class Scheduler:
                 self._check_stop(request, token)
                 if request.followers:  # they got no slot
                     self.waiting.wake(request.followers)
-            elif request.num_computed_tokens == request.num_tokens_to_compute:
+            elif request.is_scoring and end == request.num_tokens_to_compute:
                 self.finish(request, FinishReason.LENGTH)
             yield request, token
 
     def _check_stop(self, request: Request, token: int) -> None:
-        params = request.params
-        if request.num_output_tokens >= params.min_tokens:
+        params, generated = request.params, len(request.token_ids) - request.num_prompt_tokens
+        if generated >= params.min_tokens:
             if token in self.eos_token_ids and not params.ignore_eos:
                 return self.finish(request, FinishReason.STOP)
             if token in params.stop_token_ids:
                 return self.finish(request, FinishReason.STOP, token)
-        if request.num_output_tokens >= params.max_tokens or len(request.token_ids) >= self.max_model_len:
+        if generated >= params.max_tokens or len(request.token_ids) >= self.max_model_len:
             self.finish(request, FinishReason.LENGTH)
 
     def finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
@@ -469,7 +545,7 @@ class Scheduler:
             self.waiting.remove(request)
         self.waiting.wake(request.followers)
         self._turns.leave(request.group)
-        request.status = RequestStatus.FINISHED
+        request.status, request.num_pending = RequestStatus.FINISHED, 0
         request.finish_reason, request.stop_reason = reason, stop_reason
 
     def _extend_hashes(self, request: Request) -> None:

@@ -27,6 +27,7 @@ class CpuBackend:
     """`Backend` whose steps are op lists; a row's bits depend on the row alone."""
 
     batch_invariant = True
+    runs_ahead = False
 
     def __init__(
         self,

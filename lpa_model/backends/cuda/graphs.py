@@ -67,8 +67,10 @@ def capture(
     capturing = _Capture(device)
     began, free = time.monotonic(), features.free_memory(device)
     spent = taken = 0.0
-    gc.collect()
-    gc.freeze()  # each capture collects garbage, which is quick among few objects
+    freezes = not gc.get_freeze_count()  # a server has done it, for good
+    if freezes:
+        gc.collect()
+        gc.freeze()  # each capture collects garbage, which is quick among few objects
     try:
         for size, functions in sorted(runs.items(), reverse=True):
             reason = capturing.failure
@@ -85,7 +87,8 @@ def capture(
             spent = time.monotonic() - began
             taken = max(0, free - features.free_memory(device)) if device.type == "cuda" else 0
     finally:
-        gc.unfreeze()
+        if freezes:
+            gc.unfreeze()
     for graphs in found:
         graphs.seconds, graphs.bytes = spent, int(taken)
     return found

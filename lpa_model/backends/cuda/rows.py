@@ -69,9 +69,10 @@ class StepBuffers:
 
     def __init__(self, capacity: int, max_blocks: int, device: torch.device) -> None:
         self.capacity, self.max_blocks = capacity, max_blocks
-        self._flat = torch.zeros(4 * _aligned(capacity) + capacity * max_blocks, dtype=torch.int32, device=device)
-        ids, positions, slots, lengths, tables = _parts(self._flat, capacity, max_blocks)
+        self._flat = torch.zeros(5 * _aligned(capacity) + capacity * max_blocks, dtype=torch.int32, device=device)
+        ids, positions, slots, lengths, self.carried, tables = _parts(self._flat, capacity, max_blocks)
         slots.fill_(-1)
+        self.carried.fill_(-1)
         self.rows = Rows(ids, positions, slots, Decodes(lengths, tables), None)
 
     def fill(self, batch: Batch) -> None:
@@ -79,19 +80,25 @@ class StepBuffers:
         assert batch.num_rows == batch.num_decode <= self.capacity
         # pinned memory of its own: an earlier copy may still wait for its step; torch keeps it until it is done
         host = torch.zeros(len(self._flat), dtype=torch.int32, pin_memory=self._flat.is_cuda)
-        ids, positions, slots, lengths, tables = (part.numpy() for part in _parts(host, self.capacity, self.max_blocks))
+        parts = (part.numpy() for part in _parts(host, self.capacity, self.max_blocks))
+        ids, positions, slots, lengths, carried, tables = parts
         n = batch.num_rows
         slots[n:] = -1
+        carried[:] = -1
+        if batch.carried is not None:
+            carried[:n] = batch.carried
         ids[:n], positions[:n], slots[:n] = batch.ids, batch.positions, batch.slots
         _fill_decodes(batch.spans, lengths, tables)
         self._flat.copy_(host, non_blocking=True)
 
 
-def step_rows(batch: Batch, device: torch.device) -> Rows:
-    """Any batch's rows on the device; memory is allocated for them."""
+def step_rows(batch: Batch, device: torch.device, sampled: Tensor | None = None) -> Rows:
+    """Any batch's rows on the device; memory is allocated for them. `sampled`: as for `take_carried`."""
     parcel = Parcel()
     decodes, prompts = batch.spans[: batch.num_decode], batch.prompts
     own = [parcel.add(array.astype(np.int32)) for array in (batch.ids, batch.positions, batch.slots)]
+    if batch.carried is not None:
+        own.append(parcel.add(batch.carried.astype(np.int32)))
     of_decodes: list[int] = []
     if decodes:
         lengths = np.zeros(len(decodes), dtype=np.int32)
@@ -101,16 +108,26 @@ def step_rows(batch: Batch, device: torch.device) -> Rows:
     arrays = _prompt_arrays(prompts, batch.block_size) if prompts else {}
     of_prompts = {name: parcel.add(array) for name, array in arrays.items()}
     there = parcel.send(device)
-    ids, positions, slots = (there[place] for place in own)
+    ids, positions, slots, *carried = (there[place] for place in own)
+    if carried:
+        assert sampled is not None, "ids come from a step of a backend that is warm"
+        take_carried(ids, carried[0], sampled)
     found = Decodes(*(there[place] for place in of_decodes)) if decodes else None
     rest = {name: there[place] for name, place in of_prompts.items()}
     rows = batch.num_rows - batch.num_decode
     return Rows(ids, positions, slots, found, Prompts(rows, **rest) if prompts else None)
 
 
-def _parts(flat: Tensor, rows: int, max_blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    ids, positions, slots, lengths, tables = flat.split([_aligned(rows)] * 4 + [rows * max_blocks])
-    return ids[:rows], positions[:rows], slots[:rows], lengths[:rows], tables.view(rows, max_blocks)
+def take_carried(ids: Tensor, carried: Tensor, sampled: Tensor) -> None:
+    """Write ids int32 [rows] that the step before has sampled, numbers [n], where `carried` int32 [rows] names one of
+    them. What is no token becomes 0: nobody reads that row's result."""
+    taken = sampled.index_select(0, carried.clamp_min(0)).clamp_min(0).to(torch.int32)
+    ids.copy_(torch.where(carried >= 0, taken, ids))
+
+
+def _parts(flat: Tensor, rows: int, max_blocks: int) -> tuple[Tensor, ...]:
+    *columns, tables = flat.split([_aligned(rows)] * 5 + [rows * max_blocks])
+    return *(column[:rows] for column in columns), tables.view(rows, max_blocks)
 
 
 def _aligned(numbers: int) -> int:
@@ -119,9 +136,13 @@ def _aligned(numbers: int) -> int:
 
 
 def _fill_decodes(spans: Sequence[Span], lengths: Ints32, tables: Ints32) -> None:
-    width = tables.shape[1]
+    n, width = len(spans), tables.shape[1]
+    lengths[:n] = [span.context + 1 for span in spans]
+    used = [len(span.block_table) for span in spans]
+    if used and max(used) == min(used) <= width:  # one assignment is quicker than one for each row
+        tables[:n, : used[0]] = [span.block_table for span in spans]
+        return
     for i, span in enumerate(spans):
-        lengths[i] = span.context + 1
         blocks = span.block_table[:width]
         tables[i, : len(blocks)] = blocks
 

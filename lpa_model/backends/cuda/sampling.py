@@ -32,11 +32,6 @@ Head = Callable[[Tensor], Tensor]
 """Rows of the batch (int64 [n]) -> their logits [n, vocab] in the head's dtype."""
 
 
-def is_plain(row: SamplingRow) -> bool:
-    """Whether the row's token is drawn from its logits as they are."""
-    return row.allowed is None and not row.banned and row.bias_ids is None and row.seen is None and not row.constrained
-
-
 @dataclass
 class Sampled:
     """Rows whose tokens and scores are on their way: columns of float64 [n, 2 + ...], whose whole numbers are exact."""
@@ -46,6 +41,7 @@ class Sampled:
     masks: Sequence[Mask | None]
     scored: Sequence[int]  # indices into `rows`
     top: int
+    tokens: Tensor  # [n], on the device
     columns: Fetch
     attempts: int
 
@@ -92,15 +88,13 @@ def sample(
         whole = len(scored) == len(rows)
         some, targets = (logits, tokens) if whole else (logits[there[at_scored]], tokens[there[at_scored]])
         columns.append(_columns(ops.row_scores(some, targets.clamp_min(0), top)).view(-1))
-    return Sampled(able, rows, masks, scored, top, Fetch(torch.cat(columns)), attempts)
+    return Sampled(able, rows, masks, scored, top, tokens, Fetch(torch.cat(columns)), attempts)
 
 
 def finish(sampled: Sampled, head: Head, vocab: int, device: torch.device, result: StepResult) -> None:
     """Wait for sampled rows and put them into the result; rows without enough random numbers are drawn again."""
-    while True:
-        undecided = take(sampled, result)
-        if not undecided:
-            return
+    while undecided := take(sampled, result):
+        result.redrawn.update(sampled.able[i] for i in undecided)
         sampled = sample(
             head,
             [sampled.able[i] for i in undecided],
@@ -118,7 +112,11 @@ def take(sampled: Sampled, result: StepResult) -> list[int]:
     numbers = sampled.columns.result()
     scores = numbers[2 * n :].reshape(len(sampled.scored), width) if sampled.scored else None
     undecided = []
-    for i, (token, is_broken) in enumerate(numbers[: 2 * n].reshape(n, 2).astype(np.int64).tolist()):
+    drawn = numbers[: 2 * n].reshape(n, 2)
+    if n == len(result.tokens) and scores is None and not drawn[:, 1].any() and drawn[:, 0].min() >= 0:
+        result.tokens = drawn[:, 0].astype(np.int64).tolist()
+        return []
+    for i, (token, is_broken) in enumerate(drawn.astype(np.int64).tolist()):
         if is_broken:
             result.broken.add(sampled.able[i])
         elif token == NOTHING:

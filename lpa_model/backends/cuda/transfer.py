@@ -45,6 +45,8 @@ class Fetch:
 
     def __init__(self, tensor: Tensor) -> None:
         self._host, self._arrived = tensor, None
+        if tensor.device.type == "cpu":
+            self._host = tensor.clone()  # a later step may write to it before this one's result is read
         if tensor.device.type == "cuda":
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._host.copy_(tensor, non_blocking=True)

@@ -25,6 +25,7 @@ class TorchBackend:
     """`Backend` in plain torch."""
 
     batch_invariant = False
+    runs_ahead = False
 
     def __init__(self, model: LPAForCausalLM, name: str, cache_dtype: torch.dtype) -> None:
         """`cache_dtype`: the model's, or int8."""
