@@ -52,6 +52,9 @@ lint: .venv/installed-dev
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
+# the modules are compiled once for a hundred processes, whatever the user's environment says
+test test-fast: export PYTHONDONTWRITEBYTECODE =
+
 test: lint
 	.venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -77,6 +80,7 @@ test-fast: .venv/installed-dev
 
 test-extra: .venv-extra/installed
 	.venv-extra/bin/pytest tests/extra
+	.venv-extra/bin/pytest -m hypothesis --hypothesis-profile thorough
 
 soak: .venv/installed-dev
 	.venv/bin/python -m tests.soak --seconds $(SOAK_SECONDS) --dtype $(SOAK_DTYPE)
