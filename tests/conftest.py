@@ -25,10 +25,10 @@ from lpa_model.model import LPAForCausalLM
 torch.set_num_threads(1)  # products this small lose by a second thread
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder is looked up in the hub's cache alone
 
-# of random examples; make test-extra takes `--hypothesis-profile thorough`. No machine is too slow
+# of random examples; make test-long takes `--hypothesis-profile thorough`. No machine is too slow
 WITHOUT_TIME: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("quick", max_examples=25, **WITHOUT_TIME)
-settings.register_profile("thorough", max_examples=300, **WITHOUT_TIME)
+settings.register_profile("thorough", max_examples=200, **WITHOUT_TIME)
 settings.load_profile("quick")
 
 LONGEST = ("test_readme.py", "test_backends.py", "test_wheel.py", "test_cli.py", "test_life.py", "test_reproducible.py")

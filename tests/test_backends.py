@@ -353,7 +353,7 @@ def held(case: str, tested: Subject, layout: CacheLayout) -> Tensor:
 
 def layouts_of(name: str, case: str) -> Sequence[CacheLayout]:
     """Every layout, and of the slow ones' cases that differ little from others one layout each, in turn; the rest of
-    them are in extra/test_backends.py."""
+    them is in extra/test_backends.py."""
     cases = cases_of(name)
     if BACKENDS[name].candidate == "cpu" or case in ("setting1", "setting2", "setting1-wide", "setting2-wide"):
         return LAYOUTS
