@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+gc.disable()  # until all tests are collected: what is imported stays
 # before torch is there: threads that wait do not spin beside the other worker's
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -44,6 +45,7 @@ def pytest_collection_finish() -> None:
     """The garbage collector passes over what lives as long as all tests: tests, modules and their tables."""
     gc.freeze()
     gc.set_threshold(10_000, *gc.get_threshold()[1:])
+    gc.enable()
 
 
 VOCAB_SIZE = 300
