@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-gc.disable()  # until all tests are collected: what is imported stays
 # before torch is there: threads that wait do not spin beside the other worker's
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -23,6 +22,7 @@ from lpa_model.checkpoint import save_checkpoint
 from lpa_model.config import Architecture, LPAConfig
 from lpa_model.model import LPAForCausalLM
 
+gc.disable()  # until all tests are collected: what is imported stays
 torch.set_num_threads(1)  # products this small lose by a second thread
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder is looked up in the hub's cache alone
 
