@@ -32,7 +32,20 @@ settings.register_profile("quick", max_examples=25, **WITHOUT_TIME)
 settings.register_profile("thorough", max_examples=200, **WITHOUT_TIME)
 settings.load_profile("quick")
 
-LONGEST = ("test_readme.py", "test_backends.py", "test_wheel.py", "test_cli.py", "test_life.py", "test_reproducible.py")
+LONGEST = (
+    "test_backends.py",
+    "test_readme.py",
+    "test_cli.py",
+    "test_life.py",
+    "test_reproducible.py",
+    "test_bench_device.py",
+    "test_batches.py",
+    "test_tools.py",
+    "test_engine.py",
+    "test_http.py",
+    "test_soak.py",
+    "test_wheel.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
