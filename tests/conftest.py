@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -14,22 +15,50 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lpa_model.checkpoint import save_checkpoint
 from lpa_model.config import Architecture, LPAConfig
 from lpa_model.model import LPAForCausalLM
 
+gc.disable()  # until all tests are collected: what is imported stays
 torch.set_num_threads(1)  # products this small lose by a second thread
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder is looked up in the hub's cache alone
 
-LONGEST = ("test_readme.py", "test_backends.py", "test_wheel.py", "test_cli.py", "test_life.py", "test_reproducible.py")
+# of random examples; make test-long takes `--hypothesis-profile thorough`. No machine is too slow
+WITHOUT_TIME: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("quick", max_examples=25, **WITHOUT_TIME)
+settings.register_profile("thorough", max_examples=200, **WITHOUT_TIME)
+settings.load_profile("quick")
+
+LONGEST = (
+    "test_backends.py",
+    "test_readme.py",
+    "test_cli.py",
+    "test_life.py",
+    "test_reproducible.py",
+    "test_bench_device.py",
+    "test_batches.py",
+    "test_tools.py",
+    "test_engine.py",
+    "test_http.py",
+    "test_soak.py",
+    "test_wheel.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that two processes end at about the same time."""
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector passes over what lives as long as all tests: tests, modules and their tables."""
+    gc.freeze()
+    gc.set_threshold(10_000, *gc.get_threshold()[1:])
+    gc.enable()
 
 
 VOCAB_SIZE = 300

@@ -13,13 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpa_model.backends.cpu.build import EMULATED, LIBRARY, build, objects_of
+from lpa_model.backends.cpu.build import EMULATED, FLAGS, LIBRARY, build, objects_of
 from lpa_model.backends.cpu.library import Kernel, Library, load
 
 DTYPES = (torch.float32, torch.bfloat16)
 PAGE = mmap.PAGESIZE
 # a folder with libraries under sanitizers: set by extra/test_kernel_sanitizers.py for the tests that it runs
 SANITIZED = Path(os.environ["SANITIZED_KERNELS"]) if "SANITIZED_KERNELS" in os.environ else None
+# in the place of immintrin.h: to read all of it takes the compiler longer than most of our files, and these need AVX2's
+AVX2_ALONE = ["-D__IMMINTRIN_H"]
+for part in ("mm", "xmm", "emm", "pmm", "tmm", "smm", "avx", "avx2"):
+    AVX2_ALONE += ["-include", f"{part}intrin.h"]
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -31,7 +35,7 @@ def kernels_here() -> Mapping[str, Mapping[str, Kernel]]:
     newer = (
         SANITIZED / "emulated.so"
         if SANITIZED
-        else build(objects_of(LIBRARY) / "emulated.so", instruction_sets=EMULATED)
+        else build(objects_of(LIBRARY) / "emulated.so", instruction_sets=EMULATED, flags=[*FLAGS, *AVX2_ALONE])
     )
     emulated = Library(newer)
     for flavour in EMULATED:

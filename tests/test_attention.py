@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -100,7 +100,6 @@ def decode_cases(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(decode_cases())
-@settings(max_examples=100, deadline=None)
 def test_decode_attention(case: dict[str, Any]) -> None:
     """Against the reference of the same signature, and against float64 over keys taken by the block table alone."""
     generator = torch.Generator().manual_seed(case["seed"])

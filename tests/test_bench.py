@@ -319,7 +319,7 @@ def test_the_idle_server_is_stopped_with_its_children_and_goes_on_afterwards() -
         assert [state(pid) for pid in pids] == ["S", "S"]
     finally:
         subprocess.run(["kill", str(pids[1])], check=True)
-        process.wait(10)
+        process.wait(600)
         assert process.stdout is not None
         process.stdout.close()
 

@@ -121,7 +121,7 @@ class Bookkeeping(RuleBasedStateMachine):
 
 
 TestBookkeeping = Bookkeeping.TestCase
-TestBookkeeping.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
+TestBookkeeping.settings = settings(stateful_step_count=30)
 
 
 def test_what_is_forgotten_is_free_or_becomes_so_when_it_is_released() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from server.bench.capacity import MOST_REPLICAS, Steps, Workload, at_concurrency, at_rate, read_steps, replicas
@@ -33,7 +33,6 @@ def test_a_closed_loop_by_hand() -> None:
     assert found["inter_token_ms"] == pytest.approx(16 + 3 * 50 / 50)
 
 
-@settings(deadline=None)
 @given(load=st.floats(0.05, 0.95))
 def test_one_slot_is_the_simplest_queue(load: float) -> None:
     """M/M/1: of rate x and service rate y, the wait is x / y / (y - x)."""

@@ -33,7 +33,7 @@ def server_tasks(served: Served) -> set[str]:
         mine = asyncio.current_task()
         return {getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks() if task is not mine}
 
-    return asyncio.run_coroutine_threadsafe(names(), loop).result(10)
+    return asyncio.run_coroutine_threadsafe(names(), loop).result(600)
 
 
 async def client(served: Served, number: int, leaves: bool) -> bytes:
@@ -57,7 +57,7 @@ async def client(served: Served, number: int, leaves: bool) -> bytes:
         if leaves:
             await asyncio.sleep(rng.random() * 1.5)
             return b""
-        return await asyncio.wait_for(reader.read(), 60)
+        return await asyncio.wait_for(reader.read(), 600)
     finally:
         writer.transport.abort()
 
@@ -129,7 +129,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_wrong_request(
 ) -> None:
     labels = 'handler="/v1/completions",method="POST",model_name="tiny",status="499"'
     with serving(tiny_checkpoints["setting2"]) as served:
-        with socket.create_connection(("127.0.0.1", served.server.port), timeout=20) as client:
+        with socket.create_connection(("127.0.0.1", served.server.port), timeout=600) as client:
             client.sendall(post(COMPLETIONS, BODY, "Expect: 100-continue").removesuffix(BODY))
             assert client.recv(100).startswith(b"HTTP/1.1 100 ")
             client.sendall(b'{"prompt": ')
@@ -140,7 +140,7 @@ def test_a_request_that_is_cancelled_before_its_body_has_come_is_told_so(
     tiny_checkpoints: dict[Architecture, Path],
 ) -> None:
     with serving(tiny_checkpoints["setting2"], admin_api_key="boss") as served:
-        with socket.create_connection(("127.0.0.1", served.server.port), timeout=20) as client:
+        with socket.create_connection(("127.0.0.1", served.server.port), timeout=600) as client:
             client.sendall(post(COMPLETIONS, BODY, "x-request-id: a", "Expect: 100-continue").removesuffix(BODY))
             assert client.recv(100).startswith(b"HTTP/1.1 100 ")
             answer = served.client.post("/v1/requests/a/cancel", headers={"authorization": "Bearer boss"})

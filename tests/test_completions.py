@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -350,7 +350,6 @@ def test_words_and_tokens_that_may_and_may_not_come(served: Served, tokenizer: T
     assert pair == [43] * 12
 
 
-@settings(max_examples=60, deadline=None)
 @given(ids=st.lists(st.integers(1, VOCAB_SIZE - 1), min_size=1, max_size=12), cut=st.integers(1, 11))
 def test_prompt_and_completion_together_are_the_text_of_all_tokens(
     served: Served, wrapped: EngineTokenizer, ids: list[int], cut: int

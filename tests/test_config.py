@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lpa_model.cache import LatentCache, bytes_per_token
@@ -215,7 +215,6 @@ def configs(draw: st.DrawFn) -> tuple[LPAConfig, dict[str, list[int | None]]]:
 
 
 @given(configs())
-@settings(max_examples=60, deadline=None)
 def test_any_ranks_come_back_and_are_counted(case: tuple[LPAConfig, dict[Projection, list[int | None]]]) -> None:
     config, ranks = case
     assert {name: [config.rank(name, i) for i in range(config.num_hidden_layers)] for name in ranks} == ranks

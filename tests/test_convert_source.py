@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -221,7 +221,6 @@ WORDS = st.sampled_from(
 )
 
 
-@settings(deadline=None, max_examples=60)
 @given(words=st.lists(WORDS, max_size=8), joint=st.sampled_from([" ", "", "  "]))
 def test_sentencepiece_tokenizers_encode_as_sentencepiece(
     sentencepiece_pair: tuple[sentencepiece.SentencePieceProcessor, Tokenizer], words: list[str], joint: str

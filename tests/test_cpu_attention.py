@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -264,7 +264,6 @@ def steps(draw: st.DrawFn) -> tuple[Cache, list[Text]]:
 
 
 @given(steps())
-@settings(max_examples=60, deadline=None)
 def test_a_step(step: tuple[Cache, list[Text]]) -> None:
     """Against float64; and nothing else in the cache has changed."""
     cache, texts = step
@@ -282,7 +281,6 @@ def test_a_step(step: tuple[Cache, list[Text]]) -> None:
 
 
 @given(steps(), st.randoms(use_true_random=False))
-@settings(max_examples=40, deadline=None)
 def test_a_row_depends_on_nothing_but_itself(step: tuple[Cache, list[Text]], rng: random.Random) -> None:
     """To the bit, whatever is beside it and however its prompt is cut into chunks."""
     cache, texts = step

@@ -8,7 +8,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,9 +21,8 @@ from tests.cpu_kernels import DTYPES, GEMM_NAMES, error_of, float64, guarded, ke
 each = pytest.mark.parametrize("name", GEMM_NAMES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("float32", "bfloat16"))
 QUANTIZED: dict[WeightType, Bits] = {"int8": 8, "int4": 4}
-seldom = settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+seldom = settings(max_examples=settings.default.max_examples // 3)  # each takes long
 each_quantized = pytest.mark.parametrize("weights", QUANTIZED)
-often = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def numbers(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -55,7 +54,6 @@ def assert_close(out: Tensor, expected: np.ndarray, size: np.ndarray) -> None:
 
 @each
 @each_dtype
-@often
 @given(
     rows=st.one_of(st.integers(1, 40), st.integers(1, 600)),
     width=st.one_of(st.integers(1, 100), st.integers(200, 700)),
@@ -218,7 +216,6 @@ def test_relu_and_silu_keep_nan_and_infinities(name: str, dtype: torch.dtype) ->
 
 @each
 @each_dtype
-@often
 @given(
     rows=st.integers(1, 70),
     groups=st.integers(1, 5),

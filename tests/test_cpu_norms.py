@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,7 +17,6 @@ from tests.cpu_kernels import DTYPES, NAMES, error_of, float64, guarded, kernels
 EPS = 1e-5
 each = pytest.mark.parametrize("name", NAMES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("float32", "bfloat16"))
-often = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 shapes = given(
     rows=st.integers(1, 20),
     width=st.integers(1, 200),
@@ -49,7 +48,6 @@ def assert_close(out: Tensor, expected: np.ndarray, roundings: int, size: float 
 
 @each
 @each_dtype
-@often
 @shapes
 def test_rms_norm(name: str, dtype: torch.dtype, rows: int, width: int, padding: int, spare: int, seed: int) -> None:
     x, weight = numbers(seed, rows, width, dtype=torch.float32), numbers(seed + 1, width, dtype=dtype)
@@ -61,7 +59,6 @@ def test_rms_norm(name: str, dtype: torch.dtype, rows: int, width: int, padding:
 
 @each
 @each_dtype
-@often
 @given(
     rows=st.integers(1, 9),
     heads=st.integers(1, 5),
@@ -84,7 +81,6 @@ def test_head_rms_norm_in_place(
 
 @each
 @each_dtype
-@often
 @shapes
 def test_add_layer_norm(
     name: str, dtype: torch.dtype, rows: int, width: int, padding: int, spare: int, seed: int
@@ -112,7 +108,6 @@ def test_add_layer_norm(
 
 @each
 @each_dtype
-@often
 @shapes
 def test_swiglu(name: str, dtype: torch.dtype, rows: int, width: int, padding: int, spare: int, seed: int) -> None:
     gate, up = 9 * numbers(seed, rows, width, dtype=dtype), numbers(seed + 1, rows, width, dtype=dtype)

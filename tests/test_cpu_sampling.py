@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -38,7 +38,6 @@ def tables(rows: int, attempts: int, rng: random.Random) -> Tensor:
     )
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     st.sampled_from(NAMES),
     st.sampled_from(DTYPES),
@@ -120,7 +119,6 @@ def test_nothing_is_left(name: str) -> None:
     assert torch_rows.draw_tokens(logits, table).tolist() == [NOTHING, 7, NOTHING]
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(NAMES),
     st.sampled_from(DTYPES),

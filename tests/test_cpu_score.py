@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -58,7 +58,6 @@ NUMBERS = st.one_of(
 ODD = st.sampled_from([math.nan, -math.nan, math.inf, -math.inf])
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     st.sampled_from(NAMES),
     st.sampled_from(DTYPES),

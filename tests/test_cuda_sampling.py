@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lpa_model.backends.base import Mask, SamplingRow, StepResult, uniform
@@ -87,7 +87,6 @@ def batch_of(n: int, scored: ScoredRows) -> Batch:
     return Batch.build([1] * n, [Span(0, n, range(n), False)], 32, scored=scored)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans())
 def test_a_step_equals_torch(seed: int, n: int, dtype: torch.dtype, spoiled: bool) -> None:
     rng = random.Random(seed)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
@@ -36,7 +36,6 @@ def stream(ids: list[int], stop: list[str] | None = None, min_tokens: int = 0) -
     return pieces, detokenizer.stopped
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 299)))
 def test_pieces_join_to_the_whole_text(ids: list[int]) -> None:
     pieces, _ = stream(ids)
@@ -45,7 +44,6 @@ def test_pieces_join_to_the_whole_text(ids: list[int]) -> None:
     assert "".join(pieces) == wrapped().decode(ids)
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.text(max_size=20), st.lists(st.text(min_size=1, max_size=5), max_size=4))
 def test_text_ends_before_the_first_stop_string(text: str, stop: list[str]) -> None:
     pieces, stopped = stream(byte_ids(text.encode()), stop)
@@ -59,7 +57,6 @@ def test_text_ends_before_the_first_stop_string(text: str, stop: list[str]) -> N
         assert ("".join(pieces), stopped) == (text, None)
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.text(alphabet="ab", max_size=30), st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3))
 def test_only_what_could_begin_a_stop_string_is_held_back(text: str, stop: list[str]) -> None:
     detokenizer, given_out, seen = Detokenizer(wrapped(), stop), "", ""

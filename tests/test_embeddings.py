@@ -198,7 +198,7 @@ def test_a_reader_that_does_not_keep_up_holds_the_engine_back(
     for how in ({"stream": True}, {"encoding_format": "safetensors"}):
         with serving(tiny_checkpoints["setting2"], max_num_seqs=8) as served:
             body = {"model": "tiny", "input": ["the sea " * 15] * num_texts, "layers": [0, 1, 2], **how}
-            connection = http.client.HTTPConnection("127.0.0.1", served.server.port, timeout=60)
+            connection = http.client.HTTPConnection("127.0.0.1", served.server.port, timeout=600)
             connection.connect()
             connection.request("POST", HIDDEN, json.dumps(body), {"content-type": "application/json"})
             response = connection.getresponse()

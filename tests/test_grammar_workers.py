@@ -130,7 +130,7 @@ def test_closing_ends_grammars_in_progress() -> None:
     thread.start()
     until(lambda: len(children_of(workers.pid)) > 0)
     workers.close()
-    thread.join(20)
+    thread.join(600)
     assert len(ended) == 1
 
 

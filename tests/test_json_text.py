@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lpa_model.config import Architecture
@@ -78,7 +78,6 @@ def test_wide_answers_are_those_of_narrow_ones(
     assert answer(served, path, body) == narrow and made
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers()), st.integers(1, 4))
 def test_a_list_is_written_some_entries_at_a_time(numbers: list[int], run: int) -> None:
     text = JsonText(lambda: listed("[", map(str, numbers), "]"))

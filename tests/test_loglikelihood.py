@@ -398,7 +398,7 @@ def test_parameters_beside_sets_in_lines_are_checked(served: Served) -> None:
 
 def test_an_answer_comes_before_the_next_set_is_sent(served: Served) -> None:
     host = served.url.removeprefix("http://")
-    connection = http.client.HTTPConnection(host, timeout=20)
+    connection = http.client.HTTPConnection(host, timeout=600)
     connection.putrequest("POST", f"{PATH}?model=tiny&stream=true")
     connection.putheader("content-type", "application/x-ndjson")
     connection.putheader("transfer-encoding", "chunked")

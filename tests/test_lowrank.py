@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -84,7 +84,6 @@ def test_inputs_that_span_less_than_the_whole_are_no_obstacle() -> None:
     assert decompose(torch.zeros(4, 4), torch.eye(4), None).up.isfinite().all()
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_allocation_stays_within_its_budget_and_is_near_the_best(data: st.DataObject) -> None:
     curves = {}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -143,7 +143,6 @@ raws = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
 @given(raws, st.integers(0, 40))
 def test_tokens_behind_unfinished_characters(parts: list[bytes], cut: int) -> None:
     """Of ids alone: the offset of a token is its first byte's character, however bytes are cut into tokens."""
@@ -158,7 +157,6 @@ def test_tokens_behind_unfinished_characters(parts: list[bytes], cut: int) -> No
 
 
 @pytest.mark.parametrize("metaspace", [False, True])
-@settings(deadline=None)
 @given(st.text(alphabet="Hel ox[\n\u00e9\U0001f642", max_size=12))
 def test_ids_alone_have_the_offsets_of_their_own_text(metaspace: bool, text: str) -> None:
     tokenizer = Tokenizer(sentencepiece(metaspace=metaspace), tiny_config())

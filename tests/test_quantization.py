@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -32,7 +32,6 @@ def weights(seed: int, outputs: int, width: int, size: float) -> torch.Tensor:
 
 
 @each_bits
-@settings(deadline=None)
 @given(
     seed=st.integers(0, 1000),
     outputs=st.integers(1, 9),

@@ -29,7 +29,7 @@ class Asked(threading.Thread):
 
     def __init__(self, served: Served, path: str, request_id: str, body: dict[str, Any]) -> None:
         super().__init__()
-        self._ask = lambda: httpx.post(served.url + path, json=body, headers={"x-request-id": request_id}, timeout=20)
+        self._ask = lambda: httpx.post(served.url + path, json=body, headers={"x-request-id": request_id}, timeout=600)
         self.answer: httpx.Response | None = None
         self.start()
 
@@ -37,7 +37,7 @@ class Asked(threading.Thread):
         self.answer = self._ask()
 
     def result(self) -> httpx.Response:
-        self.join(20)
+        self.join(600)
         assert self.answer is not None
         return self.answer
 
@@ -72,7 +72,7 @@ def test_a_cancelled_stream_ends_with_an_error_event(served: Served, monkeypatch
     slow_steps(served, monkeypatch, 0.05)
     body = {**LONG, "stream": True}
     with served.client.stream(
-        "POST", "/v1/completions", json=body, headers={"x-request-id": "streamed"}, timeout=20
+        "POST", "/v1/completions", json=body, headers={"x-request-id": "streamed"}, timeout=600
     ) as response:
         lines = response.iter_lines()
         assert "choices" in next(lines)
@@ -113,7 +113,7 @@ def test_an_id_may_look_like_an_answers(served: Served, monkeypatch: pytest.Monk
 def test_a_response_is_cancelled_by_its_id(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     slow_steps(served, monkeypatch, 0.05)
     body = {"model": "tiny", "input": "x", "max_output_tokens": 90, "stream": True}
-    with httpx.stream("POST", f"{served.url}/v1/responses", json=body, timeout=20) as stream:
+    with httpx.stream("POST", f"{served.url}/v1/responses", json=body, timeout=600) as stream:
         events = (json.loads(line.removeprefix("data: ")) for line in stream.iter_lines() if line.startswith("data: "))
         response_id = next(events)["response"]["id"]
         assert cancel(served, response_id).json() == {

@@ -267,7 +267,7 @@ def test_one_that_runs_is_shown_as_it_is_when_it_is_looked_up(
     def held(value: Any, levels: int) -> Iterator[str]:
         if "type" not in value and "status" in value and not ended.is_set():  # no event, nor what is stored
             looked_up.set()
-            assert ended.wait(60)
+            assert ended.wait(600)
         return json_parts(value, levels)
 
     monkeypatch.setattr(route, "json_parts", held)
@@ -277,10 +277,10 @@ def test_one_that_runs_is_shown_as_it_is_when_it_is_looked_up(
     found: list[Response] = []
     thread = threading.Thread(target=lambda: found.append(client.responses.retrieve(response_id)))
     thread.start()
-    assert looked_up.wait(60)
+    assert looked_up.wait(600)
     last = list(stream)[-1]
     ended.set()
-    thread.join(60)
+    thread.join(600)
     assert last.type == "response.incomplete" and last.response.id == response_id
     (response,) = found
     assert (response.status, response.usage, response.incomplete_details) == ("in_progress", None, None)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lpa_model.backends import features
@@ -143,7 +143,6 @@ draws = st.floats(0, 1, exclude_max=True)
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-@settings(max_examples=200, deadline=None)
 @given(every_param, pasts, grammars, draws, st.integers(0, 10**6), st.booleans())
 def test_every_parameter_equals_its_definition(
     compiled: bool,
@@ -182,7 +181,6 @@ def test_every_parameter_equals_its_definition(
         assert any(hits(probabilities, sorted(probabilities), token, draw, 1e-4) for probabilities in allowed)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(every_param, pasts, grammars, draws), min_size=2, max_size=9), st.integers(0, 10**6))
 def test_a_row_does_not_depend_on_its_company(
     many: list[tuple[dict[str, Any], list[int], set[int] | None, float]], seed: int
@@ -313,7 +311,6 @@ def test_bad_words_look_at_generated_tokens_only() -> None:
     assert sample(logits, [row_after([4, 4], 0.0, **keys)]) == [0]
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 9), max_size=30), st.integers(0, 5))
 def test_counts_are_kept_up(generated: list[int], unasked: int) -> None:
     """Whether rows are asked for after every token or not."""
@@ -348,7 +345,6 @@ def test_scores() -> None:
     assert score(logits, torch.tensor([1, 0]), 0).top_ids == [[], []]
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     st.integers(0, 10**6),
     st.integers(1, 7),

@@ -590,10 +590,9 @@ class Life(RuleBasedStateMachine):
 
 
 TestLife = Life.TestCase
-TestLife.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLife.settings = settings(stateful_step_count=40)
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     requests=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 12), st.integers(0, 3)), min_size=1, max_size=12),
     num_blocks=st.integers(11, 24),

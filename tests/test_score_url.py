@@ -159,7 +159,7 @@ def answering(answer: bytes) -> Iterator[str]:
         thread = threading.Thread(target=answer_one)
         thread.start()
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        thread.join(10)
+        thread.join(600)
 
 
 def with_lines(*lines: dict[str, Any] | str) -> bytes:
@@ -206,7 +206,7 @@ def test_a_server_that_refuses_before_it_is_sent_anything(tmp_path: Path) -> Non
         thread.start()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         assert_one_line(lpa("score", path, "--url", url, "--model", "tiny"), f"{url}/v1/perplexity: status 404: ")
-        thread.join(10)
+        thread.join(600)
 
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:

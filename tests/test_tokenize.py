@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, processors
 
@@ -167,7 +167,6 @@ def test_lm_evaluation_harness_reads_it(served: Served) -> None:
 PIECES = st.characters(codec="utf-8") | st.sampled_from(["<|endoftext|>", "  ", "\r\n", "\x00", "e\u0301", "robot"])
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.lists(PIECES).map("".join))
 def test_every_text_comes_back(text: str) -> None:
     tokenizer = EngineTokenizer(byte_tokenizer(), tiny_config())

@@ -128,7 +128,7 @@ def test_without_a_collector_requests_are_served_and_the_server_ends(
     with serving(tiny_checkpoints["setting2"], otlp_traces_endpoint="http://127.0.0.1:9/v1/traces") as served:
         assert served.complete(prompt="abc", max_tokens=2, ignore_eos=True)["usage"]["completion_tokens"] == 2
         began = time.monotonic()
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 60
 
 
 def test_a_server_without_traces_does_not_load_the_library() -> None:

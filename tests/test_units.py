@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lpa_model.checkpoint import weights_hash
@@ -203,7 +203,6 @@ def test_an_empty_region_has_no_surprisal_and_no_tokens(llm: LLM) -> None:
     assert {unit["surprisal"] for unit in line["units"] if not unit["num_tokens"]} == {0.0}
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.text(st.sampled_from("ab \n\u00e7\U0001f642|"), max_size=40))
 @example(" | a|  b |")
 def test_every_token_is_in_one_unit(text: str) -> None:

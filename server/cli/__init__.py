@@ -12,7 +12,7 @@ import typer
 
 from server.cli.bench import bench
 from server.cli.chat import chat
-from server.cli.command import lazy, spin_briefly
+from server.cli.command import collect_rarely, lazy, spin_briefly
 from server.cli.convert import convert
 from server.cli.export import export
 from server.cli.generate import generate
@@ -68,4 +68,5 @@ def _lpa(
 def main() -> None:
     """The entry point of the `lpa` command."""
     spin_briefly()
+    collect_rarely()
     app()

@@ -28,6 +28,8 @@ TOKENS = 16384
 """Tokens that gradients are taken on."""
 
 Key = tuple[int, Projection]
+Gradients = tuple[Tensor, ...] | Tensor
+"""As torch has their type; hooks of modules get tuples."""
 
 
 def short(windows: Tensor, tokens: int = TOKENS) -> Tensor:
@@ -102,8 +104,9 @@ def _backwards(
             handle.remove()
 
 
-def _adding(moment: Moment) -> Callable[[nn.Module, tuple[Tensor, ...], tuple[Tensor, ...]], None]:
-    def hook(_: nn.Module, __: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
+def _adding(moment: Moment) -> Callable[[nn.Module, Gradients, Gradients], None]:
+    def hook(_: nn.Module, __: Gradients, gradients: Gradients) -> None:
+        assert isinstance(gradients, tuple)
         rows = gradients[0][:, SINKS:].flatten(0, 1)
         if len(moment.total) > 1:
             moment.add(rows)
