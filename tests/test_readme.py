@@ -16,9 +16,10 @@ from tests.documents import DOCUMENTS, ROOT, Block, Command, blocks, commands, n
 from tests.terminal import RUN, TYPED, Terminals, check, shape_problem, walked
 
 DOCS = ROOT / "server" / "docs"
-# typed by extra/test_readme.py: thirty commands that train, convert and quantise, each for seconds of a processor;
-# test_train_cli.py, test_convert_*.py, test_export*.py, test_lowrank.py and test_quantize.py walk the same code
-HEAVY = [DOCS / "conversion.md", DOCS / "models.md"]
+# typed by extra/test_readme.py: forty commands that train, convert, quantise, score and serve, each for seconds of a
+# processor; test_train_cli.py, test_convert_*.py, test_export*.py, test_lowrank.py, test_quantize.py, test_score*.py,
+# test_compare.py and test_life.py walk the same code
+HEAVY = [DOCS / "conversion.md", DOCS / "models.md", DOCS / "operations.md", DOCS / "scoring.md"]
 QUICK = [path for path in TYPED if path not in HEAVY]
 
 NOT_RUN = {
