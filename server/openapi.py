@@ -7,8 +7,10 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
 
 from server.keys import Keys
+from server.protocol.answers import ErrorResponse
 from server.protocol.body import HARMLESS
 from server.protocol.sampling import SamplingBody
 from server.routes.requests import CONTROL
@@ -55,8 +57,10 @@ def openapi_document(app: FastAPI, names: Sequence[str], keys: Keys, root_path: 
         routes=app.routes,
         servers=[{"url": root_path}] if root_path else None,
     )
-    _restore_integers(document)
     schemas: dict[str, Any] = document["components"]["schemas"]
+    _, errors = models_json_schema([(ErrorResponse, "serialization")], ref_template="#/components/schemas/{model}")
+    schemas.update(errors["$defs"])
+    _restore_integers(document)
     document["components"]["securitySchemes"] = SCHEMES
     for path, operation in _operations(document):
         operation["responses"].pop("422", None)  # FastAPI's own form of a refusal, which this server has as 400

@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from server.protocol.answers import ErrorResponse
-
+# `openapi` adds the schema: given the model, FastAPI makes a validator for each status of each route
+ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
 ERRORS = {
     400: "A field, which `param` names, is missing, of the wrong type, out of range or not supported; or the body is "
     "no JSON object.",
@@ -42,5 +42,5 @@ def responses(
         good["model"] = model
     if streams:
         good["content"] = EVENTS
-    errors = {status: {"model": ErrorResponse, "description": ERRORS[status]} for status in {*ANY, *statuses}}
+    errors = {status: {"description": ERRORS[status], "content": ERROR} for status in {*ANY, *statuses}}
     return {200: good, **dict(sorted(errors.items()))}
