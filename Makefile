@@ -1,5 +1,5 @@
 # make serve     virtual environment, install, start the server on the embedded model
-# make test      the same environment plus test tools; lint, types, tests (two files at a time)
+# make test      the same environment plus test tools; lint, types, tests (three files at a time: some wait)
 # make lint      its lint and types alone
 # make test-fast     its quickest tests alone: values and bookkeeping, no kernels, no sockets; under 30 seconds
 # make test-long     what make test leaves out for its time: the documents that compute most, more layouts, a soak, the
@@ -59,7 +59,7 @@ lint: .venv/installed-dev
 test test-fast test-long: export PYTHONDONTWRITEBYTECODE =
 
 test: lint
-	.venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	.venv/bin/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/installed-dev
 	.venv/bin/pytest $(FAST:%=tests/test_%.py)

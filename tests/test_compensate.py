@@ -147,18 +147,21 @@ def windows_of(count: int, length: int = 64) -> Tensor:
 @pytest.mark.parametrize("case", CASES)
 def test_moments_are_those_of_what_each_layer_reads(case: str) -> None:
     model, windows = random_model(tiny_config(**CASES[case])), windows_of(5, 40)
-    read: dict[str, Tensor] = {}  # [windows, T, in]
+    read: dict[str, tuple[Tensor, Tensor]] = {}  # [windows, T, in] of the first positions and of others
     layers = {
         name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and name != "lm_head"
     }
     for name, layer in layers.items():
         step = 2 if name.removesuffix(".down").endswith("ffn.down_proj") else 1
         layer.register_forward_hook(
-            lambda _, args, __, name=name, step=step: read.update({name: args[0][:, SINKS::step]})
+            lambda _, args, __, name=name, step=step: read.update({name: (args[0][:, :SINKS], args[0][:, SINKS::step])})
         )
     with torch.inference_mode():
         model(windows)
-        wanted = {name: second_moment(rows.flatten(0, 1).double()) for name, rows in read.items()}
+        wanted = {}
+        for name, parts in read.items():
+            sinks, others = (second_moment(rows.flatten(0, 1).double()) for rows in parts)
+            wanted[name] = others + sinks * min(1, others.diagonal().sum() / sinks.diagonal().sum())
         hidden = embed(model, windows)
         for number, block in enumerate(model.layers):
             with InputMoments(block) as moments:
@@ -168,6 +171,18 @@ def test_moments_are_those_of_what_each_layer_reads(case: str) -> None:
                 expected = wanted.pop(f"layers.{number}.{place}")
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.diagonal().mean()))
     assert not wanted
+
+
+def test_a_state_hundreds_of_times_larger_counts_as_all_others() -> None:
+    block = nn.Sequential(nn.Linear(4, 2))
+    rows = torch.randn(3, 50, 4, generator=torch.Generator().manual_seed(0))
+    rows[:, 0] = torch.tensor([300.0, 0, 0, -400])
+    with InputMoments(block) as moments:
+        block(rows)
+    found, others = moments.of("0"), second_moment(rows[:, SINKS:].flatten(0, 1).double())
+    assert float(found.trace()) == pytest.approx(2 * float(others.trace()))
+    direction = torch.tensor([0.6, 0, 0, -0.8], dtype=torch.float64)
+    assert float(direction @ (found - others) @ direction) == pytest.approx(float(others.trace()), rel=1e-3)
 
 
 def divergence(model: Any, other: Any, windows: Tensor) -> float:
