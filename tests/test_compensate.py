@@ -23,9 +23,9 @@ from lpa_model.convert.compensate import DAMPING, compensated, output_errors, to
 from lpa_model.convert.lowrank.calibrate import SINKS, InputMoments, embed, push
 from lpa_model.convert.quantize import SHARE_IN_8_BITS, quantize_folder
 from lpa_model.quantization import GROUP, int4_scales, quantize
-from server.llm import LLM
 from tests.conftest import CORPUS, byte_tokenizer, random_model, tiny_config, write_checkpoint
 from tests.test_cli import assert_one_line, lpa, succeed
+from tests.test_quantize import check_served
 
 CPU = torch.device("cpu")
 CASES: dict[str, Any] = {
@@ -222,14 +222,7 @@ def test_a_served_model_of_both_is_the_plain_one(
     names = held_otherwise(tmp_path / "q")["int8"]
     joint = {f"layers.{layer}.attention.{name}_proj.down" for layer in (0, 1) for name in "qkv"}
     assert names and all(len(joint & set(names) & of_layer) in (0, 3) for of_layer in _by_layer(joint))
-    plain = load_model(tmp_path / "q", torch.float32, CPU)
-    with LLM(tmp_path / "q", threads=1, block_size=32, kv_cache_memory=1 << 20, dtype="float32") as llm:
-        scores = llm.score(["matrices of both kinds"]).texts[0]
-    ids = torch.tensor([scores.token_ids])
-    with torch.inference_mode():
-        wanted = plain.logits(plain(ids))[0].log_softmax(-1)
-    for place in range(1, len(scores.token_ids)):
-        assert scores.logprobs[place] == pytest.approx(float(wanted[place - 1, ids[0, place]]), abs=0.2)
+    check_served(tmp_path / "q", load_model(tmp_path / "q", torch.float32, CPU))
 
 
 def _by_layer(names: set[str]) -> list[set[str]]:

@@ -18,6 +18,7 @@ from lpa_model.config import Architecture
 from lpa_model.convert.export import export_llama
 from lpa_model.convert.export_transformers import export_transformers
 from lpa_model.convert.quantize import quantize_folder
+from lpa_model.model import LPAForCausalLM
 from lpa_model.quantization import QuantizedLinear, WeightType, hold_weights
 from server.llm import LLM
 from tests.conftest import byte_tokenizer, random_model, tiny_config, write_checkpoint
@@ -69,13 +70,18 @@ def test_a_matrix_of_large_error_stays_as_it_is_and_is_listed(tmp_path: Path) ->
     assert "layers.1.ffn.down_proj" in succeed("info", tmp_path / "q")
     found = load_model(tmp_path / "q", torch.float32, CPU)
     assert torch.equal(found.layers[1].ffn.down_proj.weight, odd.weight.bfloat16().float())
-    with LLM(tmp_path / "q", threads=1, block_size=32, kv_cache_memory=1 << 20, dtype="float32") as llm:
+    check_served(tmp_path / "q", found)
+
+
+def check_served(folder: Path, plain: LPAForCausalLM) -> None:
+    """A folder that is served scores a text nearly as the plain model does."""
+    with LLM(folder, threads=1, block_size=32, kv_cache_memory=1 << 20, dtype="float32") as llm:
         scores = llm.score(["matrices of both kinds"]).texts[0]
-        ids = torch.tensor([scores.token_ids])
-        with torch.inference_mode():
-            plain = found.logits(found(ids))[0].log_softmax(-1)
+    ids = torch.tensor([scores.token_ids])
+    with torch.inference_mode():
+        wanted = plain.logits(plain(ids))[0].log_softmax(-1)
     for place in range(1, len(scores.token_ids)):
-        assert scores.logprobs[place] == pytest.approx(float(plain[place - 1, ids[0, place]]), abs=0.2)
+        assert scores.logprobs[place] == pytest.approx(float(wanted[place - 1, ids[0, place]]), abs=0.2)
 
 
 def change(path: Path, edit: Callable[[dict[str, Tensor], dict[str, str]], None]) -> None:

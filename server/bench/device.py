@@ -45,7 +45,7 @@ from lpa_model.config import PRESETS, CacheLayout, LPAConfig
 from lpa_model.init import init_model, initialize
 from lpa_model.model import LPAForCausalLM
 from lpa_model.quantization import WeightType
-from server.bench.floor import Machine, decode_work
+from server.bench.floor import Machine, decode_work, measure_gpu
 from server.bench.local import local_server
 from server.engine.engine import Engine, build_engine
 from server.engine.request import Request, SamplingParams
@@ -163,13 +163,8 @@ def environment(setup: Setup) -> dict[str, Any]:
 @cache
 def speeds(setup: Setup) -> Machine:
     """Bytes that a large copy reads and writes a second; operations a second of a large product."""
-    size, side = (1 << 22, 256) if setup.tiny else (1 << 30, 8192)
-    source = torch.zeros(size, dtype=torch.uint8, device=setup.place)
-    target = torch.empty_like(source)
-    a = torch.randn(side, side, dtype=setup.dtype, device=setup.place)
-    copy = min(check.times(lambda: target.copy_(source), setup.place, 10))
-    multiply = min(check.times(lambda: a @ a, setup.place, 10))
-    return Machine(2 * size / copy, 2 * side**3 / multiply)
+    sizes = {"size": 1 << 22, "side": 256} if setup.tiny else {}
+    return measure_gpu(setup.place, setup.dtype, **sizes)
 
 
 def operations(setup: Setup) -> dict[str, Any]:

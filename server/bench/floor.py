@@ -9,15 +9,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from lpa_model.backends.cuda.check import times
 from lpa_model.cache import bytes_per_token
 from lpa_model.config import CacheLayout, LPAConfig
 from lpa_model.quantization import WeightType, bytes_of, weight_type
 
 REPEATS = 20
 GEMM_ROWS = 1024
-MOST_CACHED = 1 << 30  # bytes
-GPU_SIDE = 8192
-CPU = torch.device("cpu")
+GPU_REPEATS = 10
 
 
 @dataclass(frozen=True)
@@ -40,39 +39,36 @@ class Work:
         return max(self.bytes / machine.bandwidth, self.operations / machine.gemm)
 
 
-def measure_machine(config: LPAConfig, dtype: torch.dtype, device: torch.device = CPU) -> Machine:
-    """Read as many bytes as the model has; multiply GEMM_ROWS rows by its largest shape outside the head.
+def measure_machine(config: LPAConfig, dtype: torch.dtype) -> Machine:
+    """Read as many bytes as the model has; multiply GEMM_ROWS rows by its largest shape outside the head."""
+    data = torch.ones(config.parameter_count() * dtype.itemsize // 4)
+    read = _best(lambda: data.sum())
+    weights = torch.ones(config.intermediate_size, config.hidden_size, dtype=dtype)
+    x = torch.ones(GEMM_ROWS, config.hidden_size, dtype=dtype)
+    multiply = _best(lambda: F.linear(x, weights))
+    return Machine(data.nbytes / read, 2 * GEMM_ROWS * weights.numel() / multiply)
 
-    On a GPU, whose caches hold a small model whole, at least MOST_CACHED bytes are copied, and squares multiplied.
+
+def measure_gpu(device: torch.device, dtype: torch.dtype, size: int = 1 << 30, side: int = 8192) -> Machine:
+    """Bytes that a copy of `size` bytes reads and writes a second; operations a second of a product of squares.
+
+    Its caches would hold a small model whole.
     """
-    size, rows, shape = (
-        config.parameter_count() * dtype.itemsize,
-        GEMM_ROWS,
-        (config.intermediate_size, config.hidden_size),
-    )
-    if device.type == "cuda":
-        size, rows, shape = max(size, MOST_CACHED), GPU_SIDE, (GPU_SIDE, GPU_SIDE)
-    data = torch.ones(size // 4, device=device)
-    weights = torch.ones(*shape, dtype=dtype, device=device)
-    x = torch.ones(rows, shape[1], dtype=dtype, device=device)
-    multiply = _best(lambda: F.linear(x, weights), device)
-    if device.type == "cuda":
-        target = torch.empty_like(data)
-        moved, seconds = 2 * data.nbytes, _best(lambda: target.copy_(data), device)
-    else:
-        moved, seconds = data.nbytes, _best(lambda: data.sum(), device)
-    return Machine(moved / seconds, 2 * rows * weights.numel() / multiply)
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a = torch.randn(side, side, dtype=dtype, device=device)
+    copy = min(times(lambda: target.copy_(source), device, GPU_REPEATS))
+    multiply = min(times(lambda: a @ a, device, GPU_REPEATS))
+    return Machine(2 * size / copy, 2 * side**3 / multiply)
 
 
-def _best(run: Callable[[], object], device: torch.device) -> float:
-    times = []
+def _best(run: Callable[[], object]) -> float:
+    seconds = []
     for _ in range(REPEATS):
         started = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return min(times)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def decode_work(

@@ -20,7 +20,7 @@ from lpa_model.cache import bytes_per_token
 from lpa_model.checkpoint import load_config, stored_weights
 from lpa_model.config import CacheLayout, LPAConfig
 from lpa_model.quantization import WeightType
-from server.bench.floor import Machine, Work, decode_work, measure_machine, prompt_work
+from server.bench.floor import Machine, Work, decode_work, measure_gpu, measure_machine, prompt_work
 from server.bench.stopwatch import Stopwatch
 from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine, build_engine
@@ -102,7 +102,9 @@ def bench_steps(
         )
         # in a thread of its own, as in the server: OpenMP's threads wait otherwise in the first one
         with ThreadPoolExecutor(1) as engine_thread:
-            machine = machine or engine_thread.submit(measure_machine, config, case.dtype, case.device).result()
+            if machine is None and case.device.type == "cuda":
+                machine = measure_gpu(case.device, case.dtype)
+            machine = machine or engine_thread.submit(measure_machine, config, case.dtype).result()
             for batch in batches:
                 for context in contexts:
                     rows = _bench_case(engine, machine, layout, batch, context, steps, case.cache_dtype, case.weights)

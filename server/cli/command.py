@@ -180,14 +180,14 @@ def bytes_bar(total: int) -> Iterator[Callable[[str, int], None]]:
 
 
 @contextmanager
-def layers_bar(text: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr: of how many layers how many are done."""
+def counts_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr: what is done, how much of it, of how much."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with progress_bar(*columns) as bar:
-        task = bar.add_task(text, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task("", total=None)
+        yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import resource
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from server.cli.command import interruptible, progress_bar
+from server.cli.command import counts_bar, interruptible
 
 if TYPE_CHECKING:
     import torch
@@ -158,7 +158,7 @@ def factorise_folder(source: Path, folder: Path, options: LowRank, budget: Budge
     paths, steps = options.calibrate or [], options.repair or 0
     texts = read_texts(before, load_tokenizer(source), paths, options.calibrate_tokens, steps)
     if options.repair is None:
-        with _progress() as tick:
+        with counts_bar() as tick:
             rows = factorise(
                 source,
                 folder,
@@ -192,11 +192,11 @@ def _repaired(
     check_free(folder)
     work = folder.resolve().with_name(folder.name + ".repair")
     held_out = next(iter(texts.measured.values()))[:2]
-    with _progress() as tick:
+    with counts_bar() as tick:
         rows = repair.prepare(source, work, budget, texts.calibration, texts.more, held_out, tick, cuts)
     stops = interruptible([signal.SIGINT, signal.SIGTERM], "saving after this step; once more ends at once\n")
     windows, step, started = torch.cat([texts.calibration, texts.more]), 0, time.perf_counter()
-    with stops as came, _progress() as tick:
+    with stops as came, counts_bar() as tick:
         for found in repair.repair(work, folder, windows, held_out, steps, dtype, lambda: bool(came)):
             step = found.step
             loss = "" if found.loss is None else f", KL {found.loss:.4f}"
@@ -210,17 +210,6 @@ def _repaired(
         typer.echo(f"stopped at step {step}: the state is in {work}, and the same command goes on from there", err=True)
         raise typer.Exit(128 + came[0])
     return rows
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr: what is done, how much of it, of how much."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with progress_bar(*columns) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)
 
 
 def print_ranks(rows: list[Row], config: LPAConfig) -> None:

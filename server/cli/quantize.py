@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from server.cli.command import check_new, layers_bar, sigterm_unwinds, user_errors
+from server.cli.command import check_new, counts_bar, sigterm_unwinds, user_errors
 
 if TYPE_CHECKING:
     from lpa_model.convert.quantize import Matrix
@@ -49,8 +50,8 @@ def quantize(
         if weights == "int4" and calibrate_tokens:
             texts = read_texts(load_config(source), load_tokenizer(source), calibrate or [], calibrate_tokens)
             windows = texts.calibration
-        with layers_bar("rounding") as progress:
-            matrices = quantize_folder(source, folder, weights, windows, progress)
+        with counts_bar() as report:
+            matrices = quantize_folder(source, folder, weights, windows, partial(report, "rounding"))
     for matrix in matrices:
         if matrix.weights == "bfloat16":
             typer.echo(f"{matrix.name} stays in bfloat16: its error would be {matrix.error:.1%}")

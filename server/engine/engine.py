@@ -153,7 +153,7 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compile and capture what the first step would otherwise wait for, in the thread that steps: a GPU's captures
-        belong to its streams. `step` does it where nobody has."""
+        belong to its streams. `step` calls it first."""
         if self._is_warm:
             return
         self._is_warm, began = True, time.monotonic()

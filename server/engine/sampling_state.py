@@ -71,7 +71,7 @@ class SamplingState:
         found, self._other = self._other, self._row
         self._row = found
         found.row = row
-        found.draws = partial(uniform, request.seed, request.choice, len(request.token_ids) + request.num_pending)
+        found.draws = partial(uniform, request.seed, request.choice, request.num_tokens)
         if not self._never_bans:
             found.banned = self._bans(request)
         if self._penalizes:

@@ -48,7 +48,7 @@ class ScheduledRequest(NamedTuple):
     def samples(self) -> bool:
         """Whether this step computes the request's last token and a new one is to be sampled."""
         request = self.request
-        reached = request.num_computed_tokens + self.num_tokens == len(request.token_ids) + request.num_pending
+        reached = request.num_computed_tokens + self.num_tokens == request.num_tokens
         return reached and request.params.max_tokens > 0
 
 
@@ -158,7 +158,7 @@ class Scheduler:
     def _goes_ahead(self, request: Request, batch: ScheduledBatch) -> bool:
         """Whether the token that is still being sampled can be computed, too: it is not the last one, and what comes
         after it does not depend on which one it is."""
-        tokens = len(request.token_ids) + request.num_pending
+        tokens = request.num_tokens
         if tokens - request.num_prompt_tokens >= request.params.max_tokens or tokens >= self.max_model_len:
             return False
         if request.held_by is not None:
@@ -176,7 +176,7 @@ class Scheduler:
 
     def _decodes(self, request: Request, computed: int) -> bool:
         """Whether the token after `computed` ones is computed as a generated one, which goes alone."""
-        tokens, prompt = len(request.token_ids) + request.num_pending, request.num_prompt_tokens
+        tokens, prompt = request.num_tokens, request.num_prompt_tokens
         return tokens > prompt and computed >= (prompt if self.recompute_decodes_one_by_one else tokens - 1)
 
     def _prompt_end(self, request: Request) -> int:
@@ -526,7 +526,7 @@ class Scheduler:
             yield request, token
 
     def _check_stop(self, request: Request, token: int) -> None:
-        params, generated = request.params, len(request.token_ids) - request.num_prompt_tokens
+        params, generated = request.params, request.num_output_tokens
         if generated >= params.min_tokens:
             if token in self.eos_token_ids and not params.ignore_eos:
                 return self.finish(request, FinishReason.STOP)

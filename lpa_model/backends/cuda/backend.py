@@ -38,7 +38,7 @@ class Step:
 
     batch: Batch
     rows: Sequence[SamplingRow]
-    head: sampling.Head  # of what is its own: later steps may run before it is collected
+    head: sampling.Head  # reads memory that later steps, which may run before this one is collected, do not write
     hidden: Mapping[int, Fetch]
     scored: sampling.ScoredStep
     sampled: sampling.Sampled | None  # rows without a grammar; None: there are none

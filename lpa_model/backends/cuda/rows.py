@@ -120,7 +120,7 @@ def step_rows(batch: Batch, device: torch.device, sampled: Tensor | None = None)
 
 def take_carried(ids: Tensor, carried: Tensor, sampled: Tensor) -> None:
     """Write ids int32 [rows] that the step before has sampled, numbers [n], where `carried` int32 [rows] names one of
-    them. What is no token becomes 0: nobody reads that row's result."""
+    them. One that is no token (negative) becomes 0: that row's result is discarded."""
     taken = sampled.index_select(0, carried.clamp_min(0)).clamp_min(0).to(torch.int32)
     ids.copy_(torch.where(carried >= 0, taken, ids))
 

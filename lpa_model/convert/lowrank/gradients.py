@@ -73,8 +73,9 @@ def output_squares(model: LPAForCausalLM, windows: Tensor) -> dict[str, Tensor]:
     return {name: total / count for name, total in found.items()}
 
 
-def _adding_squares(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], tuple[Tensor, ...]], None]:
-    def hook(_: nn.Module, __: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
+def _adding_squares(total: Tensor) -> Callable[[nn.Module, Gradients, Gradients], None]:
+    def hook(_: nn.Module, __: Gradients, gradients: Gradients) -> None:
+        assert isinstance(gradients, tuple)
         total.add_(gradients[0][:, SINKS:].flatten(0, 1).double().square().sum(0))
 
     return hook
