@@ -33,7 +33,7 @@ def test_a_signal_while_matrices_are_cut(
 
         yield tick
 
-    monkeypatch.setattr(lowrank, "_progress", ended_at_the_first_layer)
+    monkeypatch.setattr(lowrank, "counts_bar", ended_at_the_first_layer)
     config = dense_config(hidden_size=128, intermediate_size=256, num_key_value_heads=4, head_dim=32)
     write_checkpoint(tmp_path / "lowrank", config)
     export_llama(tmp_path / "lowrank", tmp_path / "llama", torch.float32)
