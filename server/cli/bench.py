@@ -535,7 +535,9 @@ def device(
 ) -> None:
     """Check the CUDA backend on a GPU, part by part, and measure it; ends with status 1 if a check or a part failed."""
     from lpa_model.backends.features import resolve_device
-    from server.bench.device import PARTS, Setup, bench_device, print_part
+    from server.bench.device.parts import PARTS, bench_device
+    from server.bench.device.report import print_part
+    from server.bench.device.setup import Setup
 
     with user_errors():
         place = resolve_device(device)

@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 
 from lpa_model.backends.cuda import check
 from lpa_model.backends.cuda.twins import TWINS
-from server.bench import device
-from server.bench.device import PARTS, Setup, bench_device, print_part
+from server.bench.device import checks
+from server.bench.device.parts import PARTS, bench_device
+from server.bench.device.report import print_part
+from server.bench.device.setup import Setup
 from server.cli import app
 from tests.conftest import random_model, tiny_config
 
@@ -49,10 +51,10 @@ def test_a_wrong_kernel_is_found() -> None:
 
 @torch.no_grad()
 def test_wrong_numbers_fail_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
-    through = device._through
-    monkeypatch.setattr(device, "_cases", lambda setup: [("setting 2", "mixed", torch.float32)])
-    monkeypatch.setattr(device, "_through", lambda *arguments: through(*arguments) + 2e-4)
-    assert not device.contract(TINY)["ok"]
+    through = checks.through
+    monkeypatch.setattr(checks, "checked_cases", lambda setup: [("setting 2", "mixed", torch.float32)])
+    monkeypatch.setattr(checks, "through", lambda *arguments: through(*arguments) + 2e-4)
+    assert not checks.contract(TINY)["ok"]
 
 
 def test_what_fails_or_has_no_time_is_named(tmp_path: Path) -> None:
