@@ -395,15 +395,16 @@ def build_engine(model_dir: Path, options: EngineOptions) -> Engine:
     share_one_heap()
     # Every thread that computes keeps a team of OpenMP threads. With more of them than processors, none spins while it
     # waits, and each product of a small step takes 0.1 ms to wake its team: so this thread's team ends with it.
-    with ThreadPoolExecutor(1, "loading") as loading, ThreadPoolExecutor(1, "hashing") as hashing:
-        return loading.submit(_build_engine, model_dir, options, hashing).result()
+    with ThreadPoolExecutor(1, "loading") as loading, ThreadPoolExecutor(2, "beside") as beside:
+        return loading.submit(_build_engine, model_dir, options, beside).result()
 
 
-def _build_engine(model_dir: Path, options: EngineOptions, hashing: Executor) -> Engine:
+def _build_engine(model_dir: Path, options: EngineOptions, beside: Executor) -> Engine:
     began = time.monotonic()
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     config = load_config(model_dir)
-    weights = hashing.submit(weights_hash, model_dir)
+    weights = beside.submit(weights_hash, model_dir)
+    reading = beside.submit(load_tokenizer, model_dir, config, options.chat_template)
     choice = select.choose(
         config,
         dtype=options.dtype,
@@ -419,7 +420,6 @@ def _build_engine(model_dir: Path, options: EngineOptions, hashing: Executor) ->
     if invariant and not choice.batch_invariant:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.refused)
         raise ValueError(f"batch_invariant: the backend {choice.candidate.name} is not; {reasons}")
-    tokenizer = load_tokenizer(model_dir, config, options.chat_template)
     backend = choice.load(model_dir)
     layout = choice.case.layout
     block_bytes = backend.cache_bytes_per_token(layout) * options.block_size
@@ -448,6 +448,7 @@ def _build_engine(model_dir: Path, options: EngineOptions, hashing: Executor) ->
         num_blocks * options.block_size,
         num_blocks * block_bytes / 2**20,
     )
+    tokenizer = reading.result()
     scheduler = Scheduler(
         BlockManager(num_blocks, options.block_size, options.enable_prefix_caching),
         max_num_seqs=options.max_num_seqs,

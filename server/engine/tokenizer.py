@@ -308,9 +308,10 @@ def _token_to_bytes(decoder: dict[str, Any] | None) -> Any:
         table = _byte_level_alphabet()
 
         def byte_level(token: str) -> bytes:
-            if all(character in table for character in token):
-                return bytes(table[character] for character in token)
-            return token.encode()  # as the library decodes what is not in the alphabet
+            try:
+                return bytes([table[character] for character in token])
+            except KeyError:
+                return token.encode()  # as the library decodes what is not in the alphabet
 
         return byte_level
     if "ByteFallback" in kinds or "Metaspace" in kinds:

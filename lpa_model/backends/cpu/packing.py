@@ -92,8 +92,8 @@ def by_rows(weight: Weight, change: Callable[[Tensor], Tensor]) -> Weight:
 
 
 def pad_rows(x: Tensor, rows: int) -> Tensor:
-    """[.., n, width] -> [.., rows, width]."""
-    return F.pad(x, (0, 0, 0, rows - x.shape[-2]))
+    """[.., n, width] -> [.., rows, width]; x itself if it has as many."""
+    return x if x.shape[-2] == rows else F.pad(x, (0, 0, 0, rows - x.shape[-2]))
 
 
 def _placed(panels: Tensor, memory: HugePages | None) -> Tensor:
@@ -106,27 +106,30 @@ def _panels(weight: Weight) -> tuple[Tensor, Dtype, int]:
         panels, dtype = (_int8_panels, Dtype.INT8) if weight.bits == 8 else (_int4_panels, Dtype.INT4)
         return panels(weight), dtype, weight.codes.shape[1]
     out, width = len(weight), padded(weight.shape[1])
-    weight = F.pad(weight, (0, width - weight.shape[1]))
+    if width != weight.shape[1]:
+        weight = F.pad(weight, (0, width - weight.shape[1]))
     if weight.dtype is torch.float32:
-        return weight.view(out // PANEL_WIDTH, PANEL_WIDTH, width).transpose(1, 2), Dtype.FLOAT32, width
+        return weight.reshape(out // PANEL_WIDTH, PANEL_WIDTH, width).transpose(1, 2), Dtype.FLOAT32, width
     if weight.dtype is not torch.bfloat16:
         raise ValueError(f"weights are float32 or bfloat16, not {weight.dtype}")
-    shape = (out // PANEL_WIDTH, PANEL_WIDTH, width // DEPTH, DEPTH // 2, 2)
-    return weight.view(shape).permute(0, 2, 3, 1, 4), Dtype.BFLOAT16, width
+    return _interleaved(weight, width // DEPTH).view(torch.bfloat16).unflatten(-1, (-1, 2)), Dtype.BFLOAT16, width
 
 
 def _int8_panels(weight: Quantized) -> Tensor:
-    out, width = weight.codes.shape
-    shape = (out // PANEL_WIDTH, PANEL_WIDTH, width // GROUP, GROUP // 4, 4)
-    codes = weight.codes.view(shape).permute(0, 2, 3, 1, 4)  # [panels, groups, 8, 16, 4]
+    codes = _interleaved(weight.codes, weight.codes.shape[1] // GROUP)  # [panels, groups, 8, 16]
     return _with_scales(weight.scales, codes.flatten(1).view(torch.uint8))
 
 
 def _int4_panels(weight: Quantized) -> Tensor:
-    out, width = weight.codes.shape
-    shape = (out // PANEL_WIDTH, PANEL_WIDTH, width // GROUP, 2, GROUP // 8, 4)
-    low, high = (weight.codes + 8).view(torch.uint8).view(shape).permute(3, 0, 2, 4, 1, 5)  # [panels, groups, 4, 16, 4]
-    return _with_scales(weight.scales, (low | high << 4).flatten(1))
+    low, high = (weight.codes + 8).view(torch.uint8).unflatten(1, (-1, 2, GROUP // 2)).unbind(2)
+    codes = _interleaved((low | high << 4).flatten(1), low.shape[1])  # [panels, groups, 4, 16]
+    return _with_scales(weight.scales, codes.flatten(1).view(torch.uint8))
+
+
+def _interleaved(rows: Tensor, parts: int) -> Tensor:
+    """[out, in] -> int32 [out / 16, parts, in of a part, 16]: four bytes of each of 16 rows side by side."""
+    words = rows.contiguous().view(torch.int32).unflatten(0, (-1, PANEL_WIDTH)).unflatten(2, (parts, -1))
+    return words.permute(0, 2, 3, 1).contiguous()
 
 
 def _with_scales(scales: Tensor, codes: Tensor) -> Tensor:

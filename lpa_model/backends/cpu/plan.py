@@ -381,4 +381,4 @@ def _joined(parts: Sequence[Weight]) -> Weight:
 
 def _pad_columns(x: Tensor, width: int) -> Tensor:
     """A copy [rows, width]: a view of a mapped file would keep all of it mapped."""
-    return F.pad(x.detach(), (0, width - x.shape[1])).clone()
+    return x.detach().clone() if x.shape[1] == width else F.pad(x.detach(), (0, width - x.shape[1]))
