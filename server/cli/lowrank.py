@@ -54,9 +54,9 @@ Uniform = Annotated[
     ),
 ]
 How = Annotated[
-    Literal["weights", "kfac", "none"],
+    Literal["kfac", "weights", "none"],
     typer.Option(
-        help="What weighs errors of outputs: the model's weights, gradients of a backward pass, or nothing.",
+        help="What weighs errors of outputs: gradients of a backward pass, the model's weights, or nothing.",
         rich_help_panel=GROUP,
     ),
 ]
@@ -99,7 +99,7 @@ class LowRank:
     rank: int | None
     attention_only: bool
     uniform: bool
-    method: Literal["weights", "kfac", "none"]
+    method: Literal["kfac", "weights", "none"]
     calibrate: list[Path] | None
     calibrate_tokens: int
     cuts: Path | None

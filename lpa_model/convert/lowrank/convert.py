@@ -31,7 +31,7 @@ MULTIPLE = 32
 """Ranks are multiples of it: what the kernels pad latents to."""
 
 Key = tuple[int, Projection]
-Method = Literal["weights", "kfac", "none"]
+Method = Literal["kfac", "weights", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Budget:
     cache_ratio: bytes of the dense model's cache over those of the new one.
     rank: one rank for every projection.
     uniform: the same share of every matrix instead of ranks by their errors, to compare with.
-    method: what weighs errors of outputs: `weights` (weigh.py), `kfac` (gradients.py, a backward pass), or `none`.
+    method: what weighs errors of outputs: `kfac` (gradients.py, a backward pass), `weights` (weigh.py), or `none`.
     """
 
     keep: float | None = None
@@ -50,7 +50,7 @@ class Budget:
     rank: int | None = None
     attention_only: bool = False
     uniform: bool = False
-    method: Method = "weights"
+    method: Method = "kfac"
     multiple: int = MULTIPLE
 
     def __post_init__(self) -> None:
@@ -201,7 +201,8 @@ def factorise(
         states: a .safetensors file for the dense model's states before its head, [windows, T, d] as `states`.
         cuts: a folder where the pairs and error curves of all matrices stay, about as large as the model in float32.
             If it exists they are taken from there: another budget then needs no pass over the text.
-        progress: called with the layers done and their number.
+        progress: called with what is done, layers and windows that went back for their gradients, and the number of
+            both.
 
     Returns:
         A row for every matrix that could get factors.
@@ -226,9 +227,8 @@ def factorise(
             errors = {}
             names = budget.projections(config) if cuts is None else config.projections
             with kept.written(factors, facts, errors) as place:
-                for layer, curves in _cut(model, hidden, windows, budget.method, names, budget.multiple, place):
+                for curves in _cut(model, hidden, windows, budget.method, names, budget.multiple, place, progress):
                     errors.update(curves)
-                    progress(layer + 1, config.num_hidden_layers)
         elif states is not None:
             for layer, block in enumerate(model.layers):
                 with torch.inference_mode():
@@ -278,12 +278,18 @@ def _cut(
     names: Sequence[Projection],
     multiple: int,
     factors: Path,
-) -> Iterator[tuple[int, dict[Key, list[float]]]]:
+    progress: Callable[[int, int], None],
+) -> Iterator[dict[Key, list[float]]]:
     """The error curves of every layer in order; its pairs of matrices, as many as could pay, go to `factors`."""
     config = model.config
     costs: dict[Key, Tensor] = {}
+    passes = 0
     if method == "kfac":
-        costs = gradients.output_moments(model, gradients.short(windows), names)
+        texts = gradients.short(windows)
+        passes = len(texts)
+        costs = gradients.output_moments(
+            model, texts, names, lambda done, _: progress(done, passes + config.num_hidden_layers)
+        )
     for layer, moments in calibrate.layers(model, hidden, names, len(windows)):
         block = model.layers[layer]
         assert isinstance(block, PreNormBlock)
@@ -301,7 +307,8 @@ def _cut(
             tensors[f"{name}.down"] = found.down[:most].contiguous()
             tensors[f"{name}.up"] = found.up[:, :most].contiguous()
         save_file(tensors, factors / f"{layer}.safetensors")
-        yield layer, curves
+        yield curves
+        progress(passes + layer + 1, passes + config.num_hidden_layers)
 
 
 def assemble(config: LPAConfig, dense: LPAForCausalLM, factors: Path) -> LPAForCausalLM:
