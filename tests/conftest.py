@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# before torch is there: threads that wait do not spin beside the other worker's
+# before torch and NumPy are there: threads that wait do not spin beside the other worker's
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 import torch
+import typer.testing
 from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -25,6 +27,8 @@ from lpa_model.model import LPAForCausalLM
 gc.disable()  # until all tests are collected: what is imported stays
 torch.set_num_threads(1)  # products this small lose by a second thread
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder is looked up in the hub's cache alone
+# from an application's functions to its commands takes longer than most commands: once, not for each that is run
+typer.testing._get_command = functools.cache(typer.testing._get_command)  # type: ignore[attr-defined]
 
 # of random examples; make test-long takes `--hypothesis-profile thorough`. No machine is too slow
 WITHOUT_TIME: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
