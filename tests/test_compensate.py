@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -77,7 +77,6 @@ def test_the_rounded_columns_are_those_of_the_slow_formula(width: int, monkeypat
     torch.testing.assert_close(compensated(weight, moment).errors, torch.minimum(errors, nearest))
 
 
-@settings(deadline=None, max_examples=25)
 @given(
     seed=st.integers(0, 1000),
     outputs=st.integers(1, 6),

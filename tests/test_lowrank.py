@@ -419,6 +419,7 @@ def test_least_squares_alone_brings_outputs_closer(dense_folder: Path, tmp_path:
 
 def test_the_command_makes_factors_of_a_llama_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowrank, "POOR", 0.5)  # of a random model nothing is lost
+    monkeypatch.setattr("lpa_model.convert.lowrank.text.EVALUATED", 512)
     config = dense_config(hidden_size=128, intermediate_size=256, num_key_value_heads=4, head_dim=32)
     export_llama(write_checkpoint(tmp_path / "own", config), tmp_path / "llama", torch.float32)
     text = tmp_path / "text.txt"
