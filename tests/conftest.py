@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
+import importlib
 import logging
 import os
 from collections.abc import Iterator
@@ -39,15 +41,23 @@ settings.load_profile("quick")
 LONGEST = (
     "test_backends.py",
     "test_readme.py",
-    "test_cli.py",
-    "test_life.py",
+    "test_processes.py",
     "test_reproducible.py",
-    "test_batches.py",
-    "test_tools.py",
     "test_engine.py",
-    "test_http.py",
+    "test_cli.py",
+    "test_tools.py",
     "test_wheel.py",
 )
+
+
+def pytest_collection() -> None:
+    """Each of several workers compiles its part of the tests first: all would compile all of them at the same time."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker:
+        files = sorted(Path(__file__).parent.glob("test_*.py"))
+        for file in files[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]:
+            with contextlib.suppress(Exception):  # collecting it says what is wrong
+                importlib.import_module(f"tests.{file.stem}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,10 +16,13 @@ from tests.documents import DOCUMENTS, ROOT, Block, Command, blocks, commands, n
 from tests.terminal import RUN, TYPED, Terminals, check, shape_problem, walked
 
 DOCS = ROOT / "server" / "docs"
-# typed by extra/test_readme.py: forty commands that train, convert, quantise, score and serve, each for seconds of a
-# processor; test_train_cli.py, test_convert_*.py, test_export*.py, test_lowrank.py, test_quantize.py, test_score*.py,
-# test_compare.py and test_life.py walk the same code
-HEAVY = [DOCS / "conversion.md", DOCS / "models.md", DOCS / "operations.md", DOCS / "scoring.md"]
+# typed by extra/test_readme.py: fifty commands that train, convert, quantise, score, measure and serve, each for
+# seconds of a processor; test_train_cli.py, test_convert_*.py, test_export*.py, test_lowrank.py, test_quantize.py,
+# test_score*.py, test_compare.py, test_bench*.py, test_cuda_backend.py and test_processes.py walk the same code
+HEAVY = [
+    DOCS / f"{name}.md"
+    for name in ("benchmarks", "contributing", "conversion", "kernels", "models", "operations", "scoring")
+]
 QUICK = [path for path in TYPED if path not in HEAVY]
 
 NOT_RUN = {

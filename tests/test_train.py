@@ -6,10 +6,6 @@ import dataclasses
 import itertools
 import json
 import math
-import multiprocessing
-import random
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -269,49 +265,3 @@ def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_hyperparameters_out_of_range_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **change)
-
-
-def keep_all(out: Path) -> None:
-    """In a process of its own: train with a state after every second step, so that much of the time is writing."""
-    torch.set_num_threads(1)
-    run(out, CONFIG, validate_every=3, checkpoint_every=2)
-
-
-def test_a_run_that_is_killed_at_any_moment_ends_the_same(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_train", "torch._dynamo"])  # which optimizers import
-
-    def start(out: Path) -> multiprocessing.process.BaseProcess:
-        process = context.Process(target=keep_all, args=(out,))
-        process.start()
-        return process
-
-    warm_up = context.Process(target=keep_all, args=(tmp_path / "first",))  # the server of forks imports before it
-    warm_up.start()
-    warm_up.join(120)
-    whole = start(tmp_path / "whole")
-    began = time.perf_counter()
-    whole.join(120)
-    seconds = time.perf_counter() - began
-    assert whole.exitcode == 0
-    killed, moments = 0, random.Random(0)
-    for _ in range(5):
-        process = start(tmp_path / "killed")
-        process.join(moments.uniform(0.1, 0.7) * seconds)
-        process.kill()
-        process.join()
-        killed += process.exitcode == -signal.SIGKILL
-    last = start(tmp_path / "killed")
-    last.join(120)
-    assert last.exitcode == 0 and killed > 0
-    ours, expected = weights(tmp_path / "killed"), weights(tmp_path / "whole")
-    for name, tensor in expected.items():
-        assert torch.equal(ours[name], tensor), name
-    found, wanted = (read_metrics(tmp_path / name / "metrics.csv") for name in ("killed", "whole"))
-    assert [row.step for row in wanted] == list(range(1, STEPS + 1))
-    assert [dataclasses.replace(row, tokens_per_second=0) for row in found] == [
-        dataclasses.replace(row, tokens_per_second=0) for row in wanted
-    ]
-    for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        same = [(tmp_path / which / "model" / name).read_bytes() for which in ("killed", "whole")]
-        assert same[0] == same[1], name
