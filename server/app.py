@@ -103,7 +103,9 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics, replic
     others = no_others if replicas is None else replicas.others
     names = settings.model_names
     document = functools.cache(lambda: openapi_document(app, names, keys, settings.root_path))
-    open_document = functools.cache(lambda: openapi_document(app, () if keys.client else names, keys))
+    open_document = document
+    if keys.client or settings.root_path:
+        open_document = functools.cache(lambda: openapi_document(app, () if keys.client else names, keys))
     for router in (
         *([] if replicas is None else [one_place_router()]),
         completions_router(engine, settings),

@@ -28,6 +28,8 @@ from lpa_model.model import LPAForCausalLM
 
 gc.disable()  # until all tests are collected: what is imported stays
 torch.set_num_threads(1)  # products this small lose by a second thread
+# clients read whom they trust, in half a request's time each: one authority that signs nothing, not a hundred and fifty
+os.environ["SSL_CERT_FILE"] = str(Path(__file__).with_name("authority.pem"))
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder is looked up in the hub's cache alone
 # from an application's functions to its commands takes longer than most commands: once, not for each that is run
 typer.testing._get_command = functools.cache(typer.testing._get_command)  # type: ignore[attr-defined]
