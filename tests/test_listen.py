@@ -18,6 +18,7 @@ import pytest
 
 from lpa_model.config import Architecture
 from server.listen import unix_listener
+from server.openapi import openapi_document
 from server.serve import Server, greeting
 from server.settings import SettingsError, load_settings
 from tests.serving import serving
@@ -242,6 +243,16 @@ def test_under_a_prefix_paths_come_with_it_and_without_it(folder: Path) -> None:
         )
 
 
+made: list[dict[str, Any]] = []
+
+
+def the_document(*arguments: Any) -> dict[str, Any]:
+    """That of the first server: half a second, for each of which only the page around it is looked at."""
+    if not made:
+        made.append(openapi_document(*arguments))
+    return made[0]
+
+
 @pytest.mark.parametrize(
     ("flags", "scheme"),
     [
@@ -260,6 +271,7 @@ def test_a_trusted_proxys_scheme_and_client_are_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("FORWARDED_ALLOW_IPS", "192.0.2.7")  # uvicorn's own variable, which is no setting
+    monkeypatch.setattr("server.app.openapi_document", the_document)
     caplog.set_level("INFO", "server.middleware")
     with serving(folder, **flags) as served:
         headers = {"x-forwarded-proto": "https", "x-forwarded-for": "203.0.113.9", "host": "lpa.example.org"}
