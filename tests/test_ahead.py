@@ -31,9 +31,9 @@ from server.engine.request import (
     scoring_request,
 )
 from server.engine.scheduler import ScheduledBatch
-from tests.conftest import END_OF_TEXT_ID, tiny_config, write_checkpoint
 from tests.test_engine import drain, greedy, ids_of, make_engine, prompt
 from tests.test_scheduler import Life, make_request, make_scheduler
+from tests.tiny import END_OF_TEXT_ID, tiny_config, write_checkpoint
 
 # Twins whose every row is computed by itself, so that its bits depend on it alone, as a GPU's kernels may promise.
 

@@ -27,7 +27,7 @@ from lpa_model.cache import LatentCache
 from lpa_model.config import Architecture, CacheLayout
 from lpa_model.model import LPAForCausalLM
 from lpa_model.quantization import WeightType, hold_weights
-from tests.conftest import VOCAB_SIZE, random_model, tiny_config
+from tests.tiny import VOCAB_SIZE, random_model, tiny_config
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 32

@@ -19,9 +19,9 @@ from server.batches.execute import Answer
 from server.batches.lines import Line, LineError, read_lines
 from server.batches.store import Store
 from server.cli import app
-from tests.conftest import tiny_config, write_checkpoint
 from tests.serving import Served, serving, until
 from tests.test_limits import Threads
+from tests.tiny import tiny_config, write_checkpoint
 
 ENDED = {"completed", "failed", "cancelled", "expired"}
 

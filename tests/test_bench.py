@@ -34,8 +34,8 @@ from server.bench.step import PARTS, print_rows
 from server.bench.stopwatch import Stopwatch
 from server.cli import app
 from server.client import Client, RequestFailed
-from tests.conftest import VOCAB_SIZE, random_model, tiny_config, write_checkpoint
 from tests.test_http import Served, serving
+from tests.tiny import VOCAB_SIZE, random_model, tiny_config, write_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from lpa_model.config import Architecture
 from server.bench.sampling import features
 from server.cli import app
 from server.engine.request import SamplingParams
-from tests.conftest import tiny_config, write_checkpoint
+from tests.tiny import tiny_config, write_checkpoint
 
 
 def test_every_feature_is_measured(architecture: Architecture, tmp_path: Path) -> None:

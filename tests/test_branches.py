@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from lpa_model.batch import Span
 from lpa_model.config import Architecture
 from server.engine.request import Request, SamplingParams
-from tests.conftest import VOCAB_SIZE, random_model, tiny_config
 from tests.test_engine import assert_greedy, drain, greedy, ids_of, make_engine, naive_logprobs, prompt
+from tests.tiny import VOCAB_SIZE, random_model, tiny_config
 
 PARTS = st.tuples(st.integers(1, 12), st.lists(st.integers(1, 6), min_size=1, max_size=5))
 

@@ -23,7 +23,7 @@ from lpa_model.checkpoint import (
     save_checkpoint,
 )
 from lpa_model.config import Architecture
-from tests.conftest import byte_tokenizer, random_model, tiny_config, write_checkpoint
+from tests.tiny import byte_tokenizer, random_model, tiny_config, write_checkpoint
 
 CPU = torch.device("cpu")
 IDS = torch.arange(5, 45)[None]

@@ -26,8 +26,8 @@ from server.routes.pages import settings_tables
 from server.serve import greeting
 from server.settings import Settings, load_settings
 from server.version import package_version
-from tests.conftest import CORPUS, byte_tokenizer, random_model, tiny_config, write_checkpoint
 from tests.test_convert_official import POSITIONS, tensors_of, write
+from tests.tiny import CORPUS, byte_tokenizer, random_model, tiny_config, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 

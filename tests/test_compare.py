@@ -22,9 +22,9 @@ from lpa_model.compare import Comparison, Pair, compare_windows, measure_pairs
 from lpa_model.config import Architecture
 from lpa_model.model import LPAForCausalLM
 from lpa_model.perplexity import Convention, Window, windows
-from tests.conftest import CORPUS, byte_tokenizer, random_model, tiny_config, write_checkpoint
 from tests.test_cli import assert_one_line, lpa, succeed
 from tests.test_perplexity import convention
+from tests.tiny import CORPUS, byte_tokenizer, random_model, tiny_config, write_checkpoint
 
 Floats = NDArray[np.float64]
 

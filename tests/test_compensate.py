@@ -23,9 +23,9 @@ from lpa_model.convert.compensate import DAMPING, compensated, output_errors, to
 from lpa_model.convert.lowrank.calibrate import SINKS, InputMoments, embed, push
 from lpa_model.convert.quantize import SHARE_IN_8_BITS, quantize_folder
 from lpa_model.quantization import GROUP, int4_scales, quantize
-from tests.conftest import CORPUS, byte_tokenizer, random_model, tiny_config, write_checkpoint
 from tests.test_cli import assert_one_line, lpa, succeed
 from tests.test_quantize import check_served
+from tests.tiny import CORPUS, byte_tokenizer, random_model, tiny_config, write_checkpoint
 
 CPU = torch.device("cpu")
 CASES: dict[str, Any] = {

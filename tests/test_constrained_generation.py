@@ -21,9 +21,9 @@ from server.engine import grammar, grammar_source
 from server.engine.grammar_workers import GrammarWorkers
 from server.engine.request import FinishReason, GrammarSpec, Request, RequestOutput, SamplingParams
 from server.engine.vocabulary import Vocabulary
-from tests.conftest import END_OF_TEXT_ID, byte_tokenizer, tiny_config, write_checkpoint
 from tests.test_engine import drain, ids_of, make_engine, random_model, run
 from tests.test_grammar import Late, spec
+from tests.tiny import END_OF_TEXT_ID, byte_tokenizer, tiny_config, write_checkpoint
 
 SCHEMA = {
     "type": "object",

@@ -25,9 +25,9 @@ from lpa_model.convert.source import find_weights
 from lpa_model.convert.spm import read_sentencepiece
 from lpa_model.model import LPAForCausalLM
 from server.engine.tokenizer import Tokenizer as EngineTokenizer
-from tests.conftest import CORPUS, byte_tokenizer, tiny_config
 from tests.test_cli import lpa, succeed
 from tests.test_convert_official import HEADS, POSITIONS, tensors_of
+from tests.tiny import CORPUS, byte_tokenizer, tiny_config
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor], *, pickled: bool = False) -> None:

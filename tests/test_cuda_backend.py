@@ -22,9 +22,9 @@ from server.engine.engine import Engine, build_engine
 from server.engine.request import Request, SamplingParams
 from server.llm import LLM
 from server.settings import load_settings
-from tests.conftest import random_model, tiny_config
 from tests.test_cuda import PARAMS
 from tests.test_engine import assert_greedy, greedy, ids_of, make_engine, naive_logprobs, prompt, run
+from tests.tiny import random_model, tiny_config
 
 CPU = torch.device("cpu")
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "index.bool")

@@ -20,7 +20,7 @@ from server.engine.engine import Engine, StepFailed, build_engine
 from server.engine.request import FinishReason, Request, RequestOutput, SamplingParams
 from server.errors import ContextLength, InvalidRequest
 from server.settings import load_settings
-from tests.conftest import END_OF_TEXT_ID, VOCAB_SIZE, random_model, tiny_config, write_checkpoint
+from tests.tiny import END_OF_TEXT_ID, VOCAB_SIZE, random_model, tiny_config, write_checkpoint
 
 engine_options = cache(lambda: load_settings().engine_options())  # frozen
 

@@ -18,9 +18,9 @@ from lpa_model.model import LPAForCausalLM
 from server.engine.engine import Engine
 from server.engine.hidden_states import HiddenSpec, HiddenStates
 from server.engine.request import FinishReason, Request, hidden_request, scoring_request
-from tests.conftest import random_model, tiny_config, write_checkpoint
 from tests.test_engine import assert_greedy, drain, greedy, ids_of, make_engine, prompt, run
 from tests.test_reproducible import TILES, _memory
+from tests.tiny import random_model, tiny_config, write_checkpoint
 
 Rows = npt.NDArray[np.float32]
 ALL_LAYERS = (0, 1, 2)  # of models with two

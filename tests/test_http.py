@@ -22,8 +22,8 @@ from lpa_model.config import Architecture
 from lpa_model.model import LPAForCausalLM
 from server.routes.respond import TEXT as PLACEHOLDER
 from server.routes.respond import to_json, with_text
-from tests.conftest import CORPUS, VOCAB_SIZE, random_model, tiny_config
 from tests.serving import Served, serving, slow_steps, until
+from tests.tiny import CORPUS, VOCAB_SIZE, random_model, tiny_config
 
 CONTEXT = 128
 TEXT = 'The robot said: "çava, 你好 🙂" and the waves'

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from lpa_model.checkpoint import load_model, load_tokenizer
 from lpa_model.config import PRESETS, Architecture
 from lpa_model.init import init_model, synthetic_tokenizer
-from tests.conftest import tiny_config
+from tests.tiny import tiny_config
 
 
 @pytest.mark.parametrize("size", sorted({257, 258, 300, 32001, 60000} | {c.vocab_size for c in PRESETS.values()}))

@@ -22,12 +22,12 @@ from server.engine.request import FinishReason, GrammarSpec, SamplingParams
 from server.errors import ContextLength, EngineError, InvalidRequest
 from server.llm import LLM, Options
 from server.scoring.perplexity import Text, pieces, tokenize, windows
-from tests.conftest import CORPUS, END_OF_TEXT_ID, byte_tokenizer, random_model, tiny_config
 from tests.serving import Served, serving
 from tests.test_cli import succeed
 from tests.test_engine import assert_greedy
 from tests.test_perplexity import NAIVE, convention
 from tests.test_score import json_lines, write
+from tests.tiny import CORPUS, END_OF_TEXT_ID, byte_tokenizer, random_model, tiny_config
 
 SMALL: dict[str, Any] = {"dtype": "float32", "threads": 1, "block_size": 32, "kv_cache_memory": 1 << 20}
 

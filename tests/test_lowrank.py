@@ -20,8 +20,8 @@ from lpa_model.convert.lowrank.allocate import Option, allocate, parameter_optio
 from lpa_model.convert.lowrank.convert import Budget, factorise
 from lpa_model.convert.lowrank.factor import decompose
 from server.cli import lowrank
-from tests.conftest import CORPUS, random_model, tiny_config, write_checkpoint
 from tests.test_cli import assert_one_line, lpa, succeed
+from tests.tiny import CORPUS, random_model, tiny_config, write_checkpoint
 
 GROUPED: dict[str, Any] = {"attention_rank": None, "num_key_value_heads": 2}
 

@@ -28,7 +28,7 @@ from lpa_model.perplexity import (
     resolve_convention,
     windows,
 )
-from tests.conftest import CORPUS, VOCAB_SIZE, byte_tokenizer, random_model, tiny_config
+from tests.tiny import CORPUS, VOCAB_SIZE, byte_tokenizer, random_model, tiny_config
 
 BOS, EOS = 7, 0
 

@@ -23,9 +23,9 @@ from lpa_model.checkpoint import save_checkpoint
 from lpa_model.config import Architecture
 from lpa_model.model import LPAForCausalLM
 from server.routes import perplexity as route
-from tests.conftest import CORPUS, END_OF_TEXT_ID, VOCAB_SIZE, byte_tokenizer, random_model, tiny_config
 from tests.serving import Served, serving, slow_steps, until
 from tests.test_perplexity import NAIVE, convention
+from tests.tiny import CORPUS, END_OF_TEXT_ID, VOCAB_SIZE, byte_tokenizer, random_model, tiny_config
 
 PATH = "/v1/perplexity"
 CONTEXT = 128

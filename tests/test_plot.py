@@ -15,8 +15,8 @@ from server.bench.load import Timing, summarize
 from server.bench.plot import plot_servers
 from server.bench.rounds import ratios
 from server.cli import app
-from tests.conftest import tiny_config, write_checkpoint
 from tests.serving import Served, serving
+from tests.tiny import tiny_config, write_checkpoint
 
 if TYPE_CHECKING:  # to be imported by the process that runs these tests alone
     from matplotlib.figure import Figure

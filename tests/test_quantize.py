@@ -21,8 +21,8 @@ from lpa_model.convert.quantize import quantize_folder
 from lpa_model.model import LPAForCausalLM
 from lpa_model.quantization import QuantizedLinear, WeightType, hold_weights
 from server.llm import LLM
-from tests.conftest import byte_tokenizer, random_model, tiny_config, write_checkpoint
 from tests.test_cli import assert_one_line, lpa, succeed
+from tests.tiny import byte_tokenizer, random_model, tiny_config, write_checkpoint
 
 CPU = torch.device("cpu")
 KINDS: tuple[WeightType, ...] = ("int8", "int4")

@@ -12,8 +12,8 @@ from lpa_model.backends import select
 from lpa_model.config import Architecture
 from server.engine.engine import Engine
 from server.engine.request import Request, SamplingParams
-from tests.conftest import tiny_config, write_checkpoint
 from tests.test_engine import drain, make_engine, prompt, run
+from tests.tiny import tiny_config, write_checkpoint
 
 TEXTS = [prompt(seed, length) for seed, length in [(1, 120), (2, 65), (3, 64), (4, 9), (5, 2), (6, 100), (7, 127)]]
 

@@ -15,8 +15,8 @@ from tokenizers import AddedToken, Tokenizer
 from lpa_model.checkpoint import save_checkpoint
 from server.engine.tool_grammar import MAX_CALLS
 from server.protocol.tools import MAX_TOOL_BYTES, MAX_TOOLS
-from tests.conftest import byte_tokenizer, random_model, tiny_config
 from tests.serving import Served, serving, until
+from tests.tiny import byte_tokenizer, random_model, tiny_config
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "Weather?"}]

@@ -24,7 +24,7 @@ from lpa_model.train.loss import accumulate, bits_per_byte, make_loss
 from lpa_model.train.metrics import read_metrics
 from lpa_model.train.tokenizer import encode
 from lpa_model.train.tokens import Tokens
-from tests.conftest import CORPUS, byte_tokenizer, random_model, tiny_config
+from tests.tiny import CORPUS, byte_tokenizer, random_model, tiny_config
 
 CPU = torch.device("cpu")
 STEPS = 12
@@ -41,7 +41,7 @@ MUON = dataclasses.replace(CONFIG, muon_learning_rate=1e-2)
 
 
 def corpus() -> Tokens:
-    """The sentences of conftest as a validation text."""
+    """The sentences of `tests.tiny` as a validation text."""
     ids = encode(byte_tokenizer(), CORPUS)
     return Tokens(ids, num_bytes=len(CORPUS.encode()), documents=1, end_of_text=0)
 
@@ -49,7 +49,7 @@ def corpus() -> Tokens:
 def run(
     out: Path, config: TrainConfig, *, stop: int | None = None, model: LPAConfig | None = None, **options: Any
 ) -> list[Progress]:
-    """Train on the few sentences of conftest; `stop` leaves the loop after so many steps, as an interruption does."""
+    """Train on the few sentences of `tests.tiny`; `stop` leaves the loop after so many steps, as if interrupted."""
     out.mkdir(exist_ok=True)
     tokenizer = byte_tokenizer()
     tokens = encode(tokenizer, CORPUS)
