@@ -42,9 +42,16 @@ libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.fopen.restype, libc.fopen.argtypes = ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_char_p]
 libc.malloc_info.argtypes, libc.fclose.argtypes = [ctypes.c_int, ctypes.c_void_p], [ctypes.c_void_p]
-for _ in range(2):
-    thread = threading.Thread(target=libc.malloc, args=(1000,))
+both = threading.Barrier(2)  # a heap is given on when its thread is gone, which may be long after it was joined
+
+def allocate():
+    libc.malloc(1000)
+    both.wait()
+
+threads = [threading.Thread(target=allocate) for _ in range(2)]
+for thread in threads:
     thread.start()
+for thread in threads:
     thread.join()
 with tempfile.NamedTemporaryFile() as file:
     stream = libc.fopen(file.name.encode(), b"w")
@@ -54,7 +61,7 @@ with tempfile.NamedTemporaryFile() as file:
 """
 
 
-@pytest.mark.parametrize(("heaps", "expected"), [("own", 2), ("shared", 1)])
+@pytest.mark.parametrize(("heaps", "expected"), [("own", 3), ("shared", 1)])
 def test_threads_share_one_heap(heaps: str, expected: int) -> None:
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", HEAPS, heaps], capture_output=True, text=True, cwd=root)
