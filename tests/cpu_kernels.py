@@ -28,10 +28,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 @cache
+def _library() -> Library:
+    return Library(SANITIZED / "kernels.so") if SANITIZED else load()
+
+
+@cache
 def kernels_here() -> Mapping[str, Mapping[str, Kernel]]:
     """Instruction sets by name: those of this processor, and newer ones' control flow with emulated instructions."""
-    library = Library(SANITIZED / "kernels.so") if SANITIZED else load()
-    found = {name: library.kernels(name) for name in library.supported()}
+    found = {name: _library().kernels(name) for name in _library().supported()}
     newer = (
         SANITIZED / "emulated.so"
         if SANITIZED
@@ -43,9 +47,13 @@ def kernels_here() -> Mapping[str, Mapping[str, Kernel]]:
     return found
 
 
-GEMM_NAMES = tuple(kernels_here())
-# the other two differ from avx2 in products of int8 alone
-NAMES = tuple(name for name in GEMM_NAMES if name not in ("avxvnni, emulated", "i8mm, emulated"))
+# by the files that have code of their own: what is emulated has none where it is shared, see build.py
+ROW_NAMES = _library().supported()
+ATTENTION_NAMES = (
+    *ROW_NAMES,
+    *(f"{flavour.name}, emulated" for flavour in EMULATED if "attention_decode.c" not in flavour.shared),
+)
+GEMM_NAMES = (*ROW_NAMES, *(f"{flavour.name}, emulated" for flavour in EMULATED))
 
 
 def guarded(tensor: Tensor) -> Tensor:

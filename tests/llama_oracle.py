@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.conftest import VOCAB_SIZE, byte_tokenizer
+from tests.tiny import VOCAB_SIZE, byte_tokenizer
 
 BASE: dict[str, Any] = {
     "model_type": "llama",

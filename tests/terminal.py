@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,15 +134,15 @@ Terminals = dict[Path, Future[subprocess.CompletedProcess[str]]]
 
 
 @contextmanager
-def walked(folder: Path, paths: Sequence[Path]) -> Iterator[Terminals]:
+def walked(folder: Path, typed: Mapping[Path, list[Command]]) -> Iterator[Terminals]:
     """The shells of documents, two at a time, beside a server that `make serve` has started in `folder`."""
     with served(folder) as clone, ThreadPoolExecutor(2) as pool:
-        yield {path: pool.submit(clone.run, script(clone, TYPED[path])) for path in paths}
+        yield {path: pool.submit(clone.run, script(clone, parts)) for path, parts in typed.items()}
 
 
-def check(path: Path, done: subprocess.CompletedProcess[str]) -> None:
+def check(parts: list[Command], done: subprocess.CompletedProcess[str]) -> None:
     """Every command of a document has worked, and has answered in the form that is shown."""
-    parts, outputs = TYPED[path], done.stdout.split(MARK)[1:]
+    outputs = done.stdout.split(MARK)[1:]
     assert done.returncode == 0, f"{parts[len(outputs) - 1].text}\n{outputs[-1:]}\n{done.stderr}"
     for part, output in zip(parts, outputs, strict=True):
         if not part.shown:

@@ -31,9 +31,9 @@ from server.engine.request import (
     scoring_request,
 )
 from server.engine.scheduler import ScheduledBatch
-from tests.conftest import END_OF_TEXT_ID, tiny_config, write_checkpoint
 from tests.test_engine import drain, greedy, ids_of, make_engine, prompt
 from tests.test_scheduler import Life, make_request, make_scheduler
+from tests.tiny import END_OF_TEXT_ID, tiny_config, write_checkpoint
 
 # Twins whose every row is computed by itself, so that its bits depend on it alone, as a GPU's kernels may promise.
 
@@ -224,7 +224,7 @@ def test_any_mixture_gives_the_same_outputs(by_row: None, tmp_path: Path, num_se
         folder, max_num_seqs=num_seqs, max_num_batched_tokens=19, max_model_len=72, kv_cache_memory=66000
     )
 
-    @settings(max_examples=8, deadline=None, database=None)
+    @settings(max_examples=settings.default.max_examples // 3, database=None)
     @given(st.lists(jobs, min_size=1, max_size=7))
     def check(mixture: list[Job]) -> None:
         found, expected = (outputs_of(engine, mixture) for engine in (ahead, plain))
@@ -437,4 +437,4 @@ class LifeAhead(Life):
 
 
 TestLifeAhead = LifeAhead.TestCase
-TestLifeAhead.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLifeAhead.settings = settings(stateful_step_count=40)

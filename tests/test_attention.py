@@ -15,7 +15,7 @@ from lpa_model.backends.torch.attention import TILE, PagedAttention
 from lpa_model.backends.torch.decode import DecodePairs, decode_attention, decode_attention_reference, decode_pairs
 from lpa_model.batch import Batch, Span
 from lpa_model.cache import LatentCache
-from tests.conftest import tiny_config
+from tests.tiny import tiny_config
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 8

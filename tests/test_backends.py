@@ -27,7 +27,7 @@ from lpa_model.cache import LatentCache
 from lpa_model.config import Architecture, CacheLayout
 from lpa_model.model import LPAForCausalLM
 from lpa_model.quantization import WeightType, hold_weights
-from tests.conftest import VOCAB_SIZE, random_model, tiny_config
+from tests.tiny import VOCAB_SIZE, random_model, tiny_config
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 32
@@ -75,6 +75,9 @@ PACKED = (
 """Those in which every way to pack a matrix occurs."""
 KERNELS = (*PACKED, "setting2-qk-norm-gqa")
 """Those in which every kernel occurs, with grouped queries, norms of keys, biases and positions."""
+WIDEST = ("setting1-wide", "setting2-wide")
+"""Those whose sizes fill tiles, without and with positions."""
+BASIC = ("setting1", "setting2", *WIDEST)
 
 
 class Subject(NamedTuple):
@@ -120,6 +123,7 @@ BACKENDS: dict[str, Subject] = {
     **_chosen(torch.float32, "float32", "int8"),
     **_chosen(torch.bfloat16, "bfloat16", "int8"),
 }
+BEST = next(iter(_chosen(torch.float32, "float32")))
 
 
 def cases_of(name: str) -> Sequence[str]:
@@ -127,7 +131,7 @@ def cases_of(name: str) -> Sequence[str]:
     tested, best = BACKENDS[name], features.instruction_sets()[:1]
     if tested.candidate in ("torch", "cuda"):
         # its float32 run has seen every case, and bfloat16 without hardware is slow
-        return list(CASES) if name.endswith("-float32") else ("setting1-wide", "setting2-wide")
+        return list(CASES) if name.endswith("-float32") else WIDEST
     if tested.weights != str(tested.dtype).removeprefix("torch."):
         return PACKED  # what is left differs in attention, which knows nothing of weights
     # the list of operations does not depend on the instruction set, only what each of them calls
@@ -199,8 +203,8 @@ class Pool:
 
 
 def random_texts(rng: random.Random, number: int) -> list[Text]:
-    """Random texts; every second one starts with the full blocks of the prompt before it. One may be long: a generated
-    token takes a step of its own."""
+    """Random texts; every second one starts with the full blocks of the prompt before it. One may go on for more than a
+    block: a generated token takes a step of its own."""
     made: list[Text] = []
     for i in range(number):
         if i % 2:
@@ -208,7 +212,7 @@ def random_texts(rng: random.Random, number: int) -> list[Text]:
             ids, prompt = made[-1].ids[:shared], shared + rng.randint(1, 6)
         else:
             shared, ids, prompt = 0, [], rng.randint(1, 80)
-        length = rng.randint(prompt, MAX_POSITIONS if i == 0 else min(prompt + 12, MAX_POSITIONS))
+        length = rng.randint(prompt, min(prompt + (BLOCK_SIZE + 4 if i == 0 else 12), MAX_POSITIONS))
         made.append(Text(ids + [rng.randrange(VOCAB_SIZE) for _ in range(length - len(ids))], prompt, shared))
     return made
 
@@ -352,18 +356,26 @@ def held(case: str, tested: Subject, layout: CacheLayout) -> Tensor:
 
 
 def layouts_of(name: str, case: str) -> Sequence[CacheLayout]:
-    """Every layout, and of the slow ones' cases that differ little from others one layout each, in turn; the rest of
-    them is in extra/test_backends.py."""
-    cases = cases_of(name)
-    if BACKENDS[name].candidate == "cpu" or case in ("setting1", "setting2", "setting1-wide", "setting2-wide"):
+    """Every layout of what `select` takes in float32; of the others' cases one or two, in turn."""
+    if name == BEST:
         return LAYOUTS
-    return (LAYOUTS[cases.index(case) % len(LAYOUTS)],)
+    rotary = case.startswith("setting2") and BACKENDS[name].candidate != "torch"
+    taken = LAYOUTS[1:] if rotary else LAYOUTS  # the others mostly refuse latents of rotary keys
+    first = cases_of(name).index(case)
+    return [taken[(first + i) % len(taken)] for i in range(2 if case in WIDEST else 1)]
 
 
-@pytest.mark.parametrize(
-    ("name", "case", "layout"),
-    [(name, case, layout) for name in BACKENDS for case in cases_of(name) for layout in layouts_of(name, case)],
-)
+def some_of(name: str, cases: Sequence[str]) -> Sequence[str]:
+    return [case for case in cases if case in cases_of(name)]
+
+
+# what these leave out is in extra/test_backends.py
+ROWS = [(name, case, layout) for name in BACKENDS for case in cases_of(name) for layout in layouts_of(name, case)]
+BRANCHES = [(name, case) for name in BACKENDS for case in some_of(name, BASIC)]
+BITS = [(name, case) for name in BACKENDS for case in some_of(name, (*BASIC, "setting2-per-layer"))]
+
+
+@pytest.mark.parametrize(("name", "case", "layout"), ROWS)
 def test_every_row_equals_the_plain_forward(name: str, case: str, layout: CacheLayout) -> None:
     check_every_row(name, case, layout)
 
@@ -399,10 +411,13 @@ def _branched(backend: Backend, layout: CacheLayout, chunk: int) -> Tensor:
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("case", ["setting1", "setting2", "setting1-wide", "setting2-wide"])
-@pytest.mark.parametrize("name", BACKENDS)
-@torch.inference_mode()
+@pytest.mark.parametrize(("name", "case"), BRANCHES)
 def test_branches_see_the_beginning_and_themselves(name: str, case: str) -> None:
+    check_branches(name, case)
+
+
+@torch.inference_mode()
+def check_branches(name: str, case: str) -> None:
     tested = BACKENDS[name]
     layout: CacheLayout = "latent" if case.startswith("setting1") else "mixed"
     ids = [(7 * i * i + 3) % VOCAB_SIZE for i in range(70)]
@@ -424,10 +439,13 @@ def test_branches_see_the_beginning_and_themselves(name: str, case: str) -> None
             check(_branched(backend, layout, chunk), expected, held, tested)
 
 
-@pytest.mark.parametrize("case", ["setting1", "setting2", "setting1-wide", "setting2-wide", "setting2-per-layer"])
-@pytest.mark.parametrize("name", BACKENDS)
-@torch.inference_mode()
+@pytest.mark.parametrize(("name", "case"), BITS)
 def test_bits_do_not_depend_on_chunks_batches_or_threads(name: str, case: str, two_threads: None) -> None:
+    check_bits(name, case)
+
+
+@torch.inference_mode()
+def check_bits(name: str, case: str) -> None:
     tested = BACKENDS[name]
     layout: CacheLayout = "latent" if case.startswith("setting1") else "mixed"
     found = []

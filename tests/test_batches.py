@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ from server.batches.execute import Answer
 from server.batches.lines import Line, LineError, read_lines
 from server.batches.store import Store
 from server.cli import app
-from tests.conftest import tiny_config, write_checkpoint
-from tests.processes import lpa_serve
 from tests.serving import Served, serving, until
 from tests.test_limits import Threads
+from tests.tiny import tiny_config, write_checkpoint
 
 ENDED = {"completed", "failed", "cancelled", "expired"}
 
@@ -274,46 +272,6 @@ def test_lines_that_are_late_are_said_to_be(folder: Path, tmp_path: Path, monkey
         assert [e["custom_id"] for e in sorted(late + found, key=lambda e: int(e["custom_id"][1:]))] == [
             entry["custom_id"] for entry in wanted
         ]
-
-
-@contextmanager
-def killed_at_the_end(folder: Path, data: Path) -> Iterator[OpenAI]:
-    """A client of a server in a process of its own, that SIGKILL ends."""
-    flags = {"served-model-name": "tiny", "data-dir": data, "dtype": "float32", "weights": "float32"}
-    flags |= {"threads": 1, "kv-cache-memory": 1 << 22, "max-num-seqs": 4, "log-level": "warning"}
-    arguments = [f"--{name}={value}" for name, value in flags.items()]
-    with (
-        lpa_serve(data.with_suffix(".log"), folder, *arguments) as (url, _),
-        OpenAI(base_url=f"{url}/v1", api_key="none") as client,
-    ):
-        yield client
-
-
-def answered(client: OpenAI, batch: Batch) -> int:
-    counts = client.batches.retrieve(batch.id).request_counts
-    assert counts is not None
-    return counts.completed
-
-
-def test_a_killed_server_loses_no_line_and_repeats_none(folder: Path, tmp_path: Path) -> None:
-    """Killed in the middle of a batch, whose output is that of an uninterrupted run; twenty times in tests/extra."""
-    wanted = [request(f"r{i}", max_tokens=8, seed=i, temperature=1.0) for i in range(60)]
-    with serving(folder, data_dir=tmp_path / "calm") as server, OpenAI(base_url=f"{server.url}/v1", api_key="x") as one:
-        calm = content(one, ended(one, start(one, lines(*wanted))).output_file_id)
-    with killed_at_the_end(folder, tmp_path / "data") as client:
-        batch = start(client, lines(*wanted))
-        until(lambda: answered(client, batch) >= 10)
-    with killed_at_the_end(folder, tmp_path / "data") as client:
-        assert answered(client, batch) < 60
-        done = ended(client, batch)
-        found = content(client, done.output_file_id)
-    assert done.request_counts is not None
-    assert (done.status, done.request_counts.completed, done.request_counts.total) == ("completed", 60, 60)
-    for entries in (calm, found):
-        for entry in entries:
-            assert entry.pop("id") == entry["response"].pop("request_id")
-            del entry["response"]["body"]["id"], entry["response"]["body"]["created"]
-    assert found == calm
 
 
 def test_a_folder_has_one_server_and_one_version(tmp_path: Path) -> None:

@@ -34,8 +34,8 @@ from server.bench.step import PARTS, print_rows
 from server.bench.stopwatch import Stopwatch
 from server.cli import app
 from server.client import Client, RequestFailed
-from tests.conftest import VOCAB_SIZE, random_model, tiny_config, write_checkpoint
 from tests.test_http import Served, serving
+from tests.tiny import VOCAB_SIZE, random_model, tiny_config, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -354,9 +354,10 @@ def test_step_times_every_kind_of_work_and_its_parts_add_up(
         assert all(part >= 0 for part in row["parts_ms"].values())
         assert row["parts_ms"]["forward"] > 0
         assert (row["parts_ms"]["detokenization"] > 0) == (row["kind"] != "score")
-    table = lpa("step", "--model", folder, *arguments)
-    assert table.exit_code == 0
-    assert "floor ms" in table.stdout
+    if architecture == "setting1" and layout is None:  # once
+        table = lpa("step", "--model", folder, *arguments)
+        assert table.exit_code == 0
+        assert "floor ms" in table.stdout
 
 
 def test_the_table_of_steps_ends_its_last_line(capsys: pytest.CaptureFixture[str]) -> None:

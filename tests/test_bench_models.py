@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from lpa_model.checkpoint import load_model, load_tokenizer
 from server.bench.models import Pair, read_pairs
 from server.cli import app
-from tests.conftest import CORPUS, tiny_config, write_checkpoint
+from tests.tiny import CORPUS, tiny_config, write_checkpoint
 
 PAIRS = "phenomenon\tgood\tbad\nword\tThe robot liked the sea.\tThe robot liked the see.\norder\tA gull.\tGull a.\n"
 

@@ -11,7 +11,7 @@ from lpa_model.config import Architecture
 from server.bench.sampling import features
 from server.cli import app
 from server.engine.request import SamplingParams
-from tests.conftest import tiny_config, write_checkpoint
+from tests.tiny import tiny_config, write_checkpoint
 
 
 def test_every_feature_is_measured(architecture: Architecture, tmp_path: Path) -> None:
@@ -37,8 +37,9 @@ def test_every_feature_is_measured(architecture: Architecture, tmp_path: Path) -
     for row in rows:
         assert row["ms"] > 0 and row["ratio"] > 0
         assert row["deferred"] == 0 or "JSON" in row["feature"]
-    table = CliRunner().invoke(app, [*arguments, "--dtype", "float32", "--threads", "1"])
-    assert "to greedy" in table.stdout
+    if architecture == "setting1":  # once
+        table = CliRunner().invoke(app, [*arguments, "--dtype", "float32", "--threads", "1"])
+        assert "to greedy" in table.stdout
 
 
 def test_each_feature_asks_for_something_else() -> None:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from lpa_model.batch import Span
 from lpa_model.config import Architecture
 from server.engine.request import Request, SamplingParams
-from tests.conftest import VOCAB_SIZE, random_model, tiny_config
-from tests.test_engine import drain, greedy, ids_of, make_engine, naive_greedy, naive_logprobs, prompt
+from tests.test_engine import assert_greedy, drain, greedy, ids_of, make_engine, naive_logprobs, prompt
+from tests.tiny import VOCAB_SIZE, random_model, tiny_config
 
 PARTS = st.tuples(st.integers(1, 12), st.lists(st.integers(1, 6), min_size=1, max_size=5))
 
@@ -72,8 +72,14 @@ def test_what_is_scored_does_not_depend_on_the_cut(parts: tuple[int, list[int]],
     assert all(token < total - 1 for token, _ in whole)  # the last token is not computed
 
 
-@pytest.mark.parametrize("layout", ["auto", "mixed", "full"])
-@pytest.mark.parametrize("budget", [7, 64, 2048])
+@pytest.mark.parametrize(
+    ("architecture", "layout", "budget"),
+    [
+        *(("setting1", layout, 7) for layout in ("auto", "mixed", "full")),
+        *(("setting2", layout, 7) for layout in ("auto", "full")),  # mixed is what auto takes
+        *((architecture, "auto", budget) for architecture in ("setting1", "setting2") for budget in (64, 2048)),
+    ],
+)
 def test_branches_score_like_one_by_one(
     tiny_checkpoint: Path, architecture: Architecture, layout: str, budget: int
 ) -> None:
@@ -82,19 +88,20 @@ def test_branches_score_like_one_by_one(
     model = random_model(tiny_config(architecture))
     sizes = [(20, [3, 1, 7]), (1, [4, 4]), (33, [1]), (8, [2, 9, 1, 1]), (20, [3, 1, 7]), (60, [5, 5, 5, 5])]
     asked = [draw_branches(seed, *size) for seed, size in enumerate(sizes)]
+    alone, whole = [expected(model, *each) for each in asked], naive_logprobs(model, prompt(1, 50))
     for _ in range(2):
         for i, (trunk, branches) in enumerate(asked):
             engine.add_request(branch_request(f"b{i}", trunk, branches))
         engine.add_request(Request("stream", prompt(3, 9), greedy(12)))
         engine.add_request(Request("text", prompt(1, 50), greedy(0, prompt_logprobs=0)))
         outputs = drain(engine)
-        for i, (trunk, branches) in enumerate(asked):
+        for i in range(len(asked)):
             scores = outputs[f"b{i}"][-1].prompt_logprobs
-            assert scores.logprobs == pytest.approx(expected(model, trunk, branches), abs=1e-4)
+            assert scores.logprobs == pytest.approx(alone[i], abs=1e-4)
             assert {len(top) for top in scores.top_ids} == {2}
-        assert ids_of(outputs["stream"]) == naive_greedy(model, prompt(3, 9), 12)
+        assert_greedy(model, prompt(3, 9), 12, ids_of(outputs["stream"]))
         found = outputs["text"][-1].prompt_logprobs.logprobs
-        assert found == pytest.approx(naive_logprobs(model, prompt(1, 50)), abs=1e-4)
+        assert found == pytest.approx(whole, abs=1e-4)
     assert outputs["b5"][-1].num_cached_tokens == 56  # whole blocks of 8 before the trunk's last token
     after_trunk = Request("after", asked[5][0] + asked[5][1][0] + [9], greedy(0, prompt_logprobs=0))
     engine.add_request(after_trunk)
@@ -112,7 +119,7 @@ def test_blocks_of_branches_are_nobody_elses(tiny_checkpoint: Path, architecture
     engine.add_request(Request("spelled", spelled, greedy(4)))
     outputs = drain(engine)["spelled"]
     assert outputs[-1].num_cached_tokens == 8
-    assert ids_of(outputs) == naive_greedy(random_model(tiny_config(architecture)), spelled, 4)
+    assert_greedy(random_model(tiny_config(architecture)), spelled, 4, ids_of(outputs))
 
 
 def test_branches_survive_preemption(tiny_checkpoint: Path, architecture: Architecture) -> None:

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as arrays
 
 from lpa_model.cache import LatentCache, dequantize_rows, quantize_rows
 from lpa_model.config import Architecture, CacheLayout
-from tests.conftest import tiny_config
+from tests.tiny import tiny_config
 
 CPU = torch.device("cpu")
 

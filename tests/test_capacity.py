@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.bench.capacity import MOST_REPLICAS, Steps, Workload, at_concurrency, at_rate, read_steps, replicas
-from tests.conftest import tiny_config, write_checkpoint
 from tests.test_bench import lpa
 from tests.test_cli import assert_one_line
+from tests.tiny import tiny_config, write_checkpoint
 
 
 def steps(batches: dict[int, float], prompt_ms: float = 0.0) -> Steps:

@@ -15,8 +15,8 @@ from lpa_model.checkpoint import CheckpointError
 from server.engine.chat_template import DEFAULT_STOP, DEFAULT_TEMPLATE, read_template, render_chat, template_of
 from server.engine.tokenizer import load_tokenizer
 from server.errors import InvalidRequest
-from tests.conftest import byte_tokenizer, tiny_config
 from tests.templates import CHATML, HEADERS, INST, TRIMMED
+from tests.tiny import byte_tokenizer, tiny_config
 
 TALK = [
     {"role": "system", "content": "You tell stories."},

@@ -23,7 +23,7 @@ from lpa_model.checkpoint import (
     save_checkpoint,
 )
 from lpa_model.config import Architecture
-from tests.conftest import byte_tokenizer, random_model, tiny_config, write_checkpoint
+from tests.tiny import byte_tokenizer, random_model, tiny_config, write_checkpoint
 
 CPU = torch.device("cpu")
 IDS = torch.arange(5, 45)[None]
@@ -132,17 +132,16 @@ def test_bfloat16_storage_loads_as_either_type(tmp_path: Path) -> None:
 
 
 def test_missing_extra_and_wrongly_shaped_tensors_are_named(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    tensors = load_file(tiny_checkpoint / "model.safetensors")
-    for name, tensor in tensors.items():
-        for wrong in (None, torch.zeros(*tensor.shape, 1), torch.zeros(tensor.shape, dtype=torch.int32)):
-            folder = tmp_path / "model"
-            shutil.copytree(tiny_checkpoint, folder, dirs_exist_ok=True)
-            rewrite(folder, **{name.replace(".", "__"): wrong})
-            with pytest.raises(CheckpointError) as caught:
-                load(folder)
-            assert name in str(caught.value)
-    shutil.copytree(tiny_checkpoint, folder, dirs_exist_ok=True)
-    rewrite(folder, layers__2__norm__weight=torch.zeros(1))
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    for number, (name, tensor) in enumerate(tensors.items()):  # one mistake each, in turn
+        wrong = (None, torch.zeros(*tensor.shape, 1), torch.zeros(tensor.shape, dtype=torch.int32))[number % 3]
+        changed = {key: value for key, value in {**tensors, name: wrong}.items() if value is not None}
+        save_file(changed, folder / "model.safetensors")
+        with pytest.raises(CheckpointError) as caught:
+            load(folder)
+        assert name in str(caught.value)
+    save_file({**tensors, "layers.2.norm.weight": torch.zeros(1)}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"unexpected tensor layers\.2\.norm\.weight"):
         load(folder)
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import random
 import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -28,8 +26,8 @@ from server.routes.pages import settings_tables
 from server.serve import greeting
 from server.settings import Settings, load_settings
 from server.version import package_version
-from tests.conftest import CORPUS, byte_tokenizer, random_model, tiny_config, write_checkpoint
 from tests.test_convert_official import POSITIONS, tensors_of, write
+from tests.tiny import CORPUS, byte_tokenizer, random_model, tiny_config, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,17 +46,6 @@ def assert_one_line(result: Result, pattern: str) -> None:
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
     assert re.fullmatch(rf"lpa: [^\n]*{pattern}[^\n]*\n", result.stderr), result.stderr
-
-
-def process(*arguments: object, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-u", "-m", "server.cli", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "LPA_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def test_help_is_there_for_every_command_and_loads_nothing_heavy() -> None:
@@ -120,11 +107,13 @@ def test_the_help_of_serve_has_the_groups_of_the_documents() -> None:
     assert {heading: found[heading] for heading in expected} == expected
 
 
-def test_help_is_as_wide_as_the_terminal() -> None:
+def test_help_is_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     widest = []
     for columns in ("70", "180"):
-        text, _ = process("serve", "--help", COLUMNS=columns).communicate(timeout=600)
-        widest.append(max(map(len, text.splitlines())))
+        monkeypatch.setenv("COLUMNS", columns)
+        with pytest.raises(SystemExit):
+            app(["serve", "--help"])  # CliRunner has a width of its own
+        widest.append(max(map(len, capsys.readouterr().out.splitlines())))
     assert 60 < widest[0] <= 70
     assert 120 < widest[1] <= 180
 
@@ -150,22 +139,33 @@ def test_the_start_message_names_the_page_first() -> None:
     assert re.findall(r"http://\S+", greeting(settings, 8123))[0] == "http://127.0.0.1:8123/"
 
 
-def test_serve_takes_flags_before_variables_and_ends_with_status_0(tiny_checkpoints: dict[Architecture, Path]) -> None:
-    folder = tiny_checkpoints["setting1"]
+def test_serve_takes_flags_before_variables_and_ends_with_status_0(
+    tiny_checkpoints: dict[Architecture, Path], tmp_path: Path
+) -> None:
+    """And loads neither traces' library, which it does not send, nor a compiler."""
     environment = {"LPA_PORT": "1", "LPA_SERVED_MODEL_NAME": "named-by-variable", "LPA_DTYPE": "float32"}
-    server = process("serve", folder, "--port", "0", "--kv-cache-memory", str(1 << 20), **environment)
-    try:
-        assert server.stdout is not None
-        found = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())
-        assert found
-        with urllib.request.urlopen(f"{found[0]}/v1/models") as answer:
-            assert json.load(answer)["data"][0]["id"] == "named-by-variable"
-        server.send_signal(signal.SIGTERM)
-        _, log = server.communicate(timeout=600)
-        assert server.returncode == 0, log
-    finally:
-        server.kill()
-        server.communicate()
+    environment |= {"LPA_THREADS": "1", "PYTHONPROFILEIMPORTTIME": "1"}
+    arguments = ["serve", str(tiny_checkpoints["setting1"]), "--port", "0", "--kv-cache-memory", str(1 << 20)]
+    command, log = [sys.executable, "-u", "-m", "server.cli", *arguments], tmp_path / "log"
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as server,
+    ):
+        try:
+            assert server.stdout is not None
+            found = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())
+            assert found
+            with urllib.request.urlopen(f"{found[0]}/v1/models") as answer:
+                assert json.load(answer)["data"][0]["id"] == "named-by-variable"
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(600) == 0, log.read_text()
+        finally:
+            server.kill()
+    imported = re.findall(r"^import time:.*\| +([\w.]+)$", log.read_text(), re.MULTILINE)
+    assert "uvicorn.server" in imported
+    assert not [name for name in imported if re.match(r"(opentelemetry\.sdk|ziglang|numba|llvmlite)\b", name)]
 
 
 def test_serve_takes_a_flag_of_a_list_several_times(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,8 +245,7 @@ def test_chat_says_what_it_leaves_out(tiny_checkpoints: dict[Architecture, Path]
     )
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> list[object]:
+def training_run(tmp_path: Path) -> list[object]:
     """Arguments of a training run of a tiny model, all but --steps."""
     config, data, valid = (tmp_path / name for name in ("shape.json", "data.txt", "valid.txt"))
     config.write_text(json.dumps(tiny_config(eos_token_id=None).to_dict()))
@@ -254,6 +253,11 @@ def run(tmp_path: Path) -> list[object]:
     valid.write_text(CORPUS[:200])
     files = ["--data", data, "--valid", valid, "--out", tmp_path / "run"]
     return ["train", config, *files, "--batch-tokens", 64, "--sequence-length", 16, "--checkpoint-every", 2]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> list[object]:
+    return training_run(tmp_path)
 
 
 def test_train_writes_a_model_that_can_be_scored_and_knows_when_it_is_done(run: list[object], tmp_path: Path) -> None:
@@ -270,49 +274,6 @@ def test_train_writes_a_model_that_can_be_scored_and_knows_when_it_is_done(run: 
     assert scored["perplexity"] == pytest.approx(float(found[2]), rel=0.05)  # weights were rounded to bfloat16
     assert json.loads((out / "train.json").read_text())["learning_rate"] == 0.01
     assert "has all of its 4 steps already" in succeed(*run, "--steps", 4, "--learning-rate", 0.01)
-
-
-def test_a_training_run_that_is_interrupted_goes_on(run: list[object], tmp_path: Path) -> None:
-    rare = ("--validate-every", 1_000_000, "--checkpoint-every", 1_000_000)
-    training = process(*run, "--steps", 1_000_000, *rare)
-    try:
-        assert training.stdout is not None
-        assert training.stdout.readline().startswith("step 50: ")
-        training.send_signal(signal.SIGINT)
-        _, errors = training.communicate(timeout=600)
-    finally:
-        training.kill()
-        training.wait()
-    assert training.returncode == 130
-    step = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"]
-    assert step >= 50
-    assert re.search(
-        rf"saving after this step; .*\nstopped at step {step}: the model is in .*/run/model, and the same .*\n\Z",
-        errors,
-    )
-    succeed("generate", "The", "--model", tmp_path / "run" / "model", "--max-tokens", 2)
-    printed = succeed(*run, "--steps", step + 2, "--validate-every", 1)
-    assert re.findall(r"^step (\d+):", printed, re.MULTILINE) == [str(step + 1), str(step + 2)]
-
-
-def test_stopping_while_the_text_is_tokenized_is_said_and_ends_at_once(run: list[object], tmp_path: Path) -> None:
-    rng = random.Random(0)
-    words = (" ".join(rng.randbytes(8).hex() for _ in range(20)) for _ in range(40_000))  # takes many seconds
-    (tmp_path / "large.txt").write_text("\n".join(words))
-    training = process(*run, "--data", tmp_path / "large.txt", "--vocab-size", 20_000)
-    try:
-        while not (tmp_path / "run").exists():
-            assert training.poll() is None
-            time.sleep(0.05)
-        time.sleep(0.2)
-        training.send_signal(signal.SIGINT)
-        _, errors = training.communicate(timeout=600)
-    finally:
-        training.kill()
-        training.wait()
-    assert training.returncode == 130
-    assert errors.endswith("stopped while the text was tokenized: no step is done, and the same command begins again\n")
-    assert not (tmp_path / "run" / "tokens.safetensors").exists()
 
 
 def test_the_help_of_train_says_what_every_option_is() -> None:

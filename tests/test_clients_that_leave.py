@@ -42,7 +42,7 @@ async def client(served: Served, number: int, leaves: bool) -> bytes:
     body: dict[str, Any] = {
         "model": "tiny",
         "prompt": [rng.randrange(1, 300) for _ in range(rng.randrange(1, 60))],
-        "max_tokens": rng.randrange(20, 60),
+        "max_tokens": rng.randrange(10, 40),
         "ignore_eos": True,
         "n": rng.choice([1, 1, 2]),
         "stream": rng.random() < 0.5,

@@ -22,9 +22,9 @@ from lpa_model.compare import Comparison, Pair, compare_windows, measure_pairs
 from lpa_model.config import Architecture
 from lpa_model.model import LPAForCausalLM
 from lpa_model.perplexity import Convention, Window, windows
-from tests.conftest import CORPUS, byte_tokenizer, random_model, tiny_config, write_checkpoint
 from tests.test_cli import assert_one_line, lpa, succeed
 from tests.test_perplexity import convention
+from tests.tiny import CORPUS, byte_tokenizer, random_model, tiny_config, write_checkpoint
 
 Floats = NDArray[np.float64]
 
@@ -64,7 +64,7 @@ def nudged(model: LPAForCausalLM, amount: float) -> LPAForCausalLM:
     return model
 
 
-@pytest.mark.parametrize("amount", [1e-3, 0.05])
+@pytest.mark.parametrize(("architecture", "amount"), [("setting1", 1e-3), ("setting2", 0.05)])
 def test_a_comparison_is_its_loop(architecture: Architecture, amount: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LOGIT_ROWS", 7)
     a = random_model(tiny_config(architecture))
@@ -93,7 +93,7 @@ def test_windows_compared_together_are_the_windows_alone(
     a, b = random_model(tiny_config(architecture)), random_model(tiny_config(architecture), seed=1)
     draw = random.Random(8)
     how = convention("sliding", 16, 6, 7)
-    texts = [draw.choices(range(300), k=draw.randrange(60)) for _ in range(30)]
+    texts = [draw.choices(range(300), k=draw.randrange(60)) for _ in range(15)]
     work = [(text, window) for text in texts for window in windows(len(text), how)]
     alone = [pair for item in work for pairs in compare_windows(a, b, [item]) for pair in pairs]
     for budget, rows in ((2048, 256), (40, 3), (1, 1)):

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 from lpa_model.config import Architecture
 from lpa_model.model import LPAForCausalLM
 from server.engine.tokenizer import Tokenizer as EngineTokenizer
-from tests.conftest import END_OF_TEXT_ID, VOCAB_SIZE, byte_tokenizer, random_model, tiny_config
 from tests.serving import Served, serving
+from tests.tiny import END_OF_TEXT_ID, VOCAB_SIZE, byte_tokenizer, random_model, tiny_config
 
 TEXTS = ['The robot said: "çava, 你好 🙂"', "waves"]
 FORMS = list(itertools.product([False, True], [None, 0, 2], [1, 2], [1, 2], [False, True], [0, 4]))

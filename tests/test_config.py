@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lpa_model.cache import LatentCache, bytes_per_token
 from lpa_model.config import FORMAT_VERSION, PRESETS, Architecture, CacheLayout, LPAConfig, Projection
 from lpa_model.model import LPAForCausalLM
-from tests.conftest import tiny_config
+from tests.tiny import tiny_config
 
 PER_LAYER = {"q": [8, None], "k": [None, 6], "v": 5, "o": [3, 9]}
 ODD: list[dict[str, Any]] = [

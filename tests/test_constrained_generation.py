@@ -21,9 +21,9 @@ from server.engine import grammar, grammar_source
 from server.engine.grammar_workers import GrammarWorkers
 from server.engine.request import FinishReason, GrammarSpec, Request, RequestOutput, SamplingParams
 from server.engine.vocabulary import Vocabulary
-from tests.conftest import END_OF_TEXT_ID, byte_tokenizer, tiny_config, write_checkpoint
 from tests.test_engine import drain, ids_of, make_engine, random_model, run
 from tests.test_grammar import Late, spec
+from tests.tiny import END_OF_TEXT_ID, byte_tokenizer, tiny_config, write_checkpoint
 
 SCHEMA = {
     "type": "object",
@@ -136,10 +136,11 @@ def test_the_length_still_ends_a_text(tiny_checkpoint: Path) -> None:
 
 @BY_NAME
 @pytest.mark.parametrize("keys", [{"ignore_eos": True}, {"min_tokens": 70}, {"ignore_eos": True, "min_tokens": 70}])
-def test_a_complete_text_ends_whatever_else_is_asked(tiny_checkpoint: Path, name: str, keys: dict[str, Any]) -> None:
-    outputs = run(
-        make_engine(tiny_checkpoint), [Request(f"r{i}", prompt(i, 5), constrained(name, i, **keys)) for i in range(4)]
-    )
+def test_a_complete_text_ends_whatever_else_is_asked(
+    tiny_checkpoints: dict[Architecture, Path], name: str, keys: dict[str, Any]
+) -> None:
+    engine = make_engine(tiny_checkpoints["setting2"])
+    outputs = run(engine, [Request(f"r{i}", prompt(i, 5), constrained(name, i, **keys)) for i in range(4)])
     for name_, output in outputs.items():
         if output[-1].finish_reason is FinishReason.STOP:
             assert VALID[name][1](text_of(output)), name_

@@ -12,8 +12,8 @@ import torch
 
 from lpa_model.checkpoint import save_checkpoint
 from server.engine.json_schema import find_fault
-from tests.conftest import byte_tokenizer, random_model, tiny_config
 from tests.serving import Served, serving, until
+from tests.tiny import byte_tokenizer, random_model, tiny_config
 
 A, B, C, X = (byte_tokenizer().token_to_id(text) for text in "ABCx")
 QUOTE = byte_tokenizer().token_to_id('"')

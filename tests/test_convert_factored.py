@@ -20,8 +20,8 @@ from lpa_model.config import LPAConfig
 from lpa_model.convert.factored import convert_factored
 from lpa_model.convert.factored.refactor import find_factors
 from lpa_model.convert.source import read_tensors
-from tests.conftest import VOCAB_SIZE, byte_tokenizer
 from tests.test_cli import lpa, succeed
+from tests.tiny import VOCAB_SIZE, byte_tokenizer
 
 D, FFN, LAYERS, HEADS, WIDTH = 32, 48, 2, 4, 8
 NAMES = ("q", "k", "v", "o", "gate", "up", "down")

@@ -23,10 +23,10 @@ from lpa_model.convert.gguf import convert_gguf, llama3_scaling
 from lpa_model.convert.gguf_tokenizer import PRE_TOKENIZERS
 from server.engine.tokenizer import load_tokenizer as load_with_template
 from server.llm import LLM, SamplingParams
-from tests.conftest import VOCAB_SIZE, byte_tokenizer
 from tests.hub_cache import hub_cache
 from tests.llama_oracle import BASE, LLAMA3, YARN, logits_of, rotation, tensors_of
 from tests.test_cli import assert_one_line, lpa, succeed
+from tests.tiny import VOCAB_SIZE, byte_tokenizer
 
 NAMES = {
     "self_attn.q_proj": "attn_q",

@@ -17,10 +17,10 @@ from lpa_model.convert import stream
 from lpa_model.convert.export import export_llama
 from lpa_model.convert.llama import convert_llama
 from server.llm import LLM, SamplingParams
-from tests.conftest import tiny_config, write_checkpoint
 from tests.hub_cache import hub_cache
 from tests.llama_oracle import BASE, KINDS, LLAMA3, logits_of, write_folder
 from tests.test_cli import assert_one_line, lpa, succeed
+from tests.tiny import tiny_config, write_checkpoint
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lpa_model.checkpoint import CheckpointError, load_model
 from lpa_model.config import LPAConfig
 from lpa_model.convert.official import convert_official
-from tests.conftest import VOCAB_SIZE, byte_tokenizer
+from tests.tiny import VOCAB_SIZE, byte_tokenizer
 
 HIDDEN, HEADS, HEAD_DIM, FFN, LAYERS, POSITIONS = 24, 3, 10, 40, 2, 64
 RANKS = [(None, None), (6, None), (None, 5), (6, 5)]  # attention, FFN

@@ -13,9 +13,9 @@ import torch
 
 from lpa_model.convert.export import export_llama
 from server.cli import lowrank
-from tests.conftest import CORPUS, write_checkpoint
 from tests.test_cli import lpa
 from tests.test_lowrank import dense_config
+from tests.tiny import CORPUS, write_checkpoint
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -23,10 +23,11 @@ from lpa_model.checkpoint import CheckpointError, load_model
 from lpa_model.convert.official import convert_official
 from lpa_model.convert.source import find_weights
 from lpa_model.convert.spm import read_sentencepiece
+from lpa_model.model import LPAForCausalLM
 from server.engine.tokenizer import Tokenizer as EngineTokenizer
-from tests.conftest import CORPUS, byte_tokenizer, tiny_config
 from tests.test_cli import lpa, succeed
 from tests.test_convert_official import HEADS, POSITIONS, tensors_of
+from tests.tiny import CORPUS, byte_tokenizer, tiny_config
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor], *, pickled: bool = False) -> None:
@@ -93,22 +94,32 @@ ARRANGEMENTS: dict[str, Callable[[Path, dict[str, Tensor]], None]] = {
 }
 
 
-@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-@pytest.mark.parametrize("setting", ["setting1", "setting2"])
-def test_every_arrangement_gives_the_same_model(tmp_path: Path, arrangement: str, setting: str) -> None:
-    tensors = tensors_of(setting)
+def converted(folder: Path, setting: str, write: Callable[[Path, dict[str, Tensor]], None]) -> LPAForCausalLM:
+    """The model that is made of a setting's tensors as `write` arranges them."""
+    (folder / "source").mkdir()
+    byte_tokenizer().save(str(folder / "source/tokenizer.json"))
+    write(folder / "source", tensors_of(setting))
     options: dict[str, Any] = {"num_heads": HEADS} if setting == "setting1" else {"max_position_embeddings": POSITIONS}
-    for name, write in (("plain", lambda folder, t: save_file(t, folder / "model.safetensors")),
-                        ("other", ARRANGEMENTS[arrangement])):  # fmt: skip
-        (tmp_path / name).mkdir()
-        byte_tokenizer().save(str(tmp_path / name / "tokenizer.json"))
-        write(tmp_path / name, tensors)
-        convert_official(tmp_path / name, tmp_path / f"{name}-converted", **options)
-    plain, other = (
-        load_model(tmp_path / f"{name}-converted", torch.float32, torch.device("cpu")) for name in ("plain", "other")
-    )
-    assert plain.config == other.config
-    for (name, a), (_, b) in zip(plain.named_parameters(), other.named_parameters(), strict=True):
+    convert_official(folder / "source", folder / "converted", **options)
+    return load_model(folder / "converted", torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module", params=["setting1", "setting2"])
+def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, LPAForCausalLM]:
+    """A setting's name, and its model from one file with the published names."""
+    folder = tmp_path_factory.mktemp("plain")
+    made = converted(folder, request.param, lambda folder, tensors: save_file(tensors, folder / "model.safetensors"))
+    return request.param, made
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_every_arrangement_gives_the_same_model(
+    tmp_path: Path, arrangement: str, plain: tuple[str, LPAForCausalLM]
+) -> None:
+    setting, plain_model = plain
+    other = converted(tmp_path, setting, ARRANGEMENTS[arrangement])
+    assert plain_model.config == other.config
+    for (name, a), (_, b) in zip(plain_model.named_parameters(), other.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lpa_model.backends.cpu.oplist import OpList
-from tests.cpu_kernels import DTYPES, NAMES, error_of, float64, guarded, kernels_here, rows_of
+from tests.cpu_kernels import DTYPES, ROW_NAMES, error_of, float64, guarded, kernels_here, rows_of
 
 EPS = 1e-5
-each = pytest.mark.parametrize("name", NAMES)
+each = pytest.mark.parametrize("name", ROW_NAMES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("float32", "bfloat16"))
 shapes = given(
     rows=st.integers(1, 20),

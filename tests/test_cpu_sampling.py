@@ -15,9 +15,9 @@ from torch import Tensor
 from lpa_model.backends.cpu.sampling import draw_tokens, mask_logits
 from lpa_model.backends.torch import rows as torch_rows
 from lpa_model.backends.torch.rows import NOTHING, UNDECIDED
-from tests.cpu_kernels import DTYPES, NAMES, guarded, kernels_here
+from tests.cpu_kernels import DTYPES, ROW_NAMES, guarded, kernels_here
 
-each = pytest.mark.parametrize("name", NAMES)
+each = pytest.mark.parametrize("name", ROW_NAMES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
@@ -39,7 +39,7 @@ def tables(rows: int, attempts: int, rng: random.Random) -> Tensor:
 
 
 @given(
-    st.sampled_from(NAMES),
+    st.sampled_from(ROW_NAMES),
     st.sampled_from(DTYPES),
     st.sampled_from([1, 5, 127, 128, 1025, 5000]),
     st.sampled_from([0.0, 0.01, 1.0, 4.0, 1000.0]),
@@ -120,7 +120,7 @@ def test_nothing_is_left(name: str) -> None:
 
 
 @given(
-    st.sampled_from(NAMES),
+    st.sampled_from(ROW_NAMES),
     st.sampled_from(DTYPES),
     st.integers(1, 100),
     st.integers(0, 5),

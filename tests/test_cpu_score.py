@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lpa_model.backends.cpu.score import score_rows
 from lpa_model.backends.torch.rows import RowScores
-from tests.cpu_kernels import DTYPES, NAMES, guarded, kernels_here
+from tests.cpu_kernels import DTYPES, ROW_NAMES, guarded, kernels_here
 
-each = pytest.mark.parametrize("name", NAMES)
+each = pytest.mark.parametrize("name", ROW_NAMES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
@@ -59,7 +59,7 @@ ODD = st.sampled_from([math.nan, -math.nan, math.inf, -math.inf])
 
 
 @given(
-    st.sampled_from(NAMES),
+    st.sampled_from(ROW_NAMES),
     st.sampled_from(DTYPES),
     st.lists(st.lists(NUMBERS, min_size=1, max_size=70), min_size=1, max_size=6),
     st.lists(st.tuples(st.integers(0, 5), st.integers(0, 69), ODD), max_size=4),

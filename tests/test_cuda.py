@@ -21,10 +21,10 @@ from lpa_model.train.tokens import Tokens
 from server.engine.engine import build_engine
 from server.engine.request import FinishReason, GrammarSpec, Request, RequestOutput, SamplingParams
 from server.settings import load_settings
-from tests.conftest import CORPUS, byte_tokenizer, random_model, tiny_config, write_checkpoint
 from tests.serving import serving, until
 from tests.test_backends import CASES, LAYOUTS
-from tests.test_engine import greedy, ids_of, make_engine, naive_greedy, naive_logprobs, prompt, run
+from tests.test_engine import assert_greedy, greedy, ids_of, make_engine, naive_logprobs, prompt, run
+from tests.tiny import CORPUS, byte_tokenizer, random_model, tiny_config, write_checkpoint
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ def test_greedy_and_log_probabilities(tiny_checkpoint: Path, architecture: Archi
     model = random_model(tiny_config(architecture))
     for request, (_, count) in zip(requests, lengths, strict=False):
         found = ids_of(outputs[request.id])
-        assert found == naive_greedy(model, request.token_ids[: request.num_prompt_tokens], count)
+        assert_greedy(model, request.token_ids[: request.num_prompt_tokens], count, found)
         exact = naive_logprobs(model, request.token_ids)[-count:]
         reported = [output.logprobs for output in outputs[request.id]]
         logprobs = [x for some in reported if some is not None for x in some.logprobs]

@@ -22,9 +22,9 @@ from server.engine.engine import Engine, build_engine
 from server.engine.request import Request, SamplingParams
 from server.llm import LLM
 from server.settings import load_settings
-from tests.conftest import random_model, tiny_config
 from tests.test_cuda import PARAMS
-from tests.test_engine import greedy, ids_of, make_engine, naive_greedy, naive_logprobs, prompt, run
+from tests.test_engine import assert_greedy, greedy, ids_of, make_engine, naive_logprobs, prompt, run
+from tests.tiny import random_model, tiny_config
 
 CPU = torch.device("cpu")
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "index.bool")
@@ -162,7 +162,7 @@ def test_an_engine_gives_the_same_texts(layout: str, twins: None, tiny_checkpoin
     model = random_model(tiny_config("setting1" if "setting1" in str(tiny_checkpoint) else "setting2"))
     for request, (_, count) in zip(requests, lengths, strict=False):
         found = ids_of(outputs[request.id])
-        assert found == naive_greedy(model, request.token_ids[: request.num_prompt_tokens], count)
+        assert_greedy(model, request.token_ids[: request.num_prompt_tokens], count, found)
         reported = [output.logprobs for output in outputs[request.id]]
         logprobs = [x for some in reported if some is not None for x in some.logprobs]
         assert logprobs == pytest.approx(naive_logprobs(model, request.token_ids)[-count:], abs=1e-4)

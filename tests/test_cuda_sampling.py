@@ -20,8 +20,8 @@ from lpa_model.backends.cuda.transfer import Parcel
 from lpa_model.backends.torch import rows as torch_rows
 from lpa_model.backends.torch.results import ComputedStep, step_result
 from lpa_model.batch import Batch, Measured, ScoredRows, Span
-from tests.conftest import tiny_config
 from tests.test_sampler import VOCAB, mask_of, row_after
+from tests.tiny import tiny_config
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 CONFIG = tiny_config()

@@ -12,8 +12,8 @@ from lpa_model.backends.cuda.limits import unsupported
 from lpa_model.backends.cuda.twins import TWINS
 from lpa_model.batch import Span
 from lpa_model.config import CacheLayout
-from tests.conftest import random_model, tiny_config
 from tests.test_backends import BLOCK_SIZE, all_logprobs
+from tests.tiny import random_model, tiny_config
 
 
 @pytest.mark.parametrize("layout", ["latent", "full"])

@@ -12,7 +12,7 @@ from tokenizers import decoders, models
 
 from server.engine.detokenizer import Detokenizer
 from server.engine.tokenizer import Tokenizer
-from tests.conftest import END_OF_TEXT_ID, byte_tokenizer, tiny_config
+from tests.tiny import END_OF_TEXT_ID, byte_tokenizer, tiny_config
 
 
 def wrapped() -> Tokenizer:

@@ -12,9 +12,9 @@ import pytest
 
 from server.routes import pages
 from server.settings import GROUPS, Settings
-from tests.conftest import Architecture
 from tests.documents import ROOT
 from tests.serving import Served, serving
+from tests.tiny import Architecture
 
 NAMES = [*pages.DOCUMENTS, pages.REFERENCE]
 

@@ -21,10 +21,10 @@ from lpa_model.config import Architecture
 from server.protocol.hidden_states import Part, Wanted, parts_of, positions_of
 from server.routes import embeddings as embeddings_route
 from server.routes import hidden_states as route
-from tests.conftest import byte_tokenizer, random_model, tiny_config
 from tests.serving import Served, fail_step, serving, until
 from tests.test_hidden_states import Rows, naive
 from tests.test_limits import Threads
+from tests.tiny import byte_tokenizer, random_model, tiny_config
 
 EMBEDDINGS, HIDDEN = "/v1/embeddings", "/v1/hidden_states"
 TEXTS = ["the sea", "The robot said: you", "x"]

@@ -18,7 +18,7 @@ from lpa_model.checkpoint import CheckpointError, save_checkpoint
 from lpa_model.config import LPAConfig
 from lpa_model.convert.export import export_llama
 from server.cli import app
-from tests.conftest import byte_tokenizer, random_model, tiny_config, write_checkpoint
+from tests.tiny import byte_tokenizer, random_model, tiny_config, write_checkpoint
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from lpa_model.checkpoint import CheckpointError, load_config, load_model
 from lpa_model.config import Architecture
 from lpa_model.convert.export_transformers import export_transformers
-from tests.conftest import random_model, tiny_config, write_checkpoint
 from tests.test_cli import assert_one_line, lpa, succeed
 from tests.test_export import LLAMA3
+from tests.tiny import random_model, tiny_config, write_checkpoint
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ import pytest
 from lpa_model.config import Architecture
 from server.protocol.body import HARMLESS
 from server.protocol.sampling import SamplingBody
-from tests.conftest import byte_tokenizer
 from tests.serving import Served, serving
+from tests.tiny import byte_tokenizer
 
 MESSAGES = [{"role": "user", "content": "Who is there?"}]
 PATHS: dict[str, dict[str, Any]] = {

@@ -17,8 +17,8 @@ from lpa_model.checkpoint import CheckpointError, load_config, load_model, load_
 from server.cli import app
 from server.engine import tokenizer as engine_tokenizer
 from server.errors import InvalidRequest
-from tests.conftest import VOCAB_SIZE, byte_tokenizer, random_model, tiny_config, write_checkpoint
 from tests.serving import Served, serving
+from tests.tiny import VOCAB_SIZE, byte_tokenizer, random_model, tiny_config, write_checkpoint
 
 ADDED = "<|im_start|>"
 

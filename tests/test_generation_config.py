@@ -12,8 +12,8 @@ import pytest
 from lpa_model.checkpoint import CheckpointError, load_config
 from server.engine.generation_config import load_generation_config
 from server.engine.tokenizer import load_tokenizer
-from tests.conftest import byte_tokenizer, tiny_config, write_checkpoint
 from tests.serving import serving
+from tests.tiny import byte_tokenizer, tiny_config, write_checkpoint
 
 A, B, C = (byte_tokenizer().token_to_id(text) for text in "ABC")
 

@@ -21,7 +21,7 @@ from server.engine.grammar_workers import GrammarWorkers
 from server.engine.request import GrammarSpec
 from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidRequest
-from tests.conftest import byte_tokenizer, tiny_config
+from tests.tiny import byte_tokenizer, tiny_config
 
 Kind = Literal["json_object", "json_schema", "regex", "choice", "grammar"]
 

@@ -20,8 +20,8 @@ from server.engine.grammar_workers import GrammarWorkers
 from server.engine.request import GrammarSpec
 from server.engine.vocabulary import Vocabulary
 from server.errors import EngineError, InvalidRequest, Unavailable
-from tests.conftest import byte_tokenizer
 from tests.serving import serving, until
+from tests.tiny import byte_tokenizer
 
 OVERFLOWS = '{"const": -9223372036854775807}'
 CRASHES = GrammarSpec("grammar", f"start: %json {OVERFLOWS}", "grammar")  # a stack overflow inside llguidance 1.9

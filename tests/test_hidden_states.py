@@ -18,9 +18,9 @@ from lpa_model.model import LPAForCausalLM
 from server.engine.engine import Engine
 from server.engine.hidden_states import HiddenSpec, HiddenStates
 from server.engine.request import FinishReason, Request, hidden_request, scoring_request
-from tests.conftest import random_model, tiny_config, write_checkpoint
-from tests.test_engine import drain, greedy, ids_of, make_engine, naive_greedy, prompt, run
+from tests.test_engine import assert_greedy, drain, greedy, ids_of, make_engine, prompt, run
 from tests.test_reproducible import TILES, _memory
+from tests.tiny import random_model, tiny_config, write_checkpoint
 
 Rows = npt.NDArray[np.float32]
 ALL_LAYERS = (0, 1, 2)  # of models with two
@@ -58,6 +58,7 @@ def test_they_are_the_plain_forwards(
     assert engine.backend.name.startswith(backend)
     model = random_model(tiny_config(architecture))
     a, b = prompt(1, 50), prompt(1, 30) + prompt(2, 20)  # b begins as a does
+    naive_a, naive_b = naive(model, a), naive(model, b)
     for _ in range(2):
         outputs = run(
             engine,
@@ -73,12 +74,12 @@ def test_they_are_the_plain_forwards(
         )
         found = {name: of[-1].hidden for name, of in outputs.items()}
         assert found["stream"] is None and found["score"] is None
-        assert ids_of(outputs["stream"]) == naive_greedy(model, prompt(3, 9), 12)
+        assert_greedy(model, prompt(3, 9), 12, ids_of(outputs["stream"]))
         assert outputs["all"][-1].finish_reason is FinishReason.LENGTH
-        np.testing.assert_allclose(found["all"], naive(model, a), atol=1e-4)
-        np.testing.assert_allclose(found["some"], naive(model, b)[[3, 17, 18, 41]][:, [2, 0]], atol=1e-4)
-        np.testing.assert_allclose(found["last"], naive(model, b)[-1:, 2:], atol=1e-4)
-        np.testing.assert_allclose(found["mean"], naive(model, b).mean(0)[None, [2, 1]], atol=1e-4)
+        np.testing.assert_allclose(found["all"], naive_a, atol=1e-4)
+        np.testing.assert_allclose(found["some"], naive_b[[3, 17, 18, 41]][:, [2, 0]], atol=1e-4)
+        np.testing.assert_allclose(found["last"], naive_b[-1:, 2:], atol=1e-4)
+        np.testing.assert_allclose(found["mean"], naive_b.mean(0)[None, [2, 1]], atol=1e-4)
         np.testing.assert_allclose(found["one"], naive(model, [7]), atol=1e-4)
     cached = {name: of[-1].num_cached_tokens for name, of in outputs.items() if name != "stream"}
     assert cached == {"all": 0, "some": 0, "score": 0, "last": 48, "mean": 0, "one": 0}  # in blocks of 8

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
-import shlex
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,8 +22,8 @@ from lpa_model.config import Architecture
 from lpa_model.model import LPAForCausalLM
 from server.routes.respond import TEXT as PLACEHOLDER
 from server.routes.respond import to_json, with_text
-from tests.conftest import CORPUS, VOCAB_SIZE, random_model, tiny_config
 from tests.serving import Served, serving, slow_steps, until
+from tests.tiny import CORPUS, VOCAB_SIZE, random_model, tiny_config
 
 CONTEXT = 128
 TEXT = 'The robot said: "çava, 你好 🙂" and the waves'
@@ -448,54 +443,6 @@ def test_a_dead_engine_turns_health_to_503(
         for response in (server.client.get("/ready"), server.post(COMPLETIONS, prompt="x")):
             assert response.status_code == 503
             assert_error_object(response)
-
-
-PROCESS = """
-import sys
-from server.engine.model_runner import ModelRunner
-from server.serve import serve
-from server.settings import load_settings
-
-def broken(self, batch):
-    raise RuntimeError("no more")
-
-if sys.argv[2] == "broken":
-    ModelRunner.run = broken
-sys.exit(serve(load_settings(model=sys.argv[1], port=0, threads=1, log_format="json", kv_cache_memory=1 << 20)))
-"""
-
-
-def test_the_process_ends_with_0_after_a_signal_and_1_when_the_engine_died(
-    tiny_checkpoints: dict[Architecture, Path],
-) -> None:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(tiny_checkpoints["setting2"]), kind],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "LPA_DTYPE": "float32"},
-        )
-        for kind in ("sound", "broken")
-    ]
-    statuses = []
-    for process in processes:
-        assert process.stdout is not None
-        greeting = process.stdout.readline() + process.stdout.readline() + process.stdout.readline()
-        url = re.findall(r"http://127\.0\.0\.1:\d+", greeting)[0]
-        command = shlex.split(greeting.splitlines()[2])  # the curl line, as a person would paste it
-        body = json.loads(command[command.index("-d") + 1])
-        assert command[:2] == ["curl", url + COMPLETIONS]
-        for _ in range(3):
-            statuses.append(httpx.post(command[1], json=body, timeout=600).status_code)
-    assert statuses == [200] * 3 + [500] * 3
-    processes[0].send_signal(signal.SIGTERM)
-    logs = [process.communicate(timeout=600)[1].splitlines() for process in processes]
-    assert [process.returncode for process in processes] == [0, 1]
-    lines = [json.loads(line) for log in logs for line in log]
-    assert all({"time", "level", "logger", "message"} <= set(line) for line in lines)
-    assert sum(line.get("path") == COMPLETIONS and line["status"] == 200 for line in lines) == 3
-    assert any("no more" in line.get("exception", "") for line in lines)
 
 
 def test_a_full_queue_is_a_429_with_retry_after(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lpa_model.backends.cpu.huge_pages import CACHE_LINE, CHUNK, HugePages
 from lpa_model.backends.select import choose
 from lpa_model.config import Architecture
-from tests.conftest import random_model, tiny_config
+from tests.tiny import random_model, tiny_config
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "vocab_size": 320}  # no padding
 

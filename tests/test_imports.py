@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ OUTER = tuple(
 # a file or folder, and what nothing in it may import (modules and all below them)
 RULES: list[tuple[str, tuple[str, ...]]] = [
     ("lpa_model", ("server", *WEB)),
+    *((where, ("ziglang",)) for where in ("lpa_model", "server")),  # the compiler is for building alone
     # what a model is does not know how it is computed
     *(
         (f"lpa_model/{name}.py", ("lpa_model.backends",))
@@ -79,7 +81,12 @@ def files(where: str) -> list[Path]:
     return [path] if path.is_file() else sorted(path.rglob("*.py"))
 
 
-def imported(path: Path) -> Iterator[str]:
+@cache  # many rules hold for the same files
+def imported(path: Path) -> tuple[str, ...]:
+    return tuple(_imported(path))
+
+
+def _imported(path: Path) -> Iterator[str]:
     """Absolute names of everything a file imports, wherever in it; `from a import b` gives a and a.b."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -15,15 +15,16 @@ from tokenizers import Tokenizer
 from lpa_model.checkpoint import load_model, load_tokenizer
 from lpa_model.config import PRESETS, Architecture
 from lpa_model.init import init_model, synthetic_tokenizer
-from tests.conftest import tiny_config
+from tests.tiny import tiny_config
 
 
 @pytest.mark.parametrize("size", sorted({257, 258, 300, 32001, 60000} | {c.vocab_size for c in PRESETS.values()}))
 def test_tokenizer_has_exactly_the_vocabulary_asked_for(size: int) -> None:
-    saved = json.loads(synthetic_tokenizer(size).to_str())
+    tokenizer = synthetic_tokenizer(size)
+    saved = json.loads(tokenizer.to_str())
     vocab: dict[str, int] = saved["model"]["vocab"]
     assert sorted(vocab.values()) == list(range(size))
-    assert synthetic_tokenizer(size).get_vocab_size() == size
+    assert tokenizer.get_vocab_size() == size
     known = {token for token, i in vocab.items() if i < 256}
     for left, right in saved["model"]["merges"]:  # each merge is made of tokens that came before it
         assert {left, right} <= known

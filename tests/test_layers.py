@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lpa_model.layers import LayerNorm, LowRankLinear, ReluFFN, RMSNorm, RotaryEmbedding, SwiGLU
-from tests.conftest import tiny_config
+from tests.tiny import tiny_config
 
 LLAMA3 = {
     "rope_type": "llama3",

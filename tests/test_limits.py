@@ -183,8 +183,8 @@ def test_large_requests_are_read_and_answered_beside_the_event_loop(
                 {"parse_json", "encode"},
             ),
             (CHAT, {"messages": [message()] * 5, "max_tokens": 1, "user": padding}, {"parse_json", "render_chat"}),
-            ("/v1/perplexity", {"input": ["the sea"] * 3000}, {"parse_json", "encode"}),
-            ("/v1/loglikelihood", {"pairs": [["the", " sea"]] * 2000}, {"parse_json", "encode"}),
+            ("/v1/perplexity", {"input": ["the sea"] * 1600}, {"parse_json", "encode"}),
+            ("/v1/loglikelihood", {"pairs": [["the", " sea"]] * 1100}, {"parse_json", "encode"}),
         ):
             threads.found.clear()
             answer = served.post(path, **body)

@@ -18,6 +18,7 @@ import pytest
 
 from lpa_model.config import Architecture
 from server.listen import unix_listener
+from server.openapi import openapi_document
 from server.serve import Server, greeting
 from server.settings import SettingsError, load_settings
 from tests.serving import serving
@@ -31,10 +32,8 @@ def folder(tiny_checkpoints: dict[Architecture, Path]) -> Path:
     return tiny_checkpoints["setting2"]
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with self-signed certificates of the server and of another, their keys, and one key encrypted."""
-    folder = tmp_path_factory.mktemp("certificates")
+def write_certificates(folder: Path) -> Path:
+    """Self-signed certificates of the server and of another, their keys, and one key encrypted; returns the folder."""
     for name in ("server", "other"):
         command = f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN={name}"
         command += f" -addext subjectAltName=DNS:localhost,IP:127.0.0.1 -keyout {name}.key -out {name}.pem"
@@ -43,6 +42,11 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(shlex.split(encrypt), cwd=folder, check=True, capture_output=True)
     (folder / "both.pem").write_text((folder / "server.key").read_text() + (folder / "server.pem").read_text())
     return folder
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_certificates(tmp_path_factory.mktemp("certificates"))
 
 
 def completion(client: openai.OpenAI) -> str:
@@ -208,29 +212,6 @@ def test_the_password_is_never_shown(certificates: Path) -> None:
     assert PASSWORD not in repr(settings) + "".join(settings.given())
 
 
-def test_our_own_clients_speak_https(folder: Path, certificates: Path, tmp_path: Path) -> None:
-    """In a process of their own: the authorities are read once."""
-    text = tmp_path / "text.txt"
-    text.write_text("the sea and a gull")
-    with serving(folder, ssl_certfile=certificates / "both.pem") as served:
-        url = f"https://localhost:{served.server.port}"
-
-        def lpa(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-            command = [sys.executable, "-m", "server.cli", *map(str, arguments)]
-            return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-
-        trusting = {"SSL_CERT_FILE": str(certificates / "server.pem"), "PYTHONPATH": ":".join(sys.path)}
-        scored = lpa("score", text, "--url", url, **trusting)
-        assert scored.returncode == 0, scored.stderr
-        few = ("--input-len", 4, "--output-len", 2, "--concurrency", 2, "--rounds", 1, "--vocab-size", 100)
-        measured = lpa("bench", "serve", url, *few, **trusting)
-        assert measured.returncode == 0, measured.stderr
-        refused = lpa("score", text, "--url", url, PYTHONPATH=trusting["PYTHONPATH"])
-        assert refused.returncode != 0
-        assert "its certificate is not trusted (self-signed certificate)" in " ".join(refused.stderr.split())
-        assert "SSL_CERT_FILE" in refused.stderr
-
-
 def test_dockers_health_check_speaks_https(folder: Path, certificates: Path) -> None:
     check = json.loads(argument("HEALTHCHECK").partition("CMD ")[2])
     with serving(folder, ssl_certfile=certificates / "both.pem") as served:
@@ -262,6 +243,16 @@ def test_under_a_prefix_paths_come_with_it_and_without_it(folder: Path) -> None:
         )
 
 
+made: list[dict[str, Any]] = []
+
+
+def the_document(*arguments: Any) -> dict[str, Any]:
+    """That of the first server: half a second, for each of which only the page around it is looked at."""
+    if not made:
+        made.append(openapi_document(*arguments))
+    return made[0]
+
+
 @pytest.mark.parametrize(
     ("flags", "scheme"),
     [
@@ -280,6 +271,7 @@ def test_a_trusted_proxys_scheme_and_client_are_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("FORWARDED_ALLOW_IPS", "192.0.2.7")  # uvicorn's own variable, which is no setting
+    monkeypatch.setattr("server.app.openapi_document", the_document)
     caplog.set_level("INFO", "server.middleware")
     with serving(folder, **flags) as served:
         headers = {"x-forwarded-proto": "https", "x-forwarded-for": "203.0.113.9", "host": "lpa.example.org"}

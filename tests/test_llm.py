@@ -22,12 +22,12 @@ from server.engine.request import FinishReason, GrammarSpec, SamplingParams
 from server.errors import ContextLength, EngineError, InvalidRequest
 from server.llm import LLM, Options
 from server.scoring.perplexity import Text, pieces, tokenize, windows
-from tests.conftest import CORPUS, END_OF_TEXT_ID, byte_tokenizer, random_model, tiny_config
 from tests.serving import Served, serving
 from tests.test_cli import succeed
-from tests.test_engine import naive_greedy
+from tests.test_engine import assert_greedy
 from tests.test_perplexity import NAIVE, convention
 from tests.test_score import json_lines, write
+from tests.tiny import CORPUS, END_OF_TEXT_ID, byte_tokenizer, random_model, tiny_config
 
 SMALL: dict[str, Any] = {"dtype": "float32", "threads": 1, "block_size": 32, "kv_cache_memory": 1 << 20}
 
@@ -130,17 +130,15 @@ def test_prompts_come_in_every_form_and_completions_in_their_order(
     model, ids = random_model(tiny_config(architecture)), byte_tokenizer().encode("The robot").ids
     params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
     with LLM(tiny_checkpoint, max_num_seqs=2, **SMALL) as llm:
-        expected = naive_greedy(model, ids, 8)
         for prompts in ("The robot", ids, ["The robot"], [ids]):
             (completion,) = llm.generate(prompts, params)
-            assert completion.token_ids == expected
+            assert_greedy(model, ids, 8, completion.token_ids)
             assert completion.logprobs.logprobs == []
         lengths = [5, 1, 9, 2, 7, 3]  # more than run or wait at once, and they end in another order
         many = [ids[: 1 + i % 2] for i in range(6)]
         completions = llm.generate(many, [dataclasses.replace(params, max_tokens=n) for n in lengths])
-        assert [len(c.token_ids) for c in completions] == lengths
-        for prompt, completion in zip(many, completions, strict=True):
-            assert completion.token_ids == naive_greedy(model, prompt, len(completion.token_ids))
+        for prompt, length, completion in zip(many, lengths, completions, strict=True):
+            assert_greedy(model, prompt, length, completion.token_ids)
         assert llm.generate([]) == []
         (scored,) = llm.generate([ids], SamplingParams(max_tokens=0, prompt_logprobs=1))
         assert scored.prompt_logprobs is not None

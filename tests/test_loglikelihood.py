@@ -17,9 +17,9 @@ from lpa_model.checkpoint import save_checkpoint
 from lpa_model.config import Architecture
 from lpa_model.model import LPAForCausalLM
 from server.routes import loglikelihood as route
-from tests.conftest import CORPUS, END_OF_TEXT_ID, VOCAB_SIZE, byte_tokenizer, random_model, tiny_config
 from tests.serving import Served, serving, until
 from tests.test_limits import Threads
+from tests.tiny import CORPUS, END_OF_TEXT_ID, VOCAB_SIZE, byte_tokenizer, random_model, tiny_config
 
 PATH = "/v1/loglikelihood"
 CONTEXT = 128

@@ -7,7 +7,7 @@ import math
 from server.engine.request import Logprobs
 from server.engine.tokenizer import Tokenizer as EngineTokenizer
 from server.protocol.logprobs import columns, prompt_columns
-from tests.conftest import VOCAB_SIZE, byte_tokenizer, tiny_config
+from tests.tiny import VOCAB_SIZE, byte_tokenizer, tiny_config
 
 
 def test_two_tokens_with_one_text_do_not_lose_the_better() -> None:

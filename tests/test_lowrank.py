@@ -20,8 +20,8 @@ from lpa_model.convert.lowrank.allocate import Option, allocate, parameter_optio
 from lpa_model.convert.lowrank.convert import Budget, factorise
 from lpa_model.convert.lowrank.factor import decompose
 from server.cli import lowrank
-from tests.conftest import CORPUS, random_model, tiny_config, write_checkpoint
 from tests.test_cli import assert_one_line, lpa, succeed
+from tests.tiny import CORPUS, random_model, tiny_config, write_checkpoint
 
 GROUPED: dict[str, Any] = {"attention_rank": None, "num_key_value_heads": 2}
 
@@ -419,6 +419,7 @@ def test_least_squares_alone_brings_outputs_closer(dense_folder: Path, tmp_path:
 
 def test_the_command_makes_factors_of_a_llama_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowrank, "POOR", 0.5)  # of a random model nothing is lost
+    monkeypatch.setattr("lpa_model.convert.lowrank.text.EVALUATED", 512)
     config = dense_config(hidden_size=128, intermediate_size=256, num_key_value_heads=4, head_dim=32)
     export_llama(write_checkpoint(tmp_path / "own", config), tmp_path / "llama", torch.float32)
     text = tmp_path / "text.txt"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lpa_model.config import Architecture, LPAConfig
 from lpa_model.model import LPAForCausalLM, without_weights
-from tests.conftest import random_model, tiny_config
+from tests.tiny import random_model, tiny_config
 
 PER_LAYER = {"q": [8, None], "k": [None, 6], "v": 5, "o": [3, 9]}
 LINEAR = {"rope_type": "linear", "factor": 2.0}

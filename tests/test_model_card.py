@@ -9,8 +9,8 @@ import pytest
 from lpa_model.config import Architecture
 from server.model_card import LONGEST, description
 from server.settings import embedded_checkpoint
-from tests.conftest import tiny_config, write_checkpoint
 from tests.serving import serving
+from tests.tiny import tiny_config, write_checkpoint
 
 FRONT_MATTER = "---\nlicense: mit\ntags:\n- text-generation\n---\n"
 

@@ -17,8 +17,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from lpa_model.checkpoint import save_checkpoint
 from server.engine.tokenizer import Tokenizer
 from server.protocol.logprobs import TextOffsets, offsets_of_ids
-from tests.conftest import byte_tokenizer, random_model, tiny_config
 from tests.serving import serving
+from tests.tiny import byte_tokenizer, random_model, tiny_config
 
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
 LETTERS = ["\u2581", *"HieloByINSTfx[]/", "\u2581H", "\u2581[", "el", "lo"]

@@ -11,8 +11,8 @@ import openai
 import pytest
 
 from lpa_model.config import Architecture
-from tests.conftest import CORPUS
 from tests.serving import Served, serving, until
+from tests.tiny import CORPUS
 
 CONTEXT = 128
 

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, decoders, models
 
 from lpa_model.checkpoint import save_checkpoint
 from lpa_model.config import Architecture
-from tests.conftest import byte_tokenizer, random_model, tiny_config
 from tests.serving import Served, serving, slow_steps, until
+from tests.tiny import byte_tokenizer, random_model, tiny_config
 
 SMILE = "🙂".encode()
 

@@ -23,9 +23,9 @@ from lpa_model.checkpoint import save_checkpoint
 from lpa_model.config import Architecture
 from lpa_model.model import LPAForCausalLM
 from server.routes import perplexity as route
-from tests.conftest import CORPUS, END_OF_TEXT_ID, VOCAB_SIZE, byte_tokenizer, random_model, tiny_config
 from tests.serving import Served, serving, slow_steps, until
 from tests.test_perplexity import NAIVE, convention
+from tests.tiny import CORPUS, END_OF_TEXT_ID, VOCAB_SIZE, byte_tokenizer, random_model, tiny_config
 
 PATH = "/v1/perplexity"
 CONTEXT = 128
@@ -139,7 +139,7 @@ def alike(found: Any, expected: Any) -> bool:
 def test_every_method_equals_its_plain_loop(both: tuple[Served, LPAForCausalLM], method: Any) -> None:
     server, model = both
     asked: dict[str, Any] = {"full": {}, "sliding": {"max_length": 24, "stride": 10}}.get(method, {"max_length": 24})
-    texts = [CORPUS[:230], CORPUS[100:330] + " é"]
+    texts = [CORPUS[:140], CORPUS[100:230] + " é"]
     how = convention(method, asked.get("max_length", CONTEXT), asked.get("stride"), 0 if method == "rolling" else None)
     ids = [byte_tokenizer().encode(text).ids for text in texts]
     expected = [NAIVE[method](model, of_text, how) for of_text in ids]
@@ -174,18 +174,18 @@ def test_every_method_equals_its_plain_loop(both: tuple[Served, LPAForCausalLM],
 
 @pytest.mark.parametrize("method", ["full", "sliding", "rolling", "chunks"])
 def test_bos_is_the_tokenizers_own_setting(bos_served: Served, model: LPAForCausalLM, method: Any) -> None:
-    ids = byte_tokenizer().encode(CORPUS[:200]).ids
+    ids = byte_tokenizer().encode(CORPUS[:120]).ids
     asked: dict[str, Any] = {"method": method} | ({} if method == "full" else {"max_length": 24})
     if method == "sliding":
         asked["stride"] = 7
     how = convention(method, asked.get("max_length", CONTEXT), asked.get("stride"), END_OF_TEXT_ID)
     expected = NAIVE[method](model, ids, how)
-    answer = ask(bos_served, input=CORPUS[:200], **asked)
+    answer = ask(bos_served, input=CORPUS[:120], **asked)
     assert (answer["add_bos"], answer["prefix_token_id"]) == (True, END_OF_TEXT_ID)
     assert answer["aggregate"]["num_tokens"] == len(expected)
     assert answer["aggregate"]["nll_sum"] == pytest.approx(math.fsum(expected), rel=1e-5)
     if method != "rolling":
-        for twice in (f"<|endoftext|>{CORPUS[:200]}", [END_OF_TEXT_ID, *ids]):
+        for twice in (f"<|endoftext|>{CORPUS[:120]}", [END_OF_TEXT_ID, *ids]):
             assert alike(ask(bos_served, input=twice, **asked)["aggregate"]["nll_sum"], answer["aggregate"]["nll_sum"])
         bare = NAIVE[method](model, ids, convention(method, how.max_length, how.stride))
         without = ask(bos_served, input=ids, add_bos=False, **asked)["aggregate"]

@@ -6,17 +6,20 @@ import json
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from server.bench.load import Timing, summarize
 from server.bench.plot import plot_servers
 from server.bench.rounds import ratios
 from server.cli import app
-from tests.conftest import tiny_config, write_checkpoint
 from tests.serving import Served, serving
+from tests.tiny import tiny_config, write_checkpoint
+
+if TYPE_CHECKING:  # to be imported by the process that runs these tests alone
+    from matplotlib.figure import Figure
 
 SVG = "{http://www.w3.org/2000/svg}"
 

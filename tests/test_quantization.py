@@ -21,7 +21,7 @@ from lpa_model.quantization import (
     quantized_input,
     round_weights,
 )
-from tests.conftest import random_model, tiny_config
+from tests.tiny import random_model, tiny_config
 
 each_bits = pytest.mark.parametrize("bits", get_args(Bits))
 

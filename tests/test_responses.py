@@ -19,9 +19,9 @@ from server.protocol.responses import messages_of
 from server.routes import responses as route
 from server.routes.respond import json_parts
 from server.routes.response_store import ResponseStore, Stored
-from tests.conftest import tiny_config, write_checkpoint
 from tests.serving import Served, fail_step, serving, slow_steps, until
 from tests.test_limits import Threads
+from tests.tiny import tiny_config, write_checkpoint
 
 PATH = "/v1/responses"
 FIXED: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_output_tokens": 8}

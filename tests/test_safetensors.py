@@ -19,9 +19,9 @@ from safetensors.numpy import load
 from lpa_model.config import Architecture
 from lpa_model.perplexity import windows
 from server.routes import safetensors as route
-from tests.conftest import CORPUS, END_OF_TEXT_ID, VOCAB_SIZE, byte_tokenizer, random_model, tiny_config
 from tests.serving import Served, serving, until
 from tests.test_perplexity import convention
+from tests.tiny import CORPUS, END_OF_TEXT_ID, VOCAB_SIZE, byte_tokenizer, random_model, tiny_config
 
 PATH, COMPLETIONS = "/v1/perplexity", "/v1/completions"
 ACCEPT = {"accept": "application/safetensors", "content-type": "application/json"}

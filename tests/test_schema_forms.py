@@ -16,7 +16,7 @@ from server.engine.request import GrammarSpec
 from server.engine.schema_forms import DECIMAL, _decimal, closed, closed_where_silent
 from server.engine.vocabulary import Vocabulary
 from server.errors import InvalidRequest
-from tests.conftest import byte_tokenizer
+from tests.tiny import byte_tokenizer
 
 ONE_BYTE = [bytes([byte]) for byte in range(256)]
 

@@ -24,9 +24,9 @@ from server.engine.scheduler import ScheduledBatch
 from server.llm import LLM
 from server.scoring import local
 from server.scoring.texts import Source, find_files, read_texts, total_size
-from tests.conftest import CORPUS, END_OF_TEXT_ID, byte_tokenizer, random_model, tiny_config
 from tests.test_cli import assert_one_line, lpa, succeed
 from tests.test_perplexity import NAIVE, convention
+from tests.tiny import CORPUS, END_OF_TEXT_ID, byte_tokenizer, random_model, tiny_config
 
 TEXT = 'The robot said: "çava, 你好 🙂" and the waves'
 

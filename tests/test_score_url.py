@@ -16,10 +16,10 @@ import pytest
 from lpa_model.config import Architecture
 from server.scoring import remote
 from server.scoring.texts import Source
-from tests.conftest import CORPUS
 from tests.serving import Served, serving, until
 from tests.test_cli import assert_one_line, lpa, succeed
 from tests.test_score import TEXT, json_lines, write
+from tests.tiny import CORPUS
 
 KEY = "the key"
 

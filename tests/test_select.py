@@ -13,7 +13,7 @@ import torch
 from lpa_model.backends import features, select
 from lpa_model.config import PRESETS, CacheLayout
 from lpa_model.quantization import WeightType
-from tests.conftest import random_model, tiny_config
+from tests.tiny import random_model, tiny_config
 
 # column -> options
 COLUMNS: dict[str, dict[str, str]] = {

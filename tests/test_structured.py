@@ -17,8 +17,8 @@ from openai.lib._pydantic import to_strict_json_schema
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.engine.schema_forms import DECIMAL
-from tests.conftest import byte_tokenizer, tiny_config, write_checkpoint
 from tests.serving import Served, serving
+from tests.tiny import byte_tokenizer, tiny_config, write_checkpoint
 
 SCHEMA = {
     "type": "object",

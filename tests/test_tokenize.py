@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, processors
 from lpa_model.config import Architecture
 from server.engine.chat_template import DEFAULT_TEMPLATE
 from server.engine.tokenizer import Tokenizer as EngineTokenizer
-from tests.conftest import VOCAB_SIZE, byte_tokenizer, tiny_config, write_checkpoint
 from tests.serving import Served, serving
 from tests.templates import CHATML
+from tests.tiny import VOCAB_SIZE, byte_tokenizer, tiny_config, write_checkpoint
 
 TEXT = 'The robot said: "çava, 你好 🙂"\n\n and the waves'
 TALK = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "The sea"}]

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 
 from server.engine import tokenizer as module
 from server.engine.tokenizer import Tokenizer
-from tests.conftest import CORPUS, byte_tokenizer, tiny_config
+from tests.tiny import CORPUS, byte_tokenizer, tiny_config
 
 
 def with_changes(**changes: Any) -> Tokenizer:

@@ -20,7 +20,7 @@ from server.engine.tool_reader import ToolReader
 from server.engine.tool_syntax import HERMES, LLAMA, MISTRAL, MISTRAL_ARGS, SYNTAXES, CallSyntax, as_text, syntax_of
 from server.engine.vocabulary import Vocabulary
 from server.errors import InvalidRequest
-from tests.conftest import byte_tokenizer
+from tests.tiny import byte_tokenizer
 
 SKY = Function(
     "sky",

@@ -6,10 +6,6 @@ import dataclasses
 import itertools
 import json
 import math
-import multiprocessing
-import random
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +24,7 @@ from lpa_model.train.loss import accumulate, bits_per_byte, make_loss
 from lpa_model.train.metrics import read_metrics
 from lpa_model.train.tokenizer import encode
 from lpa_model.train.tokens import Tokens
-from tests.conftest import CORPUS, byte_tokenizer, random_model, tiny_config
+from tests.tiny import CORPUS, byte_tokenizer, random_model, tiny_config
 
 CPU = torch.device("cpu")
 STEPS = 12
@@ -45,7 +41,7 @@ MUON = dataclasses.replace(CONFIG, muon_learning_rate=1e-2)
 
 
 def corpus() -> Tokens:
-    """The sentences of conftest as a validation text."""
+    """The sentences of `tests.tiny` as a validation text."""
     ids = encode(byte_tokenizer(), CORPUS)
     return Tokens(ids, num_bytes=len(CORPUS.encode()), documents=1, end_of_text=0)
 
@@ -53,7 +49,7 @@ def corpus() -> Tokens:
 def run(
     out: Path, config: TrainConfig, *, stop: int | None = None, model: LPAConfig | None = None, **options: Any
 ) -> list[Progress]:
-    """Train on the few sentences of conftest; `stop` leaves the loop after so many steps, as an interruption does."""
+    """Train on the few sentences of `tests.tiny`; `stop` leaves the loop after so many steps, as if interrupted."""
     out.mkdir(exist_ok=True)
     tokenizer = byte_tokenizer()
     tokens = encode(tokenizer, CORPUS)
@@ -269,49 +265,3 @@ def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_hyperparameters_out_of_range_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **change)
-
-
-def keep_all(out: Path) -> None:
-    """In a process of its own: train with a state after every second step, so that much of the time is writing."""
-    torch.set_num_threads(1)
-    run(out, CONFIG, validate_every=3, checkpoint_every=2)
-
-
-def test_a_run_that_is_killed_at_any_moment_ends_the_same(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_train", "torch._dynamo"])  # which optimizers import
-
-    def start(out: Path) -> multiprocessing.process.BaseProcess:
-        process = context.Process(target=keep_all, args=(out,))
-        process.start()
-        return process
-
-    warm_up = context.Process(target=keep_all, args=(tmp_path / "first",))  # the server of forks imports before it
-    warm_up.start()
-    warm_up.join(120)
-    whole = start(tmp_path / "whole")
-    began = time.perf_counter()
-    whole.join(120)
-    seconds = time.perf_counter() - began
-    assert whole.exitcode == 0
-    killed, moments = 0, random.Random(0)
-    for _ in range(5):
-        process = start(tmp_path / "killed")
-        process.join(moments.uniform(0.1, 0.7) * seconds)
-        process.kill()
-        process.join()
-        killed += process.exitcode == -signal.SIGKILL
-    last = start(tmp_path / "killed")
-    last.join(120)
-    assert last.exitcode == 0 and killed > 0
-    ours, expected = weights(tmp_path / "killed"), weights(tmp_path / "whole")
-    for name, tensor in expected.items():
-        assert torch.equal(ours[name], tensor), name
-    found, wanted = (read_metrics(tmp_path / name / "metrics.csv") for name in ("killed", "whole"))
-    assert [row.step for row in wanted] == list(range(1, STEPS + 1))
-    assert [dataclasses.replace(row, tokens_per_second=0) for row in found] == [
-        dataclasses.replace(row, tokens_per_second=0) for row in wanted
-    ]
-    for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        same = [(tmp_path / which / "model" / name).read_bytes() for which in ("killed", "whole")]
-        assert same[0] == same[1], name

@@ -14,8 +14,8 @@ from lpa_model.train.config import TrainConfig
 from lpa_model.train.metrics import Row
 from server.bench.plot import plot_training
 from server.cli.train import _kind, _options, _parameters
-from tests.conftest import CORPUS, tiny_config
 from tests.test_cli import assert_one_line, lpa, succeed
+from tests.tiny import CORPUS, tiny_config
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -21,7 +21,7 @@ from lpa_model.train.data import prepare, tokenize
 from lpa_model.train.text import paragraphs, pieces, read_text
 from lpa_model.train.tokenizer import END_OF_TEXT, encode
 from lpa_model.train.tokens import read_tokens, write_tokens
-from tests.conftest import CORPUS, byte_tokenizer
+from tests.tiny import CORPUS, byte_tokenizer
 
 
 def test_ids_of_a_large_vocabulary_are_kept_whole() -> None:

@@ -26,11 +26,11 @@ from server.llm import LLM
 from server.scoring.local import score_texts
 from server.scoring.texts import Source
 from server.scoring.units import Units, token_cuts, tokenize_units
-from tests.conftest import CORPUS, byte_tokenizer, random_model, tiny_config
 from tests.serving import Served, serving
 from tests.test_cli import assert_one_line, lpa, succeed
 from tests.test_perplexity import convention
 from tests.test_score import bos_checkpoint, json_lines, write
+from tests.tiny import CORPUS, byte_tokenizer, random_model, tiny_config
 
 __all__ = ["bos_checkpoint"]
 

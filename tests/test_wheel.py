@@ -74,7 +74,18 @@ def test_wheel_holds_both_packages_and_the_embedded_model(wheel: Path) -> None:
 
 def test_installed_wheel_generates_with_the_embedded_model(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
-    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site, wheel]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--no-compile",
+        "--target",
+        site,
+        wheel,
+    ]
     subprocess.run(install, check=True, capture_output=True, timeout=900)
     code = (
         "import sys, server.cli, lpa_model;"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
+
+from server.version import package_version
 
 
 class Identity(NamedTuple):
@@ -17,8 +18,4 @@ class Identity(NamedTuple):
 
 def fingerprint(weights: str, backend: str) -> str:
     """Version, hash of the weights, and the backend's name with its dtype: lpa-0.1.0-3f2a9c1be07d-cpu-avx2-float32."""
-    try:
-        release = version("lpa-server")
-    except PackageNotFoundError:
-        release = "0"
-    return f"lpa-{release}-{weights}-{re.sub('[^a-z0-9]+', '-', backend.lower()).strip('-')}"
+    return f"lpa-{package_version()}-{weights}-{re.sub('[^a-z0-9]+', '-', backend.lower()).strip('-')}"

@@ -20,7 +20,7 @@ def batches_router(runner: Runner | None) -> APIRouter:
     """The routes; without a runner they say how to get one."""
     router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 
-    @router.post(BATCHES, summary="Start a batch", responses=responses(BatchObject, *WITH_BODY))
+    @router.post(BATCHES, summary="Start a batch", responses=responses(None, *WITH_BODY))
     async def start(body: BatchRequest, request: Request) -> BatchObject:
         """Every line of the file is a request; answers come in a file, errors in another, both in the order of the
         lines. Lines run while the engine has no other request, and a few at a time beside streams."""
@@ -30,7 +30,7 @@ def batches_router(runner: Runner | None) -> APIRouter:
         jobs.wake()
         return BatchObject.model_validate(await jobs.call(jobs.store.batch, batch_id, owner))
 
-    @router.get(BATCHES, summary="Batches", responses=responses(BatchList, 400, 404))
+    @router.get(BATCHES, summary="Batches", responses=responses(None, 400, 404))
     async def batches(
         request: Request, after: After = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
     ) -> BatchList:
@@ -38,13 +38,13 @@ def batches_router(runner: Runner | None) -> APIRouter:
         jobs = enabled(runner)
         return page(BatchList, *await jobs.call(jobs.store.batches, request.state.owner, after, limit))
 
-    @router.get(BATCHES + "/{batch_id}", summary="One batch", responses=responses(BatchObject, 404))
+    @router.get(BATCHES + "/{batch_id}", summary="One batch", responses=responses(None, 404))
     async def batch(request: Request, batch_id: Id) -> BatchObject:
         """How far it has come."""
         jobs = enabled(runner)
         return BatchObject.model_validate(await jobs.call(jobs.store.batch, batch_id, request.state.owner))
 
-    @router.post(BATCHES + "/{batch_id}/cancel", summary="Cancel a batch", responses=responses(BatchObject, 400, 404))
+    @router.post(BATCHES + "/{batch_id}/cancel", summary="Cancel a batch", responses=responses(None, 400, 404))
     async def cancel(request: Request, batch_id: Id) -> BatchObject:
         """Lines that are answered stay so; they are in the output file when the batch is `cancelled`."""
         jobs = enabled(runner)

@@ -22,14 +22,14 @@ def control_router(engine: AsyncEngine, keys: Keys, others: Others) -> APIRouter
     """The routes over one engine and the process's log, and those of its other replicas."""
     router = APIRouter(tags=[CONTROL], route_class=JsonRoute)
 
-    @router.post("/reset_prefix_cache", summary="Empty the prefix cache", responses=responses(ResetResponse, 403, 503))
+    @router.post("/reset_prefix_cache", summary="Empty the prefix cache", responses=responses(None, 403, 503))
     async def reset_prefix_cache(request: Request) -> ResetResponse:
         """Forget every cached beginning of a prompt; requests that run keep their blocks."""
         keys.check_admin(request.state.role)
         freed = await engine.reset_prefix_cache()
         return ResetResponse(freed_blocks=freed + sum(await others("reset_prefix_cache")))
 
-    @router.post("/log_level", summary="Change the log level", responses=responses(LogLevelResponse, 403, *WITH_BODY))
+    @router.post("/log_level", summary="Change the log level", responses=responses(None, 403, *WITH_BODY))
     async def log_level(body: LogLevelRequest, request: Request) -> LogLevelResponse:
         """Log from this level on, as --log-level does, until the server ends."""
         keys.check_admin(request.state.role)

@@ -35,8 +35,8 @@ EVENTS = {
 def responses(
     model: type[BaseModel] | None, *statuses: int, streams: bool = False, description: str = "The answer."
 ) -> dict[int | str, dict[str, Any]]:
-    """A route's `responses`: `model` with 200 (with `streams` also as events), and errors of these statuses, beside
-    those that any route may have."""
+    """A route's `responses`: `model` with 200 where the endpoint returns none itself (with `streams` also as events),
+    and errors of these statuses, beside those that any route may have."""
     good: dict[str, Any] = {"description": description}
     if model is not None:
         good["model"] = model

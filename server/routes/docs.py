@@ -52,12 +52,13 @@ def docs_router(
     described = responses(None, description="A page of HTML.")
     described[200]["content"] = {"text/html": {"schema": {"type": "string"}}}
 
+    # beside the event loop: the document takes half a second to make
     @router.get("/openapi.json", include_in_schema=False)
-    async def openapi() -> Response:
+    def openapi() -> Response:
         return json_response(document())
 
     @router.get(f"/docs/{REFERENCE}", summary="This page", response_class=Response, responses=described)
-    async def reference(request: Request) -> Response:
+    def reference(request: Request) -> Response:
         """The OpenAPI document, which is at /openapi.json, as a page."""
         url = str(request.base_url).rstrip("/") + root_path
         document = open_document()

@@ -45,7 +45,7 @@ def files_router(runner: Runner | None) -> APIRouter:
     """The routes; without a runner they say how to get one."""
     router = APIRouter(tags=["OpenAI"])
 
-    @router.post(FILES, summary="Keep a file", responses=responses(FileObject, *WITH_BODY), openapi_extra=UPLOAD)
+    @router.post(FILES, summary="Keep a file", responses=responses(None, *WITH_BODY), openapi_extra=UPLOAD)
     async def upload(request: Request) -> FileObject:
         """A file of JSON lines for a batch, at most the server's max_file_bytes."""
         jobs = enabled(runner)
@@ -64,7 +64,7 @@ def files_router(runner: Runner | None) -> APIRouter:
             found = await jobs.call(_take, jobs, file.file, path, request.state.owner, name)
         return FileObject.model_validate(found)
 
-    @router.get(FILES, summary="Files", responses=responses(FileList, 400, 404))
+    @router.get(FILES, summary="Files", responses=responses(None, 400, 404))
     async def files(
         request: Request,
         purpose: Annotated[str | None, Query(description="Only files with this purpose.")] = None,
@@ -77,7 +77,7 @@ def files_router(runner: Runner | None) -> APIRouter:
         rows, more = await jobs.call(jobs.store.files, request.state.owner, purpose, after, limit, order)
         return page(FileList, rows, more)
 
-    @router.get(FILES + "/{file_id}", summary="One file", responses=responses(FileObject, 404))
+    @router.get(FILES + "/{file_id}", summary="One file", responses=responses(None, 404))
     async def file(request: Request, file_id: Id) -> FileObject:
         """What is known of it."""
         jobs = enabled(runner)
@@ -96,7 +96,7 @@ def files_router(runner: Runner | None) -> APIRouter:
         name = found["filename"]
         return FileResponse(jobs.store.path(file_id), media_type="application/octet-stream", filename=name)
 
-    @router.delete(FILES + "/{file_id}", summary="Delete a file", responses=responses(FileDeleted, 400, 404))
+    @router.delete(FILES + "/{file_id}", summary="Delete a file", responses=responses(None, 400, 404))
     async def delete(request: Request, file_id: Id) -> FileDeleted:
         """A file that a batch still reads stays."""
         jobs = enabled(runner)

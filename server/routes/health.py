@@ -15,21 +15,21 @@ def health_router(engine: AsyncEngine) -> APIRouter:
     """The routes over one engine."""
     router = APIRouter(tags=["Operations"])
 
-    @router.get("/health", summary="Whether the engine lives", responses=responses(HealthResponse, 503))
+    @router.get("/health", summary="Whether the engine lives", responses=responses(None, 503))
     async def health() -> HealthResponse:
         """200 while the engine lives, else 503. Needs no key."""
         if not engine.alive:
             raise Unavailable("the engine has died")
         return HealthResponse()
 
-    @router.get("/ready", summary="Whether requests are taken", responses=responses(ReadyResponse, 503))
+    @router.get("/ready", summary="Whether requests are taken", responses=responses(None, 503))
     async def ready() -> ReadyResponse:
         """200 while requests are taken, 503 while the server starts or drains. Needs no key."""
         if not (engine.alive and engine.accepting):
             raise Unavailable("the server takes no requests")
         return ReadyResponse()
 
-    @router.get("/version", summary="Version of the server", responses=responses(VersionResponse))
+    @router.get("/version", summary="Version of the server", responses=responses(None))
     async def server_version() -> VersionResponse:
         """The version of the installed package, and the backend that computes."""
         backend = engine.backend

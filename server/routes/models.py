@@ -33,12 +33,12 @@ def models_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
         for name in settings.model_names
     }
 
-    @router.get("/v1/models", summary="The models served", responses=responses(ModelList))
+    @router.get("/v1/models", summary="The models served", responses=responses(None))
     async def models() -> ModelList:
         """The model, by each of its names."""
         return ModelList(data=list(cards.values()))
 
-    @router.get("/v1/models/{name:path}", summary="One model", responses=responses(ModelCard, 404))
+    @router.get("/v1/models/{name:path}", summary="One model", responses=responses(None, 404))
     async def model(
         name: str = Path(description="One of its names.", examples=[settings.model_name]),
     ) -> ModelCard:

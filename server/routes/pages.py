@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
 from importlib.resources import files
 from typing import Any, NamedTuple
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import RedirectResponse, Response
 from jinja2 import Environment, PackageLoader
 from markdown_it import MarkdownIt
@@ -87,16 +86,14 @@ def pages_router() -> APIRouter:
     def index(request: Request) -> Response:
         return RedirectResponse("docs/", headers=HEADERS)  # relative, since a proxy may have a prefix
 
-    for name in DOCUMENTS:
-        router.add_api_route(f"/docs/{name}", _sender(name))
-    return router
-
-
-def _sender(name: str) -> Callable[[], Response]:
-    def send() -> Response:
+    @router.get("/docs/")
+    @router.get("/docs/{name}")
+    def page(name: str = "") -> Response:
+        if name not in DOCUMENTS:
+            raise HTTPException(404)
         return Response(render(name), media_type=MEDIA_TYPE, headers=HEADERS)
 
-    return send
+    return router
 
 
 @functools.cache

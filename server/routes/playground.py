@@ -6,11 +6,10 @@ The files are read once, at import: they are small, and the paths must be known 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import Response
 
 MEDIA_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
@@ -54,18 +53,16 @@ PLAYGROUND_PATHS = frozenset(FILES)
 def playground_router() -> APIRouter:
     """The routes of the page."""
     router = APIRouter(include_in_schema=False)
-    for path, file in FILES.items():
-        router.add_api_route(path, _sender(file))
-    return router
 
-
-def _sender(file: File) -> Callable[[Request], Response]:
-    headers = {**HEADERS, "etag": file.etag}
-
-    def send(request: Request) -> Response:
+    @router.get("/")
+    @router.get("/playground/{name}")
+    def send(request: Request, name: str = "") -> Response:
+        if (file := FILES.get(f"/playground/{name}" if name else "/")) is None:
+            raise HTTPException(404)
+        headers = {**HEADERS, "etag": file.etag}
         known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
         if file.etag in known:
             return Response(status_code=304, headers=headers)
         return Response(file.body, headers=headers, media_type=file.media_type)
 
-    return send
+    return router

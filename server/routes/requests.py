@@ -55,7 +55,7 @@ def requests_router(running: Running, keys: Keys, others: Others) -> APIRouter:
     @router.post(
         "/v1/requests/{request_id}/cancel",
         summary="Cancel a request",
-        responses=responses(CancelResponse, 403, 404),
+        responses=responses(None, 403, 404),
     )
     async def cancel(
         request: Request, request_id: str = Path(description="The x-request-id, or an answer's `id`.")

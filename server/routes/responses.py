@@ -324,9 +324,7 @@ def responses_router(engine: AsyncEngine, settings: Settings, requests: Running)
             raise InvalidRequest("stream: the events of a response are not kept", param="stream")
         return await _large(ours.find(response_id))
 
-    @router.delete(
-        "/v1/responses/{response_id}", summary="Forget a response", responses=responses(DeletedResponse, 404)
-    )
+    @router.delete("/v1/responses/{response_id}", summary="Forget a response", responses=responses(None, 404))
     async def delete(response_id: str = ID) -> DeletedResponse:
         """Responses that were given after it keep their conversation."""
         if not ours.store.remove(response_id):

@@ -25,10 +25,10 @@ from lpa_model.batch import Batch, Span
 from lpa_model.cache import LatentCache
 from lpa_model.config import Architecture, CacheLayout
 from lpa_model.quantization import WeightType, hold_weights
-from tests.conftest import random_model, tiny_config
 from tests.cpu_kernels import kernels_here
 from tests.extra.saved_step import SavedStep, recording
 from tests.test_wheel import build_wheel
+from tests.tiny import random_model, tiny_config
 
 SETS = [flavour.name for flavour in INSTRUCTION_SETS["aarch64"]]
 # qemu's processor -> the instruction sets that it has

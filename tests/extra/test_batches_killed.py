@@ -11,9 +11,10 @@ from typing import Any
 from openai import OpenAI
 from openai.types import Batch
 
-from tests.conftest import tiny_config, write_checkpoint
 from tests.serving import serving
-from tests.test_batches import ENDED, content, killed_at_the_end, lines, request, start
+from tests.test_batches import ENDED, content, lines, request, start
+from tests.test_processes import killed_at_the_end
+from tests.tiny import tiny_config, write_checkpoint
 
 KILLS = 20
 LINES = 100

@@ -18,7 +18,7 @@ from server.bench.device.parts import PARTS, bench_device
 from server.bench.device.report import print_part
 from server.bench.device.setup import Setup
 from server.cli import app
-from tests.conftest import random_model, tiny_config
+from tests.tiny import random_model, tiny_config
 
 TINY = Setup("cpu", True)
 

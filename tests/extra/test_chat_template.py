@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from server.engine.chat_template import DEFAULT_TEMPLATE
 from server.engine.tokenizer import load_tokenizer
-from tests.conftest import byte_tokenizer, tiny_config
 from tests.templates import CHATML, HEADERS, INST, TRIMMED
+from tests.tiny import byte_tokenizer, tiny_config
 
 EVERYTHING = """\
 {% set ns = namespace(count=0) %}

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lpa_model.checkpoint import load_model
 from lpa_model.convert.llama import convert_llama
-from tests.conftest import byte_tokenizer
 from tests.llama_oracle import BASE, KINDS
+from tests.tiny import byte_tokenizer
 
 
 @pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)

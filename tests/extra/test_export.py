@@ -14,8 +14,8 @@ from lpa_model.convert.export import export_llama
 from server.engine.engine import build_engine
 from server.engine.request import Request, SamplingParams
 from server.settings import load_settings
-from tests.conftest import byte_tokenizer, random_model, tiny_config, write_checkpoint
 from tests.test_export import CASES as WITH_ORACLE
+from tests.tiny import byte_tokenizer, random_model, tiny_config, write_checkpoint
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 CASES: dict[str, dict[str, Any]] = {

@@ -19,8 +19,8 @@ from server.engine.grammar_workers import GrammarWorkers
 from server.engine.request import GrammarSpec
 from server.engine.vocabulary import Vocabulary
 from server.errors import InvalidRequest
-from tests.conftest import byte_tokenizer
 from tests.serving import Served, serving
+from tests.tiny import byte_tokenizer
 
 EXAMPLES = 1500
 EDGES = [0, 1, -1, 2**31, 2**53, 2**63 - 1, -(2**63), -(2**63) + 1, 2**64, 10**40, -(10**40), 1e308, 5e-324, 0.1, -0.0]

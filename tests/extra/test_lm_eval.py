@@ -21,9 +21,9 @@ from lpa_model.checkpoint import load_model, load_tokenizer
 from lpa_model.convert.export import export_llama
 from lpa_model.model import LPAForCausalLM
 from server.settings import embedded_checkpoint
-from tests.conftest import CORPUS
 from tests.processes import lpa_serve
 from tests.test_perplexity import harness_windows
+from tests.tiny import CORPUS
 
 ROOT = Path(__file__).parent.parent.parent
 MAX_LENGTH = 50  # the harness', which counts a generated token

@@ -20,9 +20,9 @@ from lpa_model.convert.export_transformers import export_transformers
 from server.engine.engine import build_engine
 from server.engine.request import Request, SamplingParams
 from server.settings import embedded_checkpoint, load_settings
-from tests.conftest import byte_tokenizer, tiny_config, write_checkpoint
 from tests.extra.test_export import CASES as SETTING2
 from tests.extra.test_lm_eval import MAX_LENGTH, QUESTIONS, TASKS, TEXTS, answer, rolling
+from tests.tiny import byte_tokenizer, tiny_config, write_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # what peft and transformers say of each other
 

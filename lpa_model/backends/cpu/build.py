@@ -47,6 +47,7 @@ class InstructionSet:
     name: str  # the suffix of its symbols
     cpu: str  # of the compiler's -mcpu
     defines: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()  # files, keys of CALLED, that are not compiled: the first flavour's code is the same
 
 
 WIDE = ("-DVECTORS=32",)  # of 64 bytes
@@ -71,12 +72,28 @@ INSTRUCTION_SETS = {
         InstructionSet("neonbf16", "generic+dotprod+i8mm+bf16", ("-DHAS_DOT_BF16=1", *SDOT, *MATRIX)),
     ],
 }
+CALLED = {
+    "attention_decode.c": ("attention_decode", "attention_decode_scratch"),
+    "attention_prompt.c": (
+        "attention_prompt_item",
+        "attention_prompt_items",
+        "attention_prompt_scratch",
+        "cache_write_row",
+        "pack_values_block",
+    ),
+    "norms.c": ("norm_row",),
+    "sampling.c": ("draw_tokens", "mask_logits"),
+    "score.c": ("score_rows",),
+}
+"""Source files, and what other files call of them."""
 # the control flow of newer processors' kernels, on any processor with AVX2: their instructions are computed in C
+ROWS = ("norms.c", "sampling.c", "score.c")  # without any that is emulated
+ALL_BUT_GEMM = (*ROWS, "attention_decode.c", "attention_prompt.c")  # without products of int8
 EMULATED = [
-    InstructionSet("avxvnni", "x86_64_v3", VNNI),
     InstructionSet("avx512bf16", "x86_64_v3", DOT),
-    InstructionSet("amx", "x86_64_v3", DOT + TILES),
-    InstructionSet("i8mm", "x86_64_v3", MATRIX),
+    InstructionSet("amx", "x86_64_v3", DOT + TILES, ROWS),
+    InstructionSet("avxvnni", "x86_64_v3", VNNI, ALL_BUT_GEMM),
+    InstructionSet("i8mm", "x86_64_v3", MATRIX, ALL_BUT_GEMM),
 ]
 # to be run with the runtime libraries of the sanitizers loaded beforehand
 SANITIZED = [flag for flag in FLAGS if flag not in ("-O3", "-g0", "-fno-sanitize=all")] + [
@@ -123,11 +140,15 @@ def build(
     objects = objects_of(target)
     objects.mkdir(parents=True, exist_ok=True)
     headers = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.h")))
-    jobs = []
+    jobs, first = [], instruction_sets[0]
     for source in sorted(SOURCES.glob("*.c")):
-        flavours = [InstructionSet("all", instruction_sets[0].cpu)] if source.name in ONCE else instruction_sets
+        flavours = [InstructionSet("all", first.cpu)] if source.name in ONCE else instruction_sets
         for flavour in flavours:
+            if source.name in flavour.shared:
+                continue
             command = [*_target(machine), *flags, f"-mcpu={flavour.cpu}", f"-DISA={flavour.name}", *flavour.defines]
+            called = [name for file in flavour.shared for name in CALLED[file]]
+            command += [f"-D{name}_{flavour.name}={name}_{first.name}" for name in called]
             if source.name in ONCE:
                 command.append(f'-DSOURCE="{source_hash()}"')
             text = f"{version('ziglang')} {command}".encode() + headers + source.read_bytes()
