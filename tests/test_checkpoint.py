@@ -16,6 +16,7 @@ from torch import Tensor
 from lpa_model.backends.features import has_bfloat16, resolve_dtype
 from lpa_model.checkpoint import (
     CheckpointError,
+    check_finite,
     load_config,
     load_model,
     load_tokenizer,
@@ -269,3 +270,14 @@ def test_tokenizer_files_come_along(tmp_path: Path) -> None:
     assert load_tokenizer_config(folder) == {"eos_token": "é"}
     assert (folder / "chat_template.jinja").read_bytes() == (source / "chat_template.jinja").read_bytes()
     assert not (folder / "other.json").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e5m2])
+def test_numbers_that_are_not_finite_are_counted(dtype: torch.dtype) -> None:
+    numbers = torch.arange(-50, 50).float()
+    check_finite(Path("file"), "name", numbers.to(dtype))
+    check_finite(Path("file"), "name", numbers[:0].to(dtype))
+    for wrong in (float("nan"), float("inf"), -float("inf")):
+        numbers[[7, 70]] = wrong
+        with pytest.raises(CheckpointError, match="file: name has 2 of 100 numbers that are NaN or infinite"):
+            check_finite(Path("file"), "name", numbers.to(dtype))

@@ -441,6 +441,4 @@ def test_the_command_makes_factors_of_a_llama_and_reports(tmp_path: Path, monkey
     succeed(*again)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("new", "y")]
     assert weights[0] == weights[1]
-    assert_one_line(
-        lpa(*again[:3], tmp_path / "z", *again[4:], "--method", "none"), "is of method kfac: name another"
-    )
+    assert_one_line(lpa(*again[:3], tmp_path / "z", *again[4:], "--method", "none"), "is of method kfac: name another")

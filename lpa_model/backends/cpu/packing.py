@@ -128,7 +128,7 @@ def _int4_panels(weight: Quantized) -> Tensor:
 
 def _interleaved(rows: Tensor, parts: int) -> Tensor:
     """[out, in] -> int32 [out / 16, parts, in of a part, 16]: four bytes of each of 16 rows side by side."""
-    words = rows.contiguous().view(torch.int32).unflatten(0, (-1, PANEL_WIDTH)).unflatten(2, (parts, -1))
+    words: Tensor = rows.contiguous().view(torch.int32).unflatten(0, (-1, PANEL_WIDTH)).unflatten(2, (parts, -1))
     return words.permute(0, 2, 3, 1).contiguous()
 
 
