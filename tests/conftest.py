@@ -31,7 +31,8 @@ gc.disable()  # until all tests are collected: what is imported stays
 # clients read whom they trust, in half a request's time each: one authority that signs nothing, not a hundred and fifty
 os.environ["SSL_CERT_FILE"] = str(Path(__file__).with_name("authority.pem"))
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder is looked up in the hub's cache alone
-# from an application's functions to its commands takes longer than most commands: once, not for each that is run
+# from an application's functions to its commands takes longer than most commands: once, not for each that is run.
+# typer's runner has no public way to it: it takes applications, no commands that are made already
 typer.testing._get_command = functools.cache(typer.testing._get_command)  # type: ignore[attr-defined]
 
 # of random examples; make test-long takes `--hypothesis-profile thorough`. No machine is too slow

@@ -99,7 +99,7 @@ class LowRank:
     rank: int | None
     attention_only: bool
     uniform: bool
-    method: Literal["kfac", "weights", "none"]
+    method: How
     calibrate: list[Path] | None
     calibrate_tokens: int
     cuts: Path | None

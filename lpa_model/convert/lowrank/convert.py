@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -227,8 +227,7 @@ def factorise(
             errors = {}
             names = budget.projections(config) if cuts is None else config.projections
             with kept.written(factors, facts, errors) as place:
-                for curves in _cut(model, hidden, windows, budget.method, names, budget.multiple, place, progress):
-                    errors.update(curves)
+                errors.update(_cut(model, hidden, windows, budget.method, names, budget.multiple, place, progress))
         elif states is not None:
             for layer, block in enumerate(model.layers):
                 with torch.inference_mode():
@@ -279,23 +278,20 @@ def _cut(
     multiple: int,
     factors: Path,
     progress: Callable[[int, int], None],
-) -> Iterator[dict[Key, list[float]]]:
-    """The error curves of every layer in order; its pairs of matrices, as many as could pay, go to `factors`."""
+) -> dict[Key, list[float]]:
+    """The error curves of all matrices; their pairs, as many ranks as could pay, go to `factors`."""
     config = model.config
+    texts = gradients.short(windows) if method == "kfac" else windows[:0]
+    passes, total = len(texts), len(texts) + config.num_hidden_layers
     costs: dict[Key, Tensor] = {}
-    passes = 0
     if method == "kfac":
-        texts = gradients.short(windows)
-        passes = len(texts)
-        costs = gradients.output_moments(
-            model, texts, names, lambda done, _: progress(done, passes + config.num_hidden_layers)
-        )
+        costs = gradients.output_moments(model, texts, names, lambda done, _: progress(done, total))
+    curves: dict[Key, list[float]] = {}
     for layer, moments in calibrate.layers(model, hidden, names, len(windows)):
         block = model.layers[layer]
         assert isinstance(block, PreNormBlock)
         scale = 1.0 if costs else weigh.importance(hidden[: len(windows)])
         tensors: dict[str, Tensor] = {}
-        curves: dict[Key, list[float]] = {}
         for name in names:
             weight = calibrate.projection_of(block, name).get_parameter("weight")
             outputs = None if method == "none" else weigh.output_weight(config, block, moments, name)
@@ -307,8 +303,8 @@ def _cut(
             tensors[f"{name}.down"] = found.down[:most].contiguous()
             tensors[f"{name}.up"] = found.up[:, :most].contiguous()
         save_file(tensors, factors / f"{layer}.safetensors")
-        yield curves
-        progress(passes + layer + 1, passes + config.num_hidden_layers)
+        progress(passes + layer + 1, total)
+    return curves
 
 
 def assemble(config: LPAConfig, dense: LPAForCausalLM, factors: Path) -> LPAForCausalLM:
