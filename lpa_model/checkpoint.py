@@ -285,8 +285,10 @@ def check_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
         raise CheckpointError(f"{path}: {name} has {count} of {tensor.numel()} numbers that are NaN or infinite")
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LPAForCausalLM:
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device, *, widen: bool = True) -> LPAForCausalLM:
     """The folder's model in `dtype`, ready for inference; tensors already in `dtype` stay memory-mapped on a CPU.
+
+    Without `widen` matrices that are stored in bfloat16 stay so whatever `dtype` is, for a backend that copies them.
 
     Raises:
         CheckpointError: a file is missing or truncated, a tensor is missing, extra, of the wrong shape or has a number
@@ -323,7 +325,8 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LPAFor
                             f"{path}: {name} has shape {list(tensor.shape)}, the config asks for "
                             f"{list(expected[name].shape)}"
                         )
-                    found[name] = tensor.to(dtype)
+                    is_kept = tensor.dtype is torch.bfloat16 and tensor.ndim == 2 and not widen
+                    found[name] = tensor if is_kept else tensor.to(dtype)
                     check_finite(path, name, found[name])
         except OSError as error:
             raise CheckpointError(f"{path}: {error}") from error

@@ -132,6 +132,15 @@ def test_bfloat16_storage_loads_as_either_type(tmp_path: Path) -> None:
     assert torch.equal(wide.logits(wide(IDS)), expected.logits(expected(IDS)))
 
 
+def test_only_matrices_in_bfloat16_stay_narrow(tmp_path: Path, architecture: Architecture) -> None:
+    folder = write_checkpoint(tmp_path / "model", tiny_config(architecture), dtype=torch.bfloat16)
+    rewrite(folder, layers__0__attention__q_proj__up__weight=torch.ones(32, 8))
+    found = load_model(folder, torch.float32, CPU, widen=False)
+    for name, parameter in found.named_parameters():
+        narrow = parameter.ndim == 2 and "layers.0.attention.q_proj.up" not in name
+        assert parameter.dtype == (torch.bfloat16 if narrow else torch.float32), name
+
+
 def test_missing_extra_and_wrongly_shaped_tensors_are_named(tmp_path: Path, tiny_checkpoint: Path) -> None:
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")

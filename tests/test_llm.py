@@ -8,11 +8,14 @@ import itertools
 import json
 import math
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from lpa_model.config import Architecture
 from lpa_model.perplexity import Method
@@ -27,7 +30,7 @@ from tests.test_cli import succeed
 from tests.test_engine import assert_greedy
 from tests.test_perplexity import NAIVE, convention
 from tests.test_score import json_lines, write
-from tests.tiny import CORPUS, END_OF_TEXT_ID, byte_tokenizer, random_model, tiny_config
+from tests.tiny import CORPUS, END_OF_TEXT_ID, byte_tokenizer, random_model, tiny_config, write_checkpoint
 
 SMALL: dict[str, Any] = {"dtype": "float32", "threads": 1, "block_size": 32, "kv_cache_memory": 1 << 20}
 
@@ -245,6 +248,23 @@ def test_scores_are_the_loops_of_each_method(tiny_checkpoint: Path, architecture
             assert [i for i, value in enumerate(column) if value is not None] == sorted(scored)
         assert found.sums.nll_sum == text.sums.nll_sum == -math.fsum(own)
         assert idle(llm)
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_what_a_file_stores_in_fewer_bits_scores_the_same(
+    tmp_path: Path, architecture: Architecture, weights: str
+) -> None:
+    """The same numbers in bfloat16 and in float32, held as the same type."""
+    folders = [tmp_path / name for name in ("narrow", "wide")]
+    write_checkpoint(folders[0], tiny_config(architecture), dtype=torch.bfloat16)
+    shutil.copytree(*folders)
+    stored = load_file(folders[1] / "model.safetensors")
+    save_file({name: tensor.float() for name, tensor in stored.items()}, folders[1] / "model.safetensors")
+    found = []
+    for folder in folders:
+        with LLM(folder, weights=weights, **SMALL) as llm:
+            found.append(llm.score("It was a bright cold day in April.").texts[0].logprobs)
+    assert found[0] == found[1]
 
 
 def test_a_corpus_of_any_size_is_read_as_it_is_scored(llm: LLM) -> None:

@@ -74,7 +74,8 @@ class Choice:
 
     def load(self, folder: Path) -> Backend:
         """The folder's model in this backend; CheckpointError names what is wrong with it."""
-        return self.build(load_model(folder, self.case.dtype, self.case.device))
+        widen = self.candidate is not C  # its op list has copies of all matrices
+        return self.build(load_model(folder, self.case.dtype, self.case.device, widen=widen))
 
     def build(self, model: LPAForCausalLM) -> Backend:
         """This backend for a loaded model, which is its own from now on."""
@@ -198,7 +199,7 @@ def _no_op_list(case: Case) -> str | None:
 
 def _build_op_list(case: Case, model: LPAForCausalLM) -> Backend:
     held = hold_weights(model, case.weights)
-    return CpuBackend(model, case.instruction_sets[0], held, _name(C, case), case.cache_dtype)
+    return CpuBackend(model, case.instruction_sets[0], held, _name(C, case), case.dtype, case.cache_dtype)
 
 
 def _no_graphs(case: Case) -> str | None:

@@ -106,7 +106,7 @@ def steps_of(
     kernels = recording(kernels_here()[instruction_set], steps)
     tables = [list(range(LONG // BLOCK)), *([LONG // BLOCK + i] for i in range(STREAMS))]
     cache = LatentCache(config, layout, LONG // BLOCK + STREAMS, BLOCK, cache_dtype, width_unit=WIDTH_UNIT)
-    plan = StepPlan(model, cache, kernels, held)
+    plan = StepPlan(model, cache, kernels, held, dtype)
     generator = np.random.default_rng(0)
 
     def step(spans: list[Span]) -> None:

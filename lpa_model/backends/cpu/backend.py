@@ -35,13 +35,15 @@ class CpuBackend:
         instruction_set: str,
         held: torch.dtype,
         name: str,
+        dtype: torch.dtype,
         cache_dtype: torch.dtype,
     ) -> None:
-        """`held`: what weights are packed as, unless they are quantised. `cache_dtype`: the model's, or int8."""
+        """`held`: what weights are packed as, unless they are quantised. `dtype`: of activations. `cache_dtype`: the
+        same, or int8."""
         self.config = model.config
         self.name, self.cache_dtype = name, cache_dtype
         self._model: LPAForCausalLM | None = model  # until its weights are packed
-        self._instruction_set, self._held = instruction_set, held
+        self._instruction_set, self._held, self._dtype = instruction_set, held, dtype
         self._ops = row_ops(instruction_set)
         self._plan: StepPlan | None = None
         self._cache: LatentCache | None = None
@@ -59,7 +61,7 @@ class CpuBackend:
             self.config, layout, num_blocks, block_size, self.cache_dtype, _untouched_zeros, WIDTH_UNIT
         )
         kernels = library.load().kernels(self._instruction_set)
-        self._plan = StepPlan(self._model, self._cache, kernels, self._held)
+        self._plan = StepPlan(self._model, self._cache, kernels, self._held, self._dtype)
         self._model = None
         return self._cache
 

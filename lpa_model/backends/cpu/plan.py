@@ -243,15 +243,20 @@ class StepPlan:
     """The rows of a step through all layers of a model; a row's result depends on the row alone, to the bit."""
 
     def __init__(
-        self, model: LPAForCausalLM, cache: LatentCache, kernels: Mapping[str, Kernel], held: torch.dtype
+        self,
+        model: LPAForCausalLM,
+        cache: LatentCache,
+        kernels: Mapping[str, Kernel],
+        held: torch.dtype,
+        dtype: torch.dtype,
     ) -> None:
-        """`held`: what weights are packed as, unless they are quantised."""
-        self.kernels, self.dtype = kernels, model.embed_tokens.weight.dtype
+        """`held`: what weights are packed as, unless they are quantised; `dtype`: of activations."""
+        self.kernels, self.dtype = kernels, dtype
         self.vocab_size, self.width = model.config.vocab_size, padded(model.config.hidden_size)
-        self.tokens = _pad_columns(model.embed_tokens.weight.to(held), self.width)
+        self.tokens = _copy(model.embed_tokens.weight, held, self.width)
         self.positions = self.rope = self.norm = None
         if model.rotary is None:
-            self.positions = _pad_columns(model.embed_positions.weight, self.width)
+            self.positions = _copy(model.embed_positions.weight, dtype, self.width)
         else:
             self.rope = rope_cache(model.rotary, padded(model.config.head_size))
         if model.norm is not None:
@@ -379,6 +384,7 @@ def _joined(parts: Sequence[Weight]) -> Weight:
     return Quantized(codes, scales, quantized[0].bits)
 
 
-def _pad_columns(x: Tensor, width: int) -> Tensor:
-    """A copy [rows, width]: a view of a mapped file would keep all of it mapped."""
-    return x.detach().clone() if x.shape[1] == width else F.pad(x.detach(), (0, width - x.shape[1]))
+def _copy(x: Tensor, dtype: torch.dtype, width: int) -> Tensor:
+    """x [rows, ..] in columns padded to `width`: a view of a mapped file would keep all of it mapped."""
+    copy = x.detach().to(dtype, copy=True)
+    return copy if x.shape[1] == width else F.pad(copy, (0, width - x.shape[1]))
