@@ -130,7 +130,7 @@ def test_full_rank_reproduces_the_dense_model(tmp_path: Path) -> None:
     hidden = calibrate.embed(model, random_windows())
     ids = random_windows(2, 40)
     wanted = model.logits(model(ids))
-    for layer, moments in calibrate.layers(model, hidden, config.projections, len(hidden)):
+    for layer, moments in calibrate.layers(model, hidden, config.projections, config.projections, len(hidden)):
         block = model.layers[layer]
         for name in config.projections:
             module = block.get_submodule(f"{'attention' if name in 'qkvo' else 'ffn'}.{name}_proj")
@@ -153,7 +153,7 @@ def test_moments_are_those_of_a_plain_forward_pass() -> None:
     model(windows)
     handle.remove()
     rows = seen[0][:, calibrate.SINKS :: calibrate.SPARSE[0]].flatten(0, 1).double()
-    *_, (layer, moments) = calibrate.layers(model, hidden, config.projections, len(hidden))
+    *_, (layer, moments) = calibrate.layers(model, hidden, config.projections, config.projections, len(hidden))
     assert layer == 1
     torch.testing.assert_close(moments.inputs["down"], rows.T @ rows / len(rows), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(model.norm(hidden), model(windows), atol=1e-4, rtol=1e-4)
@@ -164,8 +164,8 @@ def test_moments_are_of_the_windows_that_count_and_all_move_on() -> None:
     config = dense_config()
     model, windows = random_model(config), random_windows()
     hidden, fewer = calibrate.embed(model, windows), calibrate.embed(model, windows[:2])
-    of_some = list(calibrate.layers(model, hidden, config.projections, 2))
-    of_few = list(calibrate.layers(model, fewer, config.projections, 2))
+    of_some = list(calibrate.layers(model, hidden, config.projections, config.projections, 2))
+    of_few = list(calibrate.layers(model, fewer, config.projections, config.projections, 2))
     for (_, some), (_, few) in zip(of_some, of_few, strict=True):
         assert all(torch.equal(some.inputs[name], few.inputs[name]) for name in few.inputs)
     torch.testing.assert_close(model.norm(hidden), model(windows), atol=1e-4, rtol=1e-4)
@@ -340,6 +340,43 @@ def test_divergence_and_its_gradient_are_those_of_the_definition(monkeypatch: py
     torch.testing.assert_close(weight.grad, gradient, atol=1e-6, rtol=1e-4)
 
 
+def drawn(probabilities: Tensor, points: Tensor) -> Tensor:
+    """The first column of each row whose cumulative probability is above a point between 0 and 1."""
+    rows = [list(itertools.accumulate(row)) for row in probabilities.tolist()]
+    found = [
+        next(i for i, total in enumerate(row) if total > point * row[-1])
+        for row, point in zip(rows, points.flatten().tolist(), strict=True)
+    ]
+    return torch.tensor(found)[:, None]
+
+
+def test_gradients_take_parts_of_all_windows() -> None:
+    windows = torch.arange(4 * 600).view(4, 600)
+    found = gradients.short(windows, 4 * gradients.SHORT)
+    assert found[:, 0].tolist() == [0, 600 + 0, 2 * 600 + 0, 3 * 600 + 256]  # of eight parts
+    assert torch.equal(found - found[:, :1], torch.arange(256).repeat(4, 1))
+    assert len(gradients.short(windows)) == 8 and torch.equal(gradients.short(windows[:1, :100]), windows[:1, :100])
+
+
+def test_labels_are_drawn_as_often_as_they_are_probable() -> None:
+    probabilities = torch.tensor([0.2, 0.0, 0.5, 0.3])
+    found = gradients.drawn(probabilities.repeat(20_000, 1), torch.Generator().manual_seed(0))
+    shares = found.flatten().bincount(minlength=4) / len(found)
+    torch.testing.assert_close(shares, probabilities, atol=0.015, rtol=0)  # four standard deviations
+    assert shares[1] == 0
+
+
+def test_a_wide_moment_is_that_of_all_its_columns() -> None:
+    """Its products are taken in blocks."""
+    rows = torch.randn(30, 395)
+    moment = calibrate.Moment(395)
+    for part in (rows[:17], rows[17:]):
+        moment.add(part)
+    whole = rows.double().T @ rows.double() / 30
+    torch.testing.assert_close(moment.mean(), whole, atol=1e-5, rtol=1e-5)
+    assert moment.trace() == pytest.approx(float(30 * whole.trace()), rel=1e-5)
+
+
 def test_gradients_are_those_of_every_token(tmp_path: Path) -> None:
     """Against autograd on the output of one projection, with the same labels drawn."""
     model, windows = random_model(dense_config()), random_windows(2, 20)
@@ -356,7 +393,7 @@ def test_gradients_are_those_of_every_token(tmp_path: Path) -> None:
         handle = model.layers[0].attention.v_proj.register_forward_hook(keep)
         logprobs = model.logits(model(ids[None]))[0].log_softmax(-1)
         handle.remove()
-        labels = torch.multinomial(logprobs.detach().exp(), 1, generator=generator)
+        labels = drawn(logprobs.detach().exp(), torch.rand(len(logprobs), 1, generator=generator))
         (gradient,) = torch.autograd.grad(-logprobs.gather(1, labels).sum(), kept[0])
         rows = gradient[0, calibrate.SINKS :]
         total, count = total + rows.T @ rows, count + len(rows)

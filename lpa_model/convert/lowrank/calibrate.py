@@ -21,6 +21,8 @@ ROWS = 4096
 """Tokens of one forward pass: the peak of memory beside the hidden states."""
 SPARSE = 2, 8
 """One token in so many counts for the input of down_proj, and for the slopes: the widest moments cost most."""
+BLOCK = 288
+"""Least columns of a product: a moment is symmetric, and a little more than half of it is enough."""
 OFFSETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Distances of a query and a key over which rotary positions are averaged."""
 
@@ -29,17 +31,30 @@ class Moment:
     """The second moment E[x x^T] of rows x, summed in float64."""
 
     def __init__(self, width: int) -> None:
-        self.total = torch.zeros(width, width, dtype=torch.float64)
+        self.lower = torch.zeros(width, width, dtype=torch.float64)  # above the diagonal some products are left out
         self.count = 0
 
     def add(self, rows: Tensor) -> None:
         """rows [n, width]."""
-        self.total += rows.T @ rows
+        width = rows.shape[1]
+        step = max(BLOCK, width // 4)
+        for start in range(0, width, step):
+            end = min(start + step, width)
+            self.lower[start:end, :end] += rows[:, start:end].T @ rows[:, :end]
         self.count += len(rows)
+
+    def trace(self) -> float:
+        """Of the sum."""
+        return float(self.lower.trace())
+
+    def total(self) -> Tensor:
+        """The sum, float64 [width, width]."""
+        lower = self.lower.tril(-1)
+        return lower + lower.T + self.lower.diagonal().diag()
 
     def mean(self) -> Tensor:
         """float64 [width, width]."""
-        return self.total / self.count
+        return self.total() / self.count
 
 
 @dataclass(frozen=True)
@@ -79,15 +94,22 @@ def embed(model: LPAForCausalLM, windows: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def layers(
-    model: LPAForCausalLM, hidden: Tensor, wanted: Sequence[Projection], counted: int
+    model: LPAForCausalLM,
+    hidden: Tensor,
+    wanted: Sequence[Projection],
+    weighed: Sequence[Projection],
+    counted: int,
 ) -> Iterator[tuple[int, LayerMoments]]:
-    """The moments of each layer in order, those that `wanted` projections need, over the first `counted` windows;
-    `hidden` [windows, T, d] is moved on through the layers in place."""
+    """The moments of each layer in order over the first `counted` windows; `hidden` [windows, T, d] is moved on through
+    the layers in place.
+
+    `wanted`: projections whose inputs' moments are needed; `weighed`: those whose outputs weigh.py weighs.
+    """
     rotary = model.rotary
     assert rotary is not None
     for layer, block in enumerate(model.layers):
         assert isinstance(block, PreNormBlock)
-        recorder = Recorder(model.config, block, rotary, wanted)
+        recorder = Recorder(model.config, block, rotary, wanted, weighed)
         with recorder:
             push(block, rotary, hidden[:counted])
         push(block, rotary, hidden[counted:])
@@ -124,8 +146,8 @@ class InputMoments:
     def of(self, name: str) -> Tensor:
         """float64 [in, in] of what a linear layer, named within the block, reads."""
         others, sinks = self.found[input_name(name)], self.sinks[input_name(name)]
-        larger = float(sinks.total.trace() / others.total.trace().clamp_min(1e-30))
-        return others.mean() + sinks.total / others.count / max(1.0, larger)
+        larger = sinks.trace() / max(others.trace(), 1e-30)
+        return others.mean() + sinks.total() / others.count / max(1.0, larger)
 
 
 def input_name(name: str) -> str:
@@ -155,14 +177,19 @@ class Recorder:
     """Hooks on a block that add up moments while it runs."""
 
     def __init__(
-        self, config: LPAConfig, block: PreNormBlock, rotary: RotaryEmbedding, wanted: Sequence[Projection]
+        self,
+        config: LPAConfig,
+        block: PreNormBlock,
+        rotary: RotaryEmbedding,
+        wanted: Sequence[Projection],
+        weighed: Sequence[Projection],
     ) -> None:
         self.config, self.block, self.rotary = config, block, rotary
         self.inputs = {name: Moment(config.projection_sizes(name)[0]) for name in {INPUT_OF[name] for name in wanted}}
-        self.queries = [Moment(config.head_size) for _ in range(config.num_attention_heads * ("k" in wanted))]
-        self.keys = [Moment(config.head_size) for _ in range(config.kv_heads * ("q" in wanted))]
+        self.queries = [Moment(config.head_size) for _ in range(config.num_attention_heads * ("k" in weighed))]
+        self.keys = [Moment(config.head_size) for _ in range(config.kv_heads * ("q" in weighed))]
         slopes: tuple[Projection, ...] = ("gate", "up")
-        self.slopes = {name: Moment(config.intermediate_size) for name in slopes if name in wanted}
+        self.slopes = {name: Moment(config.intermediate_size) for name in slopes if name in weighed}
         self.gate: Tensor | None = None
 
     def __enter__(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,12 +23,15 @@ from lpa_model.checkpoint import check_unquantized, completed, load_config, load
 from lpa_model.config import ATTENTION_PROJECTIONS, LPAConfig, Projection, Rank
 from lpa_model.convert.lowrank import calibrate, gradients, kept, weigh
 from lpa_model.convert.lowrank.allocate import Option, allocate, cache_options, parameter_options
-from lpa_model.convert.lowrank.factor import decompose
+from lpa_model.convert.lowrank.factor import decompose, shrink
 from lpa_model.convert.stream import check_free
 from lpa_model.model import LPAForCausalLM, PreNormBlock, module_of, without_weights
 
 MULTIPLE = 32
 """Ranks are multiples of it: what the kernels pad latents to."""
+
+SHRINK = 0.05
+"""Share of the inputs' second moments that is replaced by their diagonal: they fit their text less, and others more."""
 
 Key = tuple[int, Projection]
 Method = Literal["kfac", "weights", "none"]
@@ -222,12 +225,19 @@ def factorise(
     factors = work / "factors" if cuts is None else cuts
     work.mkdir(parents=True)
     try:
+        names = budget.projections(config) if cuts is None else config.projections
+        texts = gradients.short(windows) if errors is None and budget.method == "kfac" else windows[:0]
+        passes, total = len(texts), len(texts) + config.num_hidden_layers
+        costs: dict[Key, Tensor] = {}
+        if passes:  # before the hidden states are there: this pass takes the most memory
+            costs = gradients.output_moments(model, texts, names, lambda done, _: progress(done, total))
         hidden = calibrate.embed(model, windows if more is None else torch.cat([windows, more]))
         if errors is None:
             errors = {}
-            names = budget.projections(config) if cuts is None else config.projections
             with kept.written(factors, facts, errors) as place:
-                errors.update(_cut(model, hidden, windows, budget.method, names, budget.multiple, place, progress))
+                for layer, found in _cut(model, hidden, len(windows), budget, names, costs, place):
+                    errors.update({(layer, name): curve for name, curve in found.items()})
+                    progress(passes + layer + 1, total)
         elif states is not None:
             for layer, block in enumerate(model.layers):
                 with torch.inference_mode():
@@ -272,39 +282,34 @@ def check_source(source: Path, budget: Budget) -> LPAConfig:
 def _cut(
     model: LPAForCausalLM,
     hidden: Tensor,
-    windows: Tensor,
-    method: Method,
+    counted: int,
+    budget: Budget,
     names: Sequence[Projection],
-    multiple: int,
+    costs: Mapping[Key, Tensor],
     factors: Path,
-    progress: Callable[[int, int], None],
-) -> dict[Key, list[float]]:
-    """The error curves of all matrices; their pairs, as many ranks as could pay, go to `factors`."""
+) -> Iterator[tuple[int, dict[Projection, list[float]]]]:
+    """Each layer's error curves, by the first `counted` windows of `hidden`; its pairs, as many ranks as could pay, go
+    to `factors`. `costs`: of `gradients.output_moments`, where they weigh errors."""
     config = model.config
-    texts = gradients.short(windows) if method == "kfac" else windows[:0]
-    passes, total = len(texts), len(texts) + config.num_hidden_layers
-    costs: dict[Key, Tensor] = {}
-    if method == "kfac":
-        costs = gradients.output_moments(model, texts, names, lambda done, _: progress(done, total))
-    curves: dict[Key, list[float]] = {}
-    for layer, moments in calibrate.layers(model, hidden, names, len(windows)):
+    weighed = [name for name in names if budget.method != "none" and (not costs or costs[0, name].ndim == 0)]
+    for layer, moments in calibrate.layers(model, hidden, names, weighed, counted):
         block = model.layers[layer]
         assert isinstance(block, PreNormBlock)
-        scale = 1.0 if costs else weigh.importance(hidden[: len(windows)])
+        scale = 1.0 if costs else weigh.importance(hidden[:counted])
+        curves: dict[Projection, list[float]] = {}
         tensors: dict[str, Tensor] = {}
         for name in names:
             weight = calibrate.projection_of(block, name).get_parameter("weight")
-            outputs = None if method == "none" else weigh.output_weight(config, block, moments, name)
+            outputs = weigh.output_weight(config, block, moments, name) if name in weighed else None
             if costs:
                 outputs = weigh.scaled(outputs, costs[layer, name], len(weight))
-            found = decompose(weight, moments.inputs[calibrate.INPUT_OF[name]], outputs)
-            curves[layer, name] = (scale * found.errors()).tolist()
-            most = min(len(found.energies), weight.numel() // sum(weight.shape) + multiple)
+            found = decompose(weight, shrink(moments.inputs[calibrate.INPUT_OF[name]], SHRINK), outputs)
+            curves[name] = (scale * found.errors()).tolist()
+            most = min(len(found.energies), weight.numel() // sum(weight.shape) + budget.multiple)
             tensors[f"{name}.down"] = found.down[:most].contiguous()
             tensors[f"{name}.up"] = found.up[:, :most].contiguous()
         save_file(tensors, factors / f"{layer}.safetensors")
-        progress(passes + layer + 1, total)
-    return curves
+        yield layer, curves
 
 
 def assemble(config: LPAConfig, dense: LPAForCausalLM, factors: Path) -> LPAForCausalLM:

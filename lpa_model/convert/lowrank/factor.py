@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 SHRINK = 1e-3
-"""Share of a second moment that is replaced by its diagonal, so that it has an inverse and fits its text less."""
+"""Share of a second moment that is replaced by its diagonal, so that it has an inverse."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ def decompose(weight: Tensor, inputs: Tensor, outputs: Tensor | None) -> Decompo
     None weighs all outputs alike. The pairs are scaled so that a row of A and its column of B are equally long.
     """
     weight = weight.double()
-    inputs = shrink(inputs.double())
-    outputs = None if outputs is None else shrink(outputs.double())
+    inputs = shrink(inputs.double(), SHRINK)
+    outputs = None if outputs is None else shrink(outputs.double(), SHRINK)
     if weight.shape[0] <= weight.shape[1]:
         cholesky = torch.eye(len(weight), dtype=weight.dtype) if outputs is None else torch.linalg.cholesky(outputs)
         whitened = cholesky.T @ weight  # M^T W
@@ -63,8 +63,8 @@ def decompose(weight: Tensor, inputs: Tensor, outputs: Tensor | None) -> Decompo
     return Decomposition(down.float().contiguous(), up.float().contiguous(), energies.flip(0).clamp_min(0))
 
 
-def shrink(moment: Tensor) -> Tensor:
-    """A second moment, moved by SHRINK towards its diagonal, and a trace of the identity where that is zero."""
+def shrink(moment: Tensor, share: float) -> Tensor:
+    """A second moment, moved by `share` towards its diagonal, and a trace of the identity where that is zero."""
     diagonal = moment.diagonal()
     floor = max(float(diagonal.mean()), 1e-30) * 1e-8
-    return moment * (1 - SHRINK) + torch.diag(diagonal * SHRINK + floor)
+    return moment * (1 - share) + torch.diag(diagonal * share + floor)
