@@ -393,6 +393,7 @@ def build_engine(model_dir: Path, options: EngineOptions) -> Engine:
         ValueError: an option does not fit the model or the machine; the message names it.
     """
     share_one_heap()
+    retain_freed_memory()  # before weights are packed: each matrix is packed by way of others that are freed at once
     # Every thread that computes keeps a team of OpenMP threads. With more of them than processors, none spins while it
     # waits, and each product of a small step takes 0.1 ms to wake its team: so this thread's team ends with it.
     with ThreadPoolExecutor(1, "loading") as loading, ThreadPoolExecutor(2, "beside") as beside:
@@ -435,7 +436,6 @@ def _build_engine(model_dir: Path, options: EngineOptions, beside: Executor) -> 
     max_model_len = _max_model_len(config, options.max_model_len, num_blocks * options.block_size)
     cache = backend.make_cache(layout, num_blocks, options.block_size)
     release_freed_memory()
-    retain_freed_memory()
     logger.info("backend: %s%s", backend.name, ", batch-invariant" if invariant else "")
     for name, reason in choice.refused:
         logger.info("backend %s was not taken: %s", name, reason)
