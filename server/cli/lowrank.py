@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from server.cli.command import counts_bar, interruptible
-from server.engine.memory import retain_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -153,6 +152,7 @@ def factorise_folder(source: Path, folder: Path, options: LowRank, budget: Budge
     from lpa_model.checkpoint import load_config, load_tokenizer
     from lpa_model.convert.lowrank.convert import check_source, factorise
     from lpa_model.convert.lowrank.text import read_texts
+    from server.engine.memory import retain_freed_memory
 
     retain_freed_memory()
     started = time.perf_counter()

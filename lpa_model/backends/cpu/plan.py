@@ -385,6 +385,7 @@ def _joined(parts: Sequence[Weight]) -> Weight:
 
 
 def _copy(x: Tensor, dtype: torch.dtype, width: int) -> Tensor:
-    """x [rows, ..] in columns padded to `width`: a view of a mapped file would keep all of it mapped."""
-    copy = x.detach().to(dtype, copy=True)
-    return copy if x.shape[1] == width else F.pad(copy, (0, width - x.shape[1]))
+    """A copy of x [rows, ..], padded to [rows, width]: a view of a mapped file would keep all of it mapped."""
+    if x.shape[1] == width:
+        return x.detach().to(dtype, copy=True)
+    return F.pad(x.detach().to(dtype), (0, width - x.shape[1]))

@@ -23,15 +23,12 @@ from lpa_model.checkpoint import check_unquantized, completed, load_config, load
 from lpa_model.config import ATTENTION_PROJECTIONS, LPAConfig, Projection, Rank
 from lpa_model.convert.lowrank import calibrate, gradients, kept, weigh
 from lpa_model.convert.lowrank.allocate import Option, allocate, cache_options, parameter_options
-from lpa_model.convert.lowrank.factor import decompose, shrink
+from lpa_model.convert.lowrank.factor import TEXT_SHRINK, decompose, shrink
 from lpa_model.convert.stream import check_free
 from lpa_model.model import LPAForCausalLM, PreNormBlock, module_of, without_weights
 
 MULTIPLE = 32
 """Ranks are multiples of it: what the kernels pad latents to."""
-
-SHRINK = 0.05
-"""Share of the inputs' second moments that is replaced by their diagonal: they fit their text less, and others more."""
 
 Key = tuple[int, Projection]
 Method = Literal["kfac", "weights", "none"]
@@ -296,6 +293,7 @@ def _cut(
         block = model.layers[layer]
         assert isinstance(block, PreNormBlock)
         scale = 1.0 if costs else weigh.importance(hidden[:counted])
+        inputs = {name: shrink(moment, TEXT_SHRINK) for name, moment in moments.inputs.items()}
         curves: dict[Projection, list[float]] = {}
         tensors: dict[str, Tensor] = {}
         for name in names:
@@ -303,7 +301,7 @@ def _cut(
             outputs = weigh.output_weight(config, block, moments, name) if name in weighed else None
             if costs:
                 outputs = weigh.scaled(outputs, costs[layer, name], len(weight))
-            found = decompose(weight, shrink(moments.inputs[calibrate.INPUT_OF[name]], SHRINK), outputs)
+            found = decompose(weight, inputs[calibrate.INPUT_OF[name]], outputs)
             curves[name] = (scale * found.errors()).tolist()
             most = min(len(found.energies), weight.numel() // sum(weight.shape) + budget.multiple)
             tensors[f"{name}.down"] = found.down[:most].contiguous()

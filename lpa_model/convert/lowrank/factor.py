@@ -18,6 +18,8 @@ from torch import Tensor
 
 SHRINK = 1e-3
 """Share of a second moment that is replaced by its diagonal, so that it has an inverse."""
+TEXT_SHRINK = 0.05
+"""The same of a moment that a text gave, of inputs or of gradients, so that it fits this text less and others more."""
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,12 @@ from torch import Tensor
 
 from lpa_model.config import LPAConfig, Projection
 from lpa_model.convert.lowrank.calibrate import SINKS, LayerMoments
-from lpa_model.convert.lowrank.factor import shrink
+from lpa_model.convert.lowrank.factor import TEXT_SHRINK, shrink
 from lpa_model.model import PreNormBlock
 
 SCORES = 4.0
 """What a squared error of attention's scores counts beside one in the residual stream, before `importance`. Of 1, 4, 16
 and 64 it gave the best SmolLM2; 1 was as good."""
-
-
-GRADIENTS = 0.05
-"""Share of a gradient's moment that is replaced by its diagonal: its samples are few and of very different size."""
 
 
 def output_weight(config: LPAConfig, block: PreNormBlock, moments: LayerMoments, name: Projection) -> Tensor | None:
@@ -65,6 +61,6 @@ def scaled(outputs: Tensor | None, cost: Tensor, width: int) -> Tensor:
     Where only the moment's mean square is known, it is given to `outputs`, the identity if None.
     """
     if cost.ndim == 2:
-        return shrink(cost / 2, GRADIENTS)
+        return shrink(cost / 2, TEXT_SHRINK)
     known = torch.eye(width, dtype=cost.dtype) if outputs is None else outputs
     return known * (cost / known.diagonal().mean() / 2)
