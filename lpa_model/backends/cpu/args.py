@@ -52,7 +52,8 @@ ATTENTION = _record(
     """
     dtype cache_dtype q new_keys new_values keys values key_scales value_scales out rope
     partial stats positions lengths tables table_starts item_rows first_items counters
-    rows items heads key_heads value_heads key_width value_width key_stride value_stride block_size split_blocks
+    rows items heads key_heads value_heads key_width value_width query_stride key_stride value_stride out_stride
+    block_size split_blocks
     prompt_positions prompt_slots shared_ends own_starts prompt_tables spans block_spans query_tiles
     prompt_rows num_spans prompt_blocks num_query_tiles packed_values packed_value_tiles
     """,

@@ -200,13 +200,13 @@ def layer_fields(
     """What a record says of a layer. Tensors have one dtype, float32 or bfloat16; or the pools are int8, with scales.
 
     Args:
-        q: [rows, H, key width], decode rows before prompt rows; contiguous.
+        q: [rows, H, key width], decode rows before prompt rows; heads side by side.
         new_keys: [rows, key heads * key width], the step's own; a slice of a wider tensor will do.
         new_values: [rows, value heads * value width]; likewise.
         keys: the pool [blocks, key heads, block_size, key width]; query heads are consecutive per key head.
         values: the pool [blocks, value heads, block_size, value width]; in bfloat16 its numbers lie in the VNNI layout
             [blocks, value heads, block_size / 2, value width, 2], see `to_vnni`.
-        out: [rows, H, value width], contiguous.
+        out: [rows, H, value width]; likewise.
         scale: factor on the scores, 1/sqrt(dh).
         rope: complex64 [positions, key width / 2], cos + i sin of rotary positions whose pairs are neighbours: applied
             to queries and new keys.
@@ -234,9 +234,9 @@ def layer_fields(
         raise ValueError(f"pools of {keys.dtype} and {values.dtype}, not {cache_dtype}")
     if scales and [(x.dtype, x.shape) for x in scales] != [(torch.bfloat16, x.shape[:3]) for x in (keys, values)]:
         raise ValueError(f"scales {[(x.dtype, list(x.shape)) for x in scales]} are not those of both pools")
-    whole = all(x.is_contiguous() for x in (q, keys, values, out, *scales))
-    if not whole or new_keys.stride(1) != 1 or new_values.stride(1) != 1:
-        raise ValueError("tensors that are not contiguous")
+    side_by_side = all(x[:1].is_contiguous() for x in (q, new_keys, new_values, out))
+    if not (side_by_side and all(x.is_contiguous() for x in (keys, values, *scales))):
+        raise ValueError("pools that are not contiguous, or rows whose numbers are not side by side")
     if rope is not None and (rope.dtype is not torch.complex64 or rope.shape[1] * 2 != key_width):
         raise ValueError(f"rope {rope.dtype} {rope.shape}, not complex64 [.., {key_width // 2}]")
     return {
@@ -256,8 +256,10 @@ def layer_fields(
         "value_heads": value_heads,
         "key_width": key_width,
         "value_width": value_width,
+        "query_stride": q.stride(0),
         "key_stride": new_keys.stride(0),
         "value_stride": new_values.stride(0),
+        "out_stride": out.stride(0),
         "block_size": block_size,
         "scale": scale,
     }

@@ -20,7 +20,7 @@ from lpa_model.backends.cpu.args import ATTENTION, Epilogue
 from lpa_model.backends.cpu.attention import NO_DECODES, NO_PROMPTS, DecodeRows, PromptRows, layer_fields
 from lpa_model.backends.cpu.huge_pages import HugePages
 from lpa_model.backends.cpu.library import Kernel
-from lpa_model.backends.cpu.oplist import OpList, gemm
+from lpa_model.backends.cpu.oplist import OpList, gemm, rows_apart
 from lpa_model.backends.cpu.packing import PackedWeight, Weight, by_rows, pack, pack_gated, pad_rows, padded, rows_of
 from lpa_model.backends.cpu.rotary import interleaved, rope_cache
 from lpa_model.batch import Batch
@@ -325,7 +325,7 @@ class StepPlan:
         """The op list for up to `capacity` rows."""
         self.capacity = capacity
         self.stream = torch.zeros(capacity, self.width)
-        self.normed = torch.zeros(capacity, self.width, dtype=self.dtype)
+        self.normed = rows_apart(capacity, self.width, self.dtype).zero_()
         self.ops = OpList(self.kernels, self.dtype, np.zeros(len(self.layers), dtype=ATTENTION))
         for layer, record in zip(self.layers, self.ops.attentions, strict=True):
             self.ops.free_workspaces()

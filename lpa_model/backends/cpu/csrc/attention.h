@@ -101,7 +101,7 @@ INLINE const float *rope_of(const struct attention *a, int64_t position) {
 
 /* The query of a row and head. */
 INLINE const char *query_of(int is_bf16, const struct attention *a, int64_t row, int64_t head) {
-    return (const char *)a->q + number_bytes(is_bf16) * (row * a->heads + head) * a->key_width;
+    return (const char *)a->q + number_bytes(is_bf16) * (row * a->query_stride + head * a->key_width);
 }
 
 /* Where a head's keys, or values, begin in a block. */

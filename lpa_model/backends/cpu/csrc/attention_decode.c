@@ -439,7 +439,7 @@ INLINE void merge(int form, const struct attention *a, int64_t row) {
                 f32x16 share = splat_f32(a->stats[2 * heads * i + h] / total);
                 sums = fma_f32(share, load_f32(a->partial + (i * heads + h) * width + column), sums);
             }
-            store_as(rows_bf16(form), a->out, (row * heads + h) * width + column, sums);
+            store_as(rows_bf16(form), a->out, row * a->out_stride + h * width + column, sums);
         }
     }
 }

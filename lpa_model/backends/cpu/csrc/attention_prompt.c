@@ -463,8 +463,7 @@ static void write_columns(const struct attention *a, int64_t row, int64_t querie
             for (int i = 0; i < LANES; i++) rows[i] = (u32x16)(load_f32(s.out + QUERIES * (d + i) + q) * shares);
             transpose(rows);
             for (int i = 0; i < min_i64(LANES, queries - q); i++)
-                store_as(1, a->out, ((a->rows + row + q + i) * a->heads + head) * a->value_width + d,
-                         (f32x16)rows[i]);
+                store_as(1, a->out, (a->rows + row + q + i) * a->out_stride + head * a->value_width + d, (f32x16)rows[i]);
         }
     }
 }
@@ -493,7 +492,7 @@ INLINE void write_rows(int is_bf16, const struct attention *a, int64_t row, int6
     for (int64_t q = 0; q < queries; q++) {
         f32x16 share = splat_f32(1 / s.sums[q]);
         for (int64_t d = 0; d < a->value_width; d += LANES)
-            store_as(is_bf16, a->out, ((a->rows + row + q) * a->heads + head) * a->value_width + d,
+            store_as(is_bf16, a->out, (a->rows + row + q) * a->out_stride + head * a->value_width + d,
                      load_f32(s.out + q * a->value_width + d) * share);
     }
 }

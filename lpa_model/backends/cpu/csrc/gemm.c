@@ -22,6 +22,7 @@ enum { TILE_ROWS = 2, TILE_PANELS = 1 };
 
 enum {
     BLOCK = 256,                 /* inputs: of a panel in float32 they are half of the first-level cache */
+    PAIRS_BLOCK = 768,           /* the same of products of bfloat16: fewer stores of sums pay for second-level reads */
     CHUNK = 192,                 /* rows: BLOCK inputs of each are a part of the second-level cache */
     ITEM_BYTES = 256 * 1024,     /* of weights, with few rows */
     GROUP = 8,                   /* pairs of an item at most, with many rows */
@@ -149,7 +150,8 @@ INLINE struct plan plan_of(const struct op *op, int64_t rows) {
         p.group = min_i64(GROUP, p.pairs * ceil_div(rows, CHUNK) / 16);
     p.group = max_i64(p.group, 1);
     p.groups = ceil_div(p.pairs, p.group);
-    p.block = narrow ? BLOCK / 2 : BLOCK;
+    p.block = BLOCK;
+    if (narrow) p.block = (op->dtype == BFLOAT16 && HAS_DOT_BF16 && VECTORS >= 32 ? PAIRS_BLOCK : BLOCK) / 2;
     p.blocks = max_i64(ceil_div(p.lines, p.block), 1);
     return p;
 }
@@ -262,10 +264,10 @@ INLINE void item_of(int is_bf16, int narrow, const struct op *op, int64_t rows, 
             else
                 multiply_widened(some, &t);
             if (next) t.next += t.lines * t.next_step;
-        }
-        if (block + 1 == p.blocks && (unit + 1) * TILE_PANELS % 2 == 0) {
-            int64_t pair = panel / 2;
-            finish_pair(is_bf16, op, first_row, count, pair, all_sums + (pair - first_pair) * count * PAIR);
+            if (block + 1 == p.blocks && (unit + 1) * TILE_PANELS % 2 == 0) {
+                int64_t pair = panel / 2;
+                finish_pair(is_bf16, op, first_row + r, some, pair, all_sums + ((pair - first_pair) * count + r) * PAIR);
+            }
         }
     }
 }

@@ -71,14 +71,14 @@ struct op_list {
 struct attention {
     int64_t dtype;
     int64_t cache_dtype;    /* of keys and values: dtype, or INT8 */
-    const void *q;          /* [decode rows and prompt rows, heads, key_width] */
+    const void *q;          /* [decode rows and prompt rows, heads, key_width], rows query_stride apart */
     const void *new_keys;   /* [.., key_heads, key_width], rows key_stride apart: the step's own tokens */
     const void *new_values; /* [.., value_heads, value_width], rows value_stride apart */
     void *keys;             /* [blocks, key_heads, block_size, key_width] */
     void *values;           /* [blocks, value_heads, block_size, value_width]; bfloat16: [.., block_size / 2, .., 2] */
     void *key_scales;       /* INT8: bfloat16 [blocks, key_heads, block_size] */
     void *value_scales;     /* INT8: bfloat16 [blocks, value_heads, block_size] */
-    void *out;              /* [.., heads, value_width] */
+    void *out;              /* [.., heads, value_width], rows out_stride apart */
     const float *rope;      /* [positions, key_width / 2, 2]: cos and sin; 0: positions are not rotary */
     /* decode rows: one query each, in front of the prompt rows */
     float *partial;               /* [items, heads, value_width]: scratch */
@@ -97,8 +97,10 @@ struct attention {
     int64_t value_heads;
     int64_t key_width;
     int64_t value_width;
-    int64_t key_stride;   /* in numbers */
-    int64_t value_stride; /* in numbers */
+    int64_t query_stride; /* from row to row, in numbers */
+    int64_t key_stride;
+    int64_t value_stride;
+    int64_t out_stride;
     int64_t block_size;
     int64_t split_blocks; /* blocks of a work item */
     /* prompt rows: new tokens of some texts, one text after another */
