@@ -235,8 +235,11 @@ class OpList:
 
 
 def rows_apart(rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """[rows, width], not initialised. Rows a multiple of 2 KB apart would share few sets of the first-level cache, where a
-    GEMM reads a dozen at a time: such rows have a cache line between them."""
+    """[rows, width], not initialised.
+
+    A GEMM reads a dozen rows at a time. Rows a multiple of 2 KB apart would share one or two sets of the first-level
+    cache: they get a cache line between them.
+    """
     size = dtype.itemsize
     gap = 64 // size if width * size % 2048 == 0 else 0
     return torch.empty(rows, width + gap, dtype=dtype)[:, :width]
