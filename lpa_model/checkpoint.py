@@ -11,7 +11,6 @@ Reading is strict: a missing, extra or wrongly shaped tensor is an error that na
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from operator import itemgetter
@@ -25,6 +24,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from lpa_model.config import MAX_SIZE, PRESETS, LPAConfig
+from lpa_model.folder import CheckpointError, weight_files
 from lpa_model.hf_keys import read_object
 from lpa_model.model import LPAForCausalLM, without_weights
 from lpa_model.quantization import GROUP, Quantized, QuantizedLinear, WeightType, unpacked
@@ -35,10 +35,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )  # optional ones, kept as they are
-
-
-class CheckpointError(ValueError):
-    """A checkpoint folder that cannot be used; the message names the file or the tensor."""
 
 
 def save_checkpoint(
@@ -155,28 +151,6 @@ def read_tokenizer(path: Path) -> Tokenizer:
     return found
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the shards that model.safetensors.index.json names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise CheckpointError(f"{folder}: neither model.safetensors nor model.safetensors.index.json")
-    return shards(index)
-
-
-def shards(index: Path) -> list[Path]:
-    """The files that a `*.index.json` beside them names; CheckpointError when it is broken or one is missing."""
-    try:
-        names = sorted(set(read_object(index)["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index}: not a shard index: {error!r}") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not (index.parent / name).is_file():
-            raise CheckpointError(f"{index}: names a shard {name!r} that is not in the folder")
-    return [index.parent / name for name in names]
-
-
 def stored_dtypes(folder: Path) -> list[str]:
     """The dtypes of a folder's tensors, from the headers of its weight files."""
     found: set[str] = set()
@@ -185,19 +159,6 @@ def stored_dtypes(folder: Path) -> list[str]:
             found |= {str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "I8": "int8", "U8": "int4"}
     return sorted(names.get(dtype, dtype) for dtype in found)
-
-
-def weights_hash(folder: Path) -> str:
-    """12 hexadecimal digits of the contents of config.json and all weights; about a second for each gigabyte.
-
-    Raises:
-        CheckpointError: there are no weights.
-    """
-    whole = hashlib.blake2b(digest_size=6)
-    for path in (folder / "config.json", *weight_files(folder)):
-        with path.open("rb") as file:
-            whole.update(hashlib.file_digest(file, "blake2b").digest())
-    return whole.hexdigest()
 
 
 def stored_weights(folder: Path) -> WeightType | None:

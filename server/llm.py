@@ -163,7 +163,7 @@ class LLM:
         Raises:
             TypeError: an option is not the engine's.
             ValueError: an option is out of range, or does not fit the model or the machine; the message names it.
-            lpa_model.checkpoint.CheckpointError: the folder cannot be used; the message names the file or tensor.
+            lpa_model.folder.CheckpointError: the folder cannot be used; the message names the file or tensor.
         """
         if unknown := options.keys() - {field.name for field in dataclasses.fields(EngineOptions)}:
             raise TypeError(f"LLM: {min(unknown)!r} is not an option of the engine")

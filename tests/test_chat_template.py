@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, processors
 
-from lpa_model.checkpoint import CheckpointError
+from lpa_model.folder import CheckpointError
 from server.engine.chat_template import DEFAULT_STOP, DEFAULT_TEMPLATE, read_template, render_chat, template_of
 from server.engine.tokenizer import load_tokenizer
 from server.errors import InvalidRequest

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from lpa_model.backends.features import has_bfloat16, resolve_dtype
 from lpa_model.checkpoint import (
-    CheckpointError,
     check_finite,
     load_config,
     load_model,
@@ -24,6 +23,7 @@ from lpa_model.checkpoint import (
     save_checkpoint,
 )
 from lpa_model.config import Architecture
+from lpa_model.folder import CheckpointError
 from tests.tiny import byte_tokenizer, random_model, tiny_config, write_checkpoint
 
 CPU = torch.device("cpu")

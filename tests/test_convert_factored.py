@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lpa_model.checkpoint import CheckpointError, load_model
+from lpa_model.checkpoint import load_model
 from lpa_model.config import LPAConfig
 from lpa_model.convert.factored import convert_factored
 from lpa_model.convert.factored.refactor import find_factors
 from lpa_model.convert.source import read_tensors
+from lpa_model.folder import CheckpointError
 from tests.test_cli import lpa, succeed
 from tests.tiny import VOCAB_SIZE, byte_tokenizer
 

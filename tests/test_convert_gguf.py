@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from lpa_model.checkpoint import CheckpointError, load_config, load_model, load_tokenizer
+from lpa_model.checkpoint import load_config, load_model, load_tokenizer
 from lpa_model.convert.gguf import convert_gguf, llama3_scaling
 from lpa_model.convert.gguf_tokenizer import PRE_TOKENIZERS
+from lpa_model.folder import CheckpointError
 from server.engine.tokenizer import load_tokenizer as load_with_template
 from server.llm import LLM, SamplingParams
 from tests.hub_cache import hub_cache

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
-from lpa_model.checkpoint import CheckpointError, load_config, load_model
+from lpa_model.checkpoint import load_config, load_model
 from lpa_model.convert import stream
 from lpa_model.convert.export import export_llama
 from lpa_model.convert.llama import convert_llama
+from lpa_model.folder import CheckpointError
 from server.llm import LLM, SamplingParams
 from tests.hub_cache import hub_cache
 from tests.llama_oracle import BASE, KINDS, LLAMA3, logits_of, write_folder

@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lpa_model.checkpoint import CheckpointError, load_model
+from lpa_model.checkpoint import load_model
 from lpa_model.config import LPAConfig
 from lpa_model.convert.official import convert_official
+from lpa_model.folder import CheckpointError
 from tests.tiny import VOCAB_SIZE, byte_tokenizer
 
 HIDDEN, HEADS, HEAD_DIM, FFN, LAYERS, POSITIONS = 24, 3, 10, 40, 2, 64

@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from lpa_model.checkpoint import CheckpointError, load_model
+from lpa_model.checkpoint import load_model
 from lpa_model.convert.official import convert_official
 from lpa_model.convert.source import find_weights
 from lpa_model.convert.spm import read_sentencepiece
+from lpa_model.folder import CheckpointError
 from lpa_model.model import LPAForCausalLM
 from server.engine.tokenizer import Tokenizer as EngineTokenizer
 from tests.test_cli import lpa, succeed

@@ -14,9 +14,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from typer.testing import CliRunner
 
-from lpa_model.checkpoint import CheckpointError, save_checkpoint
+from lpa_model.checkpoint import save_checkpoint
 from lpa_model.config import LPAConfig
 from lpa_model.convert.export import export_llama
+from lpa_model.folder import CheckpointError
 from server.cli import app
 from tests.tiny import byte_tokenizer, random_model, tiny_config, write_checkpoint
 

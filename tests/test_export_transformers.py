@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lpa_model.checkpoint import CheckpointError, load_config, load_model
+from lpa_model.checkpoint import load_config, load_model
 from lpa_model.config import Architecture
 from lpa_model.convert.export_transformers import export_transformers
+from lpa_model.folder import CheckpointError
 from tests.test_cli import assert_one_line, lpa, succeed
 from tests.test_export import LLAMA3
 from tests.tiny import random_model, tiny_config, write_checkpoint

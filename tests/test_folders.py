@@ -13,7 +13,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer
 from typer.testing import CliRunner
 
-from lpa_model.checkpoint import CheckpointError, load_config, load_model, load_tokenizer, save_checkpoint
+from lpa_model.checkpoint import load_config, load_model, load_tokenizer, save_checkpoint
+from lpa_model.folder import CheckpointError
 from server.cli import app
 from server.engine import tokenizer as engine_tokenizer
 from server.errors import InvalidRequest

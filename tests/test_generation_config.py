@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from lpa_model.checkpoint import CheckpointError, load_config
+from lpa_model.checkpoint import load_config
+from lpa_model.folder import CheckpointError
 from server.engine.generation_config import load_generation_config
 from server.engine.tokenizer import load_tokenizer
 from tests.serving import serving

@@ -41,7 +41,7 @@ RULES: list[tuple[str, tuple[str, ...]]] = [
         (f"lpa_model/{name}.py", ("lpa_model.backends",))
         for name in ("attention", "batch", "cache", "checkpoint", "compare", "config", "layers", "model", "perplexity")
     ),
-    ("lpa_model/batch.py", ("torch",)),
+    *((f"lpa_model/{name}.py", ("torch",)) for name in ("batch", "folder", "hf_keys")),
     ("lpa_model/backends/base.py", ("torch",)),
     ("lpa_model/backends/torch", ("lpa_model.backends.cpu", "lpa_model.backends.cuda", "lpa_model.backends.select")),
     ("lpa_model/backends/cpu", ("lpa_model.backends.cuda", "lpa_model.backends.select")),

@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lpa_model.backends import select
-from lpa_model.checkpoint import CheckpointError, held_otherwise, load_model, save_checkpoint, stored_weights
+from lpa_model.checkpoint import held_otherwise, load_model, save_checkpoint, stored_weights
 from lpa_model.config import Architecture
 from lpa_model.convert.export import export_llama
 from lpa_model.convert.export_transformers import export_transformers
 from lpa_model.convert.quantize import quantize_folder
+from lpa_model.folder import CheckpointError
 from lpa_model.model import LPAForCausalLM
 from lpa_model.quantization import QuantizedLinear, WeightType, hold_weights
 from server.llm import LLM

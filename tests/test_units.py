@@ -18,8 +18,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lpa_model.checkpoint import weights_hash
 from lpa_model.config import Architecture
+from lpa_model.folder import weights_hash
 from lpa_model.perplexity import windows
 from server.engine.tokenizer import Tokenizer
 from server.llm import LLM

@@ -16,7 +16,6 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from lpa_model.checkpoint import (
-    CheckpointError,
     check_unquantized,
     load_config,
     load_model,
@@ -25,6 +24,7 @@ from lpa_model.checkpoint import (
     write_weights,
 )
 from lpa_model.config import ATTENTION_PROJECTIONS, LPAConfig
+from lpa_model.folder import CheckpointError
 from lpa_model.layers import LowRankLinear
 from lpa_model.model import LPAForCausalLM, PreNormBlock
 

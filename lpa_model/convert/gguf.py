@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpa_model.checkpoint import CheckpointError
 from lpa_model.config import LPAConfig
 from lpa_model.convert.gguf_tokenizer import end_ids, read_tokenizer, special_id, tokenizer_files
 from lpa_model.convert.stream import Progress, Stored, check_free, row_blocks, write_model
+from lpa_model.folder import CheckpointError
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor

@@ -13,9 +13,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from lpa_model.checkpoint import CheckpointError
 from lpa_model.config import LPAConfig
 from lpa_model.convert.spm import BYTE, CONTROL, UNKNOWN, USER_DEFINED, sentencepiece_tokenizer
+from lpa_model.folder import CheckpointError
 
 Contents = Callable[[str], Any]
 """Metadata by key; None for one that is not there."""

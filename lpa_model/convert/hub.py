@@ -9,9 +9,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from lpa_model.checkpoint import CheckpointError, load_config, read_optional
+from lpa_model.checkpoint import load_config, read_optional
 from lpa_model.convert.hub_name import hub_name, no_model, unreachable
 from lpa_model.convert.llama import convert_llama
+from lpa_model.folder import CheckpointError
 from lpa_model.hf_keys import LLAMA_TYPES, MODEL_TYPE
 
 SAFETENSORS = ["*.json", "*.jinja", "tokenizer.model", "model*.safetensors"]

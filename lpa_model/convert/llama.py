@@ -13,17 +13,12 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from lpa_model.checkpoint import (
-    TOKENIZER_FILES,
-    CheckpointError,
-    load_tokenizer,
-    load_tokenizer_config,
-    read_optional,
-)
+from lpa_model.checkpoint import TOKENIZER_FILES, load_tokenizer, load_tokenizer_config, read_optional
 from lpa_model.config import LPAConfig
 from lpa_model.convert.source import stored_tensors
 from lpa_model.convert.spm import read_sentencepiece
 from lpa_model.convert.stream import Progress, Stored, check_free, write_model
+from lpa_model.folder import CheckpointError
 from lpa_model.hf_keys import LLAMA_TYPES
 
 PARTS = {

@@ -18,11 +18,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from lpa_model.checkpoint import CheckpointError, load_tokenizer_config, read_tokenizer, save_checkpoint
+from lpa_model.checkpoint import load_tokenizer_config, read_tokenizer, save_checkpoint
 from lpa_model.config import ATTENTION_PROJECTIONS, FFN_PROJECTIONS, LPAConfig, Projection, Rank, RankSpec
 from lpa_model.convert.source import find_weights, read_tensors, without_prefix
 from lpa_model.convert.spm import read_sentencepiece
 from lpa_model.convert.stream import check_free
+from lpa_model.folder import CheckpointError
 from lpa_model.hf_keys import read_object
 from lpa_model.model import LPAForCausalLM, without_weights
 

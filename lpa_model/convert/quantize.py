@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from lpa_model.checkpoint import (
     QUANTIZATION_VERSION,
-    CheckpointError,
     load_model,
     load_tokenizer,
     stored_weights,
@@ -31,6 +30,7 @@ from lpa_model.convert.compensate import Rounded, compensated, to_nearest
 from lpa_model.convert.lowrank.calibrate import InputMoments, embed, input_name, push
 from lpa_model.convert.lowrank.gradients import output_squares, short
 from lpa_model.convert.stream import check_free
+from lpa_model.folder import CheckpointError
 from lpa_model.model import LPAForCausalLM
 from lpa_model.quantization import Bits, Quantized, WeightType, bytes_of, packed_codes, quantize, weight_type
 

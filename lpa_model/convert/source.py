@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lpa_model.checkpoint import CheckpointError, shards
 from lpa_model.convert.stream import DTYPES, Stored, row_blocks
+from lpa_model.folder import CheckpointError, shards
 
 NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")

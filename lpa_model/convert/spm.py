@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 
-from lpa_model.checkpoint import CheckpointError
+from lpa_model.folder import CheckpointError
 
 SPACE = "\u2581"
 # sentencepiece_model.proto

@@ -21,8 +21,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from lpa_model.checkpoint import CheckpointError, check_finite
+from lpa_model.checkpoint import check_finite
 from lpa_model.config import LPAConfig
+from lpa_model.folder import CheckpointError
 from lpa_model.model import without_weights
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -62,9 +63,14 @@ def _serve(given: dict[str, Any]) -> None:
 
 
 def _serve_here(settings: Settings) -> int:
+    from lpa_model.folder import weights_hash
+
+    pool = ThreadPoolExecutor(1, "hashing")
+    hashing = pool.submit(weights_hash, settings.model)  # while torch is imported, on one processor
+    pool.shutdown(wait=False)
     from server.serve import serve
 
-    return serve(settings)
+    return serve(settings, hashing)
 
 
 def _serve_replicas(settings: Settings) -> int:

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -15,8 +15,9 @@ import torch
 
 from lpa_model.backends import select
 from lpa_model.cache import bytes_per_token
-from lpa_model.checkpoint import load_config, stored_weights, weights_hash
+from lpa_model.checkpoint import load_config, stored_weights
 from lpa_model.config import LPAConfig
+from lpa_model.folder import weights_hash
 from server.engine.block_manager import BlockManager
 from server.engine.detokenizer import Detokenizer, unfinished_bytes
 from server.engine.fingerprint import Identity, fingerprint
@@ -385,8 +386,8 @@ class Engine:
         return report
 
 
-def build_engine(model_dir: Path, options: EngineOptions) -> Engine:
-    """Load a model folder and give it a cache.
+def build_engine(model_dir: Path, options: EngineOptions, hashing: Future[str] | None = None) -> Engine:
+    """Load a model folder and give it a cache. `hashing`: its `weights_hash`, if that is under way.
 
     Raises:
         CheckpointError: the folder cannot be used; the message names the file or tensor.
@@ -397,14 +398,14 @@ def build_engine(model_dir: Path, options: EngineOptions) -> Engine:
     # Every thread that computes keeps a team of OpenMP threads. With more of them than processors, none spins while it
     # waits, and each product of a small step takes 0.1 ms to wake its team: so this thread's team ends with it.
     with ThreadPoolExecutor(1, "loading") as loading, ThreadPoolExecutor(2, "beside") as beside:
-        return loading.submit(_build_engine, model_dir, options, beside).result()
+        return loading.submit(_build_engine, model_dir, options, beside, hashing).result()
 
 
-def _build_engine(model_dir: Path, options: EngineOptions, beside: Executor) -> Engine:
+def _build_engine(model_dir: Path, options: EngineOptions, beside: Executor, hashing: Future[str] | None) -> Engine:
     began = time.monotonic()
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     config = load_config(model_dir)
-    weights = beside.submit(weights_hash, model_dir)
+    hashing = hashing or beside.submit(weights_hash, model_dir)
     reading = beside.submit(load_tokenizer, model_dir, config, options.chat_template)
     choice = select.choose(
         config,
@@ -462,7 +463,7 @@ def _build_engine(model_dir: Path, options: EngineOptions, beside: Executor) -> 
         ModelRunner(backend, cache, GrammarCompiler(tokenizer)),
         scheduler,
         tokenizer,
-        Identity(weights.result(), tokenizer.hash, backend.name),
+        Identity(hashing.result(), tokenizer.hash, backend.name),
         load_generation_config(model_dir).defaults(options.generation_config),
         BackendInfo(
             backend.name,
@@ -472,7 +473,7 @@ def _build_engine(model_dir: Path, options: EngineOptions, beside: Executor) -> 
             backend.cache_bytes_per_token(layout),
             bytes_per_token(config.vanilla(), "full", choice.case.cache_dtype),
             layout,
-            weights.result(),
+            hashing.result(),
             time.monotonic() - began,
         ),
     )

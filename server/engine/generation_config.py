@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lpa_model.checkpoint import CheckpointError, read_optional
+from lpa_model.checkpoint import read_optional
+from lpa_model.folder import CheckpointError
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lpa_model.checkpoint import TOKENIZER_FILES, CheckpointError
+from lpa_model.checkpoint import TOKENIZER_FILES
 from lpa_model.config import ATTENTION_PROJECTIONS, LPAConfig, Projection, Rank
 from lpa_model.convert.factored.base import base_config
 from lpa_model.convert.factored.refactor import find_factors
@@ -24,6 +24,7 @@ from lpa_model.convert.factored.spellings import HEAD, PROJECTIONS, SPELLINGS, K
 from lpa_model.convert.official import read_words, shortest
 from lpa_model.convert.source import find_weights, read_tensors, without_prefix
 from lpa_model.convert.stream import DTYPES, Progress, Stored, check_free, row_blocks, write_model
+from lpa_model.folder import CheckpointError
 from lpa_model.hf_keys import read_object
 from lpa_model.model import module_of, without_weights
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from lpa_model.checkpoint import CheckpointError
 from lpa_model.config import ATTENTION_PROJECTIONS, FFN_PROJECTIONS, Projection
+from lpa_model.folder import CheckpointError
 
 Kind = Literal["dense", "down", "up", "bias"]
 PROJECTIONS = ATTENTION_PROJECTIONS + FFN_PROJECTIONS["setting2"]

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lpa_model.checkpoint import weights_hash
 from lpa_model.config import Projection
 from lpa_model.convert.stream import check_free
+from lpa_model.folder import weights_hash
 
 CURVES = "curves.json"
 """The file of the error curves; the pairs of each layer are in a file of their own (`factorise`)."""

@@ -22,9 +22,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lpa_model.checkpoint import load_model, load_tokenizer, replace_text, save_checkpoint, weights_hash
+from lpa_model.checkpoint import load_model, load_tokenizer, replace_text, save_checkpoint
 from lpa_model.convert.lowrank.calibrate import SINKS, push
 from lpa_model.convert.lowrank.convert import Budget, Row, factorise
+from lpa_model.folder import weights_hash
 from lpa_model.layers import LowRankLinear
 from lpa_model.model import LPAForCausalLM
 from lpa_model.train.config import rate
