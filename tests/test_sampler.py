@@ -413,3 +413,10 @@ def test_rows_with_numbers_that_are_not_finite_are_found(dtype: torch.dtype) -> 
     logits[5, 1], logits[5, 2] = math.inf, -math.inf
     logits[6] = torch.finfo(dtype).min / VOCAB
     assert _broken_rows(logits) == {1, 2, 4, 5}
+
+
+def test_every_bfloat16_that_is_not_finite_is_found() -> None:
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(torch.bfloat16)
+    logits = torch.zeros(len(every), 3, dtype=torch.bfloat16)
+    logits[:, 1] = every
+    assert _broken_rows(logits) == set((~every.isfinite()).nonzero()[:, 0].tolist())

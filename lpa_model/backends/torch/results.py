@@ -26,7 +26,7 @@ class ComputedStep(NamedTuple):
     inner: Mapping[int, Tensor]
 
 
-EXPONENT = np.int16(0x7F80)  # of bfloat16: all ones are NaN and the infinities
+INFINITY, NEGATIVE = 0x7F80, 0x8000  # bits of bfloat16; NaN's are above infinity's
 LOGIT_ROWS = 256  # rows of logits held at once, in the head's dtype
 FEW_ROWS = 16  # of which more than MANY numbers are wanted of each
 MANY = 256
@@ -91,8 +91,9 @@ def _broken_rows(logits: Tensor) -> set[int]:
         with np.errstate(all="ignore"):
             return set(np.flatnonzero(~np.isfinite(logits.numpy().sum(-1))).tolist())
     if logits.device.type == "cpu" and logits.dtype is torch.bfloat16:
-        bits = logits.view(torch.int16).numpy() & EXPONENT
-        return set(np.flatnonzero((bits == EXPONENT).any(-1)).tolist())
+        bits = logits.view(torch.int16).numpy()  # with signs the largest is of positive numbers, without of negative ones
+        broken = (bits.max(-1) >= INFINITY) | (bits.view(np.uint16).max(-1) >= NEGATIVE + INFINITY)
+        return set(np.flatnonzero(broken).tolist())
     return set(logits.sum(-1, dtype=torch.float32).isfinite().logical_not().nonzero()[:, 0].tolist())
 
 
