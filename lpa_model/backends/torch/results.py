@@ -91,7 +91,7 @@ def _broken_rows(logits: Tensor) -> set[int]:
         with np.errstate(all="ignore"):
             return set(np.flatnonzero(~np.isfinite(logits.numpy().sum(-1))).tolist())
     if logits.device.type == "cpu" and logits.dtype is torch.bfloat16:
-        bits = logits.view(torch.int16).numpy()  # with signs the largest is of positive numbers, without of negative ones
+        bits = logits.view(torch.int16).numpy()  # the largest with signs is of positive numbers, without of negative
         broken = (bits.max(-1) >= INFINITY) | (bits.view(np.uint16).max(-1) >= NEGATIVE + INFINITY)
         return set(np.flatnonzero(broken).tolist())
     return set(logits.sum(-1, dtype=torch.float32).isfinite().logical_not().nonzero()[:, 0].tolist())
