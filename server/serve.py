@@ -42,6 +42,7 @@ def serve(settings: Settings, weights_hash: Future[str]) -> int:
     Raises:
         CheckpointError, ValueError: the model or a setting cannot be used; the message names it.
     """
+    gc.freeze()  # modules live as long as the process: collections while the model is loaded pass over them
     configure_logging(settings)
     server = Server(settings, weights_hash, owns_process=True)
     for line in settings.given():

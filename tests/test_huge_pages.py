@@ -30,7 +30,7 @@ def test_copies_hold_what_was_copied_and_do_not_overlap() -> None:
         torch.ones(CHUNK // 4 + 1),  # more than a chunk
         torch.randn(33, generator=generator),
     ]
-    copies = [memory.copy(x) for x in tensors]
+    copies = [memory.empty(x.shape, x.dtype).copy_(x) for x in tensors]
     for x, copy in zip(tensors, copies, strict=True):
         assert copy.dtype is x.dtype and copy.is_contiguous() and torch.equal(copy, x)
         assert not x.numel() or copy.data_ptr() % CACHE_LINE == 0
@@ -47,7 +47,7 @@ def test_memory_is_freed_with_the_last_tensor_in_it(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(mmap, "mmap", Watched)
     memory = HugePages()
-    first, second = memory.copy(torch.ones(3)), memory.copy(torch.ones(5))
+    first, second = (memory.empty((size,), torch.float32).fill_(1) for size in (3, 5))
     [chunk] = made
     del memory, first
     gc.collect()

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import math
 import mmap
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,13 +21,14 @@ class HugePages:
     def __init__(self) -> None:
         self._free = torch.empty(0, dtype=torch.uint8)
 
-    def copy(self, x: Tensor) -> Tensor:
-        """A contiguous copy of x, at the start of a cache line."""
-        size = -(-x.nbytes // CACHE_LINE) * CACHE_LINE
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor, not initialised, at the start of a cache line."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        size = -(-num_bytes // CACHE_LINE) * CACHE_LINE
         if size > len(self._free):
             memory = mmap.mmap(-1, max(size, CHUNK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 memory.madvise(mmap.MADV_HUGEPAGE)
             self._free = torch.frombuffer(memory, dtype=torch.uint8)
-        place, self._free = self._free[: x.nbytes], self._free[size:]
-        return place.view(x.dtype).view(x.shape).copy_(x)
+        place, self._free = self._free[:num_bytes], self._free[size:]
+        return place.view(dtype).view(*shape)

@@ -7,7 +7,7 @@ csrc/gemm_quantized.h has them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +67,7 @@ def pack(weight: Weight, bias: Tensor | None = None, groups: int = 1, memory: Hu
     if bias is not None:
         bias = F.pad(bias.view(groups, out), (0, padded(out) - out)).flatten().contiguous()
     panels, dtype, width = _panels(whole)
-    return PackedWeight(_placed(panels, memory), dtype, bias, width, groups * padded(out), groups)
+    return PackedWeight(_placed([panels], memory), dtype, bias, width, groups * padded(out), groups)
 
 
 def pack_gated(gate: Weight, up: Weight, memory: HugePages | None = None) -> PackedWeight:
@@ -75,8 +75,7 @@ def pack_gated(gate: Weight, up: Weight, memory: HugePages | None = None) -> Pac
     silu(x . gate) * (x . up)."""
     out = padded(rows_of(gate))
     (first, dtype, width), (second, _, _) = (_panels(by_rows(w, lambda rows: pad_rows(rows, out))) for w in (gate, up))
-    panels = torch.stack([first, second], dim=1).flatten(0, 1)
-    return PackedWeight(_placed(panels, memory), dtype, None, width, out, gated=True)
+    return PackedWeight(_placed([first, second], memory), dtype, None, width, out, gated=True)
 
 
 def rows_of(weight: Weight) -> int:
@@ -96,12 +95,19 @@ def pad_rows(x: Tensor, rows: int) -> Tensor:
     return x if x.shape[-2] == rows else F.pad(x, (0, 0, 0, rows - x.shape[-2]))
 
 
-def _placed(panels: Tensor, memory: HugePages | None) -> Tensor:
-    return panels.contiguous() if memory is None else memory.copy(panels)
+def _placed(parts: Sequence[Tensor], memory: HugePages | None) -> Tensor:
+    """A copy of panels [n, ..], those of several parts taking turns; words of four bytes are two bfloat16 numbers."""
+    (num, *sizes), dtype = parts[0].shape, parts[0].dtype
+    shape = (num * len(parts), *sizes)
+    panels = torch.empty(shape, dtype=dtype) if memory is None else memory.empty(shape, dtype)
+    for i, part in enumerate(parts):
+        panels[i :: len(parts)] = part
+    return panels.view(torch.bfloat16).unflatten(-1, (-1, 2)) if dtype is torch.int32 else panels
 
 
 def _panels(weight: Weight) -> tuple[Tensor, Dtype, int]:
-    """The panels of a weight of whole pairs of panels, their type, and their inputs."""
+    """The panels of a weight of whole pairs of panels, not copied if they are not quantised, their type, and their
+    inputs. Two bfloat16 numbers are a word of int32."""
     if isinstance(weight, Quantized):
         panels, dtype = (_int8_panels, Dtype.INT8) if weight.bits == 8 else (_int4_panels, Dtype.INT4)
         return panels(weight), dtype, weight.codes.shape[1]
@@ -112,7 +118,7 @@ def _panels(weight: Weight) -> tuple[Tensor, Dtype, int]:
         return weight.reshape(out // PANEL_WIDTH, PANEL_WIDTH, width).transpose(1, 2), Dtype.FLOAT32, width
     if weight.dtype is not torch.bfloat16:
         raise ValueError(f"weights are float32 or bfloat16, not {weight.dtype}")
-    return _interleaved(weight, width // DEPTH).view(torch.bfloat16).unflatten(-1, (-1, 2)), Dtype.BFLOAT16, width
+    return _interleaved(weight, width // DEPTH), Dtype.BFLOAT16, width
 
 
 def _int8_panels(weight: Quantized) -> Tensor:
@@ -129,7 +135,7 @@ def _int4_panels(weight: Quantized) -> Tensor:
 def _interleaved(rows: Tensor, parts: int) -> Tensor:
     """[out, in] -> int32 [out / 16, parts, in of a part, 16]: four bytes of each of 16 rows side by side."""
     words: Tensor = rows.contiguous().view(torch.int32).unflatten(0, (-1, PANEL_WIDTH)).unflatten(2, (parts, -1))
-    return words.permute(0, 2, 3, 1).contiguous()
+    return words.permute(0, 2, 3, 1)
 
 
 def _with_scales(scales: Tensor, codes: Tensor) -> Tensor:
