@@ -60,18 +60,22 @@ def test_serve_counts_what_the_server_counts_and_meets_no_cache(served: Served) 
     names = tuple(f'{name}{{model_name="tiny"}}' for name in names)
     before = [served.metric(name) for name in names]
     found = report(
-        "serve", served.url, "--input-len", 40, "--output-len", 6, "--concurrency", 3, "--requests", 7, "--rounds", 2
+        "serve", served.url, "--input-len", 40, "--output-len", 24, "--concurrency", 3, "--requests", 7, "--rounds", 2
     )
     (server,) = found["servers"]
     assert (server["model"], server["errors"], "ratio" in found) == ("tiny", [], False)
     for summary in server["rounds"]:
         assert (summary["requests"], summary["errors"]) == (7, 0)
-        assert (summary["input_tokens"], summary["output_tokens"]) == (7 * 40, 7 * 6)
+        assert (summary["input_tokens"], summary["output_tokens"]) == (7 * 40, 7 * 24)
         for latency in ("ttft_ms", "inter_token_ms", "e2e_ms"):
             assert 0 <= summary[latency]["median"] <= summary[latency]["p90"] <= summary[latency]["p99"]
         assert summary["ttft_ms"]["p99"] <= summary["e2e_ms"]["p99"] <= 1e3 * summary["elapsed_s"]
     after = [served.metric(name) for name in names]
-    assert [b - a for a, b in zip(before, after, strict=True)] == [3 * 7 * 40, 3 * 7 * 6, 0]  # two rounds and the first
+    assert [b - a for a, b in zip(before, after, strict=True)] == [
+        3 * 7 * 40,
+        3 * 7 * 24,
+        0,
+    ]  # two rounds and the first
 
 
 def test_two_servers_take_turns_and_are_compared_round_by_round(served: Served) -> None:
