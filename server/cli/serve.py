@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import typer
@@ -65,9 +66,16 @@ def _serve(given: dict[str, Any]) -> None:
 def _serve_here(settings: Settings) -> int:
     from lpa_model.folder import weights_hash
 
-    pool = ThreadPoolExecutor(1, "hashing")
-    hashing = pool.submit(weights_hash, settings.model)  # while torch is imported, on one processor
-    pool.shutdown(wait=False)
+    hashing: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            hashing.set_result(weights_hash(settings.model))
+        except (OSError, ValueError) as error:
+            hashing.set_exception(error)
+
+    # while torch is imported, on one processor; no executor, which would keep the process of a mistake until it is done
+    Thread(target=run, name="hashing", daemon=True).start()
     from server.serve import serve
 
     return serve(settings, hashing)
