@@ -36,15 +36,17 @@ SWITCH_INTERVAL = 0.001  # seconds that a thread keeps the GIL while the event l
 YOUNG = 10_000  # objects; the collector looks for garbage among the latest ones when there are so many more
 
 
-def serve(settings: Settings, weights_hash: Future[str]) -> int:
-    """Serve until a signal comes, or the engine dies; returns the process's exit status. The hash is of the model.
+def serve(settings: Settings, hashing: Future[str]) -> int:
+    """Serve until a signal comes, or the engine dies; returns the process's exit status.
+
+    `hashing`: the model's `weights_hash`, which is under way.
 
     Raises:
         CheckpointError, ValueError: the model or a setting cannot be used; the message names it.
     """
     gc.freeze()  # modules live as long as the process: collections while the model is loaded pass over them
     configure_logging(settings)
-    server = Server(settings, weights_hash, owns_process=True)
+    server = Server(settings, hashing, owns_process=True)
     for line in settings.given():
         logger.info("setting: %s", line)
     server.run()
@@ -63,9 +65,7 @@ class Server(uvicorn.Server):
         CheckpointError, ValueError: the model or a setting cannot be used; the message names it.
     """
 
-    def __init__(
-        self, settings: Settings, weights_hash: Future[str] | None = None, *, owns_process: bool = False
-    ) -> None:
+    def __init__(self, settings: Settings, hashing: Future[str] | None = None, *, owns_process: bool = False) -> None:
         self._settings = settings
         self._tls = tls_options(settings)
         self._listeners = (
@@ -74,17 +74,17 @@ class Server(uvicorn.Server):
         self._owns_process = owns_process
         self._descriptors_left = True
         try:
-            self._build(settings, weights_hash)
+            self._build(settings, hashing)
         except BaseException:
             self._remove_socket()
             for listener in self._listeners:
                 listener.close()
             raise
 
-    def _build(self, settings: Settings, weights_hash: Future[str] | None) -> None:
+    def _build(self, settings: Settings, hashing: Future[str] | None) -> None:
         self.metrics = Metrics(settings.model_name, settings.metrics_prefix)
         self.engine = AsyncEngine(
-            build_engine(settings.model, settings.engine_options(), weights_hash),
+            build_engine(settings.model, settings.engine_options(), hashing),
             self.metrics.observe,
             max_queue=settings.max_queue,
             on_death=self._end,

@@ -170,7 +170,7 @@ def test_serve_takes_flags_before_variables_and_ends_with_status_0(
 
 def test_serve_takes_a_flag_of_a_list_several_times(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Settings] = []
-    monkeypatch.setattr("server.serve.serve", lambda settings, weights_hash: taken.append(settings) or 0)
+    monkeypatch.setattr("server.serve.serve", lambda settings, hashing: taken.append(settings) or 0)
     succeed("serve", "--served-model-name", "a", "--served-model-name", "b,c", "--api-key", "k")
     succeed("serve")
     assert [settings.model_names for settings in taken] == [("a", "b", "c"), ("lpa-tiny",)]

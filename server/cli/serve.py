@@ -71,7 +71,7 @@ def _serve_here(settings: Settings) -> int:
     def run() -> None:
         try:
             hashing.set_result(weights_hash(settings.model))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever it is, the engine waits for an answer
             hashing.set_exception(error)
 
     # while torch is imported, on one processor; no executor, which would keep the process of a mistake until it is done
